@@ -1,0 +1,32 @@
+"""Make any Hugging Face LLM with LoRA adapters Bayesian, as a Pyro program (ScalaBL, UAI 2025)."""
+
+from . import baselines, guides, metrics, plots, priors
+from ._errors import ScalaBLWarning
+from ._version import __version__
+from .fit import FitResult, fit
+from .likelihoods import MultipleChoice, Regression, SequenceClassification, Task
+from .model import BayesianLoRA, bayesian_lora
+from .posterior import Draws, Posterior
+from .predictive import NumericPrediction, Prediction
+
+__all__ = [
+    "BayesianLoRA",
+    "Draws",
+    "FitResult",
+    "MultipleChoice",
+    "NumericPrediction",
+    "Posterior",
+    "Prediction",
+    "Regression",
+    "ScalaBLWarning",
+    "SequenceClassification",
+    "Task",
+    "__version__",
+    "baselines",
+    "bayesian_lora",
+    "fit",
+    "guides",
+    "metrics",
+    "plots",
+    "priors",
+]

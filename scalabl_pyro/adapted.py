@@ -1,0 +1,120 @@
+"""One forward pass of an adapted LLM for any batch of draws: draws are folded into the rows of the input."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .lora import Adapter, Factors
+
+
+class AdaptedLLM:
+    """An LLM as a function of its input and of the latents s.
+
+    Args:
+        adapter: the LoRA layers inside the LLM.
+        factors: (A, B) of a frozen posterior; default: the layers' own, trainable ones.
+        heads: trained heads of a frozen posterior; default: the adapter's own.
+    """
+
+    def __init__(
+        self, adapter: Adapter, *, factors: Factors | None = None, heads: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        self.adapter = adapter
+        self.heads = heads
+        self.factors = None if factors is None else adapter.prepare(factors)
+        self._takes_use_cache = "use_cache" in inspect.signature(adapter.module.forward).parameters
+
+    @property
+    def llm(self) -> nn.Module:
+        """The adapted module."""
+        return self.adapter.module
+
+    def __call__(self, *args: Any, s: Tensor, positions: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run the LLM with latents s.
+
+        Args:
+            args: positional inputs of the LLM, rows first.
+            s: (..., D). Its batch dimensions broadcast against the B rows as in Pyro: (D,) and (1, D) are one draw
+                for all rows, (B, D) one a row, (P, 1, D) P draws of all rows.
+            positions: (B,) the only token of each row whose logits are wanted.
+            kwargs: keyword inputs of the LLM; tensors with B rows are repeated for each draw.
+
+        Returns:
+            What the LLM returns, its tensors with shape (*batch, ...), where batch is the broadcast shape above.
+
+        Raises:
+            ValueError: an empty batch, or draws whose shape does not fit the rows.
+        """
+        rows = _num_rows(args, kwargs)
+        batch_shape = _broadcast(s, rows)
+        fold = batch_shape != (rows,)
+        if fold:
+            args, kwargs, positions = (_repeat_rows(x, batch_shape, rows) for x in (args, kwargs, positions))
+        if s.shape[:-1].numel() == 1:
+            s = s.reshape(-1)
+        else:
+            s = s.expand(*batch_shape, s.shape[-1]).reshape(-1, s.shape[-1])
+        if self._takes_use_cache:
+            kwargs.setdefault("use_cache", False)  # keys and values of past tokens serve generation only
+        with self.adapter.bind(s, positions=positions, factors=self.factors, heads=self.heads):
+            output = self.llm(*args, **kwargs)
+        return _unfold_rows(output, batch_shape) if fold else output
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """No dropout inside the context; the train mode of each submodule as before afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def _num_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    for x in (*args, *kwargs.values()):
+        if torch.is_tensor(x) and x.dim() > 0:
+            if x.shape[0] == 0:
+                raise ValueError("The batch is empty: it has 0 rows.")
+            return x.shape[0]
+    raise ValueError("Call it with at least one tensor whose first dimension is the rows, such as input_ids=...")
+
+
+def _broadcast(s: Tensor, rows: int) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(s.shape[:-1], (rows,))
+    except RuntimeError:
+        raise ValueError(
+            f"s has shape {tuple(s.shape)} and the batch {rows} rows: the dimension before the last must be 1 (one draw "
+            f"for all rows) or {rows} (one a row). Draws belong to a plate left of the data, for instance (P, 1, D)."
+        ) from None
+
+
+def _repeat_rows(x: Any, batch_shape: torch.Size, rows: int) -> Any:
+    """Repeat each tensor of B rows for the draws to its left."""
+    if torch.is_tensor(x) and x.dim() > 0 and x.shape[0] == rows:
+        return x.expand(*batch_shape, *x.shape[1:]).reshape(-1, *x.shape[1:])
+    if isinstance(x, Mapping):
+        return {k: _repeat_rows(v, batch_shape, rows) for k, v in x.items()}
+    if isinstance(x, tuple | list):
+        return type(x)(_repeat_rows(v, batch_shape, rows) for v in x)
+    return x
+
+
+def _unfold_rows(x: Any, batch_shape: torch.Size) -> Any:
+    """(rows of all draws, ...) back to (*batch_shape, ...), in tensors, tuples and Hugging Face outputs."""
+    if torch.is_tensor(x) and x.dim() > 0 and x.shape[0] == batch_shape.numel():
+        return x.unflatten(0, batch_shape)
+    if isinstance(x, Mapping):
+        for key, value in x.items():
+            x[key] = _unfold_rows(value, batch_shape)  # type: ignore[index]  # ModelOutput is a mutable mapping
+        return x
+    if isinstance(x, tuple | list):
+        return type(x)(_unfold_rows(v, batch_shape) for v in x)
+    return x

@@ -1,0 +1,302 @@
+"""Put a Bayesian LoRA adapter into a module, or make a LoRA adapter that is already there Bayesian."""
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ._errors import check_choice, nearest
+from ._rng import scoped_seed
+from .lora import Adapter, SubspaceVariant
+from .subspace import Layer, Subspace
+from .targets import TargetModules, is_linear, new_heads, output_head, resolve_targets
+
+#: PEFT's layers that ask a LoRA variant for their update; the others would ignore the latents silently.
+SUPPORTED_LAYERS = (
+    "Linear",  # nn.Linear and GPT-2's Conv1D
+    "Linear8bitLt",
+    "Linear4bit",
+    "GPTQLoraLinear",
+    "HqqLoraLinear",
+    "TorchaoLoraLinear",
+    "LoraParallelLinear",
+)
+GAUGES = ("unit_rows", "free")
+ADAPTER_NAME = "scalabl"
+DEFAULT_RANK = 8
+DEFAULT_ALPHA = 16
+
+
+def attach(
+    module: nn.Module,
+    *,
+    r: int | None = None,
+    lora_alpha: float | None = None,
+    target_modules: TargetModules = None,
+    layers_to_transform: int | Iterable[int] | None = None,
+    lora_dropout: float = 0.0,
+    gauge: str = "unit_rows",
+    train_also: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Adapter:
+    """Inject LoRA layers with latents into ``module``; see :func:`scalabl_pyro.bayesian_lora`.
+
+    Nothing is changed when an error is raised.
+    """
+    check_choice("gauge", gauge, GAUGES)
+    if find_adapter(module) is not None:
+        raise ValueError(
+            "This module already carries a Bayesian LoRA adapter. Use the object that bayesian_lora() returned before, "
+            "or call its .unload() first."
+        )
+    inner = module.get_base_model() if isinstance(module, PeftModel) else module
+    heads = new_heads(inner) if train_also is None else list(train_also)
+    _check_heads(inner, heads)
+    found = {name: m for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)}
+    if found:
+        given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target_modules, "layers_to_transform": layers_to_transform}
+        if extra := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"This module already carries PEFT LoRA layers, which decide {', '.join(extra)}. Leave that out to make "
+                "those layers Bayesian, or unload them first."
+            )
+        adapter = _adopt(inner, found, gauge=gauge, heads=heads)
+        adapter.original = module
+        return adapter
+    r = DEFAULT_RANK if r is None else r
+    names = resolve_targets(inner, target_modules, layers_to_transform=layers_to_transform)
+    _check_rank(inner, names, r)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=DEFAULT_ALPHA if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=lora_dropout,
+    )
+    return _inject(inner, names, config, gauge=gauge, heads=heads, seed=seed)
+
+
+def reattach(module: nn.Module, layers: Sequence[Mapping[str, Any]], *, gauge: str, heads: Sequence[str]) -> Adapter:
+    """Give a module the layers that a saved posterior describes (name, rank, in_features, out_features, scaling)."""
+    check_choice("gauge", gauge, GAUGES)
+    linear = {name for name, m in module.named_modules() if is_linear(m)}
+    for layer in layers:
+        if layer["name"] not in linear:
+            raise ValueError(f"Another base model: it has no linear layer {layer['name']!r}. {nearest(layer['name'], linear)}")
+        shape = _shape(module.get_submodule(layer["name"]))
+        if shape != (layer["out_features"], layer["in_features"]):
+            raise ValueError(
+                f"Another base model: {layer['name']!r} is {shape[0]} x {shape[1]} (out x in), but the posterior was "
+                f"learned on {layer['out_features']} x {layer['in_features']}."
+            )
+        _check_rank(module, [layer["name"]], layer["rank"])
+    _check_heads(module, heads)
+    config = LoraConfig(rank_pattern={re.escape(layer["name"]): layer["rank"] for layer in layers})
+    adapter = _inject(module, [layer["name"] for layer in layers], config, gauge=gauge, heads=heads, seed=0)
+    for spec, layer in zip(layers, adapter.layers, strict=True):
+        layer.scaling[adapter.adapter_name] = spec["scaling"]
+    return adapter
+
+
+def find_adapter(module: nn.Module) -> Adapter | None:
+    """The Bayesian LoRA adapter that a module carries, if any."""
+    for m in module.modules():
+        for variant in getattr(m, "lora_variant", {}).values():
+            if isinstance(variant, SubspaceVariant):
+                return variant.adapter
+    return None
+
+
+def _inject(
+    module: nn.Module, names: list[str], config: LoraConfig, *, gauge: str, heads: Sequence[str], seed: int
+) -> Adapter:
+    """New LoRA layers, started as in the paper."""
+    originals = [module.get_submodule(name) for name in names]
+    had_peft_config = hasattr(module, "peft_config")
+    flags = _requires_grad(module)
+
+    def put_back() -> None:
+        for name, original in zip(names, originals, strict=True):
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, original)
+        if not had_peft_config and hasattr(module, "peft_config"):
+            del module.peft_config
+
+    config.target_modules = "|".join(map(re.escape, names))  # whole paths: a list would match suffixes
+    config.fan_in_fan_out = isinstance(originals[0], Conv1D)
+    with scoped_seed(seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # one config for Conv1D and Linear targets
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # matters for merging only
+        inject_adapter_in_model(config, module, ADAPTER_NAME)
+    layers = [module.get_submodule(name) for name in names]
+    try:
+        _check_layers(names, layers)
+    except TypeError:
+        put_back()
+        _restore_flags(flags)
+        raise
+    locs = [_initialise(layer, ADAPTER_NAME) for layer in layers]
+    for layer, original in zip(layers, originals, strict=True):
+        layer.train(original.training)
+    adapter = _assemble(module, names, layers, ADAPTER_NAME, torch.cat(locs), gauge=gauge, heads=heads, flags=flags)
+    adapter.restore.insert(1, put_back)
+    return adapter
+
+
+def _adopt(module: nn.Module, found: Mapping[str, BaseTunerLayer], *, gauge: str, heads: Sequence[str]) -> Adapter:
+    """Turn existing LoRA layers Bayesian without changing the function they compute."""
+    layers = {name: m for name, m in found.items() if isinstance(m, LoraLayer)}
+    if len(layers) < len(found):
+        name, other = next((n, m) for n, m in found.items() if n not in layers)
+        raise TypeError(f"{name!r} is a {type(other).__name__} of another PEFT method; only LoRA can become Bayesian.")
+    active = {tuple(layer.active_adapters) for layer in layers.values()}
+    if len(active) != 1 or len(next(iter(active))) != 1:
+        raise ValueError(f"Exactly one LoRA adapter must be active, found {sorted(active)}: call set_adapter(name).")
+    (adapter_name,) = next(iter(active))
+    layers = {name: m for name, m in layers.items() if adapter_name in m.lora_A}
+    _check_layers(list(layers), list(layers.values()))
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name!r} is merged into its base layer: call unmerge_adapter() first.")
+        if layer.lora_variant.get(adapter_name) is not None or layer.lora_bias.get(adapter_name):
+            raise ValueError(f"{name!r} uses a LoRA variant (DoRA, ...) or lora_bias; only plain LoRA can become Bayesian.")
+    flags = _requires_grad(module)
+    weights = [w for m in layers.values() for w in (m.lora_A[adapter_name].weight, m.lora_B[adapter_name].weight)]
+    saved = [(weight, weight.detach().clone()) for weight in weights]
+    casts = [(layer, layer.cast_input_dtype_enabled) for layer in layers.values()]
+    locs = [_factorise(layer, adapter_name) for layer in layers.values()]
+    adapter = _assemble(
+        module, list(layers), list(layers.values()), adapter_name, torch.cat(locs), gauge=gauge, heads=heads, flags=flags
+    )
+
+    def put_back() -> None:
+        for weight, data in saved:
+            weight.data = data
+        for layer, cast in casts:
+            del layer.lora_variant[adapter_name]
+            layer.cast_input_dtype_enabled = cast
+
+    adapter.restore.insert(1, put_back)
+    return adapter
+
+
+def _assemble(
+    module: nn.Module,
+    names: list[str],
+    layers: Sequence[LoraLayer],
+    adapter_name: str,
+    loc: Tensor,
+    *,
+    gauge: str,
+    heads: Sequence[str],
+    flags: list[tuple[nn.Parameter, bool]],
+) -> Adapter:
+    """Hand the layers to an :class:`Adapter`, freeze everything but factors and heads, and add the hooks."""
+    subspace = Subspace(
+        tuple(
+            Layer(name, layer.r[adapter_name], layer.in_features, layer.out_features)
+            for name, layer in zip(names, layers, strict=True)
+        )
+    )
+    adapter = Adapter(module, layers, subspace, adapter_name=adapter_name, loc=loc, gauge=gauge)
+    for index, layer in enumerate(layers):
+        layer.lora_variant[adapter_name] = SubspaceVariant(adapter, index)
+        layer.cast_input_dtype_enabled = False  # no float32 copy of the activations
+    module.requires_grad_(False)
+    for pair in adapter.factors():
+        for factor in pair:
+            factor.requires_grad_(True)
+    adapter.restore.append(lambda: _restore_flags(flags))
+    for name in heads:
+        original = module.get_submodule(name)
+        adapter.heads[name] = copy.deepcopy(original).to(_master_dtype(original)).requires_grad_(True)
+        adapter.restore.append(original.register_forward_hook(adapter.replace_head(name)).remove)
+    head = output_head(module)
+    if head is not None:
+        adapter.restore.append(head.register_forward_pre_hook(adapter.select_positions).remove)
+    return adapter
+
+
+def _initialise(layer: LoraLayer, adapter_name: str) -> Tensor:
+    """The paper's start: Z = the default nn.Linear init, ``_, s0, Vh = svd(Z)``, A = Vh, B = 0; returns s0 (r,)."""
+    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    if A.is_meta:  # shapes only
+        return torch.full((A.shape[0],), 3**-0.5)
+    with torch.no_grad():
+        _, s0, Vh = torch.linalg.svd(A, full_matrices=False)
+        A.copy_(Vh)
+        B.zero_()
+    return s0.cpu()
+
+
+def _factorise(layer: LoraLayer, adapter_name: str) -> Tensor:
+    """Rewrite trained factors as B' diag(s) A' = B A with orthonormal rows of A'; returns s (r,).
+
+    The singular values of the update go into B', and s starts near where a fresh adapter's does, so that one prior
+    scale means the same for both.
+    """
+    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    with torch.no_grad():
+        Q_b, R_b = torch.linalg.qr(B.double())
+        Q_a, R_a = torch.linalg.qr(A.double().T)
+        U, S, Vh = torch.linalg.svd(R_b @ R_a.T)
+        s = torch.full_like(S, 3**-0.5)
+        A.copy_(Vh @ Q_a.T)
+        B.copy_(Q_b @ U * (S / s))
+    return s.to(A.dtype).cpu()
+
+
+def _requires_grad(module: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    return [(p, p.requires_grad) for p in module.parameters()]
+
+
+def _restore_flags(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features  # type: ignore[return-value]
+
+
+def _master_dtype(module: nn.Module) -> torch.dtype:
+    """At least float32, so that small updates are not rounded away."""
+    return torch.promote_types(next(module.parameters()).dtype, torch.float32)
+
+
+def _check_rank(module: nn.Module, names: Sequence[str], r: int) -> None:
+    if not isinstance(r, int) or r < 1:
+        raise ValueError(f"r={r!r}: the rank must be a positive integer.")
+    for name in names:
+        shape = _shape(module.get_submodule(name))
+        if r > min(shape):
+            raise ValueError(
+                f"r={r} is larger than layer {name!r} with weight {shape[0]} x {shape[1]} (out x in) allows: use "
+                f"r <= {min(shape)}, or leave the layer out of target_modules."
+            )
+
+
+def _check_layers(names: Sequence[str], layers: Sequence[nn.Module]) -> None:
+    for name, layer in zip(names, layers, strict=True):
+        kind = type(layer).__name__
+        if kind not in SUPPORTED_LAYERS or not isinstance(layer, LoraLayer):
+            raise TypeError(
+                f"{name!r} is a PEFT {kind}, which would ignore the latents silently. Supported: "
+                f"{', '.join(SUPPORTED_LAYERS)}. Leave the layer out of target_modules."
+            )
+
+
+def _check_heads(module: nn.Module, heads: Sequence[str]) -> None:
+    names = dict(module.named_modules())
+    for name in heads:
+        if name not in names:
+            raise ValueError(f"train_also: the module has no {name!r}. {nearest(name, [n for n in names if n])}")

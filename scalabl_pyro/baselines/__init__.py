@@ -1,0 +1,1 @@
+"""Other ways to fine-tune with uncertainty, with the verbs of ScalaBL."""

@@ -1,0 +1,227 @@
+"""Rows of data -> tokenised examples -> right-padded batches of similar length.
+
+A row is a dict, one line of a JSONL file, or one item of a ``datasets.Dataset``; a task turns it into an
+:class:`Example`. Batches are right-padded: left padding gives NaN in some fused attention kernels, and with the
+last real token of each row known there is no need for it.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row.
+
+    Attributes:
+        inputs: token lists of one length, by the name the LLM knows them by; ``input_ids`` always.
+        target: class index or number; None when the row has no answer.
+        extras: further numbers that the task's likelihood needs.
+        is_cut: whether the text was too long and lost its end.
+    """
+
+    inputs: dict[str, list[int]]
+    target: float | int | None = None
+    extras: dict[str, int] = field(default_factory=dict)
+    is_cut: bool = False
+
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples as tensors.
+
+    Attributes:
+        inputs: keyword arguments of the LLM, each (B, tokens).
+        target: (B,) or None.
+        index: (B,) position of each row in its data set.
+        last: (B,) index of the last real token of each row.
+        extras: further tensors (B, ...) for the likelihood.
+    """
+
+    inputs: dict[str, Tensor]
+    target: Tensor | None
+    index: Tensor
+    last: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply ``fn`` to every tensor."""
+        return Batch(
+            inputs={k: fn(v) for k, v in self.inputs.items()},
+            target=None if self.target is None else fn(self.target),
+            index=fn(self.index),
+            last=fn(self.last),
+            extras={k: fn(v) for k, v in self.extras.items()},
+        )
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on ``device``."""
+        return self.map(lambda t: t.to(device, non_blocking=True))
+
+    def split(self, size: int) -> list["Batch"]:
+        """Micro-batches of at most ``size`` rows."""
+        return [self.map(lambda t, i=i: t[i : i + size]) for i in range(0, len(self), size)]
+
+    def without_target(self) -> "Batch":
+        """The same inputs, unobserved."""
+        return replace(self, target=None)
+
+
+def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **load_options: Any) -> list[Row]:
+    """Rows of a JSONL file, of a Hugging Face data set by name, or of anything that iterates over dicts.
+
+    Args:
+        source: path of a ``.jsonl`` file, hub name such as ``"allenai/openbookqa"``, or the rows themselves.
+        split: split of a hub data set.
+        load_options: passed to ``datasets.load_dataset`` (``name=...`` for a configuration).
+
+    Raises:
+        FileNotFoundError: a ``.jsonl`` path that does not exist.
+        ValueError: a line that is not a JSON object (with its number), or no rows at all.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if path.suffix in (".jsonl", ".json") or path.is_file():
+            rows = _read_jsonl(path)
+        else:
+            from datasets import load_dataset
+
+            rows = list(load_dataset(str(source), split=split, **load_options))
+    else:
+        rows = list(source)
+    if not rows:
+        raise ValueError(f"{source if isinstance(source, str | Path) else 'The data set'} has no rows.")
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist (a name ending in .jsonl is read as a local file).")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
+            rows.append(row)
+    return rows
+
+
+def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_target: bool) -> list[Example]:
+    """Tokenise rows with a task's ``encode``; errors name the row."""
+    examples = []
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"Row {i} is a {type(row).__name__}; expected a dict such as {{'question': ...}}.")
+        try:
+            example = encode_row(row)
+        except (ValueError, KeyError, TypeError) as error:
+            message = error.args[0] if error.args else error
+            raise ValueError(f"Row {i}{_row_id(row)}: {message}") from error
+        if len(example) == 0:
+            raise ValueError(f"Row {i}{_row_id(row)} is empty: its text gives no tokens.")
+        if need_target and example.target is None:
+            raise ValueError(f"Row {i}{_row_id(row)} has no answer, which training needs.")
+        if example.target is not None and not torch.isfinite(torch.tensor(float(example.target))):
+            raise ValueError(f"Row {i}{_row_id(row)}: the answer {example.target} is not finite.")
+        examples.append(example)
+    if not examples:
+        raise ValueError("The data set has no rows.")
+    if cut := sum(example.is_cut for example in examples):
+        logger.warning("%d of %d rows were longer than max_length and lost the end of their text.", cut, len(examples))
+    return examples
+
+
+def _row_id(row: Row) -> str:
+    return f" (id {row['id']!r})" if "id" in row else ""
+
+
+def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int) -> Batch:
+    """Right-pad examples to a batch; ``index`` are their positions in the data set."""
+    width = max(map(len, examples))
+    inputs = {}
+    for name in examples[0].inputs:
+        fill = pad_token_id if name == "input_ids" else 0
+        inputs[name] = torch.tensor([e.inputs[name] + [fill] * (width - len(e)) for e in examples])
+    inputs["attention_mask"] = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in examples])
+    targets = [e.target for e in examples]
+    return Batch(
+        inputs=inputs,
+        target=None if any(t is None for t in targets) else torch.tensor(targets),
+        index=torch.tensor(list(index)),
+        last=torch.tensor([len(e) - 1 for e in examples]),
+        extras={k: torch.tensor([e.extras[k] for e in examples]) for k in examples[0].extras},
+    )
+
+
+class TrainingBatches:
+    """Endless shuffled batches of similar length; batch t depends on (seed, t) alone, so a run can resume.
+
+    Args:
+        examples: the training set.
+        batch_size: rows in a batch, at most.
+        seed: of the order.
+    """
+
+    #: Rows are sorted by length within windows of this many batches: little padding, and still a random order.
+    WINDOW = 16
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, pad_token_id: int, *, seed: int) -> None:
+        self.examples = examples
+        self.batch_size = min(batch_size, len(examples))
+        self.pad_token_id = pad_token_id
+        self.seed = seed
+        self.per_epoch = -(-len(examples) // self.batch_size)
+        self._epoch = -1
+        self._plan: list[list[int]] = []
+
+    def __call__(self, step: int) -> Batch:
+        """Batch number ``step``, counted from 0 over all epochs."""
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._plan = epoch, self._order(epoch)
+        rows = self._plan[position]
+        return collate([self.examples[i] for i in rows], rows, self.pad_token_id)
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.examples), generator=generator).tolist()
+        window = self.WINDOW * self.batch_size
+        batches = []
+        for start in range(0, len(order), window):
+            rows = sorted(order[start : start + window], key=lambda i: len(self.examples[i]))
+            # Parts of equal size (within one row): a short rest would always hold the longest rows, and the plate
+            # would weigh them up.
+            count = -(-len(rows) // self.batch_size)
+            batches += [rows[len(rows) * i // count : len(rows) * (i + 1) // count] for i in range(count)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def evaluation_batches(examples: Sequence[Example], batch_size: int, pad_token_id: int) -> Iterator[Batch]:
+    """Every example once, longest first, so that running out of memory shows at once."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield collate([examples[i] for i in rows], rows, pad_token_id)

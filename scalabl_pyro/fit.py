@@ -1,0 +1,319 @@
+"""Stochastic variational inference: one ELBO, one torch optimiser, three learning rates."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import nn
+from tqdm.auto import trange
+
+from ._errors import check_choice
+from ._rng import scoped_seed
+from .adapted import eval_mode
+from .data import Batch, TrainingBatches, encode, read_rows
+from .guides import Guide, GuideLike, as_guide
+from .likelihoods import Task
+from .model import BayesianLoRA, TaskModel
+from .objective import RecordNLL, ScopedGuide, check_sites, default_elbo, explain_nonfinite
+from .posterior import Posterior
+
+logger = logging.getLogger(__name__)
+
+Callback = Callable[[dict[str, float]], bool | None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What :func:`fit` returns.
+
+    Attributes:
+        posterior: frozen; later training does not change it.
+        history: one row a step: ``step``, ``loss`` and ``nll`` (nats per example), ``kl`` (nats per data set,
+            unweighted), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` of the factors, ``seconds`` since the
+            start.
+    """
+
+    posterior: Posterior
+    history: pd.DataFrame
+
+
+def fit(
+    blora: BayesianLoRA,
+    task: Task,
+    train_data: Any,
+    *,
+    guide: GuideLike = "normal",
+    num_steps: int = 1000,
+    batch_size: int = 16,
+    micro_batch_size: int | None = None,
+    lr: float = 1e-3,
+    loc_lr: float | None = None,
+    scale_lr: float = 3e-2,
+    weight_decay: float = 0.0,
+    warmup: float = 0.06,
+    schedule: str = "linear",
+    kl_weight: float | Callable[[int], float] = 1.0,
+    elbo: ELBO | None = None,
+    draws: str = "per_example",
+    init_scale: float = 0.05,
+    max_grad_norm: float | None = None,
+    num_data: int | None = None,
+    seed: int = 0,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+) -> FitResult:
+    """Learn the posterior of s together with the factors A, B, new heads and the task's own parameters.
+
+    Args:
+        blora: the LLM.
+        task: the likelihood.
+        train_data: rows for the task (dicts, a ``datasets.Dataset``, the path of a JSONL file), or an iterable of
+            :class:`~scalabl_pyro.data.Batch` that can be restarted, such as a DataLoader.
+        guide: posterior family, see :func:`scalabl_pyro.guides.as_guide`.
+        num_steps: optimiser steps.
+        batch_size: rows a step.
+        micro_batch_size: rows a forward pass; smaller ones accumulate gradients of the same ELBO.
+        lr: of A, B, heads, and the task's parameters (AdamW).
+        loc_lr: of the guide's locations; default ``lr``.
+        scale_lr: of the guide's scales (as logarithms).
+        weight_decay: on A and B only.
+        warmup: share of the steps over which learning rates rise from 0.
+        schedule: ``"linear"`` decay to 0 after the warm-up, or ``"constant"``.
+        kl_weight: weight of KL(q || p); 1 is the ELBO; a callable maps the step to a weight.
+        elbo: any Pyro ELBO; default: the analytic-KL one where guide and prior allow, else ``Trace_ELBO``.
+        draws: ``"per_example"`` (each row its own s, where the family allows) or ``"shared"``.
+        init_scale: largest initial standard deviation of the guide.
+        max_grad_norm: clip the global gradient norm.
+        num_data: N, size of the training set; needed when ``train_data`` yields batches.
+        seed: of data order, initial scales and noise; the global random state is left alone.
+        callbacks: called with the history row of each step; returning True stops the training.
+        progress: show a progress bar.
+
+    Returns:
+        The posterior and the history. Ctrl-C ends the training and returns what was learned so far.
+
+    Raises:
+        ValueError: rows that do not fit the task, unknown options, missing ``num_data``.
+        FloatingPointError: a loss that is not finite; parameters keep their last finite values.
+    """
+    check_choice("draws", draws, ("per_example", "shared"))
+    check_choice("schedule", schedule, ("linear", "constant"))
+    _check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, scale_lr=scale_lr)
+    device = blora.device
+    blora.to(device)
+    task.to(device)
+    batches, num_data = _training_batches(train_data, task, batch_size, num_data, seed)
+    family = as_guide(guide, blora, init_scale=init_scale, seed=seed).to(device)
+    if not family.per_example:
+        draws = "shared"
+    model = TaskModel(blora, task, num_data=num_data, draws=draws)
+    scoped_guide = ScopedGuide(family, draws=draws)
+    optimiser = _optimiser(
+        model, family, lr=lr, loc_lr=lr if loc_lr is None else loc_lr, scale_lr=scale_lr, weight_decay=weight_decay
+    )
+    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate(schedule, warmup, num_steps))
+    weight_at = kl_weight if callable(kl_weight) else lambda step: kl_weight
+    history: list[dict[str, float]] = []
+    start = time.perf_counter()
+    with _training_scope(blora, seed), trange(num_steps, disable=not progress, desc="fit", unit="step") as steps:
+        if elbo is None:
+            elbo = default_elbo(family, blora.prior)
+        else:
+            check_sites(family, blora.prior)
+        objective = elbo(model, scoped_guide)
+        try:
+            for step in steps:
+                batch, weight = batches(step).to(device), float(weight_at(step))
+                with pyro.validation_enabled(step == 0):
+                    loss, nll = _gradient(objective, batch, weight, micro_batch_size or len(batch), num_data, step)
+                grad_norm = _grad_norm(optimiser, max_grad_norm, step)
+                optimiser.step()
+                record = {
+                    "step": step,
+                    "loss": loss,
+                    "nll": nll,
+                    "kl": (loss - nll) * num_data / weight if weight else float("nan"),
+                    "kl_weight": weight,
+                    "grad_norm": grad_norm,
+                    "lr": rates.get_last_lr()[0],
+                    "seconds": time.perf_counter() - start,
+                }
+                rates.step()
+                history.append(record)
+                steps.set_postfix(loss=f"{loss:.3f}", nll=f"{nll:.3f}", kl=f"{record['kl']:.0f}", refresh=False)
+                if any([callback(record) for callback in callbacks]):
+                    logger.info("a callback stopped the training at step %d", step)
+                    break
+        except KeyboardInterrupt:
+            logger.warning("interrupted after %d of %d steps; the posterior is what was learned so far", len(history), num_steps)
+    provenance = {
+        "num_data": num_data,
+        "num_steps": len(history),
+        "batch_size": batch_size,
+        "seed": seed,
+        "draws": draws,
+        "elbo": type(elbo).__name__,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    return FitResult(_freeze(blora, task, family, provenance), pd.DataFrame(history))
+
+
+def _gradient(
+    objective: nn.Module, batch: Batch, kl_weight: float, micro_size: int, num_data: int, step: int
+) -> tuple[float, float]:
+    """Gradients of the loss of one batch into ``.grad``; returns loss and NLL in nats per example.
+
+    Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B.
+    """
+    objective.zero_grad(set_to_none=True)
+    total_loss, total_nll = 0.0, 0.0
+    for micro in batch.split(micro_size):
+        share = len(micro) / len(batch)
+        with RecordNLL() as record:
+            try:
+                loss = objective(micro, kl_weight) * (share / num_data)
+            except ValueError as error:  # Pyro's validation of the first step finds NaN before we do
+                if "invalid values" not in str(error):
+                    raise
+                loss = torch.tensor(float("nan"))
+        if not torch.isfinite(loss):
+            where = explain_nonfinite(objective.model, objective.guide, micro)
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {step}; parameters keep their values of step {step - 1}. "
+                f"Cause: {where}. Lower the learning rates, set max_grad_norm, or check these examples."
+            )
+        loss.backward()
+        total_loss += loss.item()
+        assert record.value is not None
+        total_nll += record.value.item() * share
+    return total_loss, total_nll
+
+
+def _grad_norm(optimiser: torch.optim.Optimizer, limit: float | None, step: int) -> float:
+    """Global gradient norm, clipped at ``limit``; not finite is an error, while parameters still are."""
+    parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if not torch.isfinite(norm):
+        raise FloatingPointError(
+            f"The loss is finite but its gradient is not, at step {step}; parameters keep their values of step {step - 1}. "
+            "Lower the learning rates, or use bfloat16 instead of float16."
+        )
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm.item()
+
+
+def _training_batches(
+    data: Any, task: Task, batch_size: int, num_data: int | None, seed: int
+) -> tuple[Callable[[int], Batch], int]:
+    """A function step -> batch, and N."""
+    first = None if isinstance(data, str) or not isinstance(data, Iterable) else next(iter(data), None)
+    if isinstance(first, Batch):
+        if num_data is None:
+            num_data = _sized(getattr(data, "dataset", None))
+        if num_data is None:
+            raise ValueError(
+                "train_data yields batches, so the size of the data set is unknown: pass num_data=N. It sets the weight "
+                "of the KL against the data."
+            )
+        return _Cycle(data), num_data
+    examples = encode(read_rows(data), task.encode, need_target=True)
+    if num_data not in (None, len(examples)):
+        raise ValueError(f"num_data={num_data}, but train_data has {len(examples)} rows: leave num_data out.")
+    return TrainingBatches(examples, batch_size, task.pad_token_id, seed=seed), len(examples)
+
+
+def _sized(data: Any) -> int | None:
+    return len(data) if hasattr(data, "__len__") else None
+
+
+class _Cycle:
+    """Batches of an iterable in order, again and again."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+        self.iterator: Iterator[Batch] = iter(())
+
+    def __call__(self, step: int) -> Batch:
+        batch = next(self.iterator, None)
+        if batch is None:
+            self.iterator = iter(self.batches)
+            batch = next(self.iterator, None)
+        if batch is None:
+            raise ValueError("train_data yields no batches the second time: pass something that can be restarted.")
+        if batch.target is None or len(batch) == 0:
+            raise ValueError(f"The batch of step {step} is empty or has no targets.")
+        return batch
+
+
+def _optimiser(
+    model: TaskModel, guide: Guide, *, lr: float, loc_lr: float, scale_lr: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """One AdamW over named groups; a group without parameters is left out."""
+    point = list(model.blora.point_estimates.named_parameters())
+    scales = [p for n, p in guide.named_parameters() if "scale" in n]
+    groups: list[Mapping[str, Any]] = [
+        {"name": "factors", "params": [p for n, p in point if n.endswith(("/A", "/B"))], "lr": lr, "weight_decay": weight_decay},
+        {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": lr},
+        {"name": "task", "params": [*model.task.parameters(), *model.blora.prior.parameters()], "lr": lr},
+        {"name": "loc", "params": [p for n, p in guide.named_parameters() if "scale" not in n], "lr": loc_lr},
+        {"name": "scale", "params": scales, "lr": scale_lr},
+    ]
+    trainable = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
+    return torch.optim.AdamW([g for g in trainable if g["params"]], weight_decay=0.0, fused=True)
+
+
+def _rate(schedule: str, warmup: float, num_steps: int) -> Callable[[int], float]:
+    """Learning-rate factor of a step: linear rise over the warm-up, then constant or linear to 0."""
+    rise = max(round(warmup * num_steps), 1)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 1.0 if schedule == "constant" else (num_steps - step) / max(num_steps - rise, 1)
+
+    return factor
+
+
+@contextmanager
+def _training_scope(blora: BayesianLoRA, seed: int) -> Iterator[None]:
+    """Seeded noise, Pyro's local parameters, no dropout; all as before afterwards."""
+    with (
+        eval_mode(blora.llm),  # dropout of the base model would be a second, unmodelled source of noise
+        scoped_seed(seed, blora.device),
+        pyro.settings.context(module_local_params=True),
+        warnings.catch_warnings(),
+        torch.enable_grad(),
+    ):
+        warnings.filterwarnings("ignore", message="Encountered NaN")  # becomes an error that says where
+        for layer in blora.adapter.layers:
+            layer.lora_dropout.train()
+        yield
+
+
+@torch.no_grad()
+def _freeze(blora: BayesianLoRA, task: Task, guide: Guide, provenance: dict[str, Any]) -> Posterior:
+    """Copy what was learned into a posterior; the module itself rests at the posterior mean."""
+    adapter = blora.adapter
+    if adapter.gauge == "unit_rows":
+        for A, _ in adapter.factors():
+            A.copy_(nn.functional.normalize(A, dim=-1))
+    posterior = Posterior.capture(blora, task, guide, provenance=provenance)
+    adapter.loc = posterior.mean()
+    return posterior
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be positive.")
+
+

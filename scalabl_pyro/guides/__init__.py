@@ -1,0 +1,63 @@
+"""Posterior families, one file each: ``guide=`` of :func:`scalabl_pyro.fit` is resolved here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import autoguide
+
+from .._errors import check_choice
+from ..model import BayesianLoRA
+from .auto import AutoFamily
+from .base import Guide
+from .delta import DeltaGuide
+from .normal import NormalGuide
+
+__all__ = ["AutoFamily", "DeltaGuide", "Guide", "NormalGuide", "as_guide"]
+
+GuideLike = str | type[autoguide.AutoGuide] | Guide | Callable[[BayesianLoRA], Guide]
+
+NAMES = ("normal", "delta")
+
+
+def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = 0.05, seed: int = 0) -> Guide:
+    """Build the posterior family that ``guide`` names, started where the paper starts.
+
+    Args:
+        guide: ``"normal"`` or ``"delta"``; a class of ``pyro.infer.autoguide``; a :class:`Guide`, returned as it
+            is; or a callable ``blora -> Guide``.
+        blora: the LLM whose latents the guide describes.
+        init_scale: largest initial standard deviation; scales start uniform on (init_scale / sqrt(2), init_scale).
+        seed: of the initial scales.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: something that is no guide.
+    """
+    loc = blora.adapter.loc.to(blora.device)
+    if isinstance(guide, str):
+        check_choice("guide", guide, NAMES)
+        if guide == "delta":
+            return DeltaGuide(loc)
+        return NormalGuide(loc, _initial_scale(init_scale, loc, seed))
+    if isinstance(guide, type) and issubclass(guide, autoguide.AutoGuide):
+        takes_scale = "init_scale" in guide.__init__.__code__.co_varnames
+        options: dict[str, Any] = {"init_scale": init_scale} if takes_scale else {}
+        return AutoFamily(blora.prior, guide, init_loc_fn=blora.init_loc, **options).to(blora.device)
+    if not isinstance(guide, Guide) and callable(guide):
+        guide = guide(blora)
+    if not isinstance(guide, Guide):
+        raise TypeError(
+            f"guide={guide!r}: expected one of {', '.join(NAMES)}, a class of pyro.infer.autoguide, a "
+            "scalabl_pyro.guides.Guide, or a callable blora -> Guide."
+        )
+    return guide
+
+
+def _initial_scale(largest: float, loc: torch.Tensor, seed: int) -> torch.Tensor:
+    """scale ~ Uniform(largest / sqrt(2), largest), as in the paper (there with largest = 0.05)."""
+    if not 0 < largest < float("inf"):
+        raise ValueError(f"init_scale={largest}: a standard deviation must be positive and finite.")
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(loc.shape, generator=generator, dtype=loc.dtype).to(loc.device)
+    return largest * (0.5**0.5 + (1 - 0.5**0.5) * uniform)

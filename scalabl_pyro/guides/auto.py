@@ -1,0 +1,85 @@
+"""Pyro's AutoGuides as posterior families."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import autoguide
+from torch import Tensor
+
+from .._rng import scoped_seed
+from ..priors import Prior
+from .base import Guide
+
+#: Need the likelihood, or a discrete site, where a family here is built from the prior alone.
+UNSUPPORTED = ("AutoLaplaceApproximation", "AutoStructured", "AutoDiscreteParallel", "AutoSemiDAIS", "AutoRegressiveMessenger")
+#: Choose their own start and refuse ``init_loc_fn``.
+WITHOUT_INIT_LOC = (autoguide.AutoNormalizingFlow,)
+#: Draws behind the mean of a family whose mean has no closed form.
+MEAN_DRAWS = 1000
+
+
+class AutoFamily(Guide):
+    """An AutoGuide over the latent sites of a prior.
+
+    AutoGuides learn which sites exist by tracing their model once. Here that model is the prior alone, so neither
+    building nor loading a guide runs the LLM. All rows of a batch share a draw.
+
+    Args:
+        prior: the program that samples the latents.
+        auto_class: a class of ``pyro.infer.autoguide``.
+        options: its keyword arguments, such as ``init_scale`` or ``rank``.
+        init_loc_fn: where the sites start.
+
+    Raises:
+        ValueError: a class that needs the likelihood.
+    """
+
+    family = "auto"
+    per_example = False
+
+    def __init__(
+        self,
+        prior: Prior,
+        auto_class: type[autoguide.AutoGuide],
+        *,
+        init_loc_fn: Callable[[Any], Tensor],
+        **auto_options: Any,
+    ) -> None:
+        super().__init__()
+        if auto_class.__name__ in UNSUPPORTED:
+            raise ValueError(
+                f"{auto_class.__name__} needs more than the prior of s: use it with stock SVI on a model of your own."
+            )
+        self._arguments = (prior, auto_class, init_loc_fn, auto_options)
+        if not issubclass(auto_class, WITHOUT_INIT_LOC):
+            auto_options = {"init_loc_fn": init_loc_fn, **auto_options}
+        with pyro.settings.context(module_local_params=True), scoped_seed(0):
+            self.auto = auto_class(prior, **auto_options)
+            self.auto()  # its prototype trace creates the parameters
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sample the latent sites; return s."""
+        return self.auto()["s"]
+
+    def mean(self) -> dict[str, Tensor]:
+        """The median, which is the mean of the symmetric families; of flows the average of MEAN_DRAWS draws."""
+        try:
+            return self.auto.median()
+        except NotImplementedError:
+            with torch.no_grad(), scoped_seed(0, next(self.parameters()).device):
+                draws = [self.auto() for _ in range(MEAN_DRAWS)]
+            return {name: torch.stack([d[name] for d in draws]).mean(0) for name in draws[0]}
+
+    def options(self) -> dict[str, Any]:
+        """Class and keyword arguments."""
+        _, auto_class, _, auto_options = self._arguments
+        return {"class": auto_class.__name__, **auto_options}
+
+    def snapshot(self) -> Guide:
+        """A rebuilt copy: deepcopy would break the AutoGuide it copies, which drops its model to be pickled."""
+        prior, auto_class, init_loc_fn, auto_options = self._arguments
+        other = AutoFamily(prior, auto_class, init_loc_fn=init_loc_fn, **auto_options)
+        other.load_state_dict(self.state_dict())
+        return other.cpu().requires_grad_(False)

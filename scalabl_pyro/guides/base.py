@@ -1,0 +1,38 @@
+"""What every variational family offers: a Pyro program over the latents, and its centre."""
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+from .._pyro import Program
+
+
+class Guide(Program):
+    """A posterior family q over the latent sites of a prior, as a Pyro program.
+
+    Subclasses write ``forward`` (sample every latent site, ``"s"`` at least, with event shape (D,)) and
+    ``mean``. Parameters whose name contains ``scale`` get the learning rate of scales in :func:`scalabl_pyro.fit`,
+    the others that of locations. See the how-to page *Own guide*.
+    """
+
+    #: Name under which a posterior of this family is saved and rebuilt; None needs the caller's help on loading.
+    family: str | None = None
+    #: Whether the sites may stand in a plate over rows, so that each example of a batch has its own draw.
+    per_example: bool = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sample the latent sites and return s, (..., D); the arguments of the model are ignored."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(*args, **kwargs).")
+
+    def mean(self) -> dict[str, Tensor]:
+        """The posterior mean (of skewed families the median) of each latent site."""
+        raise NotImplementedError(f"{type(self).__name__} must define mean().")
+
+    def options(self) -> dict[str, Any]:
+        """JSON-able options that rebuild the family beside its tensors."""
+        return {}
+
+    def snapshot(self) -> "Guide":
+        """A copy on the CPU that later training does not change."""
+        return copy.deepcopy(self).cpu().requires_grad_(False)

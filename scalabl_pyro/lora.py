@@ -1,0 +1,271 @@
+"""LoRA layers whose bottleneck is scaled by a latent vector (torch and peft only).
+
+For a layer with frozen weight W0 (out x in), factors A (r x in), B (out x r) and gamma = lora_alpha / r,
+
+    y = W0 x + gamma * B (s * (A x))                      (Samplawski et al., UAI 2025, section 3)
+
+PEFT injects the layers and calls W0; a LoRA *variant* computes the second term. What a forward pass
+computes with (s, and for a frozen posterior also A, B and trained heads) is bound for the duration of
+that pass in a context variable, so that no draw is ever written into a shared module.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+
+from .subspace import Subspace
+
+Factors = tuple[tuple[Tensor, Tensor], ...]
+"""(A, B) of each layer, in the order of the subspace."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one forward pass of an adapter computes with."""
+
+    factors: Factors  # gauge applied, in the dtype of each layer
+    s: tuple[Tensor, ...]  # gamma * s of each layer, (r,) or (rows, r)
+    positions: Tensor | None  # (rows,) the only token of each row that the output head sees
+    heads: Mapping[str, nn.Module] | None  # replacements for the trained heads
+
+
+_SERIAL = itertools.count()
+_BOUND: ContextVar[Mapping["Adapter", Bound | None]] = ContextVar("scalabl_pyro_bound", default={})
+
+
+class Adapter:
+    """The LoRA layers inside one module, and the latents that flow through them.
+
+    Args:
+        module: the user's module, already carrying the layers.
+        layers: PEFT LoRA layers in the order of ``subspace``.
+        subspace: names, ranks and shapes of the layers.
+        adapter_name: PEFT's name of the adapter.
+        loc: (D,) the value of s outside of any draw.
+        gauge: ``"unit_rows"`` computes with the rows of A at unit norm, ``"free"`` with A as it is.
+            (s, A) -> (c s, A / c) leaves the function unchanged, so only a fixed gauge gives the prior of
+            s an absolute meaning.
+        heads: float32 copies of newly initialised heads, trained in full.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Sequence[LoraLayer],
+        subspace: Subspace,
+        *,
+        adapter_name: str,
+        loc: Tensor,
+        gauge: str = "unit_rows",
+        heads: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.module = module
+        self.original = module  # what unload() returns: the PeftModel around the module, for instance
+        self.layers = tuple(layers)
+        self.subspace = subspace
+        self.adapter_name = adapter_name
+        self.loc = loc
+        self.gauge = gauge
+        self.heads = dict(heads or {})
+        self.serial = next(_SERIAL)  # names it in Pyro's global store; an id() could be reused
+        self.restore: list[Callable[[], object]] = []  # what unload() undoes, last first
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first layer lives; latents are drawn there."""
+        return self.factors()[0][0].device
+
+    def factors(self) -> Factors:
+        """The trainable (A, B) of each layer: (r, in) and (out, r)."""
+        name = self.adapter_name
+        return tuple((layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in self.layers)
+
+    def prepare(self, factors: Factors) -> Factors:
+        """Apply the gauge and cast to the compute dtype of each layer.
+
+        Layers of one shape are stacked, because a step with two small kernels a layer is bound by launches.
+        """
+        dtypes = [_compute_dtype(layer, A) for layer, (A, _) in zip(self.layers, factors, strict=True)]
+        rows = [A for A, _ in factors]
+        if self.gauge == "unit_rows":
+            rows = _map_stacked(lambda A: F.normalize(A, dim=-1), rows)
+        return tuple(
+            zip(_cast_stacked(rows, dtypes), _cast_stacked([B for _, B in factors], dtypes), strict=True)
+        )
+
+    @contextmanager
+    def bind(
+        self,
+        s: Tensor,
+        *,
+        positions: Tensor | None = None,
+        factors: Factors | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+    ) -> Iterator[None]:
+        """Compute with the latents ``s`` (D,) or (rows, D) inside the context.
+
+        Args:
+            s: one latent vector for all rows of the input, or one a row.
+            positions: (rows,) index of the token whose logits are wanted; the output head then sees one
+                token a row, and (rows, tokens, vocabulary) is never built.
+            factors: *prepared* factors of a frozen posterior; default: the module's own.
+            heads: trained heads of a frozen posterior; default: the adapter's own.
+        """
+        prepared = self.prepare(self.factors()) if factors is None else factors
+        scaled = tuple(
+            layer.scaling[self.adapter_name] * part.to(A.device)
+            for layer, part, (A, _) in zip(self.layers, self.subspace.split(s), prepared, strict=True)
+        )
+        token = _BOUND.set({**_BOUND.get(), self: Bound(prepared, scaled, positions, heads)})
+        try:
+            yield
+        finally:
+            _BOUND.reset(token)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The untouched base model inside the context."""
+        token = _BOUND.set({**_BOUND.get(), self: None})
+        try:
+            yield
+        finally:
+            _BOUND.reset(token)
+
+    def bound_layer(self, index: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(A, B, gamma * s) that layer ``index`` computes with now; None when the adapter is disabled."""
+        bound = _BOUND.get().get(self, _UNBOUND)
+        if bound is None:
+            return None
+        if bound is not _UNBOUND:
+            return (*bound.factors[index], bound.s[index])
+        layer = self.layers[index]
+        A, B = self.factors()[index]
+        A = F.normalize(A, dim=-1) if self.gauge == "unit_rows" else A
+        s = self.subspace.split(self.loc)[index].to(A.device)
+        return A, B, layer.scaling[self.adapter_name] * s
+
+    def unload(self) -> nn.Module:
+        """Put the original module back, bit for bit, and return it."""
+        while self.restore:
+            self.restore.pop()()
+        return self.original
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters added: ``lora`` (A and B), ``latents`` (D), ``variational`` (2 D, as the paper counts)."""
+        lora = sum(A.numel() + B.numel() for A, B in self.factors())
+        return {"lora": lora, "latents": self.subspace.dim, "variational": 2 * self.subspace.dim}
+
+    # hooks -------------------------------------------------------------------------------------
+
+    def select_positions(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook of the output head: keep one token of each row."""
+        bound = _BOUND.get().get(self)
+        if bound is None or bound.positions is None:
+            return None
+        hidden, *rest = args
+        positions = bound.positions.to(hidden.device)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return (hidden[rows, positions].unsqueeze(1), *rest)
+
+    def replace_head(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        """Forward hook of a new head: answer with the trained copy, in its own (float32) precision."""
+
+        def hook(original: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            bound = _BOUND.get().get(self, _UNBOUND)
+            if bound is None:
+                return output
+            frozen = None if bound is _UNBOUND else bound.heads
+            head = (frozen or self.heads)[name]
+            dtype = next(head.parameters()).dtype
+            return head(*(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args))
+
+        return hook
+
+
+_UNBOUND = Bound((), (), None, None)
+
+
+class SubspaceVariant(LoraVariant):
+    """PEFT LoRA variant that scales the bottleneck A x by the bound latents."""
+
+    def __init__(self, adapter: Adapter, index: int) -> None:
+        self.adapter = adapter
+        self.index = index
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def forward(  # type: ignore[override]  # PEFT calls it on the instance
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        bound = self.adapter.bound_layer(self.index)
+        if bound is None:
+            return result
+        A, B, s = bound
+        hidden = F.linear(module.lora_dropout[active_adapter](x), A.to(x.dtype))
+        hidden = (hidden * self._align(s, hidden)).to(x.dtype)
+        if not result.is_contiguous():
+            return result + F.linear(hidden, B.to(x.dtype))
+        delta = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), B.to(x.dtype).T)
+        return delta.view_as(result)
+
+    def _align(self, s: Tensor, hidden: Tensor) -> Tensor:
+        """(rows, r) latents as (rows, 1, ..., 1, r), against hidden (rows, ..., r)."""
+        if s.dim() == 1:
+            return s
+        if hidden.shape[0] != s.shape[0]:
+            name = self.adapter.subspace.names[self.index]
+            raise ValueError(
+                f"Layer {name!r} sees {hidden.shape[0]} rows where the batch has {s.shape[0]}: it mixes or "
+                "flattens the rows (mixture of experts, packed sequences), so that rows cannot carry draws of "
+                "their own. Use draws='shared', or leave this layer out of target_modules."
+            )
+        return s.view(s.shape[0], *([1] * (hidden.dim() - 2)), s.shape[1])
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to add: the latents live outside of the module."""
+
+    @staticmethod
+    def _refuse_merge(*args: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError(
+            "A Bayesian LoRA layer holds a distribution over weights and cannot be merged into one weight. "
+            "Predict with posterior.predict(...), or call blora.unload() for the original module."
+        )
+
+    merge_safe = merge_unsafe = unmerge = _refuse_merge
+
+
+def _compute_dtype(layer: LoraLayer, A: Tensor) -> torch.dtype:
+    """The dtype of an ordinary base weight; quantised layers (int8, float8, ...) decide when they see x."""
+    dtype = getattr(getattr(layer.get_base_layer(), "weight", None), "dtype", None)
+    return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64) else A.dtype
+
+
+def _cast_stacked(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    out = list(tensors)
+    for dtype in set(dtypes):
+        todo = [i for i, t in enumerate(tensors) if dtypes[i] == dtype and t.dtype != dtype]
+        for i, t in zip(todo, _map_stacked(lambda x, d=dtype: x.to(d), [tensors[i] for i in todo]), strict=True):
+            out[i] = t
+    return out
+
+
+def _map_stacked(fn: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``[fn(t) for t in tensors]`` for a batched ``fn``, with one call for all tensors of one shape."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, t in enumerate(tensors):
+        groups.setdefault((t.shape, t.dtype, t.device), []).append(i)
+    out: list[Tensor] = list(tensors)
+    for members in groups.values():
+        for i, value in zip(members, fn(torch.stack([tensors[i] for i in members])).unbind(0), strict=True):
+            out[i] = value
+    return out

@@ -1,0 +1,258 @@
+"""The Pyro programs: a Hugging Face LLM as a function of the latents s, and the joint model of a task."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor, nn
+
+from ._pyro import Program
+from .adapted import AdaptedLLM
+from .attach import attach
+from .data import Batch
+from .likelihoods import Task
+from .lora import Adapter
+from .priors import Prior, PriorLike, as_prior
+from .subspace import Subspace
+from .targets import TargetModules
+
+
+def bayesian_lora(
+    module: nn.Module,
+    *,
+    r: int | None = None,
+    lora_alpha: float | None = None,
+    target_modules: TargetModules = None,
+    layers_to_transform: int | Iterable[int] | None = None,
+    lora_dropout: float = 0.0,
+    prior: PriorLike = 1.0,
+    gauge: str = "unit_rows",
+    train_also: Sequence[str] | None = None,
+    seed: int = 0,
+) -> "BayesianLoRA":
+    """Give a module LoRA adapters with a latent vector s inside each layer, y = W0 x + gamma B (s * A x).
+
+    The module is changed in place (its linear layers are wrapped by PEFT) and its weights are frozen;
+    ``blora.unload()`` puts it back bit for bit. A module that already carries a PEFT LoRA adapter keeps the
+    function it computes: its factors are rewritten as B diag(s) A with orthonormal rows of A.
+
+    Args:
+        module: a Hugging Face causal LM or classifier, or any module with linear layers.
+        r: rank of the factors, latents a layer (default 8).
+        lora_alpha: gamma = lora_alpha / r (default 16).
+        target_modules: path suffixes, a regular expression, ``"all-linear"``, a predicate ``(path, module)``, or
+            None for the paper's choice: query and value projections and the LM head.
+        layers_to_transform: adapt these blocks only; the upper half costs much less.
+        lora_dropout: dropout on the input of A; 0 in the paper.
+        prior: scale of Normal(0, scale), a Pyro distribution, a callable ``layer -> distribution``, or a
+            :class:`~scalabl_pyro.priors.Prior`.
+        gauge: ``"unit_rows"`` keeps the rows of A at unit norm, so that the prior of s has an absolute meaning;
+            ``"free"`` does not.
+        train_also: modules trained in full (point estimates) and saved; default: the new head of a Hugging Face
+            classifier.
+        seed: of the initial factors; the global random state is left alone.
+
+    Returns:
+        A PyroModule to call in place of the LLM.
+
+    Raises:
+        ValueError: targets that match nothing, a rank larger than a layer, a module wrapped twice.
+        TypeError: a layer kind that cannot carry latents, a prior that is none.
+
+    References:
+        Samplawski et al., Scalable Bayesian Low-Rank Adaptation of Large Language Models via Stochastic
+        Variational Subspace Inference, UAI 2025, section 3.
+    """
+    adapter = attach(
+        module,
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=target_modules,
+        layers_to_transform=layers_to_transform,
+        lora_dropout=lora_dropout,
+        gauge=gauge,
+        train_also=train_also,
+        seed=seed,
+    )
+    try:
+        return BayesianLoRA(adapter, prior=prior)
+    except (TypeError, ValueError):
+        adapter.unload()
+        raise
+
+
+class BayesianLoRA(Program):
+    """An LLM as a Pyro program over the D latents of its LoRA layers.
+
+    Calling it samples the site ``"s"`` from the prior (or takes ``s=``), and runs the LLM with it. The base model
+    is no submodule: it never enters a trace, and ``parameters()`` are the trainable ones alone. Batches of draws
+    are folded into the rows of the input, so ``Trace_ELBO(vectorize_particles=True)``,
+    ``Predictive(parallel=True)`` and plates over rows work unchanged.
+
+    Attributes:
+        subspace: names, offsets and ranks of the layers.
+        prior: the Pyro program that samples s.
+    """
+
+    def __init__(self, adapter: Adapter, *, prior: PriorLike = 1.0) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.prior = as_prior(prior, adapter.subspace).to(adapter.device)
+        self.point_estimates = _point_estimates(adapter)
+        self._adapted = AdaptedLLM(adapter)
+
+    @property
+    def llm(self) -> nn.Module:
+        """The adapted module."""
+        return self.adapter.module
+
+    @property
+    def subspace(self) -> Subspace:
+        """Which latent belongs to which layer."""
+        return self.adapter.subspace
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first adapted layer, where s is sampled."""
+        return self.adapter.device
+
+    def forward(self, *args: Any, s: Tensor | None = None, positions: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run the LLM with latents s, by default sampled from the prior; see :class:`~scalabl_pyro.adapted.AdaptedLLM`.
+
+        Args:
+            args: positional inputs of the LLM, rows first.
+            s: (..., D) latents instead of the site ``"s"``.
+            positions: (B,) the only token of each row whose logits are wanted.
+            kwargs: keyword inputs of the LLM.
+
+        Returns:
+            What the LLM returns, its tensors with the broadcast batch shape of s and the rows in front.
+        """
+        self._register_with_pyro()
+        s = self.sample_latents() if s is None else s
+        return self._adapted(*args, s=s, positions=positions, **kwargs)
+
+    def sample_latents(self) -> Tensor:
+        """Sample s, (..., D), from the prior, or take it from the guide or from conditioned draws in a trace."""
+        with _KeepPlates():
+            return self.prior()
+
+    def init_loc(self, site: Mapping[str, Any]) -> Tensor:
+        """``init_loc_fn`` for Pyro's AutoGuides: the paper's start for s, a prior draw for any other site."""
+        if site["name"] == "s":
+            return self.adapter.loc.to(self.device).expand(site["fn"].shape()).clone()
+        return site["fn"].sample().detach()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The untouched base model inside the context."""
+        with self.adapter.disabled():
+            yield
+
+    def unload(self) -> nn.Module:
+        """Put the original module back, bit for bit, and return it."""
+        return self.adapter.unload()
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters added to the base model: ``lora`` (A and B), ``latents`` (D), ``variational`` (2 D)."""
+        return self.adapter.num_parameters()
+
+    def extra_repr(self) -> str:
+        n = self.num_parameters()
+        return f"{type(self.llm).__name__}: {len(self.subspace)} layers, {n['latents']} latents, {n['lora']} LoRA parameters"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "BayesianLoRA":
+        self.llm._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> "BayesianLoRA":
+        """Set the train mode of the LLM too."""
+        self.llm.train(mode)
+        return super().train(mode)
+
+    def _register_with_pyro(self) -> None:
+        """Tell stock SVI, which optimises what is in Pyro's global store, about A, B and heads.
+
+        ELBO modules (``Trace_ELBO()(model, guide)``) find them as ``parameters()``; there, a param site for each
+        of hundreds of factors would only cost time.
+        """
+        if am_i_wrapped() and not pyro.settings.get("module_local_params"):
+            pyro.module(f"scalabl_pyro.{self.adapter.serial}", self._modules["point_estimates"])
+
+
+class TaskModel(nn.Module):
+    """The joint model of a data set: s ~ prior, y_n ~ likelihood(LLM(x_n; s)).
+
+    Args:
+        blora: the LLM.
+        task: the likelihood.
+        num_data: N, the size of the whole training set, by which minibatches are scaled.
+        draws: ``"per_example"`` gives each row of a batch its own s, which makes the ELBO's gradient noise fall
+            with the batch size; ``"shared"`` gives all rows one.
+    """
+
+    def __init__(self, blora: BayesianLoRA, task: Task, *, num_data: int, draws: str = "shared") -> None:
+        super().__init__()
+        self.blora = blora
+        self.task = task
+        self.num_data = num_data
+        self.draws = draws
+
+    def forward(self, batch: Batch, kl_weight: float = 1.0) -> Tensor:
+        """Sample s and y for a batch; y is observed when the batch has targets.
+
+        Args:
+            batch: B rows of the data set.
+            kl_weight: weight of the log prior; the guide must carry the same, see :func:`latent_scope`.
+        """
+        with latent_scope(batch, kl_weight, draws=self.draws):
+            s = self.blora.sample_latents()
+        outputs = self.task.outputs(self.blora, batch, s)
+        with pyro.plate("data", self.num_data, subsample=batch.index):
+            return pyro.sample("label", self.task(outputs, batch), obs=batch.target)
+
+
+@contextmanager
+def latent_scope(batch: Batch, kl_weight: float = 1.0, *, draws: str) -> Iterator[None]:
+    """Where the site s is sampled, in model and guide alike.
+
+    With per-example draws, s stands in a plate over the B rows and its log density is scaled by 1 / B: the average
+    over rows of log p(s_b) - log q(s_b) is an unbiased estimate of -KL(q || p).
+    """
+    with ExitStack() as stack:
+        if draws == "per_example":
+            stack.enter_context(pyro.plate("rows", len(batch), dim=-1))
+            kl_weight = kl_weight / len(batch)
+        if kl_weight != 1.0:
+            stack.enter_context(poutine.scale(scale=kl_weight))
+        yield
+
+
+def _point_estimates(adapter: Adapter) -> nn.Module:
+    """The trainable tensors of an adapter under names without dots: ``path/A``, ``path/B``, heads."""
+    container = nn.ParameterDict()
+    for layer, (A, B) in zip(adapter.subspace, adapter.factors(), strict=True):
+        container[f"{layer.name}/A".replace(".", "/")] = A
+        container[f"{layer.name}/B".replace(".", "/")] = B
+    for name, head in adapter.heads.items():
+        for key, parameter in head.named_parameters():
+            container[f"{name}/{key}".replace(".", "/")] = parameter
+    return container
+
+
+class _KeepPlates(Messenger):
+    """Give a latent the plate dimensions of its site.
+
+    ``Predictive(parallel=True)`` conditions on draws (S, D) in a plate of shape (S, 1), because it cannot know that D
+    is an event dimension; without the 1, draws would be taken for rows.
+    """
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        shape = msg["fn"].shape()
+        if msg["value"].shape != shape and msg["value"].numel() == shape.numel():
+            msg["value"] = msg["value"].reshape(shape)

@@ -1,0 +1,108 @@
+"""The ELBO of a task: the guide under the model's scope, the choice of estimator, and what went wrong when it is NaN.
+
+    elbo = E_q[ sum_n log p(y_n | x_n, s) ] - kl_weight * KL(q || p)         nats per data set, higher is better
+    loss = -elbo / N                                                         nats per example, lower is better
+"""
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from .data import Batch
+from .guides import Guide
+from .model import TaskModel, latent_scope
+from .priors import Prior
+
+
+class ScopedGuide(nn.Module):
+    """A guide with the arguments and the scope (plate over rows, KL weight) of a :class:`TaskModel`."""
+
+    def __init__(self, guide: Guide, *, draws: str) -> None:
+        super().__init__()
+        self.guide = guide
+        self.draws = draws
+
+    def forward(self, batch: Batch, kl_weight: float = 1.0) -> Any:
+        """Sample the latent sites for a batch."""
+        with latent_scope(batch, kl_weight, draws=self.draws):
+            return self.guide()
+
+
+class RecordNLL(Messenger):
+    """Keeps the negative log likelihood, in nats per example, of the last run of the model under it."""
+
+    value: Tensor | None = None
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == "label" and msg["is_observed"]:
+            with torch.no_grad():
+                self.value = -msg["fn"].log_prob(msg["value"]).mean()
+
+
+def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
+    """Traces of guide and prior, after checking that the guide covers exactly the prior's latents.
+
+    Raises:
+        ValueError: the guide misses a site, invents one, gives it another shape, or can leave its support.
+    """
+    q, p = poutine.trace(guide).get_trace(), poutine.trace(prior).get_trace()
+    sites = {name: p.nodes[name] for name in p.stochastic_nodes}
+    covered = {name: q.nodes[name] for name in q.stochastic_nodes}
+    if "s" not in sites:
+        raise ValueError(f"The prior samples {sorted(sites)}, but not the site 's'.")
+    if missing := sorted(set(sites) - set(covered)):
+        raise ValueError(f"The guide does not sample {missing}: each latent of the prior needs a pyro.sample in it.")
+    extra = [n for n in covered if n not in sites and not covered[n]["infer"].get("is_auxiliary")]
+    if extra:
+        raise ValueError(
+            f"The guide samples {extra}, which the prior lacks: rename them to one of {sorted(sites)}, or mark them "
+            "infer={'is_auxiliary': True}."
+        )
+    for name, site in sites.items():
+        expected, got = site["value"].shape, covered[name]["value"].shape
+        if expected != got:
+            raise ValueError(f"Site {name!r} has shape {tuple(got)} in the guide, {tuple(expected)} in the prior.")
+        if not site["fn"].support.check(covered[name]["value"]).all():
+            raise ValueError(
+                f"The guide puts {name!r} outside the support of its prior ({site['fn'].support}): choose a guide with "
+                "that support, such as a Pyro AutoGuide."
+            )
+    return q, p
+
+
+def default_elbo(guide: Guide, prior: Prior) -> ELBO:
+    """The analytic-KL ELBO where every latent of guide and prior has a closed-form KL, else ``Trace_ELBO``."""
+    q, p = check_sites(guide, prior)
+    if set(q.stochastic_nodes) != set(p.stochastic_nodes):  # auxiliary sites: nothing is in closed form
+        return Trace_ELBO()
+    try:
+        for name in p.stochastic_nodes:
+            kl_divergence(q.nodes[name]["fn"], p.nodes[name]["fn"])
+    except NotImplementedError:
+        return Trace_ELBO()
+    return TraceMeanField_ELBO()
+
+
+@torch.no_grad()
+def explain_nonfinite(model: TaskModel, guide: ScopedGuide, batch: Batch) -> str:
+    """Which site of guide or model is not finite on this batch, in words."""
+    with pyro.validation_enabled(False):
+        q = poutine.trace(guide).get_trace(batch)
+        for name in q.stochastic_nodes:
+            if not torch.isfinite(q.nodes[name]["value"]).all():
+                return f"site {name!r} of the guide (its draws are not finite: lower the learning rates of the guide)"
+        p = poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
+        for name in (*p.stochastic_nodes, *p.observation_nodes):
+            site = p.nodes[name]
+            bad = ~torch.isfinite(site["fn"].log_prob(site["value"]))
+            if bad.any():
+                rows = batch.index[bad.nonzero()[:, -1].unique()].tolist() if bad.dim() else "all"
+                return f"site {name!r} of the model (log density not finite for examples {rows})"
+    return "no single site (every log density is finite now; the sum or the gradient overflows)"

@@ -1,0 +1,255 @@
+"""Prediction over fixed draws: draw 3 is the same function of the input on every batch."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro.distributions as dist
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import metrics
+from ._rng import scoped_seed
+from .adapted import AdaptedLLM, eval_mode
+from .data import Batch, Example, evaluation_batches
+from .likelihoods import Task, at_least_float32
+
+logger = logging.getLogger(__name__)
+
+Array = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Class probabilities of N rows under S draws.
+
+    Uncertainties are in nats and split as H[E p] = E H[p] + I: total = aleatoric + epistemic (Depeweg et al., 2018).
+
+    Attributes:
+        log_probs: (S, N, C) log probabilities of each draw; -inf for choices that a row lacks.
+        target: (N,) class indices, or None.
+        classes: names of the C classes.
+        is_mean: whether the only draw is the posterior mean (``num_draws=0``).
+        seconds: time the prediction took.
+    """
+
+    log_probs: Array
+    target: NDArray[np.integer] | None
+    classes: tuple[str, ...]
+    is_mean: bool = False
+    seconds: float = float("nan")
+
+    @property
+    def num_draws(self) -> int:
+        """S; 0 for the posterior mean."""
+        return 0 if self.is_mean else len(self.log_probs)
+
+    @property
+    def probs(self) -> Array:
+        """(N, C) probabilities averaged over draws."""
+        return np.exp(self.log_probs).mean(0)
+
+    @property
+    def labels(self) -> NDArray[np.integer]:
+        """(N,) most probable class."""
+        return self.probs.argmax(1)
+
+    @property
+    def total(self) -> Array:
+        """(N,) entropy of the averaged probabilities."""
+        return metrics.entropy(self.probs)
+
+    @property
+    def aleatoric(self) -> Array:
+        """(N,) entropy of a draw, averaged: what more data could not remove."""
+        return metrics.entropy(np.exp(self.log_probs)).mean(0)
+
+    @property
+    def epistemic(self) -> Array:
+        """(N,) mutual information of answer and draw: where the draws disagree."""
+        return np.maximum(self.total - self.aleatoric, 0.0)
+
+    @property
+    def log_likelihood(self) -> Array:
+        """(S, N) log probability of the target under each draw."""
+        return np.take_along_axis(self.log_probs, self._labelled()[None, :, None], axis=2)[..., 0]
+
+    def metrics(self, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+        """Accuracy, NLL, calibration and selective-prediction metrics; see :mod:`scalabl_pyro.metrics`."""
+        return metrics.classification_report(self.probs, self._labelled(), bootstrap=bootstrap, level=level, seed=seed)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One line a row: predicted class, its probability, uncertainties, and the target where known."""
+        frame = pd.DataFrame(
+            {
+                "prediction": np.asarray(self.classes, dtype=object)[self.labels],
+                "probability": self.probs.max(1),
+                "total": self.total,
+                "aleatoric": self.aleatoric,
+                "epistemic": self.epistemic,
+            }
+        )
+        if self.target is not None:
+            frame["target"] = np.asarray(self.classes, dtype=object)[self.target]
+        return frame
+
+    def _labelled(self) -> NDArray[np.integer]:
+        if self.target is None:
+            raise ValueError("These rows have no answers, so nothing can be scored: predict on rows that have them.")
+        return self.target
+
+
+@dataclass(frozen=True)
+class NumericPrediction:
+    """Predictive moments of N numbers under S draws, for likelihoods that are not categorical.
+
+    Uncertainties are variances and split by the law of total variance: total = aleatoric + epistemic.
+
+    Attributes:
+        means: (S, N) mean of each draw's likelihood.
+        variances: (S, N) its variance.
+        replicates: (S, N) one simulated answer a draw.
+        log_density: (S, N) log density of the target, or None.
+        target: (N,) numbers, or None.
+        is_mean: whether the only draw is the posterior mean (``num_draws=0``).
+        seconds: time the prediction took.
+    """
+
+    means: Array
+    variances: Array
+    replicates: Array
+    log_density: Array | None
+    target: Array | None
+    is_mean: bool = False
+    seconds: float = float("nan")
+
+    @property
+    def num_draws(self) -> int:
+        """S; 0 for the posterior mean."""
+        return 0 if self.is_mean else len(self.means)
+
+    @property
+    def mean(self) -> Array:
+        """(N,) predictive mean."""
+        return self.means.mean(0)
+
+    @property
+    def total(self) -> Array:
+        """(N,) predictive variance."""
+        return self.aleatoric + self.epistemic
+
+    @property
+    def aleatoric(self) -> Array:
+        """(N,) variance of the likelihood, averaged over draws."""
+        return self.variances.mean(0)
+
+    @property
+    def epistemic(self) -> Array:
+        """(N,) variance of the draws' means."""
+        return self.means.var(0)
+
+    @property
+    def log_likelihood(self) -> Array:
+        """(S, N) log density of the target under each draw."""
+        if self.log_density is None:
+            raise ValueError("These rows have no answers, so nothing can be scored: predict on rows that have them.")
+        return self.log_density
+
+    def metrics(self) -> pd.DataFrame:
+        """RMSE, MAE and NLL (nats) of the predictive mixture, as one row ``value``."""
+        error = self.mean - self.target
+        log_mixture = np.logaddexp.reduce(self.log_likelihood, axis=0) - np.log(len(self.means))
+        row = {"rmse": float(np.sqrt((error**2).mean())), "mae": float(np.abs(error).mean()), "nll": float(-log_mixture.mean())}
+        return pd.DataFrame([row], index=["value"])
+
+
+@torch.no_grad()
+def predict(
+    llm: AdaptedLLM,
+    task: Task,
+    s: Tensor,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    draws_per_pass: int | None = None,
+    is_mean: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> Prediction | NumericPrediction:
+    """Predict every example under every draw.
+
+    All draws of a batch share one pass through the LLM; when that runs out of memory, the number of draws a pass is
+    halved and the batch repeated. The result does not depend on either.
+
+    Args:
+        llm: the LLM with the factors of a posterior.
+        task: the likelihood.
+        s: (S, D) draws.
+        examples: tokenised rows.
+        batch_size: rows of data a pass.
+        draws_per_pass: draws a pass at most; default all.
+        is_mean: marks the only draw as the posterior mean.
+        seed: of the simulated answers of a likelihood over numbers.
+        progress: show a progress bar.
+    """
+    start = time.perf_counter()
+    device = llm.adapter.device
+    chunk = min(draws_per_pass or len(s), len(s))
+    s = s.to(device)
+    parts: list[tuple[Tensor, dict[str, Tensor]]] = []
+    batches = list(evaluation_batches(examples, batch_size, task.pad_token_id))
+    bar = tqdm(batches, disable=not progress, desc="predict", unit="batch")
+    with eval_mode(llm.llm), scoped_seed(seed, device), bar:
+        for batch in bar:
+            while True:
+                try:
+                    moments = [_moments(llm, task, part, batch.to(device)) for part in s.split(chunk)]
+                    break
+                except torch.OutOfMemoryError:
+                    if chunk == 1:
+                        raise
+                    chunk = -(-chunk // 2)
+                    torch.cuda.empty_cache()
+                    logger.warning("out of memory: going on with %d draws a pass", chunk)
+            parts.append((batch.index, {k: torch.cat([m[k] for m in moments]) for k in moments[0]}))
+    order = torch.cat([index for index, _ in parts]).argsort()
+    joined = {k: torch.cat([m[k] for _, m in parts], dim=1)[:, order] for k in parts[0][1]}
+    return _as_prediction(joined, task, examples, is_mean=is_mean, seconds=time.perf_counter() - start)
+
+
+def _moments(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """What is kept of the likelihood of a batch (B rows) under P draws, each (P, B, ...), on the CPU."""
+    d = task.likelihood(task.outputs(llm, batch, s.unsqueeze(1)), batch)
+    if isinstance(d, dist.Categorical):
+        kept = {"log_probs": at_least_float32(d.logits).log_softmax(-1)}
+    else:
+        kept = {"means": d.mean, "variances": d.variance, "replicates": d.sample()}
+        if batch.target is not None:
+            kept["log_density"] = d.log_prob(batch.target)
+    shape = (len(s), len(batch))
+    return {k: v.expand(*shape, *v.shape[2:]).cpu() for k, v in kept.items()}
+
+
+def _as_prediction(
+    kept: dict[str, Tensor], task: Task, examples: Sequence[Example], *, is_mean: bool, seconds: float
+) -> Prediction | NumericPrediction:
+    for name, value in kept.items():
+        if torch.isnan(value).any():
+            rows = torch.isnan(value).nonzero()[:, 1].unique()[:10].tolist()
+            raise FloatingPointError(f"The {name} of rows {rows} are NaN: check the model's dtype and these inputs.")
+    targets = [e.target for e in examples]
+    target: Any = None if any(t is None for t in targets) else np.asarray(targets)
+    arrays = {k: v.numpy() for k, v in kept.items()}
+    if "log_probs" not in arrays:
+        arrays.setdefault("log_density", None)
+        return NumericPrediction(target=target, is_mean=is_mean, seconds=seconds, **arrays)
+    log_probs = arrays["log_probs"]
+    classes = task.classes or tuple(str(c) for c in range(log_probs.shape[-1]))
+    used = max((e.extras.get("num_choices", len(classes)) for e in examples), default=len(classes))
+    return Prediction(log_probs[..., :used], target, tuple(classes[:used]), is_mean=is_mean, seconds=seconds)

@@ -1,0 +1,137 @@
+"""Priors over the latents s: a scale, a Pyro distribution, or one distribution a layer."""
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from ._pyro import Program
+from .subspace import Layer, Subspace
+
+
+class Prior(Program):
+    """A Pyro program that samples the site ``"s"``, the vector of all D latents.
+
+    Subclass it and write ``forward`` for a prior with latents or parameters of its own; the site's event shape
+    must be (D,): ``pyro.sample("s", dist.Normal(...).to_event(1))``. See the how-to page *Own prior*.
+    """
+
+    def forward(self) -> Tensor:
+        """Sample s, (..., D)."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(), which samples the site 's'.")
+
+
+class FixedPrior(Prior):
+    """A distribution without parameters of its own to learn.
+
+    Args:
+        family: a class of ``pyro.distributions``.
+        parameters: its constructor arguments, with batch shape (D,) and no event dimensions, or event shape (D,).
+    """
+
+    def __init__(self, family: type[dist.TorchDistribution], parameters: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.family = family
+        self.parameter_names = tuple(parameters)
+        for name, value in parameters.items():
+            self.register_buffer(name, value)
+
+    def distribution(self) -> dist.TorchDistribution:
+        """The prior of s, event shape (D,)."""
+        base = self.family(**{name: getattr(self, name) for name in self.parameter_names})
+        return base if base.event_shape else base.to_event(1)
+
+    def forward(self) -> Tensor:
+        """Sample s, (..., D)."""
+        return pyro.sample("s", self.distribution())
+
+    def extra_repr(self) -> str:
+        return f"{self.family.__name__}({', '.join(self.parameter_names)})"
+
+
+PriorLike = float | dist.TorchDistribution | Prior | Callable[[Layer], dist.TorchDistribution]
+
+
+def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
+    """The Pyro program of a prior.
+
+    Args:
+        prior: the scale (standard deviation) of Normal(0, scale); a Pyro distribution with batch shape () or
+            (D,), or event shape (D,); a callable ``layer -> distribution`` of batch shape () or (r,), one family
+            for all layers; or a :class:`Prior`, returned as it is.
+        subspace: the D latents and their layers.
+
+    Raises:
+        TypeError: ``prior`` is none of these.
+        ValueError: a scale that is not positive, or shapes that do not fit the latents.
+    """
+    if isinstance(prior, Prior):
+        return prior
+    if isinstance(prior, int | float):
+        if not 0 < prior < float("inf"):
+            raise ValueError(f"prior={prior}: a scale (standard deviation) must be positive and finite.")
+        prior = dist.Normal(0.0, float(prior))
+    if isinstance(prior, torch.distributions.Distribution):
+        family, parameters = _decompose(prior)
+        return FixedPrior(family, {k: _spread(prior, v, subspace.dim) for k, v in parameters.items()})
+    if callable(prior):
+        return _per_layer(prior, subspace)
+    raise TypeError(
+        f"prior={prior!r}: expected a scale, a Pyro distribution such as dist.Normal(0., 1.), a callable "
+        "layer -> distribution, or a scalabl_pyro.priors.Prior."
+    )
+
+
+def _per_layer(prior: Callable[[Layer], dist.TorchDistribution], subspace: Subspace) -> FixedPrior:
+    parts: list[tuple[type, dict[str, Tensor]]] = []
+    for layer in subspace:
+        d = prior(layer)
+        if not isinstance(d, torch.distributions.Distribution):
+            raise TypeError(f"prior({layer.name!r}) returned {type(d).__name__}, not a Pyro distribution.")
+        family, parameters = _decompose(d)
+        parts.append((family, {k: _spread(d, v, layer.rank) for k, v in parameters.items()}))
+    families = {family for family, _ in parts}
+    if len(families) > 1 or any(family is dist.MultivariateNormal for family in families):
+        names = sorted(f.__name__ for f in families)
+        raise ValueError(
+            f"A prior by layer must use one univariate family for all layers, got {names}. "
+            "Write a scalabl_pyro.priors.Prior to mix families."
+        )
+    return FixedPrior(parts[0][0], {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]})
+
+
+def _decompose(d: torch.distributions.Distribution) -> tuple[type, dict[str, Tensor]]:
+    """Family and constructor arguments of a distribution, so that both can be moved and saved."""
+    while isinstance(d, torch.distributions.Independent):
+        d = d.base_dist
+    family = getattr(dist, type(d).__name__, None)
+    if isinstance(d, torch.distributions.MultivariateNormal):
+        names = ["loc", "scale_tril"]
+    else:
+        names = list(d.arg_constraints)
+    if family is None or not names:
+        raise ValueError(
+            f"A {type(d).__name__} cannot be rebuilt from its parameters. Write a scalabl_pyro.priors.Prior whose "
+            "forward() samples it."
+        )
+    return family, {name: torch.as_tensor(getattr(d, name)) for name in names}
+
+
+def _spread(d: torch.distributions.Distribution, value: Tensor, dim: int) -> Tensor:
+    """Expand one parameter of a scalar distribution to ``dim`` latents."""
+    if d.event_shape:
+        if d.event_shape != (dim,) or d.batch_shape:
+            raise ValueError(
+                f"The prior has batch shape {tuple(d.batch_shape)} and event shape {tuple(d.event_shape)}, but there "
+                f"are {dim} latents: use a scalar distribution, or one with shape ({dim},)."
+            )
+        return value.detach().clone()
+    try:
+        return value.detach().expand(dim).clone()
+    except RuntimeError:
+        raise ValueError(
+            f"The prior has batch shape {tuple(d.batch_shape)}, but there are {dim} latents: use a scalar "
+            f"distribution, or one with shape ({dim},)."
+        ) from None

@@ -1,0 +1,142 @@
+"""Which layers of a module get a subspace: names, patterns and defaults resolved to module paths."""
+
+import re
+from collections.abc import Callable, Iterable
+
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ._errors import nearest
+
+TargetModules = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+
+#: Names that Hugging Face gives to heads which a checkpoint does not contain and which are trained in full.
+NEW_HEADS = ("classifier", "score")
+
+
+def resolve_targets(
+    module: nn.Module,
+    target_modules: TargetModules = None,
+    *,
+    layers_to_transform: int | Iterable[int] | None = None,
+) -> list[str]:
+    """Paths of the layers that get LoRA factors and latents, in module order.
+
+    Args:
+        module: any ``nn.Module``.
+        target_modules: names matched as path suffixes (``["q_proj", "lm_head"]``), one regular
+            expression for whole paths, ``"all-linear"``, a predicate ``(path, module) -> bool``, or None:
+            the query and value projections and the LM head, as in the paper (Samplawski et al., 2025).
+        layers_to_transform: block indices to keep; layers outside numbered blocks are always kept.
+
+    Raises:
+        ValueError: a name or pattern matches nothing, or matches a layer that cannot carry LoRA.
+    """
+    linear = {name: m for name, m in module.named_modules() if name and is_linear(m)}
+    if not linear:
+        raise ValueError(
+            f"{type(module).__name__} contains no linear layer below its top level. "
+            "Wrap a bare layer in nn.Sequential(layer), or pass a model that has linear layers."
+        )
+    if target_modules is None:
+        chosen = _default_targets(module, linear)
+    elif target_modules == "all-linear":
+        chosen = _all_linear(module, linear)
+    elif callable(target_modules):
+        chosen = [name for name, m in linear.items() if target_modules(name, m)]
+    elif isinstance(target_modules, str):
+        chosen = [name for name in linear if re.fullmatch(target_modules, name)]
+    else:
+        chosen = _match_suffixes(module, list(target_modules), linear)
+    if not chosen:
+        raise ValueError(
+            f"target_modules={target_modules!r} matches no linear layer. "
+            + nearest(str(target_modules), _suffixes(linear))
+        )
+    if layers_to_transform is not None:
+        chosen = _keep_blocks(chosen, layers_to_transform)
+    return chosen
+
+
+def new_heads(module: nn.Module) -> list[str]:
+    """Top-level heads of a Hugging Face classifier, which are trained in full and saved."""
+    if "ForSequenceClassification" not in type(module).__name__:
+        return []
+    return [name for name, _ in module.named_children() if name in NEW_HEADS]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Linear layers, GPT-2's Conv1D, and quantised layers that look like a linear layer."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    looks_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+    return looks_linear and (hasattr(module, "qweight") or hasattr(module, "W_q") or hasattr(module, "weight"))
+
+
+def output_head(module: nn.Module) -> nn.Module | None:
+    """The layer that turns hidden states into logits over the vocabulary, if the module says so."""
+    get = getattr(module, "get_output_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # encoders without a language-model head
+        return None
+
+
+def _default_targets(module: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ["q_proj", "v_proj"])
+    head = output_head(module)
+    chosen = [
+        name
+        for name, m in linear.items()
+        if m is head or any(name == s or name.endswith("." + s) for s in suffixes)
+    ]
+    if chosen == [name for name, m in linear.items() if m is head]:  # no attention of known names
+        return _all_linear(module, linear)
+    return chosen
+
+
+def _all_linear(module: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
+    heads = new_heads(module)
+    return [name for name in linear if name.split(".")[0] not in heads]
+
+
+def _match_suffixes(module: nn.Module, targets: list[str], linear: dict[str, nn.Module]) -> list[str]:
+    chosen = set()
+    for target in targets:
+        hits = [name for name in linear if name == target or name.endswith("." + target)]
+        if not hits:
+            raise ValueError(_no_match(module, target, linear))
+        chosen.update(hits)
+    return [name for name in linear if name in chosen]
+
+
+def _no_match(module: nn.Module, target: str, linear: dict[str, nn.Module]) -> str:
+    for name, m in module.named_modules():
+        if name == target or name.endswith("." + target):
+            return (
+                f"target_modules: {target!r} is a {type(m).__name__}, which cannot carry a LoRA subspace. "
+                f"Name linear layers instead. {nearest(target, _suffixes(linear))}"
+            )
+    return f"target_modules: {target!r} matches no layer. {nearest(target, _suffixes(linear))}"
+
+
+def _suffixes(names: Iterable[str]) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name in names}
+
+
+def _block_index(name: str) -> int | None:
+    """The first number in a module path: 11 in ``model.layers.11.self_attn.q_proj``."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _keep_blocks(names: list[str], blocks: int | Iterable[int]) -> list[str]:
+    wanted = {blocks} if isinstance(blocks, int) else set(blocks)
+    present = {index for name in names if (index := _block_index(name)) is not None}
+    if missing := wanted - present:
+        raise ValueError(
+            f"layers_to_transform={sorted(wanted)}: no targeted layer lies in block(s) {sorted(missing)}; "
+            f"blocks {min(present, default=None)} to {max(present, default=None)} exist."
+        )
+    return [name for name in names if (index := _block_index(name)) is None or index in wanted]
