@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora import Adapter, Factors
+from .prefix import repeat_rows
 
 
 class AdaptedLLM:
@@ -51,18 +52,34 @@ class AdaptedLLM:
         """
         rows = _num_rows(args, kwargs)
         batch_shape = _broadcast(s, rows)
-        fold = batch_shape != (rows,)
-        if fold:
-            args, kwargs, positions = (_repeat_rows(x, batch_shape, rows) for x in (args, kwargs, positions))
         if s.shape[:-1].numel() == 1:
             s = s.reshape(-1)
         else:
             s = s.expand(*batch_shape, s.shape[-1]).reshape(-1, s.shape[-1])
         if self._takes_use_cache:
             kwargs.setdefault("use_cache", False)  # keys and values of past tokens serve generation only
-        with self.adapter.bind(s, positions=positions, factors=self.factors, heads=self.heads):
-            output = self.llm(*args, **kwargs)
-        return _unfold_rows(output, batch_shape) if fold else output
+        if batch_shape == (rows,):
+            return self._run(args, kwargs, s, positions)
+        positions = repeat_rows(positions, batch_shape, rows)
+        if self.adapter.shares_prefix and batch_shape.numel() > rows:
+            output = self._run(args, kwargs, s, positions, fan_out=(batch_shape, rows))
+            if _leading(output) == batch_shape.numel():
+                return _unfold_rows(output, batch_shape)
+            self.adapter.shares_prefix = False  # the module counts rows behind the blocks by its input
+        output = self._run(repeat_rows(args, batch_shape, rows), repeat_rows(kwargs, batch_shape, rows), s, positions)
+        return _unfold_rows(output, batch_shape)
+
+    def _run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        s: Tensor,
+        positions: Tensor | None,
+        *,
+        fan_out: tuple[torch.Size, int] | None = None,
+    ) -> Any:
+        with self.adapter.bind(s, positions=positions, factors=self.factors, heads=self.heads, fan_out=fan_out):
+            return self.llm(*args, **kwargs)
 
 
 @contextmanager
@@ -91,20 +108,18 @@ def _broadcast(s: Tensor, rows: int) -> torch.Size:
         return torch.broadcast_shapes(s.shape[:-1], (rows,))
     except RuntimeError:
         raise ValueError(
-            f"s has shape {tuple(s.shape)} and the batch {rows} rows: the dimension before the last must be 1 (one draw "
-            f"for all rows) or {rows} (one a row). Draws belong to a plate left of the data, for instance (P, 1, D)."
+            f"s has shape {tuple(s.shape)} and the batch {rows} rows: the dimension before the last must be 1 (one "
+            f"draw for all rows) or {rows} (one a row). Draws belong to a plate left of the data, as in (P, 1, D)."
         ) from None
 
 
-def _repeat_rows(x: Any, batch_shape: torch.Size, rows: int) -> Any:
-    """Repeat each tensor of B rows for the draws to its left."""
-    if torch.is_tensor(x) and x.dim() > 0 and x.shape[0] == rows:
-        return x.expand(*batch_shape, *x.shape[1:]).reshape(-1, *x.shape[1:])
-    if isinstance(x, Mapping):
-        return {k: _repeat_rows(v, batch_shape, rows) for k, v in x.items()}
-    if isinstance(x, tuple | list):
-        return type(x)(_repeat_rows(v, batch_shape, rows) for v in x)
-    return x
+def _leading(output: Any) -> int:
+    """Rows of the first tensor of an output: the tensor itself, or the logits of a Hugging Face output."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", next(iter(output.values())))
+    while isinstance(output, tuple | list):
+        output = output[0]
+    return output.shape[0]
 
 
 def _unfold_rows(x: Any, batch_shape: torch.Size) -> Any:

@@ -44,7 +44,9 @@ def posterior_group(sites: Mapping[str, Array], subspace: Subspace) -> xr.Datase
 def per_row_group(name: str, values: Array) -> xr.Dataset:
     """Values (S, N) of each draw and row as ``name`` with dims (chain, draw, row)."""
     values = np.asarray(values)
-    return _with_draws(xr.Dataset({name: (("chain", "draw", "row"), values[None])}, coords={"row": np.arange(values.shape[1])}))
+    return _with_draws(
+        xr.Dataset({name: (("chain", "draw", "row"), values[None])}, coords={"row": np.arange(values.shape[1])})
+    )
 
 
 def observed_group(name: str, values: Array) -> xr.Dataset:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ._errors import check_choice, nearest
 from ._rng import scoped_seed
 from .lora import Adapter, SubspaceVariant
+from .prefix import adapted_blocks, repeat_hook
 from .subspace import Layer, Subspace
 from .targets import TargetModules, is_linear, new_heads, output_head, resolve_targets
 
@@ -62,11 +63,16 @@ def attach(
     _check_heads(inner, heads)
     found = {name: m for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)}
     if found:
-        given = {"r": r, "lora_alpha": lora_alpha, "target_modules": target_modules, "layers_to_transform": layers_to_transform}
+        given = {
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "target_modules": target_modules,
+            "layers_to_transform": layers_to_transform,
+        }
         if extra := [name for name, value in given.items() if value is not None]:
             raise ValueError(
-                f"This module already carries PEFT LoRA layers, which decide {', '.join(extra)}. Leave that out to make "
-                "those layers Bayesian, or unload them first."
+                f"This module already carries PEFT LoRA layers, which decide {', '.join(extra)}. Leave that out to "
+                "make those layers Bayesian, or unload them first."
             )
         adapter = _adopt(inner, found, gauge=gauge, heads=heads)
         adapter.original = module
@@ -88,7 +94,9 @@ def reattach(module: nn.Module, layers: Sequence[Mapping[str, Any]], *, gauge: s
     linear = {name for name, m in module.named_modules() if is_linear(m)}
     for layer in layers:
         if layer["name"] not in linear:
-            raise ValueError(f"Another base model: it has no linear layer {layer['name']!r}. {nearest(layer['name'], linear)}")
+            raise ValueError(
+                f"Another base model: it has no linear layer {layer['name']!r}. {nearest(layer['name'], linear)}"
+            )
         shape = _shape(module.get_submodule(layer["name"]))
         if shape != (layer["out_features"], layer["in_features"]):
             raise ValueError(
@@ -165,14 +173,23 @@ def _adopt(module: nn.Module, found: Mapping[str, BaseTunerLayer], *, gauge: str
         if layer.merged:
             raise ValueError(f"{name!r} is merged into its base layer: call unmerge_adapter() first.")
         if layer.lora_variant.get(adapter_name) is not None or layer.lora_bias.get(adapter_name):
-            raise ValueError(f"{name!r} uses a LoRA variant (DoRA, ...) or lora_bias; only plain LoRA can become Bayesian.")
+            raise ValueError(
+                f"{name!r} uses a LoRA variant (DoRA, ...) or lora_bias; only plain LoRA can become Bayesian."
+            )
     flags = _requires_grad(module)
     weights = [w for m in layers.values() for w in (m.lora_A[adapter_name].weight, m.lora_B[adapter_name].weight)]
     saved = [(weight, weight.detach().clone()) for weight in weights]
     casts = [(layer, layer.cast_input_dtype_enabled) for layer in layers.values()]
     locs = [_factorise(layer, adapter_name) for layer in layers.values()]
     adapter = _assemble(
-        module, list(layers), list(layers.values()), adapter_name, torch.cat(locs), gauge=gauge, heads=heads, flags=flags
+        module,
+        list(layers),
+        list(layers.values()),
+        adapter_name,
+        torch.cat(locs),
+        gauge=gauge,
+        heads=heads,
+        flags=flags,
     )
 
     def put_back() -> None:
@@ -220,6 +237,10 @@ def _assemble(
     head = output_head(module)
     if head is not None:
         adapter.restore.append(head.register_forward_pre_hook(adapter.select_positions).remove)
+    for block in adapted_blocks(module, names):
+        handle = block.register_forward_pre_hook(repeat_hook(adapter.fan_out), with_kwargs=True)
+        adapter.restore.append(handle.remove)
+        adapter.shares_prefix = True
     return adapter
 
 

@@ -153,7 +153,9 @@ def fit(
                     logger.info("a callback stopped the training at step %d", step)
                     break
         except KeyboardInterrupt:
-            logger.warning("interrupted after %d of %d steps; the posterior is what was learned so far", len(history), num_steps)
+            logger.warning(
+                "interrupted after %d of %d steps; the posterior is what was learned so far", len(history), num_steps
+            )
     provenance = {
         "num_data": num_data,
         "num_steps": len(history),
@@ -203,8 +205,8 @@ def _grad_norm(optimiser: torch.optim.Optimizer, limit: float | None, step: int)
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if not torch.isfinite(norm):
         raise FloatingPointError(
-            f"The loss is finite but its gradient is not, at step {step}; parameters keep their values of step {step - 1}. "
-            "Lower the learning rates, or use bfloat16 instead of float16."
+            f"The loss is finite but its gradient is not, at step {step}; parameters keep their values of step "
+            f"{step - 1}. Lower the learning rates, or use bfloat16 instead of float16."
         )
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
@@ -221,8 +223,8 @@ def _training_batches(
             num_data = _sized(getattr(data, "dataset", None))
         if num_data is None:
             raise ValueError(
-                "train_data yields batches, so the size of the data set is unknown: pass num_data=N. It sets the weight "
-                "of the KL against the data."
+                "train_data yields batches, so the size of the data set is unknown: pass num_data=N. It sets the "
+                "weight of the KL against the data."
             )
         return _Cycle(data), num_data
     examples = encode(read_rows(data), task.encode, need_target=True)
@@ -261,7 +263,12 @@ def _optimiser(
     point = list(model.blora.point_estimates.named_parameters())
     scales = [p for n, p in guide.named_parameters() if "scale" in n]
     groups: list[Mapping[str, Any]] = [
-        {"name": "factors", "params": [p for n, p in point if n.endswith(("/A", "/B"))], "lr": lr, "weight_decay": weight_decay},
+        {
+            "name": "factors",
+            "params": [p for n, p in point if n.endswith(("/A", "/B"))],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
         {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": lr},
         {"name": "task", "params": [*model.task.parameters(), *model.blora.prior.parameters()], "lr": lr},
         {"name": "loc", "params": [p for n, p in guide.named_parameters() if "scale" not in n], "lr": loc_lr},
@@ -315,5 +322,3 @@ def _check_positive(**numbers: float) -> None:
     for name, value in numbers.items():
         if not value > 0:
             raise ValueError(f"{name}={value} must be positive.")
-
-

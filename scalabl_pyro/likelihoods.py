@@ -21,6 +21,7 @@ from ._pyro import Program
 from .adapted import AdaptedLLM
 from .data import Batch, Example, Row
 
+
 class Task(Program):
     """Likelihood p(y | outputs of the LLM), and the prompt that asks for y.
 
@@ -267,7 +268,9 @@ class SequenceClassification(_TextTask):
                 raise ValueError(f"label {value!r} is not a class. {nearest(value, self.classes)}")
             return list(self.classes).index(value)
         if value != int(value) or not 0 <= value < len(self.classes):
-            raise ValueError(f"label {value!r} is outside the {len(self.classes)} classes (0 to {len(self.classes) - 1}).")
+            raise ValueError(
+                f"label {value!r} is outside the {len(self.classes)} classes (0 to {len(self.classes) - 1})."
+            )
         return int(value)
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Categorical:

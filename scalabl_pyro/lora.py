@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,10 +36,14 @@ class Bound:
     s: tuple[Tensor, ...]  # gamma * s of each layer, (r,) or (rows, r)
     positions: Tensor | None  # (rows,) the only token of each row that the output head sees
     heads: Mapping[str, nn.Module] | None  # replacements for the trained heads
+    fan_out: tuple[torch.Size, int] | None  # (*draws, rows) that rows become at the first adapted block
 
 
 _SERIAL = itertools.count()
-_BOUND: ContextVar[Mapping["Adapter", Bound | None]] = ContextVar("scalabl_pyro_bound", default={})
+_BOUND: ContextVar[Mapping["Adapter", Bound | None]] = ContextVar(
+    "scalabl_pyro_bound",
+    default=MappingProxyType({}),
+)
 
 
 class Adapter:
@@ -76,6 +81,7 @@ class Adapter:
         self.gauge = gauge
         self.heads = dict(heads or {})
         self.serial = next(_SERIAL)  # names it in Pyro's global store; an id() could be reused
+        self.shares_prefix = False  # whether hooks repeat the rows at the first adapted block
         self.restore: list[Callable[[], object]] = []  # what unload() undoes, last first
 
     @property
@@ -97,9 +103,7 @@ class Adapter:
         rows = [A for A, _ in factors]
         if self.gauge == "unit_rows":
             rows = _map_stacked(lambda A: F.normalize(A, dim=-1), rows)
-        return tuple(
-            zip(_cast_stacked(rows, dtypes), _cast_stacked([B for _, B in factors], dtypes), strict=True)
-        )
+        return tuple(zip(_cast_stacked(rows, dtypes), _cast_stacked([B for _, B in factors], dtypes), strict=True))
 
     @contextmanager
     def bind(
@@ -109,6 +113,7 @@ class Adapter:
         positions: Tensor | None = None,
         factors: Factors | None = None,
         heads: Mapping[str, nn.Module] | None = None,
+        fan_out: tuple[torch.Size, int] | None = None,
     ) -> Iterator[None]:
         """Compute with the latents ``s`` (D,) or (rows, D) inside the context.
 
@@ -118,13 +123,15 @@ class Adapter:
                 token a row, and (rows, tokens, vocabulary) is never built.
             factors: *prepared* factors of a frozen posterior; default: the module's own.
             heads: trained heads of a frozen posterior; default: the adapter's own.
+            fan_out: (batch_shape, rows): the input has ``rows`` rows, which the first adapted block repeats to
+                ``batch_shape``; ``s`` and ``positions`` are those of the repeated rows.
         """
         prepared = self.prepare(self.factors()) if factors is None else factors
         scaled = tuple(
             layer.scaling[self.adapter_name] * part.to(A.device)
             for layer, part, (A, _) in zip(self.layers, self.subspace.split(s), prepared, strict=True)
         )
-        token = _BOUND.set({**_BOUND.get(), self: Bound(prepared, scaled, positions, heads)})
+        token = _BOUND.set({**_BOUND.get(), self: Bound(prepared, scaled, positions, heads, fan_out)})
         try:
             yield
         finally:
@@ -175,6 +182,11 @@ class Adapter:
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         return (hidden[rows, positions].unsqueeze(1), *rest)
 
+    def fan_out(self) -> tuple[torch.Size, int] | None:
+        """What rows become at the first adapted block of the current pass, see :mod:`scalabl_pyro.prefix`."""
+        bound = _BOUND.get().get(self)
+        return None if bound is None else bound.fan_out
+
     def replace_head(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         """Forward hook of a new head: answer with the trained copy, in its own (float32) precision."""
 
@@ -190,7 +202,7 @@ class Adapter:
         return hook
 
 
-_UNBOUND = Bound((), (), None, None)
+_UNBOUND = Bound((), (), None, None, None)
 
 
 class SubspaceVariant(LoraVariant):
@@ -201,11 +213,13 @@ class SubspaceVariant(LoraVariant):
         self.index = index
 
     def supports_lora_conversion(self) -> bool:
+        """A distribution over updates is no single update."""
         return False
 
     def forward(  # type: ignore[override]  # PEFT calls it on the instance
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
+        """Add gamma * B (s * (A x)) to ``result`` = W0 x."""
         bound = self.adapter.bound_layer(self.index)
         if bound is None:
             return result

@@ -17,7 +17,7 @@ from .attach import attach
 from .data import Batch
 from .likelihoods import Task
 from .lora import Adapter
-from .priors import Prior, PriorLike, as_prior
+from .priors import PriorLike, as_prior
 from .subspace import Subspace
 from .targets import TargetModules
 
@@ -162,9 +162,12 @@ class BayesianLoRA(Program):
         """Parameters added to the base model: ``lora`` (A and B), ``latents`` (D), ``variational`` (2 D)."""
         return self.adapter.num_parameters()
 
-    def extra_repr(self) -> str:
+    def __repr__(self) -> str:
         n = self.num_parameters()
-        return f"{type(self.llm).__name__}: {len(self.subspace)} layers, {n['latents']} latents, {n['lora']} LoRA parameters"
+        return (
+            f"BayesianLoRA({type(self.llm).__name__}: {len(self.subspace)} layers, {n['latents']} latents, "
+            f"{n['lora']} LoRA parameters, prior={self.prior})"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "BayesianLoRA":
         self.llm._apply(fn)
@@ -228,7 +231,9 @@ def latent_scope(batch: Batch, kl_weight: float = 1.0, *, draws: str) -> Iterato
         if draws == "per_example":
             stack.enter_context(pyro.plate("rows", len(batch), dim=-1))
             kl_weight = kl_weight / len(batch)
-        if kl_weight != 1.0:
+        if kl_weight == 0:
+            stack.enter_context(poutine.mask(mask=False))  # Pyro refuses a scale of 0
+        elif kl_weight != 1:
             stack.enter_context(poutine.scale(scale=kl_weight))
         yield
 

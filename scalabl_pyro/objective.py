@@ -1,7 +1,7 @@
 """The ELBO of a task: the guide under the model's scope, the choice of estimator, and what went wrong when it is NaN.
 
-    elbo = E_q[ sum_n log p(y_n | x_n, s) ] - kl_weight * KL(q || p)         nats per data set, higher is better
-    loss = -elbo / N                                                         nats per example, lower is better
+elbo = E_q[ sum_n log p(y_n | x_n, s) ] - kl_weight * KL(q || p)         nats per data set, higher is better
+loss = -elbo / N                                                         nats per example, lower is better
 """
 
 from typing import Any

@@ -1,1 +1,169 @@
-"""Pictures"""
+"""Pictures of a fit and of its predictions: an axes in (or a new one), the axes out, nothing shown or saved."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from . import metrics
+from .posterior import Posterior
+from .predictive import NumericPrediction, Prediction
+
+MARK = "#0b4f8a"
+QUIET = "#9aa5b1"
+WARM = "#c8553d"
+
+
+def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | None = None, color: str = MARK) -> Axes:
+    """Accuracy against confidence over 15 bins; marker area shows how many rows a bin has.
+
+    Args:
+        prediction: of rows with answers.
+        ax: axes to draw on.
+        label: legend entry; the ECE is added to it.
+        color: of the line.
+    """
+    ax = _axes(ax)
+    probs, target = prediction.probs, prediction._labelled()
+    table = metrics.reliability(probs, target)
+    ece = metrics.ece(probs, target)
+    if not ax.lines:
+        ax.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--", zorder=0)
+    name = f"{label}: ECE {100 * ece:.1f} %" if label else f"ECE {100 * ece:.1f} %"
+    ax.plot(table["confidence"], table["accuracy"], color=color, linewidth=1.2, label=name)
+    ax.scatter(
+        table["confidence"],
+        table["accuracy"],
+        s=300 * table["count"] / len(target),
+        color=color,
+        alpha=0.55,
+        linewidths=0,
+    )
+    ax.set(
+        xlabel="confidence (top probability)", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title="Reliability"
+    )
+    ax.legend(frameon=False, loc="upper left")
+    return ax
+
+
+def history(frame: pd.DataFrame, *, ax: Axes | None = None, smooth: int = 10) -> Axes:
+    """The negative ELBO and its two parts against the step, in nats per example.
+
+    Args:
+        frame: ``FitResult.history``.
+        ax: axes to draw on.
+        smooth: steps of the running mean drawn over the raw values.
+    """
+    ax = _axes(ax)
+    parts = {
+        "loss = NLL + KL": (frame["loss"], MARK),
+        "NLL": (frame["nll"], WARM),
+        "KL": (frame["loss"] - frame["nll"], QUIET),
+    }
+    for name, (values, color) in parts.items():
+        ax.plot(frame["step"], values, color=color, alpha=0.25, linewidth=0.8)
+        ax.plot(frame["step"], values.rolling(smooth, min_periods=1).mean(), color=color, linewidth=1.5, label=name)
+    ax.set(xlabel="step", ylabel="nats per example", title="Negative ELBO")
+    ax.set_ylim(bottom=min(0, float(frame["nll"].min())))
+    ax.legend(frameon=False)
+    return ax
+
+
+def posterior_by_layer(posterior: Posterior, *, ax: Axes | None = None, num_draws: int = 500, seed: int = 0) -> Axes:
+    """Each latent of s as its mean and a bar of one standard deviation, layer after layer.
+
+    Args:
+        posterior: a fitted posterior.
+        ax: axes to draw on.
+        num_draws: behind mean and standard deviation.
+        seed: of the draws.
+    """
+    ax = _axes(ax, width=9.0)
+    s = posterior.sample(num_draws, seed=seed).s
+    mean, sd = s.mean(0).numpy(), s.std(0).numpy()
+    edges = np.cumsum([0, *posterior.subspace.ranks])
+    kinds = [_short(name) for name in posterior.subspace.names]
+    palette = dict(zip(dict.fromkeys(kinds), (MARK, WARM, "#3d7d4f", "#7d4f9e", "#b58a1b", QUIET), strict=False))
+    for kind, start, stop in zip(kinds, edges[:-1], edges[1:], strict=True):
+        x = np.arange(start, stop)
+        ax.errorbar(x, mean[x], yerr=sd[x], fmt=".", markersize=3, linewidth=0.8, color=palette.get(kind, QUIET))
+    for edge in edges[1:-1]:
+        ax.axvline(edge - 0.5, color=QUIET, linewidth=0.3, alpha=0.6)
+    ax.axhline(0, color=QUIET, linewidth=0.8)
+    middle, labels = (edges[:-1] + edges[1:] - 1) / 2, [_block(name) for name in posterior.subspace.names]
+    every = max(len(labels) // 30, 1)
+    ax.set_xticks(middle[::every], labels[::every], fontsize=7)
+    for kind, color in palette.items():
+        ax.plot([], [], ".", color=color, label=kind)
+    ax.legend(frameon=False, ncols=len(palette), loc="upper left")
+    ax.margins(x=0.01)
+    ax.set(xlabel="block", ylabel="s (mean and sd)", title=f"Posterior of the {len(mean)} latents")
+    return ax
+
+
+def uncertainty_histogram(
+    inside: Prediction | NumericPrediction,
+    outside: Prediction | NumericPrediction,
+    *,
+    kind: str = "total",
+    ax: Axes | None = None,
+) -> Axes:
+    """Uncertainty of in-distribution and out-of-distribution rows, with the AUROC that tells them apart.
+
+    Args:
+        inside: prediction of in-distribution rows.
+        outside: prediction of other rows.
+        kind: ``"total"``, ``"aleatoric"`` or ``"epistemic"``.
+        ax: axes to draw on.
+    """
+    if kind not in ("total", "aleatoric", "epistemic"):
+        raise ValueError(f"kind={kind!r} is unknown: use 'total', 'aleatoric' or 'epistemic'.")
+    ax = _axes(ax)
+    a, b = getattr(inside, kind), getattr(outside, kind)
+    bins = np.linspace(0, max(a.max(), b.max(), 1e-9), 31).tolist()
+    ax.hist(a, bins=bins, density=True, color=MARK, alpha=0.55, label="in distribution")
+    ax.hist(b, bins=bins, density=True, color=WARM, alpha=0.55, label="out of distribution")
+    unit = "nats" if isinstance(inside, Prediction) else "variance"
+    ax.set(xlabel=f"{kind} uncertainty ({unit})", ylabel="density", title=f"OOD AUROC {metrics.ood_auroc(a, b):.3f}")
+    ax.legend(frameon=False)
+    return ax
+
+
+def risk_coverage(
+    prediction: Prediction, *, ax: Axes | None = None, label: str | None = None, color: str = MARK
+) -> Axes:
+    """Error among the answered rows against the share answered, most confident first.
+
+    Args:
+        prediction: of rows with answers.
+        ax: axes to draw on.
+        label: legend entry; the area is added to it.
+        color: of the line.
+    """
+    ax = _axes(ax)
+    coverage, risk = metrics.risk_coverage(prediction.probs, prediction._labelled())
+    name = f"area {risk.mean():.3f}" if label is None else f"{label}: area {risk.mean():.3f}"
+    ax.plot(coverage, risk, color=color, label=name)
+    ax.set(xlabel="coverage", ylabel="error among answered", xlim=(0, 1), title="Selective prediction")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False)
+    return ax
+
+
+def _axes(ax: Axes | None, *, width: float = 4.5) -> Axes:
+    if ax is not None:
+        return ax
+    options: dict[str, Any] = {"figsize": (width, 3.6), "layout": "constrained"}
+    return plt.subplots(**options)[1]
+
+
+def _short(name: str) -> str:
+    """``q_proj`` of ``model.layers.3.self_attn.q_proj``."""
+    return name.rsplit(".", 1)[-1]
+
+
+def _block(name: str) -> str:
+    """``3`` of ``model.layers.3.self_attn.q_proj``; the last part where there is no block."""
+    return next((part for part in name.split(".") if part.isdigit()), "head")

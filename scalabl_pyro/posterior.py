@@ -186,7 +186,10 @@ class Posterior:
     def summary(self, *, num_draws: int = 1000, seed: int = 0) -> pd.DataFrame:
         """One row a layer: posterior mean and sd of its latents, averaged in quadrature over the rank."""
         s = self.sample(num_draws, seed=seed).s
-        rows = [(part.mean(0).square().mean().sqrt().item(), part.var(0).mean().sqrt().item()) for part in self.subspace.split(s)]
+        rows = [
+            (part.mean(0).square().mean().sqrt().item(), part.var(0).mean().sqrt().item())
+            for part in self.subspace.split(s)
+        ]
         return pd.DataFrame(rows, columns=["rms_mean", "rms_sd"], index=pd.Index(self.subspace.names, name="layer"))
 
     def to_arviz(

@@ -165,7 +165,11 @@ class NumericPrediction:
         """RMSE, MAE and NLL (nats) of the predictive mixture, as one row ``value``."""
         error = self.mean - self.target
         log_mixture = np.logaddexp.reduce(self.log_likelihood, axis=0) - np.log(len(self.means))
-        row = {"rmse": float(np.sqrt((error**2).mean())), "mae": float(np.abs(error).mean()), "nll": float(-log_mixture.mean())}
+        row = {
+            "rmse": float(np.sqrt((error**2).mean())),
+            "mae": float(np.abs(error).mean()),
+            "nll": float(-log_mixture.mean()),
+        }
         return pd.DataFrame([row], index=["value"])
 
 

@@ -48,6 +48,7 @@ class FixedPrior(Prior):
         return pyro.sample("s", self.distribution())
 
     def extra_repr(self) -> str:
+        """Family and parameter names."""
         return f"{self.family.__name__}({', '.join(self.parameter_names)})"
 
 

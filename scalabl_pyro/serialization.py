@@ -59,7 +59,11 @@ def save(path: str | Path, posterior: "Posterior") -> None:
         "layers": _describe_layers(posterior.adapter),
         "gauge": posterior.adapter.gauge,
         "heads": sorted(posterior.heads),
-        "guide": {"family": posterior.guide.family, "class": type(posterior.guide).__name__, "options": posterior.guide.options()},
+        "guide": {
+            "family": posterior.guide.family,
+            "class": type(posterior.guide).__name__,
+            "options": posterior.guide.options(),
+        },
         "prior": _describe_prior(posterior.prior),
         "task": _describe_task(posterior.task),
         "base_model": fingerprint(posterior.adapter),
@@ -161,12 +165,14 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
 def _check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     for key in ("class", "model_type", "embedding_shape"):
         if saved.get(key) != found[key]:
-            raise ValueError(f"Another base model: {key} is {found[key]!r}, but the posterior was learned on {saved.get(key)!r}.")
+            raise ValueError(
+                f"Another base model: {key} is {found[key]!r}, but the posterior was learned on {saved.get(key)!r}."
+            )
     a, b = torch.tensor(saved["probes"]), torch.tensor(found["probes"])
     if a.shape != b.shape or not torch.allclose(a, b, rtol=2e-2, atol=1e-2 * a.abs().max().item()):
         raise ValueError(
-            "Another base model: it has the right shape, but its embedding weights are not those that the posterior was "
-            "learned on (another checkpoint, or a randomly initialised model)."
+            "Another base model: it has the right shape, but its embedding weights are not those that the posterior "
+            "was learned on (another checkpoint, or a randomly initialised model)."
         )
 
 
@@ -286,7 +292,9 @@ def _factors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[tuple[Ten
         pair = tuple(tensors[f"{layer.name}.lora_{x}.weight"] for x in "AB")
         for x, saved, own in zip("AB", pair, live, strict=True):
             if saved.shape != own.shape:
-                raise ValueError(f"{ADAPTER}: lora_{x} of {layer.name!r} is {tuple(saved.shape)}, the layer needs {tuple(own.shape)}.")
+                raise ValueError(
+                    f"{ADAPTER}: lora_{x} of {layer.name!r} is {tuple(saved.shape)}, expected {tuple(own.shape)}."
+                )
         factors.append(tuple(saved.to(own.device) for saved, own in zip(pair, live, strict=True)))
     return tuple(factors)  # type: ignore[return-value]
 
@@ -298,16 +306,22 @@ def _heads(adapter: Adapter, names: list[str], tensors: Mapping[str, Tensor]) ->
     for name in names:
         head = copy.deepcopy(adapter.heads[name])
         prefix = f"heads.{name}."
-        _load_strict(f"{ADAPTER}: head {name!r}", head, {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+        _load_strict(
+            f"{ADAPTER}: head {name!r}", head, {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        )
         heads[name] = head.requires_grad_(False)
     return heads
 
 
 def _task(config: Mapping[str, Any], path: Path, tensors: Mapping[str, Tensor]) -> Task:
     name = _get(config, "class", str)
-    known = {c.__name__: c for c in (likelihoods.MultipleChoice, likelihoods.SequenceClassification, likelihoods.Regression)}
+    known = {
+        c.__name__: c for c in (likelihoods.MultipleChoice, likelihoods.SequenceClassification, likelihoods.Regression)
+    }
     if name not in known:
-        raise ValueError(f"The posterior was learned with the task {name!r}: pass from_pretrained(..., task={name}(...)).")
+        raise ValueError(
+            f"The posterior was learned with the task {name!r}: pass from_pretrained(..., task={name}(...))."
+        )
     options = _get(config, "options", dict)
     if unknown := sorted(set(options) - set(known[name].options)):
         raise ValueError(f"{CONFIG}: unknown options of {name}: {unknown}. {nearest(unknown[0], known[name].options)}")
@@ -318,10 +332,14 @@ def _task(config: Mapping[str, Any], path: Path, tensors: Mapping[str, Tensor]) 
 def _prior(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Prior:
     if config.get("family") is None:
         name = config.get("class")
-        raise ValueError(f"The posterior was learned with the prior {name!r}: pass from_pretrained(..., prior={name}(...)).")
+        raise ValueError(
+            f"The posterior was learned with the prior {name!r}: pass from_pretrained(..., prior={name}(...))."
+        )
     family = getattr(dist, _get(config, "family", str), None)
     names = [str(n) for n in _get(config, "parameters", list)]
-    if not (isinstance(family, type) and issubclass(family, torch.distributions.Distribution)) or not set(names) <= set(family.arg_constraints):
+    if not (isinstance(family, type) and issubclass(family, torch.distributions.Distribution)) or not set(names) <= set(
+        family.arg_constraints
+    ):
         raise ValueError(f"{CONFIG}: {config.get('family')!r} with parameters {names} is no known prior.")
     _check_keys(f"{POSTERIOR} (prior)", {k for k in tensors if k.startswith("prior.")}, {f"prior.{n}" for n in names})
     return FixedPrior(family, {n: tensors[f"prior.{n}"] for n in names})
@@ -342,7 +360,9 @@ def _guide(config: Mapping[str, Any], prior: Prior, adapter: Adapter, tensors: M
             raise ValueError(f"{CONFIG}: {config.get('options')} names no class of pyro.infer.autoguide.")
         return AutoFamily(prior, auto_class, init_loc_fn=BayesianLoRA(adapter).init_loc, **options)
     name = config.get("class")
-    raise ValueError(f"The posterior was learned with the guide {name!r}: pass from_pretrained(..., guide={name}(...)).")
+    raise ValueError(
+        f"The posterior was learned with the guide {name!r}: pass from_pretrained(..., guide={name}(...))."
+    )
 
 
 def _load_state(guide: Guide, prior: Prior, task: Task, tensors: Mapping[str, Tensor]) -> None:

@@ -88,9 +88,7 @@ def _default_targets(module: nn.Module, linear: dict[str, nn.Module]) -> list[st
     suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ["q_proj", "v_proj"])
     head = output_head(module)
     chosen = [
-        name
-        for name, m in linear.items()
-        if m is head or any(name == s or name.endswith("." + s) for s in suffixes)
+        name for name, m in linear.items() if m is head or any(name == s or name.endswith("." + s) for s in suffixes)
     ]
     if chosen == [name for name, m in linear.items() if m is head]:  # no attention of known names
         return _all_linear(module, linear)

@@ -55,7 +55,7 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = 0.05,
 
 
 def _initial_scale(largest: float, loc: torch.Tensor, seed: int) -> torch.Tensor:
-    """scale ~ Uniform(largest / sqrt(2), largest), as in the paper (there with largest = 0.05)."""
+    """Scale ~ Uniform(largest / sqrt(2), largest), as in the paper (there with largest = 0.05)."""
     if not 0 < largest < float("inf"):
         raise ValueError(f"init_scale={largest}: a standard deviation must be positive and finite.")
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,13 @@ from ..priors import Prior
 from .base import Guide
 
 #: Need the likelihood, or a discrete site, where a family here is built from the prior alone.
-UNSUPPORTED = ("AutoLaplaceApproximation", "AutoStructured", "AutoDiscreteParallel", "AutoSemiDAIS", "AutoRegressiveMessenger")
+UNSUPPORTED = (
+    "AutoLaplaceApproximation",
+    "AutoStructured",
+    "AutoDiscreteParallel",
+    "AutoSemiDAIS",
+    "AutoRegressiveMessenger",
+)
 #: Choose their own start and refuse ``init_loc_fn``.
 WITHOUT_INIT_LOC = (autoguide.AutoNormalizingFlow,)
 #: Draws behind the mean of a family whose mean has no closed form.
@@ -82,4 +88,4 @@ class AutoFamily(Guide):
         prior, auto_class, init_loc_fn, auto_options = self._arguments
         other = AutoFamily(prior, auto_class, init_loc_fn=init_loc_fn, **auto_options)
         other.load_state_dict(self.state_dict())
-        return other.cpu().requires_grad_(False)
+        return other.cpu().requires_grad_(False).eval()

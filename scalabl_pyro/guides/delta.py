@@ -18,6 +18,7 @@ class DeltaGuide(Guide):
     """
 
     family = "delta"
+    per_example = False  # all rows would carry the same value
 
     def __init__(self, loc: Tensor, *, learn: bool = True) -> None:
         super().__init__()
@@ -28,5 +29,5 @@ class DeltaGuide(Guide):
         return pyro.sample("s", dist.Delta(self.loc).to_event(1))
 
     def mean(self) -> dict[str, Tensor]:
-        """loc."""
+        """Loc."""
         return {"s": self.loc}

