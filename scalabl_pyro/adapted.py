@@ -3,13 +3,24 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .lora import Adapter, Factors
 from .prefix import repeat_rows
+
+
+class LatentLLM(Protocol):
+    """Anything that runs an LLM with given latents: :class:`AdaptedLLM`, :class:`~scalabl_pyro.BayesianLoRA`."""
+
+    @property
+    def llm(self) -> nn.Module:
+        """The adapted module."""
+
+    def __call__(self, *args: Any, s: Tensor, positions: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run the LLM with latents s, (..., D)."""
 
 
 class AdaptedLLM:

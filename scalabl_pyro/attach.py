@@ -4,7 +4,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ._errors import check_choice, nearest
 from ._rng import scoped_seed
-from .lora import Adapter, SubspaceVariant
+from .lora import Adapter, SubspaceVariant, factors_of
 from .prefix import adapted_blocks, repeat_hook
 from .subspace import Layer, Subspace
 from .targets import TargetModules, is_linear, new_heads, output_head, resolve_targets
@@ -107,8 +107,8 @@ def reattach(module: nn.Module, layers: Sequence[Mapping[str, Any]], *, gauge: s
     _check_heads(module, heads)
     config = LoraConfig(rank_pattern={re.escape(layer["name"]): layer["rank"] for layer in layers})
     adapter = _inject(module, [layer["name"] for layer in layers], config, gauge=gauge, heads=heads, seed=0)
-    for spec, layer in zip(layers, adapter.layers, strict=True):
-        layer.scaling[adapter.adapter_name] = spec["scaling"]
+    for saved, own in zip(layers, adapter.layers, strict=True):
+        own.scaling[adapter.adapter_name] = saved["scaling"]
     return adapter
 
 
@@ -142,7 +142,7 @@ def _inject(
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # one config for Conv1D and Linear targets
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # matters for merging only
         inject_adapter_in_model(config, module, ADAPTER_NAME)
-    layers = [module.get_submodule(name) for name in names]
+    layers = [cast(LoraLayer, module.get_submodule(name)) for name in names]
     try:
         _check_layers(names, layers)
     except TypeError:
@@ -151,7 +151,7 @@ def _inject(
         raise
     locs = [_initialise(layer, ADAPTER_NAME) for layer in layers]
     for layer, original in zip(layers, originals, strict=True):
-        layer.train(original.training)
+        cast(nn.Module, layer).train(original.training)
     adapter = _assemble(module, names, layers, ADAPTER_NAME, torch.cat(locs), gauge=gauge, heads=heads, flags=flags)
     adapter.restore.insert(1, put_back)
     return adapter
@@ -168,7 +168,7 @@ def _adopt(module: nn.Module, found: Mapping[str, BaseTunerLayer], *, gauge: str
         raise ValueError(f"Exactly one LoRA adapter must be active, found {sorted(active)}: call set_adapter(name).")
     (adapter_name,) = next(iter(active))
     layers = {name: m for name, m in layers.items() if adapter_name in m.lora_A}
-    _check_layers(list(layers), list(layers.values()))
+    _check_layers(layers.keys(), layers.values())
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name!r} is merged into its base layer: call unmerge_adapter() first.")
@@ -177,7 +177,7 @@ def _adopt(module: nn.Module, found: Mapping[str, BaseTunerLayer], *, gauge: str
                 f"{name!r} uses a LoRA variant (DoRA, ...) or lora_bias; only plain LoRA can become Bayesian."
             )
     flags = _requires_grad(module)
-    weights = [w for m in layers.values() for w in (m.lora_A[adapter_name].weight, m.lora_B[adapter_name].weight)]
+    weights = [weight for layer in layers.values() for weight in factors_of(layer, adapter_name)]
     saved = [(weight, weight.detach().clone()) for weight in weights]
     casts = [(layer, layer.cast_input_dtype_enabled) for layer in layers.values()]
     locs = [_factorise(layer, adapter_name) for layer in layers.values()]
@@ -195,9 +195,9 @@ def _adopt(module: nn.Module, found: Mapping[str, BaseTunerLayer], *, gauge: str
     def put_back() -> None:
         for weight, data in saved:
             weight.data = data
-        for layer, cast in casts:
+        for layer, casts_input in casts:
             del layer.lora_variant[adapter_name]
-            layer.cast_input_dtype_enabled = cast
+            layer.cast_input_dtype_enabled = casts_input
 
     adapter.restore.insert(1, put_back)
     return adapter
@@ -217,7 +217,7 @@ def _assemble(
     """Hand the layers to an :class:`Adapter`, freeze everything but factors and heads, and add the hooks."""
     subspace = Subspace(
         tuple(
-            Layer(name, layer.r[adapter_name], layer.in_features, layer.out_features)
+            Layer(name, layer.r[adapter_name], cast(int, layer.in_features), cast(int, layer.out_features))
             for name, layer in zip(names, layers, strict=True)
         )
     )
@@ -246,7 +246,7 @@ def _assemble(
 
 def _initialise(layer: LoraLayer, adapter_name: str) -> Tensor:
     """The paper's start: Z = the default nn.Linear init, ``_, s0, Vh = svd(Z)``, A = Vh, B = 0; returns s0 (r,)."""
-    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    A, B = factors_of(layer, adapter_name)
     if A.is_meta:  # shapes only
         return torch.full((A.shape[0],), 3**-0.5)
     with torch.no_grad():
@@ -262,7 +262,7 @@ def _factorise(layer: LoraLayer, adapter_name: str) -> Tensor:
     The singular values of the update go into B', and s starts near where a fresh adapter's does, so that one prior
     scale means the same for both.
     """
-    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    A, B = factors_of(layer, adapter_name)
     with torch.no_grad():
         Q_b, R_b = torch.linalg.qr(B.double())
         Q_a, R_a = torch.linalg.qr(A.double().T)
@@ -306,7 +306,7 @@ def _check_rank(module: nn.Module, names: Sequence[str], r: int) -> None:
             )
 
 
-def _check_layers(names: Sequence[str], layers: Sequence[nn.Module]) -> None:
+def _check_layers(names: Iterable[str], layers: Iterable[object]) -> None:
     for name, layer in zip(names, layers, strict=True):
         kind = type(layer).__name__
         if kind not in SUPPORTED_LAYERS or not isinstance(layer, LoraLayer):

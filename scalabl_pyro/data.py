@@ -77,7 +77,11 @@ class Batch:
 
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of at most ``size`` rows."""
-        return [self.map(lambda t, i=i: t[i : i + size]) for i in range(0, len(self), size)]
+
+        def part(start: int) -> Batch:
+            return self.map(lambda t: t[start : start + size])
+
+        return [part(start) for start in range(0, len(self), size)]
 
     def without_target(self) -> "Batch":
         """The same inputs, unobserved."""
@@ -114,7 +118,7 @@ def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **loa
 def _read_jsonl(path: Path) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist (a name ending in .jsonl is read as a local file).")
-    rows = []
+    rows: list[Row] = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

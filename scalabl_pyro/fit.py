@@ -169,7 +169,7 @@ def fit(
 
 
 def _gradient(
-    objective: nn.Module, batch: Batch, kl_weight: float, micro_size: int, num_data: int, step: int
+    objective: Any, batch: Batch, kl_weight: float, micro_size: int, num_data: int, step: int
 ) -> tuple[float, float]:
     """Gradients of the loss of one batch into ``.grad``; returns loss and NLL in nats per example.
 

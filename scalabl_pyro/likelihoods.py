@@ -7,7 +7,7 @@ A task is the likelihood half of the Pyro program. To write one, subclass :class
 
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ._errors import nearest
 from ._pyro import Program
-from .adapted import AdaptedLLM
+from .adapted import LatentLLM
 from .data import Batch, Example, Row
 
 
@@ -56,7 +56,7 @@ class Task(Program):
         """Tokenise one row."""
         raise NotImplementedError(f"{type(self).__name__} must define encode(row) -> Example.")
 
-    def outputs(self, llm: AdaptedLLM, batch: Batch, s: Tensor) -> Tensor:
+    def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """What the likelihood needs of the LLM for each row, (..., B, K); by default its logits, float32."""
         return at_least_float32(llm(**batch.inputs, s=s).logits)
 
@@ -132,9 +132,9 @@ class MultipleChoice(Task):
         if not self.chat:
             return text
         message = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
-    def outputs(self, llm: AdaptedLLM, batch: Batch, s: Tensor) -> Tensor:
+    def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Logits of all labels at the last prompt token, (..., B, labels)."""
         logits = llm(**batch.inputs, s=s, positions=batch.last).logits[..., 0, :]
         return at_least_float32(logits[..., self.label_ids.to(logits.device)])
@@ -199,7 +199,7 @@ class MultipleChoice(Task):
 class _TextTask(Task):
     """Shared by the tasks whose answer comes from a classification head over a text or a pair of texts."""
 
-    options = ("text", "text_pair", "target", "max_length")
+    options: tuple[str, ...] = ("text", "text_pair", "target", "max_length")
 
     def __init__(
         self,
@@ -225,13 +225,14 @@ class _TextTask(Task):
     def parse_target(self, value: Any) -> float | int:
         raise NotImplementedError
 
-    def outputs(self, llm: AdaptedLLM, batch: Batch, s: Tensor) -> Tensor:
+    def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Logits of the classification head, (..., B, K)."""
-        config = getattr(llm.llm, "config", None)
-        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        if getattr(text_config, "pad_token_id", self.pad_token_id) != self.pad_token_id:
+        config: Any = getattr(llm.llm, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        pads = getattr(config, "pad_token_id", self.pad_token_id)
+        if pads != self.pad_token_id:
             raise ValueError(
-                f"The model pads with token {text_config.pad_token_id}, the tokenizer with {self.pad_token_id}, so the "
+                f"The model pads with token {pads}, the tokenizer with {self.pad_token_id}, so the "
                 "last real token would be missed: set model.config.pad_token_id = tokenizer.pad_token_id."
             )
         return super().outputs(llm, batch, s)
@@ -299,7 +300,7 @@ class Regression(_TextTask):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, noise_scale: float = 1.0, **options: Any) -> None:
         super().__init__(tokenizer, **options)
-        self.noise_scale = PyroParam(torch.tensor(float(noise_scale)), constraint=constraints.positive)
+        self.noise_scale: Tensor | PyroParam = PyroParam(torch.tensor(float(noise_scale)), constraints.positive)
 
     def parse_target(self, value: Any) -> float:
         """The number itself."""
@@ -309,7 +310,7 @@ class Regression(_TextTask):
         """Normal around the single output."""
         if outputs.shape[-1] != 1:
             raise ValueError(f"The model's head has {outputs.shape[-1]} outputs; regression needs num_labels=1.")
-        return dist.Normal(outputs[..., 0], self.noise_scale)
+        return dist.Normal(outputs[..., 0], cast(Tensor, self.noise_scale))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

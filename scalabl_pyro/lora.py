@@ -10,12 +10,13 @@ that pass in a context variable, so that no draw is ever written into a shared m
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +92,7 @@ class Adapter:
 
     def factors(self) -> Factors:
         """The trainable (A, B) of each layer: (r, in) and (out, r)."""
-        name = self.adapter_name
-        return tuple((layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in self.layers)
+        return tuple(factors_of(layer, self.adapter_name) for layer in self.layers)
 
     def prepare(self, factors: Factors) -> Factors:
         """Apply the gauge and cast to the compute dtype of each layer.
@@ -249,13 +249,18 @@ class SubspaceVariant(LoraVariant):
         """Nothing to add: the latents live outside of the module."""
 
     @staticmethod
-    def _refuse_merge(*args: Any, **kwargs: Any) -> Tensor:
+    def _refuse_merge(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
             "A Bayesian LoRA layer holds a distribution over weights and cannot be merged into one weight. "
             "Predict with posterior.predict(...), or call blora.unload() for the original module."
         )
 
     merge_safe = merge_unsafe = unmerge = _refuse_merge
+
+
+def factors_of(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """The parameters A (r, in) and B (out, r) of a PEFT layer."""
+    return cast(nn.Linear, layer.lora_A[adapter_name]).weight, cast(nn.Linear, layer.lora_B[adapter_name]).weight
 
 
 def _compute_dtype(layer: LoraLayer, A: Tensor) -> torch.dtype:
@@ -268,7 +273,8 @@ def _cast_stacked(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> l
     out = list(tensors)
     for dtype in set(dtypes):
         todo = [i for i, t in enumerate(tensors) if dtypes[i] == dtype and t.dtype != dtype]
-        for i, t in zip(todo, _map_stacked(lambda x, d=dtype: x.to(d), [tensors[i] for i in todo]), strict=True):
+        cast_all = _map_stacked(operator.methodcaller("to", dtype), [tensors[i] for i in todo])
+        for i, t in zip(todo, cast_all, strict=True):
             out[i] = t
     return out
 

@@ -4,6 +4,7 @@ Proportions and errors are in [0, 1], log losses in nats. torchmetrics computes 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -113,7 +114,7 @@ def classification_report(
         seed: of the resampling.
     """
     _check(probs, labels)
-    table = {"value": {name: fn(probs, labels) for name, fn in CLASSIFICATION.items()}}
+    table: dict[str, Any] = {"value": {name: fn(probs, labels) for name, fn in CLASSIFICATION.items()}}
     if bootstrap:
         rng = np.random.default_rng(seed)
         picks = rng.integers(len(labels), size=(bootstrap, len(labels)))

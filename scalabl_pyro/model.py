@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -185,7 +185,7 @@ class BayesianLoRA(Program):
         of hundreds of factors would only cost time.
         """
         if am_i_wrapped() and not pyro.settings.get("module_local_params"):
-            pyro.module(f"scalabl_pyro.{self.adapter.serial}", self._modules["point_estimates"])
+            pyro.module(f"scalabl_pyro.{self.adapter.serial}", cast(nn.Module, self._modules["point_estimates"]))
 
 
 class TaskModel(nn.Module):

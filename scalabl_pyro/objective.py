@@ -4,7 +4,7 @@ elbo = E_q[ sum_n log p(y_n | x_n, s) ] - kl_weight * KL(q || p)         nats pe
 loss = -elbo / N                                                         nats per example, lower is better
 """
 
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -53,8 +53,8 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
         ValueError: the guide misses a site, invents one, gives it another shape, or can leave its support.
     """
     q, p = poutine.trace(guide).get_trace(), poutine.trace(prior).get_trace()
-    sites = {name: p.nodes[name] for name in p.stochastic_nodes}
-    covered = {name: q.nodes[name] for name in q.stochastic_nodes}
+    sites: dict[str, Any] = {name: p.nodes[name] for name in p.stochastic_nodes}
+    covered: dict[str, Any] = {name: q.nodes[name] for name in q.stochastic_nodes}
     if "s" not in sites:
         raise ValueError(f"The prior samples {sorted(sites)}, but not the site 's'.")
     if missing := sorted(set(sites) - set(covered)):
@@ -84,7 +84,7 @@ def default_elbo(guide: Guide, prior: Prior) -> ELBO:
         return Trace_ELBO()
     try:
         for name in p.stochastic_nodes:
-            kl_divergence(q.nodes[name]["fn"], p.nodes[name]["fn"])
+            kl_divergence(_site(q, name)["fn"], _site(p, name)["fn"])
     except NotImplementedError:
         return Trace_ELBO()
     return TraceMeanField_ELBO()
@@ -96,13 +96,17 @@ def explain_nonfinite(model: TaskModel, guide: ScopedGuide, batch: Batch) -> str
     with pyro.validation_enabled(False):
         q = poutine.trace(guide).get_trace(batch)
         for name in q.stochastic_nodes:
-            if not torch.isfinite(q.nodes[name]["value"]).all():
+            if not torch.isfinite(_site(q, name)["value"]).all():
                 return f"site {name!r} of the guide (its draws are not finite: lower the learning rates of the guide)"
         p = poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
         for name in (*p.stochastic_nodes, *p.observation_nodes):
-            site = p.nodes[name]
+            site = _site(p, name)
             bad = ~torch.isfinite(site["fn"].log_prob(site["value"]))
             if bad.any():
                 rows = batch.index[bad.nonzero()[:, -1].unique()].tolist() if bad.dim() else "all"
                 return f"site {name!r} of the model (log density not finite for examples {rows})"
     return "no single site (every log density is finite now; the sum or the gradient overflows)"
+
+
+def _site(trace: Trace, name: str) -> dict[str, Any]:
+    return cast(dict[str, Any], trace.nodes[name])

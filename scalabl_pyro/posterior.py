@@ -119,8 +119,9 @@ class Posterior:
                 return Draws(sites, seed=seed, is_mean=True)
             with scoped_seed(seed), pyro.validation_enabled(False):
                 traces = [poutine.trace(self.guide).get_trace() for _ in range(num_draws)]
-        names = [n for n in traces[0].stochastic_nodes if not traces[0].nodes[n]["infer"].get("is_auxiliary")]
-        return Draws({n: torch.stack([t.nodes[n]["value"].detach() for t in traces]) for n in names}, seed=seed)
+        nodes: list[Any] = [trace.nodes for trace in traces]
+        names = [n for n in traces[0].stochastic_nodes if not nodes[0][n]["infer"].get("is_auxiliary")]
+        return Draws({n: torch.stack([node[n]["value"].detach() for node in nodes]) for n in names}, seed=seed)
 
     def predict(
         self,

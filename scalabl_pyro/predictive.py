@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -163,8 +163,8 @@ class NumericPrediction:
 
     def metrics(self) -> pd.DataFrame:
         """RMSE, MAE and NLL (nats) of the predictive mixture, as one row ``value``."""
-        error = self.mean - self.target
         log_mixture = np.logaddexp.reduce(self.log_likelihood, axis=0) - np.log(len(self.means))
+        error = self.mean - cast(Array, self.target)
         row = {
             "rmse": float(np.sqrt((error**2).mean())),
             "mae": float(np.abs(error).mean()),
@@ -249,7 +249,7 @@ def _as_prediction(
             raise FloatingPointError(f"The {name} of rows {rows} are NaN: check the model's dtype and these inputs.")
     targets = [e.target for e in examples]
     target: Any = None if any(t is None for t in targets) else np.asarray(targets)
-    arrays = {k: v.numpy() for k, v in kept.items()}
+    arrays: dict[str, Any] = {k: v.numpy() for k, v in kept.items()}
     if "log_probs" not in arrays:
         arrays.setdefault("log_density", None)
         return NumericPrediction(target=target, is_mean=is_mean, seconds=seconds, **arrays)

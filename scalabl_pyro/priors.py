@@ -1,11 +1,13 @@
 """Priors over the latents s: a scale, a Pyro distribution, or one distribution a layer."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal
 
 from ._pyro import Program
 from .subspace import Layer, Subspace
@@ -31,16 +33,16 @@ class FixedPrior(Prior):
         parameters: its constructor arguments, with batch shape (D,) and no event dimensions, or event shape (D,).
     """
 
-    def __init__(self, family: type[dist.TorchDistribution], parameters: dict[str, Tensor]) -> None:
+    def __init__(self, family: type[Distribution], parameters: dict[str, Tensor]) -> None:
         super().__init__()
         self.family = family
         self.parameter_names = tuple(parameters)
         for name, value in parameters.items():
             self.register_buffer(name, value)
 
-    def distribution(self) -> dist.TorchDistribution:
+    def distribution(self) -> Any:
         """The prior of s, event shape (D,)."""
-        base = self.family(**{name: getattr(self, name) for name in self.parameter_names})
+        base: Any = self.family(**{name: getattr(self, name) for name in self.parameter_names})
         return base if base.event_shape else base.to_event(1)
 
     def forward(self) -> Tensor:
@@ -52,7 +54,7 @@ class FixedPrior(Prior):
         return f"{self.family.__name__}({', '.join(self.parameter_names)})"
 
 
-PriorLike = float | dist.TorchDistribution | Prior | Callable[[Layer], dist.TorchDistribution]
+PriorLike = float | Distribution | Prior | Callable[[Layer], Distribution]
 
 
 def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
@@ -74,7 +76,7 @@ def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
         if not 0 < prior < float("inf"):
             raise ValueError(f"prior={prior}: a scale (standard deviation) must be positive and finite.")
         prior = dist.Normal(0.0, float(prior))
-    if isinstance(prior, torch.distributions.Distribution):
+    if isinstance(prior, Distribution):
         family, parameters = _decompose(prior)
         return FixedPrior(family, {k: _spread(prior, v, subspace.dim) for k, v in parameters.items()})
     if callable(prior):
@@ -85,11 +87,11 @@ def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
     )
 
 
-def _per_layer(prior: Callable[[Layer], dist.TorchDistribution], subspace: Subspace) -> FixedPrior:
+def _per_layer(prior: Callable[[Layer], Distribution], subspace: Subspace) -> FixedPrior:
     parts: list[tuple[type, dict[str, Tensor]]] = []
     for layer in subspace:
         d = prior(layer)
-        if not isinstance(d, torch.distributions.Distribution):
+        if not isinstance(d, Distribution):
             raise TypeError(f"prior({layer.name!r}) returned {type(d).__name__}, not a Pyro distribution.")
         family, parameters = _decompose(d)
         parts.append((family, {k: _spread(d, v, layer.rank) for k, v in parameters.items()}))
@@ -103,12 +105,12 @@ def _per_layer(prior: Callable[[Layer], dist.TorchDistribution], subspace: Subsp
     return FixedPrior(parts[0][0], {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]})
 
 
-def _decompose(d: torch.distributions.Distribution) -> tuple[type, dict[str, Tensor]]:
+def _decompose(d: Distribution) -> tuple[type, dict[str, Tensor]]:
     """Family and constructor arguments of a distribution, so that both can be moved and saved."""
-    while isinstance(d, torch.distributions.Independent):
+    while isinstance(d, Independent):
         d = d.base_dist
     family = getattr(dist, type(d).__name__, None)
-    if isinstance(d, torch.distributions.MultivariateNormal):
+    if isinstance(d, MultivariateNormal):
         names = ["loc", "scale_tril"]
     else:
         names = list(d.arg_constraints)
@@ -120,7 +122,7 @@ def _decompose(d: torch.distributions.Distribution) -> tuple[type, dict[str, Ten
     return family, {name: torch.as_tensor(getattr(d, name)) for name in names}
 
 
-def _spread(d: torch.distributions.Distribution, value: Tensor, dim: int) -> Tensor:
+def _spread(d: Distribution, value: Tensor, dim: int) -> Tensor:
     """Expand one parameter of a scalar distribution to ``dim`` latents."""
     if d.event_shape:
         if d.event_shape != (dim,) or d.batch_shape:

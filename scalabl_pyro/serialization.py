@@ -32,7 +32,7 @@ from ._version import __version__
 from .attach import find_adapter, reattach
 from .guides import AutoFamily, DeltaGuide, Guide, NormalGuide
 from .likelihoods import Task
-from .lora import Adapter
+from .lora import Adapter, Factors
 from .model import BayesianLoRA
 from .priors import FixedPrior, Prior
 
@@ -286,17 +286,17 @@ def _check_keys(what: str, found: set[str], expected: set[str]) -> None:
         raise ValueError(f"{what} does not hold what its configuration says: missing {missing}, unexpected {surplus}.")
 
 
-def _factors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
+def _factors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Factors:
     factors = []
     for layer, live in zip(adapter.subspace, adapter.factors(), strict=True):
-        pair = tuple(tensors[f"{layer.name}.lora_{x}.weight"] for x in "AB")
+        pair = [tensors[f"{layer.name}.lora_{x}.weight"] for x in "AB"]
         for x, saved, own in zip("AB", pair, live, strict=True):
             if saved.shape != own.shape:
                 raise ValueError(
                     f"{ADAPTER}: lora_{x} of {layer.name!r} is {tuple(saved.shape)}, expected {tuple(own.shape)}."
                 )
-        factors.append(tuple(saved.to(own.device) for saved, own in zip(pair, live, strict=True)))
-    return tuple(factors)  # type: ignore[return-value]
+        factors.append((pair[0].to(live[0].device), pair[1].to(live[1].device)))
+    return tuple(factors)
 
 
 def _heads(adapter: Adapter, names: list[str], tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
@@ -335,11 +335,11 @@ def _prior(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Prior:
         raise ValueError(
             f"The posterior was learned with the prior {name!r}: pass from_pretrained(..., prior={name}(...))."
         )
-    family = getattr(dist, _get(config, "family", str), None)
+    family: Any = getattr(dist, _get(config, "family", str), None)
     names = [str(n) for n in _get(config, "parameters", list)]
-    if not (isinstance(family, type) and issubclass(family, torch.distributions.Distribution)) or not set(names) <= set(
-        family.arg_constraints
-    ):
+    is_family = isinstance(family, type) and issubclass(family, torch.distributions.Distribution)
+    allowed = getattr(family, "arg_constraints", None) if is_family else None
+    if not isinstance(allowed, dict) or not set(names) <= set(allowed):
         raise ValueError(f"{CONFIG}: {config.get('family')!r} with parameters {names} is no known prior.")
     _check_keys(f"{POSTERIOR} (prior)", {k for k in tensors if k.startswith("prior.")}, {f"prior.{n}" for n in names})
     return FixedPrior(family, {n: tensors[f"prior.{n}"] for n in names})

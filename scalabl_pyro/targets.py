@@ -84,7 +84,7 @@ def output_head(module: nn.Module) -> nn.Module | None:
 
 
 def _default_targets(module: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
-    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    model_type = getattr(getattr(module, "config", None), "model_type", "")
     suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ["q_proj", "v_proj"])
     head = output_head(module)
     chosen = [

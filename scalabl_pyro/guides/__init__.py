@@ -1,7 +1,8 @@
 """Posterior families, one file each: ``guide=`` of :func:`scalabl_pyro.fit` is resolved here."""
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.infer import autoguide
@@ -41,17 +42,16 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = 0.05,
             return DeltaGuide(loc)
         return NormalGuide(loc, _initial_scale(init_scale, loc, seed))
     if isinstance(guide, type) and issubclass(guide, autoguide.AutoGuide):
-        takes_scale = "init_scale" in guide.__init__.__code__.co_varnames
+        takes_scale = "init_scale" in inspect.signature(guide).parameters
         options: dict[str, Any] = {"init_scale": init_scale} if takes_scale else {}
         return AutoFamily(blora.prior, guide, init_loc_fn=blora.init_loc, **options).to(blora.device)
-    if not isinstance(guide, Guide) and callable(guide):
-        guide = guide(blora)
-    if not isinstance(guide, Guide):
+    built: Any = guide if isinstance(guide, Guide) or not callable(guide) else cast(Any, guide)(blora)
+    if not isinstance(built, Guide):
         raise TypeError(
             f"guide={guide!r}: expected one of {', '.join(NAMES)}, a class of pyro.infer.autoguide, a "
             "scalabl_pyro.guides.Guide, or a callable blora -> Guide."
         )
-    return guide
+    return built
 
 
 def _initial_scale(largest: float, loc: torch.Tensor, seed: int) -> torch.Tensor:

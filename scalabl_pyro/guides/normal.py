@@ -1,6 +1,6 @@
 """Mean-field normal posterior of s, the family of the paper."""
 
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -29,11 +29,11 @@ class NormalGuide(Guide):
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.loc = nn.Parameter(loc.detach().clone())
-        self.scale = PyroParam(scale.detach().clone(), constraint=constraints.positive)
+        self.scale: Tensor | PyroParam = PyroParam(scale.detach().clone(), constraint=constraints.positive)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample s, (..., D)."""
-        return pyro.sample("s", dist.Normal(self.loc, self.scale).to_event(1))
+        return pyro.sample("s", dist.Normal(self.loc, cast(Tensor, self.scale)).to_event(1))
 
     def mean(self) -> dict[str, Tensor]:
         """Loc."""
