@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ._errors import check_choice, nearest
 from ._rng import scoped_seed
-from .lora import Adapter, SubspaceVariant, factors_of
-from .prefix import adapted_blocks, repeat_hook
+from .lora import Adapter, ReplaceHead, SubspaceVariant, Undo, factors_of
+from .prefix import RepeatRows, adapted_blocks
 from .subspace import Layer, Subspace
 from .targets import TargetModules, is_linear, new_heads, output_head, resolve_targets
 
@@ -28,7 +28,6 @@ SUPPORTED_LAYERS = (
     "GPTQLoraLinear",
     "HqqLoraLinear",
     "TorchaoLoraLinear",
-    "LoraParallelLinear",
 )
 GAUGES = ("unit_rows", "free")
 ADAPTER_NAME = "scalabl"
@@ -125,35 +124,29 @@ def _inject(
     module: nn.Module, names: list[str], config: LoraConfig, *, gauge: str, heads: Sequence[str], seed: int
 ) -> Adapter:
     """New LoRA layers, started as in the paper."""
-    originals = [module.get_submodule(name) for name in names]
-    had_peft_config = hasattr(module, "peft_config")
-    flags = _requires_grad(module)
-
-    def put_back() -> None:
-        for name, original in zip(names, originals, strict=True):
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, original)
-        if not had_peft_config and hasattr(module, "peft_config"):
-            del module.peft_config
-
+    originals = {name: module.get_submodule(name) for name in names}
+    undo = Undo(
+        flags=[(p, p.requires_grad) for p in module.parameters()],
+        replaced=originals,
+        attributes=[] if hasattr(module, "peft_config") else ["peft_config"],
+    )
     config.target_modules = "|".join(map(re.escape, names))  # whole paths: a list would match suffixes
-    config.fan_in_fan_out = isinstance(originals[0], Conv1D)
+    config.fan_in_fan_out = isinstance(originals[names[0]], Conv1D)
     with scoped_seed(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # one config for Conv1D and Linear targets
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # matters for merging only
         inject_adapter_in_model(config, module, ADAPTER_NAME)
     layers = [cast(LoraLayer, module.get_submodule(name)) for name in names]
+    locs = [_initialise(layer, ADAPTER_NAME) for layer in layers]
+    for layer, original in zip(layers, originals.values(), strict=True):
+        cast(nn.Module, layer).train(original.training)
+    adapter = _assemble(module, names, layers, ADAPTER_NAME, torch.cat(locs), gauge=gauge, undo=undo)
     try:
         _check_layers(names, layers)
     except TypeError:
-        put_back()
-        _restore_flags(flags)
+        adapter.unload()
         raise
-    locs = [_initialise(layer, ADAPTER_NAME) for layer in layers]
-    for layer, original in zip(layers, originals, strict=True):
-        cast(nn.Module, layer).train(original.training)
-    adapter = _assemble(module, names, layers, ADAPTER_NAME, torch.cat(locs), gauge=gauge, heads=heads, flags=flags)
-    adapter.restore.insert(1, put_back)
+    _activate(adapter, heads)
     return adapter
 
 
@@ -176,30 +169,17 @@ def _adopt(module: nn.Module, found: Mapping[str, BaseTunerLayer], *, gauge: str
             raise ValueError(
                 f"{name!r} uses a LoRA variant (DoRA, ...) or lora_bias; only plain LoRA can become Bayesian."
             )
-    flags = _requires_grad(module)
     weights = [weight for layer in layers.values() for weight in factors_of(layer, adapter_name)]
-    saved = [(weight, weight.detach().clone()) for weight in weights]
-    casts = [(layer, layer.cast_input_dtype_enabled) for layer in layers.values()]
+    undo = Undo(
+        flags=[(p, p.requires_grad) for p in module.parameters()],
+        weights=[(weight, weight.detach().clone()) for weight in weights],
+        casts=[(layer, layer.cast_input_dtype_enabled) for layer in layers.values()],
+    )
     locs = [_factorise(layer, adapter_name) for layer in layers.values()]
     adapter = _assemble(
-        module,
-        list(layers),
-        list(layers.values()),
-        adapter_name,
-        torch.cat(locs),
-        gauge=gauge,
-        heads=heads,
-        flags=flags,
+        module, list(layers), list(layers.values()), adapter_name, torch.cat(locs), gauge=gauge, undo=undo
     )
-
-    def put_back() -> None:
-        for weight, data in saved:
-            weight.data = data
-        for layer, casts_input in casts:
-            del layer.lora_variant[adapter_name]
-            layer.cast_input_dtype_enabled = casts_input
-
-    adapter.restore.insert(1, put_back)
+    _activate(adapter, heads)
     return adapter
 
 
@@ -211,10 +191,8 @@ def _assemble(
     loc: Tensor,
     *,
     gauge: str,
-    heads: Sequence[str],
-    flags: list[tuple[nn.Parameter, bool]],
+    undo: Undo,
 ) -> Adapter:
-    """Hand the layers to an :class:`Adapter`, freeze everything but factors and heads, and add the hooks."""
     subspace = Subspace(
         tuple(
             Layer(name, layer.r[adapter_name], cast(int, layer.in_features), cast(int, layer.out_features))
@@ -222,31 +200,35 @@ def _assemble(
         )
     )
     adapter = Adapter(module, layers, subspace, adapter_name=adapter_name, loc=loc, gauge=gauge)
-    for index, layer in enumerate(layers):
-        layer.lora_variant[adapter_name] = SubspaceVariant(adapter, index)
+    adapter.undo = undo
+    return adapter
+
+
+def _activate(adapter: Adapter, heads: Sequence[str]) -> None:
+    """Send the layers through the latents, freeze everything but factors and heads, and add the hooks."""
+    module, hooks = adapter.module, adapter.undo.hooks
+    for index, layer in enumerate(adapter.layers):
+        layer.lora_variant[adapter.adapter_name] = SubspaceVariant(adapter, index)
         layer.cast_input_dtype_enabled = False  # no float32 copy of the activations
     module.requires_grad_(False)
     for pair in adapter.factors():
         for factor in pair:
             factor.requires_grad_(True)
-    adapter.restore.append(lambda: _restore_flags(flags))
     for name in heads:
         original = module.get_submodule(name)
         adapter.heads[name] = copy.deepcopy(original).to(_master_dtype(original)).requires_grad_(True)
-        adapter.restore.append(original.register_forward_hook(adapter.replace_head(name)).remove)
+        hooks.append(original.register_forward_hook(ReplaceHead(adapter, name)))
     head = output_head(module)
     if head is not None:
-        adapter.restore.append(head.register_forward_pre_hook(adapter.select_positions).remove)
-    for block in adapted_blocks(module, names):
-        handle = block.register_forward_pre_hook(repeat_hook(adapter.fan_out), with_kwargs=True)
-        adapter.restore.append(handle.remove)
+        hooks.append(head.register_forward_pre_hook(adapter.select_positions))
+    for block in adapted_blocks(module, adapter.subspace.names):
+        hooks.append(block.register_forward_pre_hook(RepeatRows(adapter.fan_out), with_kwargs=True))
         adapter.shares_prefix = True
-    return adapter
 
 
 def _initialise(layer: LoraLayer, adapter_name: str) -> Tensor:
     """The paper's start: Z = the default nn.Linear init, ``_, s0, Vh = svd(Z)``, A = Vh, B = 0; returns s0 (r,)."""
-    A, B = factors_of(layer, adapter_name)
+    A, B = _master_factors(layer, adapter_name)
     if A.is_meta:  # shapes only
         return torch.full((A.shape[0],), 3**-0.5)
     with torch.no_grad():
@@ -262,7 +244,7 @@ def _factorise(layer: LoraLayer, adapter_name: str) -> Tensor:
     The singular values of the update go into B', and s starts near where a fresh adapter's does, so that one prior
     scale means the same for both.
     """
-    A, B = factors_of(layer, adapter_name)
+    A, B = _master_factors(layer, adapter_name)
     with torch.no_grad():
         Q_b, R_b = torch.linalg.qr(B.double())
         Q_a, R_a = torch.linalg.qr(A.double().T)
@@ -273,13 +255,12 @@ def _factorise(layer: LoraLayer, adapter_name: str) -> Tensor:
     return s.to(A.dtype).cpu()
 
 
-def _requires_grad(module: nn.Module) -> list[tuple[nn.Parameter, bool]]:
-    return [(p, p.requires_grad) for p in module.parameters()]
-
-
-def _restore_flags(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
+def _master_factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A and B in at least float32: updates of half-precision factors would be rounded away."""
+    pair = factors_of(layer, adapter_name)
+    for factor in pair:
+        factor.data = factor.data.to(torch.promote_types(factor.dtype, torch.float32))
+    return pair
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:

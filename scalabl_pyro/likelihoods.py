@@ -28,7 +28,7 @@ class Task(Program):
     Parameters and PyroParams of a task are learned with everything else and saved with the posterior.
 
     Args:
-        tokenizer: a Hugging Face tokenizer with a pad token.
+        tokenizer: a Hugging Face tokenizer with a pad token; None for a module that is fed no text.
         max_length: longest prompt in tokens; longer ones lose the end of their text, which is logged.
     """
 
@@ -37,20 +37,20 @@ class Task(Program):
     #: Names of the classes; None for a likelihood over numbers.
     classes: Sequence[str] | None = None
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, *, max_length: int | None = None) -> None:
         super().__init__()
-        if tokenizer.pad_token_id is None:
+        if tokenizer is not None and tokenizer.pad_token_id is None:
             raise ValueError(
                 "The tokenizer has no pad token, so prompts of different length cannot share a batch: set "
                 "tokenizer.pad_token = tokenizer.eos_token."
             )
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.max_length = max_length
 
     @property
     def pad_token_id(self) -> int:
         """Fills the right end of shorter rows."""
-        return self.tokenizer.pad_token_id
+        return 0 if self.tokenizer is None else self.tokenizer.pad_token_id
 
     def encode(self, row: Row) -> Example:
         """Tokenise one row."""

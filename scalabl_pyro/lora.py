@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .subspace import Subspace
 
@@ -45,6 +46,18 @@ _BOUND: ContextVar[Mapping["Adapter", Bound | None]] = ContextVar(
     "scalabl_pyro_bound",
     default=MappingProxyType({}),
 )
+
+
+@dataclass
+class Undo:
+    """What attaching changed. Data rather than closures, so that a deep copy of a module undoes its own changes."""
+
+    flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)  # requires_grad of the base
+    replaced: dict[str, nn.Module] = field(default_factory=dict)  # base layers by path
+    attributes: list[str] = field(default_factory=list)  # that PEFT left on the module
+    weights: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # factors of a LoRA that was there before
+    casts: list[tuple[LoraLayer, bool]] = field(default_factory=list)  # its cast_input_dtype_enabled
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 class Adapter:
@@ -83,7 +96,7 @@ class Adapter:
         self.heads = dict(heads or {})
         self.serial = next(_SERIAL)  # names it in Pyro's global store; an id() could be reused
         self.shares_prefix = False  # whether hooks repeat the rows at the first adapted block
-        self.restore: list[Callable[[], object]] = []  # what unload() undoes, last first
+        self.undo = Undo()
 
     @property
     def device(self) -> torch.device:
@@ -161,8 +174,21 @@ class Adapter:
 
     def unload(self) -> nn.Module:
         """Put the original module back, bit for bit, and return it."""
-        while self.restore:
-            self.restore.pop()()
+        undo, self.undo = self.undo, Undo()
+        for handle in undo.hooks:
+            handle.remove()
+        for layer in self.layers:
+            layer.lora_variant.pop(self.adapter_name, None)
+        for layer, casts_input in undo.casts:
+            layer.cast_input_dtype_enabled = casts_input
+        for weight, data in undo.weights:
+            weight.data = data
+        for name, original in undo.replaced.items():
+            self.module.set_submodule(name, original)
+        for name in undo.attributes:
+            delattr(self.module, name)
+        for parameter, flag in undo.flags:
+            parameter.requires_grad_(flag)
         return self.original
 
     def num_parameters(self) -> dict[str, int]:
@@ -187,19 +213,28 @@ class Adapter:
         bound = _BOUND.get().get(self)
         return None if bound is None else bound.fan_out
 
-    def replace_head(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-        """Forward hook of a new head: answer with the trained copy, in its own (float32) precision."""
+    def head(self, name: str) -> nn.Module | None:
+        """The trained head that answers for module ``name`` in the current pass; None when disabled."""
+        bound = _BOUND.get().get(self, _UNBOUND)
+        if bound is None:
+            return None
+        return (bound.heads or self.heads)[name]
 
-        def hook(original: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            bound = _BOUND.get().get(self, _UNBOUND)
-            if bound is None:
-                return output
-            frozen = None if bound is _UNBOUND else bound.heads
-            head = (frozen or self.heads)[name]
-            dtype = next(head.parameters()).dtype
-            return head(*(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args))
 
-        return hook
+class ReplaceHead:
+    """Forward hook of a new head: answer with the trained copy, in its own (float32) precision."""
+
+    def __init__(self, adapter: Adapter, name: str) -> None:
+        self.adapter = adapter
+        self.name = name
+
+    def __call__(self, original: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Replace the output of the original head."""
+        head = self.adapter.head(self.name)
+        if head is None:
+            return output
+        dtype = next(head.parameters()).dtype
+        return head(*(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args))
 
 
 _UNBOUND = Bound((), (), None, None, None)

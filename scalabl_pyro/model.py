@@ -102,7 +102,7 @@ class BayesianLoRA(Program):
     def __init__(self, adapter: Adapter, *, prior: PriorLike = 1.0) -> None:
         super().__init__()
         self.adapter = adapter
-        self.prior = as_prior(prior, adapter.subspace).to(adapter.device)
+        self.prior = as_prior(prior, adapter.subspace).to(adapter.device, adapter.loc.dtype)
         self.point_estimates = _point_estimates(adapter)
         self._adapted = AdaptedLLM(adapter)
 

@@ -15,6 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from ._rng import scoped_seed
 from .data import Batch
 from .guides import Guide
 from .model import TaskModel, latent_scope
@@ -52,7 +53,8 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
     Raises:
         ValueError: the guide misses a site, invents one, gives it another shape, or can leave its support.
     """
-    q, p = poutine.trace(guide).get_trace(), poutine.trace(prior).get_trace()
+    with torch.no_grad(), scoped_seed(0), pyro.settings.context(module_local_params=True):
+        q, p = poutine.trace(guide).get_trace(), poutine.trace(prior).get_trace()
     sites: dict[str, Any] = {name: p.nodes[name] for name in p.stochastic_nodes}
     covered: dict[str, Any] = {name: q.nodes[name] for name in q.stochastic_nodes}
     if "s" not in sites:

@@ -54,20 +54,19 @@ def adapted_blocks(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return list(blocks)[first:]
 
 
-def repeat_hook(fan_out: Callable[[], tuple[torch.Size, int] | None]) -> Callable[..., Any]:
-    """Forward pre-hook (with kwargs) of an adapted block; ``fan_out`` tells (batch_shape, rows) of the current pass."""
+class RepeatRows:
+    """Forward pre-hook (with kwargs) of an adapted block: repeat for the draws what has only the rows of the input.
 
-    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        shape = fan_out()
+    Args:
+        fan_out: tells (batch_shape, rows) of the current pass, or None.
+    """
+
+    def __init__(self, fan_out: Callable[[], tuple[torch.Size, int] | None]) -> None:
+        self.fan_out = fan_out
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Arguments of the block with all rows."""
+        shape = self.fan_out()
         if shape is None:
             return None
-        batch_shape, rows = shape
-        return tuple(_repeat(a, batch_shape, rows) for a in args), {
-            k: _repeat(v, batch_shape, rows) for k, v in kwargs.items()
-        }
-
-    return hook
-
-
-def _repeat(x: Any, batch_shape: torch.Size, rows: int) -> Any:
-    return repeat_rows(x, batch_shape, rows, min_dim=2)
+        return repeat_rows(args, *shape, min_dim=2), repeat_rows(kwargs, *shape, min_dim=2)

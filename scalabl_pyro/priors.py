@@ -75,7 +75,8 @@ def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
     if isinstance(prior, int | float):
         if not 0 < prior < float("inf"):
             raise ValueError(f"prior={prior}: a scale (standard deviation) must be positive and finite.")
-        prior = dist.Normal(0.0, float(prior))
+        scale = torch.tensor(float(prior), dtype=torch.float64)
+        prior = dist.Normal(torch.zeros_like(scale), scale)
     if isinstance(prior, Distribution):
         family, parameters = _decompose(prior)
         return FixedPrior(family, {k: _spread(prior, v, subspace.dim) for k, v in parameters.items()})

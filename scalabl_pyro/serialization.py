@@ -75,7 +75,8 @@ def save(path: str | Path, posterior: "Posterior") -> None:
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(_own(_adapter_tensors(posterior)), staging / ADAPTER)
         save_file(_own(_posterior_tensors(posterior.guide, posterior.prior, posterior.task)), staging / POSTERIOR)
-        posterior.task.tokenizer.save_pretrained(staging / TOKENIZER)
+        if posterior.task.tokenizer is not None:
+            posterior.task.tokenizer.save_pretrained(staging / TOKENIZER)
         staging.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))

@@ -12,6 +12,8 @@ from pyro import infer, poutine
 
 import scalabl_pyro as sp
 
+torch.set_num_threads(1)  # tiny models: threads only get into each other's way, the more so under xdist
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
