@@ -22,8 +22,9 @@ from .data import Batch, TrainingBatches, encode, read_rows
 from .guides import Guide, GuideLike, as_guide
 from .likelihoods import Task
 from .model import BayesianLoRA, TaskModel
-from .objective import RecordNLL, ScopedGuide, check_sites, default_elbo, explain_nonfinite
+from .objective import Objective, ScopedGuide, allows_row_draws, check_sites, default_elbo
 from .posterior import Posterior
+from .priors import Prior
 
 logger = logging.getLogger(__name__)
 
@@ -106,34 +107,31 @@ def fit(
     """
     check_choice("draws", draws, ("per_example", "shared"))
     check_choice("schedule", schedule, ("linear", "constant"))
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"warmup={warmup} must lie between 0 and 1: it is a share of the steps.")
     _check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, scale_lr=scale_lr)
     device = blora.device
     blora.to(device)
     task.to(device)
     batches, num_data = _training_batches(train_data, task, batch_size, num_data, seed)
     family = as_guide(guide, blora, init_scale=init_scale, seed=seed).to(device)
-    if not family.per_example:
+    elbo = _checked(elbo, family, blora.prior)
+    if not (family.per_example and allows_row_draws(elbo)):
         draws = "shared"
     model = TaskModel(blora, task, num_data=num_data, draws=draws)
-    scoped_guide = ScopedGuide(family, draws=draws)
+    objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
     optimiser = _optimiser(
         model, family, lr=lr, loc_lr=lr if loc_lr is None else loc_lr, scale_lr=scale_lr, weight_decay=weight_decay
     )
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate(schedule, warmup, num_steps))
-    weight_at = kl_weight if callable(kl_weight) else lambda step: kl_weight
     history: list[dict[str, float]] = []
     start = time.perf_counter()
     with _training_scope(blora, seed), trange(num_steps, disable=not progress, desc="fit", unit="step") as steps:
-        if elbo is None:
-            elbo = default_elbo(family, blora.prior)
-        else:
-            check_sites(family, blora.prior)
-        objective = elbo(model, scoped_guide)
         try:
             for step in steps:
-                batch, weight = batches(step).to(device), float(weight_at(step))
+                batch, weight = batches(step).to(device), _kl_weight(kl_weight, step)
                 with pyro.validation_enabled(step == 0):
-                    loss, nll = _gradient(objective, batch, weight, micro_batch_size or len(batch), num_data, step)
+                    loss, nll = _gradient(objective, batch, weight, micro_batch_size or len(batch), step)
                 grad_norm = _grad_norm(optimiser, max_grad_norm, step)
                 optimiser.step()
                 record = {
@@ -168,9 +166,7 @@ def fit(
     return FitResult(_freeze(blora, task, family, provenance), pd.DataFrame(history))
 
 
-def _gradient(
-    objective: Any, batch: Batch, kl_weight: float, micro_size: int, num_data: int, step: int
-) -> tuple[float, float]:
+def _gradient(objective: Objective, batch: Batch, kl_weight: float, micro_size: int, step: int) -> tuple[float, float]:
     """Gradients of the loss of one batch into ``.grad``; returns loss and NLL in nats per example.
 
     Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B.
@@ -179,23 +175,15 @@ def _gradient(
     total_loss, total_nll = 0.0, 0.0
     for micro in batch.split(micro_size):
         share = len(micro) / len(batch)
-        with RecordNLL() as record:
-            try:
-                loss = objective(micro, kl_weight) * (share / num_data)
-            except ValueError as error:  # Pyro's validation of the first step finds NaN before we do
-                if "invalid values" not in str(error):
-                    raise
-                loss = torch.tensor(float("nan"))
-        if not torch.isfinite(loss):
-            where = explain_nonfinite(objective.model, objective.guide, micro)
+        try:
+            loss, nll = objective.accumulate(micro, kl_weight, share=share)
+        except FloatingPointError as error:
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {step}; parameters keep their values of step {step - 1}. "
-                f"Cause: {where}. Lower the learning rates, set max_grad_norm, or check these examples."
-            )
-        loss.backward()
-        total_loss += loss.item()
-        assert record.value is not None
-        total_nll += record.value.item() * share
+                f"At step {step}: {error}. Parameters keep their values from before this step. Lower the learning "
+                "rates, set max_grad_norm, or check these examples."
+            ) from None
+        total_loss += share * loss
+        total_nll += share * nll
     return total_loss, total_nll
 
 
@@ -205,12 +193,28 @@ def _grad_norm(optimiser: torch.optim.Optimizer, limit: float | None, step: int)
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if not torch.isfinite(norm):
         raise FloatingPointError(
-            f"The loss is finite but its gradient is not, at step {step}; parameters keep their values of step "
-            f"{step - 1}. Lower the learning rates, or use bfloat16 instead of float16."
+            f"At step {step}: the loss is finite, but its gradient is not. Parameters keep their values from before "
+            "this step. Lower the learning rates, or use bfloat16 instead of float16."
         )
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.item()
+
+
+def _checked(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:
+    if elbo is None:
+        return default_elbo(guide, prior)
+    if not isinstance(elbo, ELBO):
+        raise TypeError(f"elbo={elbo!r}: expected an instance such as pyro.infer.Trace_ELBO().")
+    check_sites(guide, prior)
+    return elbo
+
+
+def _kl_weight(kl_weight: float | Callable[[int], float], step: int) -> float:
+    weight = float(kl_weight(step) if callable(kl_weight) else kl_weight)
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"kl_weight={weight} at step {step}: it must be 0 or more; 1 is the ELBO.")
+    return weight
 
 
 def _training_batches(

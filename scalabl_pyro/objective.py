@@ -4,12 +4,20 @@ elbo = E_q[ sum_n log p(y_n | x_n, s) ] - kl_weight * KL(q || p)         nats pe
 loss = -elbo / N                                                         nats per example, lower is better
 """
 
+import math
 from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    ELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
@@ -45,6 +53,64 @@ class RecordNLL(Messenger):
         if msg["name"] == "label" and msg["is_observed"]:
             with torch.no_grad():
                 self.value = -msg["fn"].log_prob(msg["value"]).mean()
+
+
+class Objective(nn.Module):
+    """An ELBO of one model and guide as something to differentiate.
+
+    Args:
+        elbo: any Pyro ELBO.
+        model: the joint model.
+        guide: the guide in the model's scope.
+    """
+
+    def __init__(self, elbo: ELBO, model: TaskModel, guide: ScopedGuide) -> None:
+        super().__init__()
+        self.elbo = elbo
+        self.model = model
+        self.guide = guide
+
+    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> tuple[float, float]:
+        """Add ``share`` of the gradient of the loss to ``.grad``; returns loss and NLL of the batch, nats per example.
+
+        Raises:
+            FloatingPointError: the loss is not finite (before anything is added); the message says at which site.
+        """
+        num_data = self.model.num_data
+        with RecordNLL() as record:
+            try:
+                if hasattr(self.elbo, "differentiable_loss"):
+                    surrogate = self.elbo.differentiable_loss(self.model, self.guide, batch, kl_weight) / num_data
+                    loss = surrogate.item()
+                else:  # RenyiELBO, TraceGraph_ELBO: only with their own backward pass
+                    surrogate = None
+                    loss = self._own_backward(batch, kl_weight, factor=share / num_data) / num_data
+            except ValueError as error:  # Pyro's validation finds NaN in arguments of a distribution before we do
+                if "invalid values" not in str(error):
+                    raise
+                loss = float("nan")
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"The loss is {loss}: {explain_nonfinite(self.model, self.guide, batch)}")
+        if surrogate is not None:
+            (surrogate * share).backward()
+        assert record.value is not None
+        return loss, record.value.item()
+
+    def _own_backward(self, batch: Batch, kl_weight: float, *, factor: float) -> float:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        before = [p.grad for p in parameters]
+        self.zero_grad(set_to_none=True)
+        loss = cast(Any, self.elbo).loss_and_grads(self.model, self.guide, batch, kl_weight)
+        for parameter, old in zip(parameters, before, strict=True):
+            new = None if parameter.grad is None else parameter.grad * factor
+            parameter.grad = new if old is None else old if new is None else old + new
+        return float(loss)
+
+
+def allows_row_draws(elbo: ELBO) -> bool:
+    """Whether an estimator is linear in log p - log q, so that the average over rows of their own draws is unbiased."""
+    linear = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+    return isinstance(elbo, linear) and not isinstance(elbo, TraceTailAdaptive_ELBO)
 
 
 def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:

@@ -229,7 +229,14 @@ def predict(
 
 def _moments(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch) -> dict[str, Tensor]:
     """What is kept of the likelihood of a batch (B rows) under P draws, each (P, B, ...), on the CPU."""
-    d = task.likelihood(task.outputs(llm, batch, s.unsqueeze(1)), batch)
+    outputs = task.outputs(llm, batch, s.unsqueeze(1))
+    if torch.isnan(outputs).any():
+        bad = torch.isnan(outputs).reshape(*outputs.shape[:2], -1).any(2).any(0)
+        raise FloatingPointError(
+            f"The LLM's outputs of rows {batch.index[bad].tolist()} are NaN: check these inputs, and use bfloat16 or "
+            "float32 instead of float16."
+        )
+    d = task.likelihood(outputs, batch)
     if isinstance(d, dist.Categorical):
         kept = {"log_probs": at_least_float32(d.logits).log_softmax(-1)}
     else:
@@ -243,10 +250,6 @@ def _moments(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch) -> dict[str, 
 def _as_prediction(
     kept: dict[str, Tensor], task: Task, examples: Sequence[Example], *, is_mean: bool, seconds: float
 ) -> Prediction | NumericPrediction:
-    for name, value in kept.items():
-        if torch.isnan(value).any():
-            rows = torch.isnan(value).nonzero()[:, 1].unique()[:10].tolist()
-            raise FloatingPointError(f"The {name} of rows {rows} are NaN: check the model's dtype and these inputs.")
     targets = [e.target for e in examples]
     target: Any = None if any(t is None for t in targets) else np.asarray(targets)
     arrays: dict[str, Any] = {k: v.numpy() for k, v in kept.items()}

@@ -215,7 +215,7 @@ def test_per_example_draws_are_unbiased_and_their_noise_falls_with_the_batch(tas
     guide = NormalGuide(blora.adapter.loc, torch.full((blora.subspace.dim,), 0.3))
     data = tiny.question_rows(32) if rows == "mixed" else tiny.question_rows(1) * 32
     batch = TrainingBatches(encode(data, task.encode, need_target=True), 32, task.pad_token_id, seed=0)(0)
-    repeats = 400
+    repeats = 250
     own = gradients(blora, task, guide, batch, "per_example", repeats, num_data=32)
     shared = gradients(blora, task, guide, batch, "shared", repeats, num_data=32)
     error = (own.var(0) / repeats + shared.var(0) / repeats).sqrt()

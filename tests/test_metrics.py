@@ -13,17 +13,17 @@ from hypothesis.extra import numpy as hnp
 from scalabl_pyro import metrics
 from scalabl_pyro.metrics import CLASSIFICATION, classification_report
 
-PROPERTY = settings(max_examples=150, derandomize=True, deadline=None)
+PROPERTY = settings(max_examples=100, derandomize=True, deadline=None)
 
 #: Three right rows of four; every number below can be checked by hand.
-PROBS = np.array([[0.9, 0.1, 0.0], [0.2, 0.6, 0.2], [0.1, 0.1, 0.8], [0.5, 0.3, 0.2]])
+PROBS = np.array([[0.9, 0.1, 0.0], [0.2, 0.6, 0.2], [0.1, 0.1, 0.8], [0.46, 0.3, 0.24]])
 LABELS = np.array([0, 1, 2, 1])
 
 
 @st.composite
-def predictions(draw, *, min_rows=1, even=False):
+def predictions(draw):
     """(N, C) probabilities and labels; counts out of a total, so that ties, zeros, ones and bin edges are common."""
-    rows, classes = draw(st.integers(min_rows, 25)), draw(st.integers(2, 5))
+    rows, classes = draw(st.integers(1, 25)), draw(st.integers(2, 5))
     if draw(st.booleans()):
         weights = draw(hnp.arrays(np.int64, (rows, classes), elements=st.integers(0, 20))).astype(float)
         weights[:, 0] += weights.sum(1) == 0
@@ -55,21 +55,20 @@ def test_nll_of_an_answer_ruled_out_is_large_and_finite():
 
 
 def test_brier_by_hand():
-    rows = [0.01 + 0.01, 0.04 + 0.16 + 0.04, 0.01 + 0.01 + 0.04, 0.25 + 0.49 + 0.04]
+    rows = [0.01 + 0.01, 0.04 + 0.16 + 0.04, 0.01 + 0.01 + 0.04, 0.2116 + 0.49 + 0.0576]
     assert metrics.brier(PROBS, LABELS) == pytest.approx(sum(rows) / 4)
 
 
 def test_ece_by_hand():
-    # Two bins: [0, 1/2) is empty, [1/2, 1] has confidences .9 .6 .8 .5 and accuracy 3/4.
-    assert metrics.ece(PROBS, LABELS, num_bins=2) == pytest.approx(abs(0.7 - 0.75))
-    # Five bins of width 0.2: {.5}: 0 right; {.6, .8 at edges} fall upwards: {.6}: right, {.8, .9}: right.
-    edges = 0.25 * 0.5 + 0.25 * 0.4 + 0.5 * 0.15
-    assert metrics.ece(PROBS, LABELS, num_bins=5) == pytest.approx(edges)
+    # One bin: mean confidence (.9 + .6 + .8 + .46) / 4 against 3 right of 4.
+    assert metrics.ece(PROBS, LABELS, num_bins=1) == pytest.approx(0.75 - 0.69)
+    # Two bins: {.46} with accuracy 0, {.6, .8, .9} with accuracy 1.
+    assert metrics.ece(PROBS, LABELS, num_bins=2) == pytest.approx(0.25 * 0.46 + 0.75 * (1 - 2.3 / 3))
 
 
 def test_adaptive_ece_by_hand():
-    # Equal counts: {.5, .6} with accuracy 1/2, {.8, .9} with accuracy 1.
-    assert metrics.adaptive_ece(PROBS, LABELS, num_bins=2) == pytest.approx(0.5 * 0.05 + 0.5 * 0.15)
+    # Equal counts: {.46, .6} with accuracy 1/2, {.8, .9} with accuracy 1.
+    assert metrics.adaptive_ece(PROBS, LABELS, num_bins=2) == pytest.approx(0.5 * 0.03 + 0.5 * 0.15)
 
 
 def test_risk_coverage_by_hand():
@@ -93,7 +92,7 @@ def test_auroc_by_hand():
 
 def test_error_auroc_by_hand():
     assert metrics.error_auroc(PROBS, LABELS) == 1.0  # the wrong row has the largest entropy
-    assert metrics.error_auroc(PROBS, np.array([1, 1, 2, 0])) == pytest.approx(1 / 3)  # larger than that of the .8
+    assert metrics.error_auroc(PROBS, np.array([0, 1, 0, 0])) == pytest.approx(1 / 3)  # above one right row of three
     assert math.isnan(metrics.error_auroc(PROBS, PROBS.argmax(1)))
 
 
@@ -105,10 +104,10 @@ def test_ood_auroc_by_hand():
 
 def test_reliability_by_hand():
     table = metrics.reliability(PROBS, LABELS, num_bins=4)
-    assert table.index.tolist() == [2, 3]
-    np.testing.assert_allclose(table["confidence"], [0.55, 0.85])
-    np.testing.assert_allclose(table["accuracy"], [0.5, 1.0])
-    assert table["count"].tolist() == [2, 2]
+    assert table.index.tolist() == [1, 2, 3]
+    np.testing.assert_allclose(table["confidence"], [0.46, 0.6, 0.85])
+    np.testing.assert_allclose(table["accuracy"], [0, 1, 1])
+    assert table["count"].tolist() == [1, 1, 2]
 
 
 # laws ---------------------------------------------------------------------------------------------------------
@@ -158,22 +157,20 @@ def test_proper_scores_do_not_depend_on_the_order_of_classes(data, random):
 
 @PROPERTY
 @given(predictions())
-@pytest.mark.parametrize("name", ["accuracy", "nll", "ece", "adaptive_ece", "brier", "aurc"])
+@pytest.mark.parametrize("name", ["accuracy", "nll", "ece", "brier"])
 def test_rows_seen_twice_change_nothing(name, data):
     probs, labels = data
-    assume(name != "adaptive_ece" or len(labels) == 1)  # bins of equal counts hold other rows then
-    assume(name != "aurc" or len(set(probs.max(1))) == 1)  # a row and its copy are answered one by one
     twice = np.concatenate([probs, probs]), np.concatenate([labels, labels])
     assert same(CLASSIFICATION[name](*twice), CLASSIFICATION[name](probs, labels))
 
 
 @PROPERTY
-@given(predictions(), st.sampled_from([np.float32, np.float64]))
-def test_probabilities_of_either_precision_give_the_same_scores(data, dtype):
+@given(predictions())
+def test_single_precision_gives_the_same_proper_scores(data):
     probs, labels = data
-    for fn in (metrics.accuracy, metrics.brier):
-        assume(len(set(probs.max(1).astype(np.float32))) == len(set(probs.max(1))))
-        assert fn(probs.astype(dtype), labels) == pytest.approx(fn(probs, labels), abs=1e-5)
+    single = probs.astype(np.float32)
+    assert metrics.nll(single, labels) == pytest.approx(metrics.nll(probs, labels), rel=1e-5, abs=1e-5)
+    assert metrics.brier(single, labels) == pytest.approx(metrics.brier(probs, labels), abs=1e-5)
 
 
 @PROPERTY
@@ -307,7 +304,7 @@ def test_the_bootstrap_interval_of_accuracy_has_the_width_of_a_binomial():
     assert width == pytest.approx(2 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / 400), rel=0.25)
 
 
-@pytest.mark.parametrize("level", [0, 1, 95, -0.5])
+@pytest.mark.parametrize("level", [95, 1.5, -0.5])
 def test_a_level_that_is_no_coverage_is_refused(level):
     with pytest.raises(ValueError, match=f"level={level}"):
         classification_report(PROBS, LABELS, bootstrap=5, level=level)

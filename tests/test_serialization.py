@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import scalabl_pyro as sp
 from scalabl_pyro import serialization
+from scalabl_pyro.data import Example
 from scalabl_pyro.guides import AutoFamily, Guide, NormalGuide
 from scalabl_pyro.priors import Prior
 
@@ -37,15 +38,6 @@ NUMBERS = [{"text": row["text"], "label": float(row["label"]) - 0.5} for row in 
 DIM = 40  # latents of the tiny Llama: two blocks x (query, value) + LM head, rank 8 each
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 LORA_A, LORA_B = f"{Q_PROJ}.lora_A.weight", f"{Q_PROJ}.lora_B.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices: on a busy machine a second thread makes them ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # posteriors of every kind -----------------------------------------------------------------------------------
@@ -225,7 +217,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def edit_config(path: Path, *keys: str | int, value: Any) -> None:
-    """Set one entry; a key of None in ``value`` position removes nothing, ``...`` removes the entry."""
+    """Set one entry; ``...`` removes it."""
     config = read_config(path)
     part = config
     for key in keys[:-1]:
@@ -440,6 +432,18 @@ def test_two_posteriors_share_a_module_and_keep_their_own_predictions(saved, tmp
     for _ in range(2):
         assert_same_bits(observe(first, QUESTIONS), saved["normal"][1])
         assert_same_bits(observe(second, QUESTIONS), observe(other, QUESTIONS))
+
+
+@pytest.mark.parametrize("guide", [autoguide.AutoDelta, autoguide.AutoNormal, autoguide.AutoMultivariateNormal])
+def test_posteriors_of_one_family_do_not_mix_in_one_process(guide, tmp_path):
+    learned = [Case(guide=guide).learn(seed=seed) for seed in (0, 1)]
+    shown = [observe(posterior, QUESTIONS) for posterior in learned]
+    assert not torch.equal(shown[0]["mean"], shown[1]["mean"])
+    for i, posterior in enumerate(learned):
+        posterior.save_pretrained(tmp_path / str(i))
+    loaded = [sp.Posterior.from_pretrained(tiny.causal_lm(), tmp_path / str(i)) for i in (0, 1)]
+    for posterior, before in zip(loaded, shown, strict=True):
+        assert_same_bits(observe(posterior, QUESTIONS), before)
 
 
 @pytest.mark.parametrize(
@@ -717,7 +721,7 @@ TENSORS = {
         r"task does not .*unexpected \['label_ids'\]",
     ),
     "prior missing": (POSTERIOR, {"prior.scale": ...}, r"missing \['prior\.scale'\]"),
-    "prior shape": (POSTERIOR, {"prior.scale": torch.ones(39)}, r"prior.*'scale' is \(39,\), expected \(40,\)"),
+    "prior shape": (POSTERIOR, {"prior.scale": torch.ones(39)}, "prior.*39"),
     "prior not positive": (POSTERIOR, {"prior.scale": lambda t: -t}, "prior.*scale"),
     "prior NaN": (POSTERIOR, {"prior.scale": lambda t: t.fill_(NAN)}, "'prior.scale' holds values that are not finite"),
 }
@@ -869,6 +873,43 @@ def test_class_of_ones_own_is_asked_for_by_name_and_then_loaded(part, tmp_path):
     assert_same_bits(observe(loaded, QUESTIONS), observe(posterior, QUESTIONS))
 
 
+class Plain(nn.Module):
+    """Neither Hugging Face nor text: no embeddings, no configuration."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator)
+
+    def forward(self, input_ids, attention_mask):
+        return self.out(self.hidden(input_ids.float()).tanh())
+
+
+class Points(sp.Task):
+    """Class of a point on a grid."""
+
+    def encode(self, row):
+        return Example({"input_ids": row["x"]}, row["y"])
+
+    def outputs(self, llm, batch, s):
+        return llm(**batch.inputs, s=s)
+
+    def likelihood(self, outputs, batch):
+        return dist.Categorical(logits=outputs)
+
+
+def test_module_without_embeddings_and_task_without_tokenizer_are_saved_too(tmp_path):
+    rows = [{"x": [i % 3, i % 2, i // 4, 1], "y": i % 3} for i in range(8)]
+    blora = sp.bayesian_lora(Plain(0), r=2, target_modules="all-linear")
+    posterior = sp.fit(blora, Points(), rows, num_steps=2, progress=False).posterior
+    posterior.save_pretrained(tmp_path / "p")
+    loaded = sp.Posterior.from_pretrained(Plain(0), tmp_path / "p", task=Points())
+    assert_same_bits(observe(loaded, rows), observe(posterior, rows))
+    assert_refused(tmp_path / "p", "Another base model", llm=Plain(1), task=Points())
+
+
 def test_subclass_of_a_family_is_not_loaded_as_its_parent(tmp_path):
     def guide(blora):
         return WiderNormal(blora.adapter.loc, torch.full((DIM,), 0.1))
@@ -898,6 +939,16 @@ def test_failed_load_leaves_overrides_alone(path):
     before = snapshot(guide), snapshot(task)
     assert_refused(path, "task does not hold", guide=guide, task=task)
     assert (snapshot(guide), snapshot(task)) == before
+
+
+def test_override_is_copied_and_stays_trainable(tmp_path):
+    case, make = OWN["task"]
+    case.learn().save_pretrained(tmp_path / "p")
+    own = make()
+    before = snapshot(own)
+    posterior = sp.Posterior.from_pretrained(tiny.causal_lm(), tmp_path / "p", task=own)
+    assert not torch.equal(posterior.task.temperature, torch.tensor(2.0))
+    assert snapshot(own) == before
 
 
 # nothing in the directory is executed -----------------------------------------------------------------------
@@ -985,7 +1036,7 @@ def test_code_beside_the_tokenizer_is_never_executed(path, marker):
     [("layers", 0, "name"), ("heads",), ("task", "class"), ("guide",), ("prior", "family"), ("gauge",)],
     ids=lambda keys: str(keys[0]),
 )
-@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "..", "os.system", "__class__.__init__.__globals__"])
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "__class__.__init__"])
 def test_names_in_the_configuration_cannot_lead_outside(path, keys, name):
     value = {("heads",): [name], ("guide",): {"family": None, "class": name}}.get(keys, name)
     edit_config(path, *keys, value=value)

@@ -71,12 +71,13 @@ class AutoFamily(Guide):
 
     def mean(self) -> dict[str, Tensor]:
         """The median, which is the mean of the symmetric families; of flows the average of MEAN_DRAWS draws."""
-        try:
-            return self.auto.median()
-        except NotImplementedError:
-            with torch.no_grad(), scoped_seed(0, next(self.parameters()).device):
-                draws = [self.auto() for _ in range(MEAN_DRAWS)]
-            return {name: torch.stack([d[name] for d in draws]).mean(0) for name in draws[0]}
+        with pyro.settings.context(module_local_params=True):
+            try:
+                return self.auto.median()
+            except NotImplementedError:
+                with torch.no_grad(), scoped_seed(0, next(self.parameters()).device):
+                    draws = [self.auto() for _ in range(MEAN_DRAWS)]
+                return {name: torch.stack([d[name] for d in draws]).mean(0) for name in draws[0]}
 
     def options(self) -> dict[str, Any]:
         """Class and keyword arguments."""

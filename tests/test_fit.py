@@ -1,0 +1,310 @@
+"""Training: what it records, what it refuses, what it leaves alone."""
+
+import logging
+
+import numpy as np
+import pyro
+import pytest
+import tiny
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoIAFNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
+from torch.utils.data import DataLoader
+
+import scalabl_pyro as sp
+from scalabl_pyro.data import TrainingBatches, collate, encode
+from scalabl_pyro.guides import Guide
+
+ROWS = tiny.question_rows(16)
+
+
+def fit(blora, task, rows=ROWS, **options):
+    return sp.fit(blora, task, rows, **{"num_steps": 3, "batch_size": 8, "progress": False, **options})
+
+
+def test_it_learns(blora, task):
+    result = fit(blora, task, tiny.question_rows(48), num_steps=80, lr=1e-2)
+    assert result.history["loss"].iloc[-5:].mean() < 0.5 * result.history["loss"].iloc[:5].mean()
+    assert result.posterior.predict(tiny.question_rows(20, seed=7)).metrics().loc["value", "accuracy"] > 0.9
+
+
+def test_history_has_units_that_add_up(blora, task):
+    history = fit(blora, task, kl_weight=0.5).history
+    assert list(history) == ["step", "loss", "nll", "kl", "kl_weight", "grad_norm", "lr", "seconds"]
+    np.testing.assert_allclose(history["loss"], history["nll"] + 0.5 * history["kl"] / len(ROWS), rtol=1e-6)
+    assert (history["kl_weight"] == 0.5).all()
+    assert history["seconds"].is_monotonic_increasing
+
+
+def test_equal_seeds_give_equal_posteriors_and_others_do_not(task):
+    def run(seed):
+        return fit(sp.bayesian_lora(tiny.causal_lm()), task, seed=seed).posterior
+
+    a, b, c = run(0), run(0), run(1)
+    assert torch.equal(a.guide.loc, b.guide.loc)
+    assert torch.equal(a.guide.scale, b.guide.scale)
+    assert not torch.equal(a.guide.scale, c.guide.scale)
+
+
+def test_nothing_global_changes(blora, task, unchanged_rng):
+    llm = blora.llm
+    llm.train()
+    llm.model.layers[0].eval()
+    modes = [m.training for m in llm.modules()]
+    fit(blora, task)
+    assert [m.training for m in llm.modules()] == modes
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_learning_rates_warm_up_and_decay_by_group(blora, task):
+    rates = []
+    fit(blora, task, num_steps=20, lr=1e-3, warmup=0.25, callbacks=[lambda r: rates.append(r["lr"])])
+    assert rates[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
+    assert np.all(np.diff(rates[5:]) < 0)
+    assert rates[-1] == pytest.approx(1e-3 / 15)
+
+
+def test_scales_have_a_learning_rate_of_their_own(task):
+    def scale_after(scale_lr):
+        blora = sp.bayesian_lora(tiny.causal_lm())
+        return fit(blora, task, num_steps=1, warmup=0.0, scale_lr=scale_lr).posterior.guide.scale
+
+    start = sp.guides.as_guide("normal", sp.bayesian_lora(tiny.causal_lm())).scale.detach()
+    for scale_lr in (1e-2, 1e-1):
+        moved = (scale_after(scale_lr) / start).log().abs()  # Adam's first step is the learning rate
+        torch.testing.assert_close(moved, torch.full_like(moved, scale_lr), rtol=1e-2, atol=0)
+
+
+def test_weight_decay_shrinks_factors_only(task):
+    def run(weight_decay):
+        blora = sp.bayesian_lora(tiny.causal_lm())
+        with torch.no_grad():
+            for _, B in blora.adapter.factors():
+                B.fill_(1.0)
+        return fit(blora, task, weight_decay=weight_decay, lr=1e-2).posterior
+
+    plain, decayed = run(0.0), run(10.0)
+    norm = [sum(B.norm() for _, B in p.factors) for p in (plain, decayed)]
+    assert norm[1] < 0.95 * norm[0]
+
+
+def test_kl_weight_may_change_with_the_step(blora, task):
+    history = fit(blora, task, num_steps=4, kl_weight=lambda step: min(1.0, step / 2)).history
+    assert list(history["kl_weight"]) == [0, 0.5, 1, 1]
+    assert np.isnan(history["kl"].iloc[0])  # at weight 0 the loss does not contain it
+    assert history["loss"].iloc[0] == pytest.approx(history["nll"].iloc[0])
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        Trace_ELBO(),
+        Trace_ELBO(num_particles=3, vectorize_particles=True),
+        TraceMeanField_ELBO(),
+        TraceGraph_ELBO(),
+        RenyiELBO(num_particles=2),
+        RenyiELBO(alpha=0.5, num_particles=3, vectorize_particles=True),
+    ],
+)
+@pytest.mark.parametrize("draws", ["shared", "per_example"])
+def test_any_elbo_of_pyro_drives_it(blora, task, elbo, draws):
+    result = fit(blora, task, elbo=elbo, draws=draws)
+    assert result.posterior.provenance["elbo"] == type(elbo).__name__
+    assert np.isfinite(result.history["loss"]).all()
+
+
+@pytest.mark.parametrize(
+    ("guide", "elbo"),
+    [
+        ("normal", "TraceMeanField_ELBO"),
+        ("delta", "TraceMeanField_ELBO"),
+        (AutoNormal, "Trace_ELBO"),
+        (AutoMultivariateNormal, "Trace_ELBO"),
+        (AutoLowRankMultivariateNormal, "Trace_ELBO"),
+        (AutoIAFNormal, "Trace_ELBO"),
+    ],
+)
+def test_the_default_elbo_follows_guide_and_prior(blora, task, guide, elbo):
+    result = fit(blora, task, guide=guide)
+    assert result.posterior.provenance["elbo"] == elbo
+    assert result.posterior.predict(ROWS, num_draws=2).log_probs.shape == (2, 16, 4)
+
+
+def test_a_prior_without_closed_form_gets_the_sampled_elbo(llm, task):
+    blora = sp.bayesian_lora(llm, prior=pyro.distributions.StudentT(4.0, 0.0, 1.0))
+    assert fit(blora, task).posterior.provenance["elbo"] == "Trace_ELBO"
+
+
+def test_callbacks_see_the_history_and_can_stop(blora, task):
+    seen = []
+
+    def stop_at_two(record):
+        seen.append(record["step"])
+        return record["step"] == 2
+
+    result = fit(blora, task, num_steps=10, callbacks=[stop_at_two])
+    assert seen == [0, 1, 2]
+    assert result.posterior.provenance["num_steps"] == 3
+
+
+def test_ctrl_c_returns_what_was_learned(blora, task, caplog):
+    def interrupt(record):
+        if record["step"] == 1:
+            raise KeyboardInterrupt
+
+    result = fit(blora, task, num_steps=10, callbacks=[interrupt])
+    assert len(result.history) == 2
+    assert "interrupted after 2 of 10 steps" in caplog.text
+    result.posterior.predict(ROWS, num_draws=2)
+
+
+def test_a_loader_of_batches_needs_num_data(blora, task):
+    examples = encode(ROWS, task.encode, need_target=True)
+    plan = TrainingBatches(examples, 8, task.pad_token_id, seed=0)
+    batches = [plan(0), plan(1)]
+    with pytest.raises(ValueError, match="size of the data set is unknown: pass num_data=N"):
+        fit(blora, task, batches)
+    assert fit(blora, task, batches, num_data=16).posterior.provenance["num_data"] == 16
+
+
+def test_a_data_loader_knows_its_size(blora, task):
+    examples = encode(ROWS, task.encode, need_target=True)
+    loader = DataLoader(
+        list(enumerate(examples)),
+        batch_size=4,
+        collate_fn=lambda pairs: collate([e for _, e in pairs], [i for i, _ in pairs], task.pad_token_id),
+    )
+    assert fit(blora, task, loader, num_steps=6).posterior.provenance["num_data"] == 16
+
+
+def test_a_generator_that_runs_dry_is_explained(blora, task):
+    plan = TrainingBatches(encode(ROWS, task.encode, need_target=True), 8, task.pad_token_id, seed=0)
+    with pytest.raises(ValueError, match="no batches the second time: pass something that can be restarted"):
+        fit(blora, task, (plan(i) for i in range(2)), num_data=16, num_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draws": "each"}, "draws='each' is unknown"),
+        ({"schedule": "cosine"}, "schedule='cosine' is unknown"),
+        ({"num_steps": 0}, "num_steps=0 must be positive"),
+        ({"lr": -1.0}, "lr=-1.0 must be positive"),
+        ({"init_scale": 0.0}, "init_scale=0.0"),
+        ({"guide": "norml"}, "guide='norml' is unknown. Did you mean 'normal'"),
+        ({"num_data": 7}, "num_data=7, but train_data has 16 rows"),
+        ({"kl_weight": -0.5}, "kl_weight=-0.5"),
+        ({"warmup": 2.0}, "warmup=2.0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(blora, task, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(blora, task, **options)
+
+
+@pytest.mark.parametrize("guide", [3, lambda blora: "nonsense", AutoNormal.__init__])
+def test_things_that_are_no_guide_are_refused(blora, task, guide):
+    with pytest.raises(TypeError):
+        fit(blora, task, guide=guide)
+
+
+class Wrong(Guide):
+    """A guide with a fault to order."""
+
+    def __init__(self, dim, fault):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(dim))
+        self.fault = fault
+
+    def forward(self, *args, **kwargs):
+        name, shape = ("z" if self.fault == "name" else "s"), (self.loc[:3] if self.fault == "shape" else self.loc)
+        value = pyro.sample(name, pyro.distributions.Normal(shape, 1.0).to_event(1))
+        if self.fault == "extra":
+            pyro.sample("invented", pyro.distributions.Normal(0.0, 1.0))
+        return value
+
+    def mean(self):
+        return {"s": self.loc}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("name", r"The guide does not sample \['s'\]"),
+        ("extra", r"The guide samples \['invented'\], which the prior lacks"),
+        ("shape", r"Site 's' has shape \(3,\) in the guide, \(40,\) in the prior"),
+    ],
+)
+def test_a_guide_that_does_not_fit_the_prior_is_explained(blora, task, fault, message):
+    with pytest.raises(ValueError, match=message):
+        fit(blora, task, guide=Wrong(blora.subspace.dim, fault))
+
+
+def test_a_prior_with_another_support_is_explained(llm, task):
+    blora = sp.bayesian_lora(llm, prior=pyro.distributions.HalfNormal(1.0))
+    with pytest.raises(ValueError, match="outside the support of its prior"):
+        fit(blora, task, init_scale=5.0)
+
+
+class Poisoned(sp.MultipleChoice):
+    """Gives NaN from some step on."""
+
+    def __init__(self, *args, at, **options):
+        super().__init__(*args, **options)
+        self.at, self.calls = at, 0
+
+    def likelihood(self, outputs, batch):
+        self.calls += 1
+        if self.calls > self.at:
+            outputs = torch.where((batch.index == batch.index.max()).unsqueeze(-1), torch.nan, outputs)
+        return super().likelihood(outputs, batch)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_nan_loss_stops_before_the_update_and_says_where(blora, tokenizer, at):
+    snapshots = [{n: p.detach().clone() for n, p in blora.point_estimates.named_parameters()}]
+
+    def snapshot(record):
+        snapshots.append({n: p.detach().clone() for n, p in blora.point_estimates.named_parameters()})
+
+    with pytest.raises(
+        FloatingPointError, match=rf"At step {at}: .* nan: site 'label' of the model .*examples \[1\d\]"
+    ):
+        fit(blora, Poisoned(tokenizer, at=at), num_steps=5, callbacks=[snapshot])
+    for name, parameter in blora.point_estimates.named_parameters():
+        assert torch.equal(parameter, snapshots[-1][name])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(blora, task):
+    A, _ = blora.adapter.factors()[0]
+    A.register_hook(lambda grad: grad * torch.inf)
+    before = A.detach().clone()
+    with pytest.raises(FloatingPointError, match="At step 0: the loss is finite, but its gradient is not"):
+        fit(blora, task)
+    torch.testing.assert_close(A.detach(), before)
+
+
+def test_gradients_can_be_clipped(task):
+    def run(limit):
+        blora = sp.bayesian_lora(tiny.causal_lm())
+        return fit(blora, task, num_steps=2, max_grad_norm=limit).posterior.factors[0][1]
+
+    assert not torch.equal(run(1e-6), run(None))
+
+
+def test_the_progress_bar_shows_the_loss(blora, task, capsys):
+    fit(blora, task, progress=True)
+    assert "loss=" in capsys.readouterr().err
+
+
+def test_cut_prompts_are_reported(blora, tokenizer, caplog):
+    task = sp.MultipleChoice(tokenizer, max_length=21)
+    with caplog.at_level(logging.WARNING):
+        fit(blora, task)
+    assert "longer than max_length and lost the end of their text" in caplog.text
+
+
+def test_real_rows_train_a_step(blora, tokenizer, shared_data):
+    task = sp.MultipleChoice(tokenizer, max_length=60)
+    rows = sp.data.read_rows(shared_data / "text" / "trec_train.jsonl")[:16]
+    assert np.isfinite(fit(blora, task, rows, num_steps=1).history["loss"]).all()

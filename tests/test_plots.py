@@ -1,0 +1,360 @@
+"""Plots draw what they say on the axes they are given, and show and save nothing."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from matplotlib import colors
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
+
+import scalabl_pyro as sp
+from scalabl_pyro import metrics, plots
+
+
+def prediction(seed=0, rows=60, *, answered=True, concentration=1.0):
+    """Calibrated class probabilities of 4 draws."""
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.full(3, concentration), (4, rows)).astype(np.float32)
+    target = np.array([rng.choice(3, p=p / p.sum()) for p in probs.mean(0).astype(float)]) if answered else None
+    return sp.Prediction(np.log(probs), target, ("a", "b", "c"))
+
+
+def numbers(seed=0, rows=40):
+    rng = np.random.default_rng(seed)
+    means, variances = rng.normal(size=(4, rows)), rng.uniform(0.5, 1.0, size=(4, rows))
+    return sp.NumericPrediction(means, variances, means, None, None)
+
+
+def history(steps=30, seed=0):
+    rng = np.random.default_rng(seed)
+    nll, kl = rng.uniform(0.5, 1.0, steps), rng.uniform(1.0, 2.0, steps)
+    return pd.DataFrame({"step": np.arange(steps), "loss": nll + kl, "nll": nll, "kl": kl * 100})
+
+
+def posterior_of(module, **options):
+    """The posterior of a module after one step; a stand-in task gives it something to predict."""
+    blora = sp.bayesian_lora(module, **options)
+    task = sp.MultipleChoice(tiny.tokenizer())
+    return sp.fit(blora, task, tiny.question_rows(4), num_steps=1, progress=False).posterior
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    return posterior_of(tiny.causal_lm(), r=4)
+
+
+@pytest.fixture(autouse=True)
+def no_window_no_file(monkeypatch):
+    """Each test starts without figures; showing or saving one fails it."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a plot must not show or save anything")
+
+    plt.close("all")
+    for owner, name in ((plt, "show"), (plt, "savefig"), (Figure, "savefig"), (Figure, "show")):
+        monkeypatch.setattr(owner, name, refuse)
+    yield
+    plt.close("all")
+
+
+PLOTS = {
+    "reliability": lambda posterior, **kw: plots.reliability(prediction(), **kw),
+    "risk_coverage": lambda posterior, **kw: plots.risk_coverage(prediction(), **kw),
+    "history": lambda posterior, **kw: plots.history(history(), **kw),
+    "posterior_by_layer": lambda posterior, **kw: plots.posterior_by_layer(posterior, num_draws=20, **kw),
+    "uncertainty_histogram": lambda posterior, **kw: plots.uncertainty_histogram(prediction(), prediction(1), **kw),
+}
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def labelled(ax):
+    """Lines that stand in the legend, by their entry."""
+    return {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+
+
+# every plot ---------------------------------------------------------------------------------------------------
+
+
+def test_every_plot_is_tested_here():
+    public = {name for name, f in vars(plots).items() if getattr(f, "__module__", "") == plots.__name__}
+    assert {name for name in public if not name.startswith("_")} == set(PLOTS)
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_plot_makes_one_figure_of_its_own(name, posterior):
+    ax = PLOTS[name](posterior)
+    assert isinstance(ax, Axes)
+    assert len(plt.get_fignums()) == 1
+    assert ax.figure.axes == [ax]
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_plot_draws_on_the_axes_it_is_given_and_nowhere_else(name, posterior):
+    figure, (left, right) = plt.subplots(1, 2)
+    other = plt.figure()
+    plt.figure(other)  # the current figure is another one
+    assert PLOTS[name](posterior, ax=right) is right
+    assert right.has_data() and not left.has_data()
+    assert figure.axes == [left, right] and not other.axes
+    assert plt.get_fignums() == [figure.number, other.number]
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_plot_has_a_title_labels_and_a_legend_and_can_be_rendered(name, posterior):
+    ax = PLOTS[name](posterior)
+    assert ax.get_title() and ax.get_xlabel() and ax.get_ylabel()
+    assert all(legend(ax))
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_plot_leaves_matplotlib_settings_and_random_states_alone(name, posterior, unchanged_rng):
+    settings, numpy_state = dict(matplotlib.rcParams), np.random.get_state()[1].copy()  # noqa: NPY002
+    PLOTS[name](posterior)
+    assert dict(matplotlib.rcParams) == settings
+    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_an_axes_is_given_by_name_only(name, posterior):
+    ax = plt.figure().add_subplot()
+    with pytest.raises(TypeError):
+        getattr(plots, name)(prediction(), prediction(), ax)
+
+
+@pytest.mark.parametrize("plot", [plots.reliability, plots.risk_coverage], ids=lambda f: f.__name__)
+def test_rows_without_answers_cannot_be_scored(plot):
+    with pytest.raises(ValueError, match=r"no answers.*predict on rows that have them"):
+        plot(prediction(answered=False))
+    assert not plt.get_fignums(), "an empty figure was left behind"
+
+
+@pytest.mark.parametrize("plot", [plots.reliability, plots.risk_coverage], ids=lambda f: f.__name__)
+def test_numbers_have_no_confidence_to_plot(plot):
+    with pytest.raises(TypeError, match="NumericPrediction"):
+        plot(numbers())
+
+
+# reliability --------------------------------------------------------------------------------------------------
+
+
+def test_reliability_is_the_table_over_the_diagonal():
+    given = prediction()
+    ax = plots.reliability(given)
+    table = metrics.reliability(given.probs, given.target)
+    diagonal, curve = ax.lines
+    np.testing.assert_array_equal(diagonal.get_xydata(), [[0, 0], [1, 1]])
+    np.testing.assert_allclose(curve.get_xydata(), table[["confidence", "accuracy"]])
+    (marks,) = ax.collections
+    np.testing.assert_allclose(marks.get_offsets(), table[["confidence", "accuracy"]])
+    np.testing.assert_allclose(marks.get_sizes() / marks.get_sizes().sum(), table["count"] / 60)
+    assert legend(ax) == [f"ECE {100 * metrics.ece(given.probs, given.target):.1f} %"]
+
+
+def test_reliabilities_share_axes_and_one_diagonal():
+    ax = plots.reliability(prediction(), label="mean field", color="black")
+    assert plots.reliability(prediction(1), ax=ax, label="MAP", color="red") is ax
+    assert len(ax.lines) == 3
+    first, second = legend(ax)
+    assert first.startswith("mean field: ECE ") and second.startswith("MAP: ECE ")
+    assert [line.get_color() for line in labelled(ax).values()] == ["black", "red"]
+
+
+def test_reliability_shows_all_of_the_unit_square():
+    ax = plots.reliability(prediction())
+    assert ax.get_xlim()[0] <= 0 and ax.get_xlim()[1] >= 1
+    assert ax.get_ylim()[0] <= 0 and ax.get_ylim()[1] >= 1
+
+
+# risk and coverage --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("label", "prefix"), [(None, "area "), ("MAP", "MAP: area ")])
+def test_risk_coverage_is_the_curve_with_its_area(label, prefix):
+    given = prediction()
+    ax = plots.risk_coverage(given, label=label, color="black")
+    (curve,) = ax.lines
+    np.testing.assert_allclose(curve.get_xydata().T, metrics.risk_coverage(given.probs, given.target))
+    assert curve.get_color() == "black"
+    assert legend(ax) == [f"{prefix}{metrics.aurc(given.probs, given.target):.3f}"]
+    assert ax.get_xlim() == (0, 1) and ax.get_ylim()[0] == 0
+
+
+def test_risk_coverages_share_axes():
+    ax = plots.risk_coverage(prediction(), label="a")
+    plots.risk_coverage(prediction(1), ax=ax, label="b", color="red")
+    assert [text[:2] for text in legend(ax)] == ["a:", "b:"]
+
+
+# history ------------------------------------------------------------------------------------------------------
+
+
+def test_history_shows_loss_and_parts_raw_and_smoothed():
+    frame = history()
+    ax = plots.history(frame, smooth=5)
+    lines = labelled(ax)
+    parts = {"loss = NLL + KL": frame["loss"], "NLL": frame["nll"], "KL": frame["loss"] - frame["nll"]}
+    assert legend(ax) == list(lines) == list(parts)
+    assert len(ax.lines) == 6
+    for name, values in parts.items():
+        smooth, raw = lines[name], ax.lines[ax.lines.index(lines[name]) - 1]
+        np.testing.assert_array_equal(raw.get_xydata(), np.stack([frame["step"], values], 1))
+        assert smooth.get_ydata()[0] == values[0]
+        assert smooth.get_ydata()[-1] == pytest.approx(values[-5:].mean())
+        assert smooth.get_color() == raw.get_color()
+
+
+def test_history_of_a_fit_can_be_plotted():
+    blora, task = sp.bayesian_lora(tiny.causal_lm()), sp.MultipleChoice(tiny.tokenizer())
+    result = sp.fit(blora, task, tiny.question_rows(4), num_steps=2, progress=False)
+    ax = plots.history(result.history)
+    assert all(np.isfinite(line.get_ydata()).all() for line in ax.lines)
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+@pytest.mark.parametrize("part", ["nll", "kl"])
+def test_history_hides_no_part_below_the_axes(part, sign):
+    """A density can make the NLL negative, one sample of Trace_ELBO the KL."""
+    values = np.linspace(0.5, 1.0, 20)
+    nll, kl = (sign * values, values) if part == "nll" else (values, sign * values)
+    frame = pd.DataFrame({"step": np.arange(20), "loss": nll + kl, "nll": nll, "kl": kl})
+    ax = plots.history(frame)
+    low, high = ax.get_ylim()
+    for line in ax.lines:
+        assert low <= line.get_ydata().min() and line.get_ydata().max() <= high
+    assert low <= 0
+
+
+# latents ------------------------------------------------------------------------------------------------------
+
+
+def bars(ax):
+    """(color, centres, half lengths) of each layer's error bars."""
+    for container in ax.containers:
+        line, _, (segments,) = container
+        ends = np.array(segments.get_segments())
+        yield line.get_color(), line.get_xydata(), (ends[:, 1, 1] - ends[:, 0, 1]) / 2
+
+
+def test_latents_are_means_with_bars_of_one_standard_deviation(posterior):
+    ax = plots.posterior_by_layer(posterior, num_draws=50, seed=3)
+    s = posterior.sample(50, seed=3).s
+    drawn = list(bars(ax))
+    assert len(drawn) == len(posterior.subspace) == 5
+    centres = np.concatenate([xy for _, xy, _ in drawn])
+    np.testing.assert_array_equal(centres[:, 0], np.arange(posterior.subspace.dim))
+    np.testing.assert_allclose(centres[:, 1], s.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate([half for _, _, half in drawn]), s.std(0), rtol=1e-4)
+    assert str(posterior.subspace.dim) in ax.get_title()
+
+
+def test_layers_of_one_kind_share_a_color_and_a_legend_entry(posterior):
+    ax = plots.posterior_by_layer(posterior, num_draws=10)
+    assert legend(ax) == ["q_proj", "v_proj", "lm_head"]
+    by_kind = {name: colors.to_hex(line.get_color()) for name, line in labelled(ax).items()}
+    for name, (color, _, _) in zip(posterior.subspace.names, bars(ax), strict=True):
+        assert colors.to_hex(color) == by_kind[name.rsplit(".", 1)[-1]]
+    assert len(set(by_kind.values())) == 3
+
+
+def test_every_kind_of_layer_has_a_color_of_its_own():
+    posterior = posterior_of(tiny.causal_lm(), r=1, target_modules="all-linear")
+    ax = plots.posterior_by_layer(posterior, num_draws=5)
+    kinds = {name.rsplit(".", 1)[-1] for name in posterior.subspace.names}
+    assert len(kinds) == 8
+    assert set(legend(ax)) == kinds
+    assert len({colors.to_hex(line.get_color()) for line in labelled(ax).values()}) == 8
+
+
+def test_ticks_are_blocks_in_the_middle_of_their_layers(posterior):
+    ax = plots.posterior_by_layer(posterior, num_draws=5)
+    np.testing.assert_allclose(ax.get_xticks(), [1.5, 5.5, 9.5, 13.5, 17.5])
+    assert [t.get_text() for t in ax.get_xticklabels()][:4] == ["0", "0", "1", "1"]
+
+
+def test_a_layer_outside_of_blocks_is_called_by_its_name(posterior):
+    ax = plots.posterior_by_layer(posterior, num_draws=5)
+    assert ax.get_xticklabels()[-1].get_text() == "lm_head"
+
+
+class Two(nn.Module):
+    """Two layers without blocks, in front of a language model's logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.below, self.above = nn.Embedding(59, 8), nn.Linear(8, 8), nn.Linear(8, 59)
+
+    def forward(self, input_ids, attention_mask=None):
+        return CausalLMOutput(logits=self.above(self.below(self.embed(input_ids)).relu()))
+
+
+def test_a_module_without_blocks_has_a_tick_for_each_layer():
+    blora = sp.bayesian_lora(Two(), r=2)
+    guide = sp.guides.as_guide("normal", blora)
+    task = sp.MultipleChoice(tiny.tokenizer())
+    ax = plots.posterior_by_layer(sp.Posterior.capture(blora, task, guide, provenance={}), num_draws=5)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["below", "above"]
+
+
+@pytest.mark.parametrize("num_draws", [0, 1])
+def test_a_spread_needs_two_draws(posterior, num_draws):
+    with pytest.raises(ValueError, match=f"num_draws={num_draws}"):
+        plots.posterior_by_layer(posterior, num_draws=num_draws)
+
+
+# uncertainty --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["total", "aleatoric", "epistemic"])
+def test_uncertainty_is_two_densities_over_the_same_bins_with_their_auroc(kind):
+    inside, outside = prediction(concentration=0.3), prediction(1, rows=30, concentration=3.0)
+    ax = plots.uncertainty_histogram(inside, outside, kind=kind)
+    a, b = getattr(inside, kind), getattr(outside, kind)
+    assert legend(ax) == ["in distribution", "out of distribution"]
+    assert ax.get_title() == f"OOD AUROC {metrics.ood_auroc(a, b):.3f}"
+    assert ax.get_xlabel() == f"{kind} uncertainty (nats)"
+    left, right = ([p.get_x() for p in bars.patches] for bars in ax.containers)
+    np.testing.assert_allclose(left, right)
+    for bars_, values in zip(ax.containers, (a, b), strict=True):
+        areas = np.array([p.get_width() * p.get_height() for p in bars_.patches])
+        assert areas.sum() == pytest.approx(1)  # no value lies outside the bins
+        edges = np.append([p.get_x() for p in bars_.patches], bars_.patches[-1].get_x() + bars_.patches[-1].get_width())
+        np.testing.assert_allclose(areas, np.histogram(values, edges)[0] / len(values), atol=2 / len(values))
+
+
+def test_uncertainty_of_numbers_is_a_variance():
+    ax = plots.uncertainty_histogram(numbers(), numbers(1))
+    assert ax.get_xlabel() == "total uncertainty (variance)"
+
+
+def test_uncertainty_in_different_units_is_not_compared():
+    with pytest.raises((TypeError, ValueError), match=r"Prediction.*NumericPrediction"):
+        plots.uncertainty_histogram(prediction(), numbers())
+
+
+def test_answers_are_not_needed_to_compare_uncertainties():
+    assert plots.uncertainty_histogram(prediction(answered=False), prediction(1, answered=False)).has_data()
+
+
+def test_a_posterior_mean_without_any_uncertainty_can_be_plotted():
+    certain = sp.Prediction(np.log(np.full((1, 5, 2), 0.5)), None, ("a", "b"), is_mean=True)
+    ax = plots.uncertainty_histogram(certain, certain, kind="epistemic")
+    assert ax.get_title() == "OOD AUROC 0.500"
+
+
+@pytest.mark.parametrize("kind", ["variance", "Total", None], ids=repr)
+def test_an_unknown_kind_of_uncertainty_is_refused_with_the_known(kind):
+    with pytest.raises(ValueError, match=rf"kind={kind!r} is unknown.*'total'.*'aleatoric'.*'epistemic'"):
+        plots.uncertainty_histogram(prediction(), prediction(), kind=kind)
+    assert not plt.get_fignums()
