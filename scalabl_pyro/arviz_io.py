@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from packaging.version import Version
 
 from .subspace import Subspace
 
@@ -67,10 +68,10 @@ def to_arviz(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> Any:
 def arviz_version() -> tuple[int, int]:
     """Major and minor version of the installed ArviZ; (1, 0) where only its split packages are there."""
     try:
-        major, minor, *_ = importlib.metadata.version("arviz").split(".")
+        version = Version(importlib.metadata.version("arviz"))
     except importlib.metadata.PackageNotFoundError:
         return (1, 0)
-    return int(major), int(minor)
+    return version.major, version.minor
 
 
 def _with_draws(data: xr.Dataset) -> xr.Dataset:

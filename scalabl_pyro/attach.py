@@ -90,6 +90,8 @@ def attach(
 def reattach(module: nn.Module, layers: Sequence[Mapping[str, Any]], *, gauge: str, heads: Sequence[str]) -> Adapter:
     """Give a module the layers that a saved posterior describes (name, rank, in_features, out_features, scaling)."""
     check_choice("gauge", gauge, GAUGES)
+    if any(isinstance(m, BaseTunerLayer) for m in module.modules()):
+        raise ValueError("The module already carries PEFT layers: load the posterior into the plain base model.")
     linear = {name for name, m in module.named_modules() if is_linear(m)}
     for layer in layers:
         if layer["name"] not in linear:
@@ -302,3 +304,5 @@ def _check_heads(module: nn.Module, heads: Sequence[str]) -> None:
     for name in heads:
         if name not in names:
             raise ValueError(f"train_also: the module has no {name!r}. {nearest(name, [n for n in names if n])}")
+        if next(names[name].parameters(), None) is None:
+            raise ValueError(f"train_also: {name!r} has no parameters to train.")

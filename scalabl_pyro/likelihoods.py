@@ -6,7 +6,7 @@ A task is the likelihood half of the Pyro program. To write one, subclass :class
 """
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pyro.distributions as dist
@@ -44,6 +44,8 @@ class Task(Program):
                 "The tokenizer has no pad token, so prompts of different length cannot share a batch: set "
                 "tokenizer.pad_token = tokenizer.eos_token."
             )
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+            raise ValueError(f"max_length={max_length!r} must be a positive number of tokens, or None.")
         self.tokenizer: Any = tokenizer
         self.max_length = max_length
 
@@ -98,7 +100,9 @@ class MultipleChoice(Task):
         max_length: int | None = None,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
-        if "{question}" not in template:
+        if not isinstance(labels, Sequence) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"labels={labels!r}: expected two or more texts, such as ('A', 'B', 'C', 'D').")
+        if not isinstance(template, str) or "{question}" not in template:
             raise ValueError(f"template={template!r} must contain '{{question}}'.")
         if chat and not tokenizer.chat_template:
             raise ValueError("chat=True, but the tokenizer has no chat template: use chat=False.")
@@ -211,6 +215,9 @@ class _TextTask(Task):
         max_length: int | None = None,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
+        for name, value in {"text": text, "text_pair": text_pair or "", "target": target}.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{name}={value!r} must be the name of a field of the rows.")
         self.text, self.text_pair, self.target = text, text_pair, target
 
     def encode(self, row: Row) -> Example:
@@ -257,8 +264,8 @@ class SequenceClassification(_TextTask):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, classes: Sequence[str], **options: Any) -> None:
         super().__init__(tokenizer, **options)
-        if len(classes) < 2:
-            raise ValueError(f"classes={list(classes)!r}: name at least two classes.")
+        if isinstance(classes, str) or not isinstance(classes, Sequence) or len(classes) < 2:
+            raise ValueError(f"classes={classes!r}: name at least two classes.")
         self.classes = tuple(map(str, classes))
 
     def parse_target(self, value: Any) -> int:
@@ -300,6 +307,8 @@ class Regression(_TextTask):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, noise_scale: float = 1.0, **options: Any) -> None:
         super().__init__(tokenizer, **options)
+        if not isinstance(noise_scale, int | float) or not 0 < noise_scale < float("inf"):
+            raise ValueError(f"noise_scale={noise_scale!r}: a standard deviation must be a positive finite number.")
         self.noise_scale: Tensor | PyroParam = PyroParam(torch.tensor(float(noise_scale)), constraints.positive)
 
     def parse_target(self, value: Any) -> float:
@@ -322,3 +331,31 @@ def _field(row: Row, name: str) -> Any:
     if name not in row:
         raise ValueError(f"there is no field {name!r}. {nearest(name, map(str, row))}")
     return row[name]
+
+
+#: Tasks that a saved posterior can name.
+TASKS: dict[str, type[Task]] = {task.__name__: task for task in (MultipleChoice, SequenceClassification, Regression)}
+
+
+def describe(task: Task) -> dict[str, Any]:
+    """What is saved of a task besides its tensors and its tokenizer."""
+    name = type(task).__name__
+    if name in TASKS and type(task) is not TASKS[name]:
+        name = f"{type(task).__module__}.{name}"  # a namesake of the user's own
+    return {"class": name, "options": {option: _jsonable(getattr(task, option)) for option in task.options}}
+
+
+def from_options(name: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Task:
+    """A saved task back.
+
+    Raises:
+        ValueError: an option that the task lacks, or a value that it refuses.
+    """
+    task = TASKS[name]
+    if unknown := sorted(set(options) - set(task.options)):
+        raise ValueError(f"unknown options of {name}: {unknown}. {nearest(unknown[0], task.options)}")
+    return task(tokenizer, **options)
+
+
+def _jsonable(value: Any) -> Any:
+    return value.item() if torch.is_tensor(value) else list(value) if isinstance(value, tuple) else value

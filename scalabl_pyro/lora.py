@@ -96,6 +96,7 @@ class Adapter:
         self.heads = dict(heads or {})
         self.serial = next(_SERIAL)  # names it in Pyro's global store; an id() could be reused
         self.shares_prefix = False  # whether hooks repeat the rows at the first adapted block
+        self.is_attached = True
         self.undo = Undo()
 
     @property
@@ -174,6 +175,7 @@ class Adapter:
 
     def unload(self) -> nn.Module:
         """Put the original module back, bit for bit, and return it."""
+        self.is_attached = False
         undo, self.undo = self.undo, Undo()
         for handle in undo.hooks:
             handle.remove()

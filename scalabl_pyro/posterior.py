@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import arviz_io, serialization
 from ._rng import scoped_seed
+from ._version import __version__
 from .adapted import AdaptedLLM
 from .data import encode, read_rows
 from .guides import Guide
@@ -80,7 +81,7 @@ class Posterior:
         """Copy the present state of an LLM, a task and a guide."""
         return cls(
             adapter=blora.adapter,
-            task=copy.deepcopy(task, {id(task.tokenizer): task.tokenizer}).requires_grad_(False),
+            task=serialization.copy_task(task).requires_grad_(False),
             prior=copy.deepcopy(blora.prior).cpu().requires_grad_(False),
             guide=guide.snapshot(),
             factors=tuple((A.detach().clone(), B.detach().clone()) for A, B in blora.adapter.factors()),
@@ -99,7 +100,7 @@ class Posterior:
 
     def mean(self) -> Tensor:
         """(D,) posterior mean of s."""
-        with torch.no_grad():
+        with torch.no_grad(), pyro.settings.context(module_local_params=True):
             return self.guide.mean()["s"].detach().clone()
 
     def sample(self, num_draws: int, *, seed: int = 0) -> Draws:
@@ -213,10 +214,15 @@ class Posterior:
                 groups["observed_data"] = arviz_io.observed_group("label", prediction.target)
         attrs = {
             "inference_library": "scalabl_pyro",
+            "inference_library_version": __version__,
             "inference_method": "SVI",
-            "guide": type(self.guide).__name__,
+            "guide": self.guide.options().get("class", type(self.guide).__name__),
             "sampling_seed": seed,
-            **{k: v for k, v in self.provenance.items() if isinstance(v, str | int | float)},
+            **{
+                k: int(v) if isinstance(v, bool) else v
+                for k, v in self.provenance.items()
+                if isinstance(v, str | int | float)
+            },
         }
         return arviz_io.to_arviz(groups, attrs)
 

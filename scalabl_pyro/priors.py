@@ -1,7 +1,7 @@
 """Priors over the latents s: a scale, a Pyro distribution, or one distribution a layer."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -86,6 +86,36 @@ def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
         f"prior={prior!r}: expected a scale, a Pyro distribution such as dist.Normal(0., 1.), a callable "
         "layer -> distribution, or a scalabl_pyro.priors.Prior."
     )
+
+
+def describe(prior: Prior) -> dict[str, Any]:
+    """What is saved of a prior besides its tensors."""
+    family = prior.family.__name__ if type(prior) is FixedPrior else None
+    parameters = list(prior.parameter_names) if isinstance(prior, FixedPrior) else []
+    return {"family": family, "class": type(prior).__name__, "parameters": parameters}
+
+
+def known_family(name: object, parameters: Sequence[str]) -> type[Distribution]:
+    """The class of ``pyro.distributions`` called ``name``, if it takes these parameters."""
+    family = getattr(dist, name, None) if isinstance(name, str) else None
+    is_family = isinstance(family, type) and issubclass(family, Distribution)
+    allowed = getattr(family, "arg_constraints", None) if is_family else None
+    if not isinstance(allowed, dict) or not parameters or not set(parameters) <= set(allowed):
+        raise ValueError(f"{name!r} with parameters {list(parameters)} is no known prior.")
+    return cast(type[Distribution], family)
+
+
+def from_parameters(family: type[Distribution], parameters: dict[str, Tensor], dim: int) -> FixedPrior:
+    """A saved prior back, its parameters checked against the family and the D latents.
+
+    Raises:
+        ValueError: parameters outside the family's constraints, or of another shape than (D,).
+    """
+    build: Any = family
+    d = build(**parameters, validate_args=True)
+    if tuple(d.batch_shape + d.event_shape) != (dim,):
+        raise ValueError(f"its shape is {tuple(d.batch_shape + d.event_shape)}, expected ({dim},).")
+    return FixedPrior(family, parameters)
 
 
 def _per_layer(prior: Callable[[Layer], Distribution], subspace: Subspace) -> FixedPrior:

@@ -110,8 +110,9 @@ def test_something_that_holds_no_rows_is_refused_in_words(source):
 
 @pytest.mark.parametrize("source", [ROWS[0], {"question": ["one", "two"]}], ids=["row", "columns"])
 def test_a_single_dict_is_not_taken_for_a_list_of_rows(source):
-    with pytest.raises((TypeError, ValueError), match=r"dict.*(rows|list)"):
+    with pytest.raises((TypeError, ValueError), match="rows") as error:
         read_rows(source)
+    assert "dict" in str(error.value)
 
 
 # encode -------------------------------------------------------------------------------------------------------

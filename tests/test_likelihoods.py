@@ -199,15 +199,15 @@ def test_a_label_that_is_not_one_token_is_refused(tokenizer, label):
         sp.MultipleChoice(tokenizer, labels=["A", label])
 
 
-def test_a_label_that_the_tokenizer_does_not_know_is_refused(tokenizer):
+@pytest.mark.parametrize("labels", [["A", "zebra"], ["zebra", "lion"]], ids=["one", "all"])
+def test_a_label_that_the_tokenizer_does_not_know_is_refused(tokenizer, labels):
     with pytest.raises(ValueError, match="zebra"):
-        sp.MultipleChoice(tokenizer, labels=["A", "zebra"])
-
-
-@pytest.mark.parametrize("labels", [["A", "B", "A"], ["zebra", "lion"]], ids=["twice", "both unknown"])
-def test_labels_of_one_token_are_refused(tokenizer, labels):
-    with pytest.raises(ValueError, match=r"labels=\('.*two labels become the same token"):
         sp.MultipleChoice(tokenizer, labels=labels)
+
+
+def test_labels_of_one_token_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"labels=\('A', 'B', 'A'\): two labels become the same token"):
+        sp.MultipleChoice(tokenizer, labels=["A", "B", "A"])
 
 
 @pytest.mark.parametrize("labels", [[], ["A"]])
@@ -375,8 +375,12 @@ def test_a_task_over_text_needs_a_tokenizer(make, wrong):
     ids=lambda t: type(t).__name__,
 )
 def test_the_options_of_a_task_build_it_again(task):
-    again = type(task)(task.tokenizer, **{name: getattr(task, name) for name in task.options})
-    assert {name: getattr(again, name) for name in task.options} == {name: getattr(task, name) for name in task.options}
+    def options(of):
+        values = {name: getattr(of, name) for name in of.options}
+        return {name: value.item() if torch.is_tensor(value) else value for name, value in values.items()}
+
+    again = type(task)(task.tokenizer, **options(task))
+    assert options(again) == options(task)
     row = {**QUESTION, "answer": 1, "text": "sky", "count": 1}
     assert again.encode(row) == task.encode(row)
 

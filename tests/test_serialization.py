@@ -508,7 +508,7 @@ def same_embeddings_other_blocks() -> nn.Module:
         (lambda: tiny.causal_lm(num_hidden_layers=1), r"no linear layer 'model\.layers\.1.*Did you mean"),
         (lambda: tiny.causal_lm(hidden_size=64), rf"'{Q_PROJ}' is 32 x 64 \(out x in\), but .* learned on 32 x 32"),
         (lambda: tiny.causal_lm("mistral"), "class is 'MistralForCausalLM', .* learned on 'LlamaForCausalLM'"),
-        (lambda: tiny.causal_lm(seed=1), "embedding weights are not those that the posterior was learned on"),
+        (lambda: tiny.causal_lm(seed=1), "weights of the embeddings are not those that the posterior was learned on"),
         (same_embeddings_other_blocks, "Another base model"),
     ],
     ids=["other family", "other head", "fewer blocks", "wider", "other class", "other weights", "other block weights"],

@@ -187,7 +187,9 @@ def test_a_layer_that_is_not_linear_is_refused_by_its_kind(llm, name, kind):
         resolve_targets(llm, [name])
 
 
-@pytest.mark.parametrize("targets", [[], "nothing.*", lambda path, module: False], ids=["list", "pattern", "predicate"])
+@pytest.mark.parametrize(
+    "targets", [[], "nothing.*", r"model\.layers", lambda *_: False], ids=["list", "pattern", "prefix", "predicate"]
+)
 def test_targets_that_match_nothing_are_refused_with_the_names_that_exist(llm, targets):
     with pytest.raises(ValueError, match=r"target_modules=.* matches no linear layer.*'q_proj'"):
         resolve_targets(llm, targets)

@@ -18,6 +18,8 @@ __all__ = ["AutoFamily", "DeltaGuide", "Guide", "NormalGuide", "as_guide"]
 
 GuideLike = str | type[autoguide.AutoGuide] | Guide | Callable[[BayesianLoRA], Guide]
 
+#: Families that a saved posterior can name.
+FAMILIES: dict[str, type[Guide]] = {"normal": NormalGuide, "delta": DeltaGuide, "auto": AutoFamily}
 NAMES = ("normal", "delta")
 
 
@@ -52,6 +54,22 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = 0.05,
             "scalabl_pyro.guides.Guide, or a callable blora -> Guide."
         )
     return built
+
+
+def describe(guide: Guide) -> dict[str, Any]:
+    """What is saved of a guide besides its tensors."""
+    built_in = type(guide) is FAMILIES.get(guide.family or "")
+    return {"family": guide.family if built_in else None, "class": type(guide).__name__, "options": guide.options()}
+
+
+def from_options(family: str, options: dict[str, Any], blora: BayesianLoRA) -> Guide:
+    """A saved family back, its tensors still to be filled.
+
+    Raises:
+        ValueError: an unknown family, or options that it refuses.
+    """
+    check_choice("family", family, FAMILIES)
+    return FAMILIES[family].from_options(options, blora)
 
 
 def _initial_scale(largest: float, loc: torch.Tensor, seed: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Pyro's AutoGuides as posterior families."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 from pyro.infer import autoguide
 from torch import Tensor
 
+from .._errors import nearest
 from .._rng import scoped_seed
+from ..model import BayesianLoRA
 from ..priors import Prior
 from .base import Guide
 
@@ -22,6 +25,8 @@ UNSUPPORTED = (
 )
 #: Choose their own start and refuse ``init_loc_fn``.
 WITHOUT_INIT_LOC = (autoguide.AutoNormalizingFlow,)
+#: Largest rank or width that a file may ask for, for each latent: what is larger only exhausts memory.
+MAX_SIZE_PER_LATENT = 10
 #: Draws behind the mean of a family whose mean has no closed form.
 MEAN_DRAWS = 1000
 
@@ -83,6 +88,26 @@ class AutoFamily(Guide):
         """Class and keyword arguments."""
         _, auto_class, _, auto_options = self._arguments
         return {"class": auto_class.__name__, **auto_options}
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "AutoFamily":
+        """The family again, its tensors to be filled."""
+        name, options = options.get("class"), {k: v for k, v in options.items() if k != "class"}
+        auto_class = getattr(autoguide, name, None) if isinstance(name, str) else None
+        if not (isinstance(auto_class, type) and issubclass(auto_class, autoguide.AutoGuide)):
+            raise ValueError(
+                f"{name!r} names no class of pyro.infer.autoguide. If it is your own, pass from_pretrained(..., "
+                f"guide=lambda blora: AutoFamily(blora.prior, {name}, init_loc_fn=blora.init_loc))."
+            )
+        allowed = set(inspect.signature(auto_class).parameters) - {"model", "init_loc_fn", "create_plates", "kwargs"}
+        limit = MAX_SIZE_PER_LATENT * blora.subspace.dim
+        for option, value in options.items():
+            if option not in allowed:
+                raise ValueError(f"{name} has no option {option!r} to save. {nearest(option, allowed)}")
+            sizes = value if isinstance(value, list) else [value]
+            if not all(isinstance(size, int | float) and 0 <= size <= limit for size in sizes):
+                raise ValueError(f"{name}: {option}={value!r} is no number (or list of numbers) between 0 and {limit}.")
+        return cls(blora.prior, auto_class, init_loc_fn=blora.init_loc, **options)
 
     def snapshot(self) -> Guide:
         """A rebuilt copy: deepcopy would break the AutoGuide it copies, which drops its model to be pickled."""

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .._pyro import Program
+from ..model import BayesianLoRA
 
 
 class Guide(Program):
@@ -32,6 +33,11 @@ class Guide(Program):
     def options(self) -> dict[str, Any]:
         """JSON-able options that rebuild the family beside its tensors."""
         return {}
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "Guide":
+        """The family that :meth:`options` describes, started anyhow: its tensors are filled afterwards."""
+        raise NotImplementedError(f"{cls.__name__} must define from_options(options, blora).")
 
     def snapshot(self) -> "Guide":
         """A copy on the CPU that later training does not change."""

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from ..model import BayesianLoRA
 from .base import Guide
 
 
@@ -27,6 +28,11 @@ class DeltaGuide(Guide):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return loc as the site s."""
         return pyro.sample("s", dist.Delta(self.loc).to_event(1))
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "DeltaGuide":
+        """The family again, its tensors to be filled."""
+        return cls(blora.adapter.loc)
 
     def mean(self) -> dict[str, Tensor]:
         """Loc."""

@@ -4,10 +4,12 @@ from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from ..model import BayesianLoRA
 from .base import Guide
 
 
@@ -34,6 +36,12 @@ class NormalGuide(Guide):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample s, (..., D)."""
         return pyro.sample("s", dist.Normal(self.loc, cast(Tensor, self.scale)).to_event(1))
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "NormalGuide":
+        """The family again, its tensors to be filled."""
+        loc = blora.adapter.loc
+        return cls(loc, torch.ones_like(loc))
 
     def mean(self) -> dict[str, Tensor]:
         """Loc."""
