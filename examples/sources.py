@@ -44,13 +44,13 @@ def reuters_r8(split: str, *, count: int, seed: int) -> list[dict]:
         {"question": text, "choices": list(R8_TOPICS.values()), "answer": topics.index(label)}
         for label, text in _tab_file(f"reuters-r8-{split}.tab")
     ]
-    return _pick(rows, count, seed, balance="answer")
+    return pick(rows, count, seed, balance="answer")
 
 
 def newsgroups(*, count: int, seed: int) -> list[dict]:
     """20 Newsgroups posts (Lang, 1995) asked for a Reuters topic, which none of them has."""
     rows = [{"question": text, "choices": list(R8_TOPICS.values())} for _, text in _tab_file("20newsgroups-test.tab")]
-    return _pick(rows, count, seed)
+    return pick(rows, count, seed)
 
 
 def _tab_file(name: str) -> list[tuple[str, str]]:
@@ -61,7 +61,7 @@ def _tab_file(name: str) -> list[tuple[str, str]]:
         return [(line[0], line[1]) for i, line in enumerate(reader) if i >= 3 and len(line) == 2 and line[1].strip()]
 
 
-def _pick(rows: list[dict], count: int, seed: int, *, balance: str | None = None) -> list[dict]:
+def pick(rows: list[dict], count: int, seed: int, *, balance: str | None = None) -> list[dict]:
     """``count`` rows at random; with ``balance``, taken in turns from the values of that field."""
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     if balance is not None:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -175,6 +175,9 @@ def test_single_precision_gives_the_same_proper_scores(data):
 
 @PROPERTY
 @given(predictions(), st.integers(1, 20))
+@example((np.array([[1.0, 0.0], [0.95, 0.05]]), np.array([1, 0])), 15)  # a probability of 1
+@example((np.array([[0.6, 0.4], [0.65, 0.35]]), np.array([1, 0])), 5)  # a probability on the edge of two bins
+@example((np.array([[0.2] * 5, [0.0, 0.25, 0.25, 0.25, 0.25]]), np.array([0, 0])), 15)  # the same, where floats round
 def test_the_reliability_table_gives_the_ece(data, num_bins):
     probs, labels = data
     table = metrics.reliability(probs, labels, num_bins=num_bins)

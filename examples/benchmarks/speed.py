@@ -1,0 +1,209 @@
+"""Step time, prediction time and memory of a large model, next to PEFT's LoRA and to what the hardware allows.
+
+    python examples/benchmarks/speed.py --shape qwen2.5-7b --tokens 128 300 --out speed.json      # one GPU
+    python examples/benchmarks/speed.py --shape tiny --device cpu --steps 3                       # runs anywhere
+
+Weights are random: only shapes matter for time and memory. The floor is the arithmetic of a step at the matrix rate
+measured in the same run: 2 FLOP a weight and token forward, 2 more for the gradients of the activations; the frozen
+weights have none.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyro
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import scalabl_pyro as sp
+from scalabl_pyro.data import Batch
+from scalabl_pyro.fit import _grad_norm, _gradient, _optimiser
+from scalabl_pyro.guides import as_guide
+from scalabl_pyro.model import TaskModel
+from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
+
+SHAPES = {
+    "tiny": {"model_type": "llama", "vocab_size": 500, "hidden_size": 64, "intermediate_size": 128,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen2.5-0.5b": {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
+                     "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
+    "qwen2.5-7b": {"model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
+                   "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    "qwen2.5-32b": {"model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 5120, "intermediate_size": 27_648,
+                    "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8},
+}  # fmt: skip
+TARGETS = ["q_proj", "v_proj", "lm_head"]
+NUM_DATA = 1000
+
+
+class AnswerTokens(sp.Task):
+    """Categorical over four tokens at the last position."""
+
+    labels = torch.tensor([11, 12, 13, 14])
+
+    def outputs(self, llm, batch, s):
+        logits = llm(**batch.inputs, s=s, positions=batch.last).logits[..., 0, :]
+        return logits[..., self.labels.to(logits.device)].float()
+
+    def likelihood(self, outputs, batch):
+        return pyro.distributions.Categorical(logits=outputs)
+
+
+def random_llm(shape: str, device: str, dtype: torch.dtype):
+    settings = dict(SHAPES[shape])
+    config = AutoConfig.for_model(settings.pop("model_type"), tie_word_embeddings=False, pad_token_id=0, **settings)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def random_batch(rows: int, tokens: int, device: str) -> Batch:
+    ids = torch.randint(20, 400, (rows, tokens), device=device)
+    return Batch(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        torch.arange(rows, device=device) % 4,
+        torch.arange(rows, device=device),
+        torch.full((rows,), tokens - 1, device=device),
+    )
+
+
+def measure(fn: Callable[[], object], device: str, steps: int) -> dict[str, float]:
+    """Median milliseconds after two calls of warm-up, and peak memory above what was there before."""
+    cuda = device == "cuda"
+    for _ in range(2):
+        fn()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        fn()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else float("nan")
+    return {"ms": statistics.median(times), "above_weights_gib": peak}
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP per second of a large matrix product on random data."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    ms = measure(lambda: a @ b, device, 10)["ms"]
+    return 2 * n**3 / (ms / 1000)
+
+
+def mle_step(llm, batch: Batch):
+    """A hand-written maximum-likelihood step of PEFT's LoRA, and the model to unload."""
+    model = get_peft_model(llm, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)).eval()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    labels = AnswerTokens.labels.to(batch.index.device)
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        logits = model(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, 0]
+        loss = cross_entropy(logits[:, labels].float(), batch.target)
+        loss.backward()
+        loss.item()
+        optimiser.step()
+
+    return step, model
+
+
+def fit_step(blora, batch: Batch):
+    """A step of ``fit``: its objective, its optimiser, its checks."""
+    guide = as_guide("normal", blora).to(blora.device)
+    model = TaskModel(blora, AnswerTokens(), num_data=NUM_DATA, draws="per_example")
+    objective = Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
+    optimiser = _optimiser(model, guide, lr=1e-4, loc_lr=1e-4, scale_lr=1e-3, weight_decay=0.0)
+
+    def step() -> None:
+        with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
+            _gradient(objective, batch, 1.0, len(batch), 0)
+            _grad_norm(optimiser, None, 0)
+            optimiser.step()
+
+    return step
+
+
+def pyro_only(blora, batch: Batch):
+    """The Pyro programs of a step without the LLM: sampling, plates, ELBO, and their gradients."""
+
+    class Constant(AnswerTokens):
+        def outputs(self, llm, batch, s):
+            return s[:, :4]
+
+    guide = as_guide("normal", blora).to(blora.device)
+    model = TaskModel(blora, Constant(), num_data=NUM_DATA, draws="per_example")
+    objective = Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
+
+    def step() -> None:
+        with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
+            _gradient(objective, batch, 1.0, len(batch), 0)
+
+    return step
+
+
+def run(args: argparse.Namespace) -> dict:
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    llm = random_llm(args.shape, args.device, dtype)
+    weights = sum(p.numel() for p in llm.parameters())
+    embedding = llm.get_input_embeddings().weight.numel()
+    rate = matmul_rate(args.device, dtype)
+    out = {"shape": args.shape, "rows": args.rows, "draws": args.draws, "weights": weights, "tflops": rate / 1e12}
+    out["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    for tokens in args.tokens:
+        batch = random_batch(args.rows, tokens, args.device)
+        flop = 2 * (weights - 2 * embedding) * args.rows * tokens  # of a forward pass through the blocks
+        figures = {"floor step": {"ms": 2 * flop / rate * 1000}, "floor draws": {"ms": args.draws * flop / rate * 1000}}
+        with torch.no_grad():
+            figures["frozen forward"] = measure(
+                lambda b=batch: llm(**b.inputs, use_cache=False, logits_to_keep=1), args.device, args.steps
+            )
+        step, model = mle_step(llm, batch)
+        figures["PEFT LoRA step"] = measure(step, args.device, args.steps)
+        model.unload()
+        del step, model
+        gc.collect()
+        blora = sp.bayesian_lora(llm, target_modules=TARGETS)
+        figures["scalabl_pyro step"] = measure(fit_step(blora, batch), args.device, args.steps)
+        figures["of it Pyro alone"] = measure(pyro_only(blora, batch), args.device, args.steps)
+        s = torch.randn(args.draws, 1, blora.subspace.dim, device=args.device)
+        task, adapted = AnswerTokens(), sp.adapted.AdaptedLLM(blora.adapter, factors=blora.adapter.factors())
+        with torch.no_grad():
+            figures["scalabl_pyro draws"] = measure(
+                lambda b=batch, t=task, a=adapted, s=s: t.outputs(a, b, s), args.device, args.steps
+            )
+        blora.unload()
+        out[f"T={tokens}"] = figures
+        print(f"\n{args.shape}, {args.rows} x {tokens} tokens, {out['device']}, {rate / 1e12:.0f} TFLOP/s")
+        for name, figure in figures.items():
+            memory = figure.get("above_weights_gib", float("nan"))
+            print(f"{name:>20}: {figure['ms']:9.1f} ms {memory:8.2f} GiB above the weights", flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(out, indent=1))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128])
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="timed repetitions")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
