@@ -12,7 +12,7 @@ def scoped_seed(seed: int, device: torch.device | str = "cpu") -> Iterator[None]
 
     (``torch.manual_seed`` would also reseed every GPU that the caller uses for something else.)
     """
-    if not isinstance(seed, int):
+    if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed={seed!r}: expected an integer.")
     device = torch.device(device)
     generators = [torch.default_generator]

@@ -52,7 +52,17 @@ def attach(
     Nothing is changed when an error is raised.
     """
     check_choice("gauge", gauge, GAUGES)
-    if find_adapter(module) is not None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"Expected a torch.nn.Module such as AutoModelForCausalLM.from_pretrained(...), got {module!r}."
+        )
+    if isinstance(train_also, str):
+        raise TypeError(f"train_also={train_also!r}: give a list of names, [{train_also!r}].")
+    if lora_alpha is not None and not (isinstance(lora_alpha, int | float) and 0 < lora_alpha < float("inf")):
+        raise ValueError(f"lora_alpha={lora_alpha!r}: must be a positive number.")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout={lora_dropout!r}: must be at least 0 and below 1.")
+    if find_adapter(getattr(module, "llm", module)) is not None:
         raise ValueError(
             "This module already carries a Bayesian LoRA adapter. Use the object that bayesian_lora() returned before, "
             "or call its .unload() first."
@@ -78,6 +88,11 @@ def attach(
         return adapter
     r = DEFAULT_RANK if r is None else r
     names = resolve_targets(inner, target_modules, layers_to_transform=layers_to_transform)
+    if both := [n for n in names if any(n == h or n.startswith(h + ".") for h in heads)]:
+        raise ValueError(
+            f"train_also trains {both[0]!r} in full, so it cannot be adapted too: leave it out of train_also or of "
+            "target_modules."
+        )
     _check_rank(inner, names, r)
     config = LoraConfig(
         r=r,
@@ -278,7 +293,7 @@ def _master_dtype(module: nn.Module) -> torch.dtype:
 
 
 def _check_rank(module: nn.Module, names: Sequence[str], r: int) -> None:
-    if not isinstance(r, int) or r < 1:
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r={r!r}: the rank must be a positive integer.")
     for name in names:
         shape = _shape(module.get_submodule(name))

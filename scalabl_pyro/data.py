@@ -7,6 +7,8 @@ last real token of each row known there is no need for it.
 
 import json
 import logging
+import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from .hub_rows import Row, as_question
 
-Row = Mapping[str, Any]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Batch:
 def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **load_options: Any) -> list[Row]:
     """Rows of a JSONL file, of a Hugging Face data set by name, or of anything that iterates over dicts.
 
+    Known multiple-choice data sets of the hub are brought to one form, see :mod:`scalabl_pyro.hub_rows`.
+
     Args:
         source: path of a ``.jsonl`` file, hub name such as ``"allenai/openbookqa"``, or the rows themselves.
         split: split of a hub data set.
@@ -107,8 +111,10 @@ def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **loa
         else:
             from datasets import load_dataset
 
-            rows = list(load_dataset(str(source), split=split, **load_options))
+            rows = [as_question(row) for row in load_dataset(str(source), split=split, **load_options)]
     else:
+        if isinstance(source, Mapping) or not isinstance(source, Iterable):
+            raise TypeError(f"Expected rows (a list of dicts, a Dataset, a path), got a {type(source).__name__}.")
         rows = list(source)
     if not rows:
         raise ValueError(f"{source if isinstance(source, str | Path) else 'The data set'} has no rows.")
@@ -119,8 +125,12 @@ def _read_jsonl(path: Path) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist (a name ending in .jsonl is read as a local file).")
     rows: list[Row] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 ({error}).") from None
             if not line.strip():
                 continue
             try:
@@ -147,8 +157,10 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
         if len(example) == 0:
             raise ValueError(f"Row {i}{_row_id(row)} is empty: its text gives no tokens.")
         if need_target and example.target is None:
-            raise ValueError(f"Row {i}{_row_id(row)} has no answer, which training needs.")
-        if example.target is not None and not torch.isfinite(torch.tensor(float(example.target))):
+            raise ValueError(f"Row {i}{_row_id(row)} has no answer, which training needs; its fields are {list(row)}.")
+        if example.target is not None and not isinstance(example.target, numbers.Real):
+            raise TypeError(f"Row {i}{_row_id(row)}: the answer {example.target!r} is no number.")
+        if example.target is not None and not math.isfinite(example.target):
             raise ValueError(f"Row {i}{_row_id(row)}: the answer {example.target} is not finite.")
         examples.append(example)
     if not examples:

@@ -1,5 +1,6 @@
 """Stochastic variational inference: one ELBO, one torch optimiser, three learning rates."""
 
+import itertools
 import logging
 import time
 import warnings
@@ -110,6 +111,8 @@ def fit(
     if not 0 <= warmup <= 1:
         raise ValueError(f"warmup={warmup} must lie between 0 and 1: it is a share of the steps.")
     _check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, scale_lr=scale_lr)
+    if micro_batch_size is not None:
+        _check_positive(micro_batch_size=micro_batch_size)
     device = blora.device
     blora.to(device)
     task.to(device)
@@ -222,6 +225,8 @@ def _training_batches(
 ) -> tuple[Callable[[int], Batch], int]:
     """A function step -> batch, and N."""
     first = None if isinstance(data, str) or not isinstance(data, Iterable) else next(iter(data), None)
+    if isinstance(data, Iterator) and first is not None:
+        data = itertools.chain([first], data)  # looking at it took it out
     if isinstance(first, Batch):
         if num_data is None:
             num_data = _sized(getattr(data, "dataset", None))

@@ -5,8 +5,11 @@ A task is the likelihood half of the Pyro program. To write one, subclass :class
 *Own task*.
 """
 
+import math
+import numbers
+import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import pyro.distributions as dist
@@ -34,11 +37,16 @@ class Task(Program):
 
     #: Constructor arguments besides the tokenizer, saved with a posterior and given back on loading.
     options: tuple[str, ...] = ("max_length",)
+    without_tokenizer = True
     #: Names of the classes; None for a likelihood over numbers.
     classes: Sequence[str] | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, *, max_length: int | None = None) -> None:
         super().__init__()
+        if not ((tokenizer is None and self.without_tokenizer) or isinstance(tokenizer, PreTrainedTokenizerBase)):
+            raise TypeError(
+                f"tokenizer={tokenizer!r}: expected a Hugging Face tokenizer, AutoTokenizer.from_pretrained(...)."
+            )
         if tokenizer is not None and tokenizer.pad_token_id is None:
             raise ValueError(
                 "The tokenizer has no pad token, so prompts of different length cannot share a batch: set "
@@ -89,6 +97,7 @@ class MultipleChoice(Task):
     """
 
     options = ("labels", "template", "chat", "max_length")
+    without_tokenizer = False
 
     def __init__(
         self,
@@ -118,7 +127,12 @@ class MultipleChoice(Task):
 
     def encode(self, row: Row) -> Example:
         """Prompt tokens, the index of the answer, and the number of choices."""
-        choices = list(_field(row, "choices"))
+        choices = _field(row, "choices")
+        if isinstance(choices, str | Mapping) or not isinstance(choices, Iterable):
+            raise ValueError(f"choices must be a list of texts, got a {type(choices).__name__}.")
+        choices = list(choices)
+        if any(_is_missing(choice) for choice in choices):
+            raise ValueError(f"choices={choices} has a missing one (None).")
         if not 2 <= len(choices) <= len(self.labels):
             raise ValueError(f"{len(choices)} choices; this task has labels for 2 to {len(self.labels)}.")
         prompt = self.prompt(row)
@@ -132,7 +146,8 @@ class MultipleChoice(Task):
     def prompt(self, row: Row) -> str:
         """The text that the LLM is asked to continue with a label."""
         lines = "\n".join(f"{label}. {choice}" for label, choice in zip(self.labels, row["choices"], strict=False))
-        text = self.template.replace("{choices}", lines).replace("{question}", str(_field(row, "question")))
+        fill = {"{choices}": lines, "{question}": str(_field(row, "question"))}
+        text = re.sub(r"\{(choices|question)\}", lambda match: fill[match[0]], self.template)
         if not self.chat:
             return text
         message = [{"role": "user", "content": text}]
@@ -140,7 +155,13 @@ class MultipleChoice(Task):
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Logits of all labels at the last prompt token, (..., B, labels)."""
-        logits = llm(**batch.inputs, s=s, positions=batch.last).logits[..., 0, :]
+        logits = llm(**batch.inputs, s=s, positions=batch.last).logits
+        if logits.dim() < 3 or logits.shape[-1] <= int(self.label_ids.max()):
+            raise ValueError(
+                f"The model gives {logits.shape[-1]} logits, fewer than the labels need: load a causal LM "
+                "(AutoModelForCausalLM) with its own tokenizer."
+            )
+        logits = logits[..., 0, :]
         return at_least_float32(logits[..., self.label_ids.to(logits.device)])
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Categorical:
@@ -170,6 +191,8 @@ class MultipleChoice(Task):
                     f"The label {label!r} is not one token behind this prompt (it becomes {pieces}): choose labels "
                     "that are, such as A, B, C, or short words."
                 )
+            if tokens[-1] == self.tokenizer.unk_token_id:
+                raise ValueError(f"The tokenizer does not know the label {label!r}: choose another.")
             ids.append(tokens[-1])
         if len(set(ids)) < len(ids):
             raise ValueError(f"labels={self.labels}: two labels become the same token.")
@@ -178,14 +201,13 @@ class MultipleChoice(Task):
     def _answer(self, answer: Any, choices: Sequence[str]) -> int | None:
         if answer is None:
             return None
-        if isinstance(answer, str) and answer in self.labels:
-            answer = self.labels.index(answer)
-        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        index = self.labels.index(answer) if isinstance(answer, str) and answer in self.labels else answer
+        if not isinstance(index, numbers.Integral) or int(index) not in range(len(choices)):
             raise ValueError(
                 f"answer={answer!r} is outside the {len(choices)} choices: give an index from 0 to {len(choices) - 1}"
                 f" or a label from {self.labels[0]} to {self.labels[len(choices) - 1]}."
             )
-        return int(answer)
+        return int(index)
 
     def _shorten(self, row: Row) -> list[int]:
         """Cut the end of the question, never the choices or the cue for the answer."""
@@ -204,6 +226,7 @@ class _TextTask(Task):
     """Shared by the tasks whose answer comes from a classification head over a text or a pair of texts."""
 
     options: tuple[str, ...] = ("text", "text_pair", "target", "max_length")
+    without_tokenizer = False
 
     def __init__(
         self,
@@ -266,6 +289,8 @@ class SequenceClassification(_TextTask):
         super().__init__(tokenizer, **options)
         if isinstance(classes, str) or not isinstance(classes, Sequence) or len(classes) < 2:
             raise ValueError(f"classes={classes!r}: name at least two classes.")
+        if len(set(map(str, classes))) < len(classes):
+            raise ValueError(f"classes={classes!r}: a name stands twice.")
         self.classes = tuple(map(str, classes))
 
     def parse_target(self, value: Any) -> int:
@@ -275,11 +300,11 @@ class SequenceClassification(_TextTask):
             if value not in self.classes:
                 raise ValueError(f"label {value!r} is not a class. {nearest(value, self.classes)}")
             return list(self.classes).index(value)
-        if value != int(value) or not 0 <= value < len(self.classes):
+        if not isinstance(value, numbers.Real) or value not in range(len(self.classes)):
             raise ValueError(
                 f"label {value!r} is outside the {len(self.classes)} classes (0 to {len(self.classes) - 1})."
             )
-        return int(value)
+        return int(float(value))
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Categorical:
         """Categorical over the classes."""
@@ -330,7 +355,13 @@ def at_least_float32(x: Tensor) -> Tensor:
 def _field(row: Row, name: str) -> Any:
     if name not in row:
         raise ValueError(f"there is no field {name!r}. {nearest(name, map(str, row))}")
+    if _is_missing(row[name]):
+        raise ValueError(f"the field {name!r} is missing ({row[name]}).")
     return row[name]
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 #: Tasks that a saved posterior can name.

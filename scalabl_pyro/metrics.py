@@ -1,6 +1,7 @@
 """Accuracy, calibration and uncertainty metrics: pure functions of probabilities (N, C) and labels (N,).
 
-Proportions and errors are in [0, 1], log losses in nats. torchmetrics computes what it has.
+Proportions and errors are in [0, 1], log losses in nats. Accuracy and AUROC are torchmetrics'. Its calibration error
+is not used: it gives p = 1 a bin of its own, and takes all rows for logits when rounding lifts one value above 1.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
-from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy, multiclass_calibration_error
+from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy
 
 Array = NDArray[np.floating]
 Labels = NDArray[np.integer]
@@ -21,32 +22,35 @@ NUM_BINS = 15
 
 def accuracy(probs: Array, labels: Labels) -> float:
     """Share of rows whose most probable class is the label; higher is better."""
-    p, y = _tensors(probs, labels)
-    return multiclass_accuracy(p, y, num_classes=p.shape[1], average="micro").item()
+    p, y = torch.as_tensor(np.asarray(probs)), torch.as_tensor(np.asarray(labels))
+    return multiclass_accuracy(p.argmax(1), y, num_classes=p.shape[1], average="micro").item()
 
 
 def nll(probs: Array, labels: Labels) -> float:
     """Mean negative log probability of the label, nats; lower is better."""
+    probs, labels = np.asarray(probs), np.asarray(labels)
     chosen = probs[np.arange(len(labels)), labels]
     return float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean())
 
 
 def ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
     """Expected calibration error of the top probability over equal-width bins (Guo et al., 2017, eq. 3)."""
-    p, y = _tensors(probs, labels)
-    return multiclass_calibration_error(p, y, num_classes=p.shape[1], n_bins=num_bins, norm="l1").item()
+    table = reliability(probs, labels, num_bins=num_bins)
+    gaps = (table["confidence"] - table["accuracy"]).abs()
+    return float((table["count"] * gaps).sum() / table["count"].sum())
 
 
 def adaptive_ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
     """Expected calibration error over bins of equal counts, which no empty bin distorts (Nixon et al., 2019)."""
     confidence, correct = _confidence(probs, labels)
-    order = np.argsort(confidence, kind="stable")
+    order = np.lexsort((correct, confidence))  # ties in a fixed order
     bins = np.array_split(order, min(num_bins, len(order)))
     return float(sum(len(b) * abs(confidence[b].mean() - correct[b].mean()) for b in bins) / len(order))
 
 
 def brier(probs: Array, labels: Labels) -> float:
     """Mean squared distance to the one-hot label, summed over classes: 0 is best, 2 worst (Brier, 1950)."""
+    probs, labels = np.asarray(probs), np.asarray(labels)
     onehot = np.eye(probs.shape[1])[labels]
     return float(((probs - onehot) ** 2).sum(1).mean())
 
@@ -63,7 +67,7 @@ def auroc(score: Array, positive: NDArray[np.bool_]) -> float:
 def error_auroc(probs: Array, labels: Labels) -> float:
     """How well the entropy of the prediction tells wrong rows from right ones."""
     _, correct = _confidence(probs, labels)
-    return auroc(entropy(probs), ~correct)
+    return auroc(entropy(np.asarray(probs)), ~correct)
 
 
 def ood_auroc(inside: Array, outside: Array) -> float:
@@ -74,9 +78,12 @@ def ood_auroc(inside: Array, outside: Array) -> float:
 def risk_coverage(probs: Array, labels: Labels) -> tuple[Array, Array]:
     """Coverage (share answered) and risk (error among the answered), most confident rows first."""
     confidence, correct = _confidence(probs, labels)
-    wrong = ~correct[np.argsort(-confidence, kind="stable")]
+    order = np.argsort(-confidence, kind="stable")
+    _, tie = np.unique(-confidence[order], return_inverse=True)
+    wrong = ~correct[order]
+    share = (np.bincount(tie, wrong) / np.bincount(tie))[tie]  # rows that tie are answered in random order
     answered = np.arange(1, len(wrong) + 1)
-    return answered / len(wrong), np.cumsum(wrong) / answered
+    return answered / len(wrong), np.minimum(np.cumsum(share) / answered, 1.0)
 
 
 def aurc(probs: Array, labels: Labels) -> float:
@@ -113,7 +120,10 @@ def classification_report(
         level: coverage of the intervals.
         seed: of the resampling.
     """
+    probs, labels = np.asarray(probs), np.asarray(labels)
     _check(probs, labels)
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1.")
     table: dict[str, Any] = {"value": {name: fn(probs, labels) for name, fn in CLASSIFICATION.items()}}
     if bootstrap:
         rng = np.random.default_rng(seed)
@@ -134,17 +144,16 @@ def reliability(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> pd
 
 
 def _confidence(probs: Array, labels: Labels) -> tuple[Array, NDArray[np.bool_]]:
+    probs, labels = np.asarray(probs), np.asarray(labels)
     return probs.max(1), probs.argmax(1) == labels
 
 
-def _tensors(probs: Array, labels: Labels) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.as_tensor(np.asarray(probs)), torch.as_tensor(np.asarray(labels)).long()
-
-
 def _check(probs: Array, labels: Labels) -> None:
-    if probs.ndim != 2 or len(probs) != len(labels) or len(labels) == 0:
+    if probs.ndim != 2 or labels.ndim != 1 or len(probs) != len(labels) or len(labels) == 0:
         raise ValueError(f"probs has shape {probs.shape}, labels {labels.shape}: expected (N, C) and (N,) with N >= 1.")
-    if not np.isfinite(probs).all() or not np.allclose(probs.sum(1), 1, atol=1e-3):
-        raise ValueError("Each row of probs must be finite and sum to 1.")
+    if not (probs >= -1e-6).all() or not np.allclose(probs.sum(1), 1, atol=1e-3):
+        raise ValueError("Each row of probs must be finite, not negative, and sum to 1.")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"Labels must be integers (class indices), got {labels.dtype}.")
     if labels.min() < 0 or labels.max() >= probs.shape[1]:
         raise ValueError(f"Labels must lie in 0 to {probs.shape[1] - 1}, got {labels.min()} to {labels.max()}.")

@@ -1,5 +1,6 @@
 """Pictures of a fit and of its predictions: an axes in (or a new one), the axes out, nothing shown or saved."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | 
         label: legend entry; the ECE is added to it.
         color: of the line.
     """
+    probs, target = _scored(prediction)
     ax = _axes(ax)
-    probs, target = prediction.probs, prediction._labelled()
     table = metrics.reliability(probs, target)
     ece = metrics.ece(probs, target)
     if not ax.lines:
@@ -66,7 +67,7 @@ def history(frame: pd.DataFrame, *, ax: Axes | None = None, smooth: int = 10) ->
         ax.plot(frame["step"], values, color=color, alpha=0.25, linewidth=0.8)
         ax.plot(frame["step"], values.rolling(smooth, min_periods=1).mean(), color=color, linewidth=1.5, label=name)
     ax.set(xlabel="step", ylabel="nats per example", title="Negative ELBO")
-    ax.set_ylim(bottom=min(0, float(frame["nll"].min())))
+    ax.set_ylim(bottom=min(0, *(float(values.min()) for values, _ in parts.values())))
     ax.legend(frameon=False)
     return ax
 
@@ -80,12 +81,15 @@ def posterior_by_layer(posterior: Posterior, *, ax: Axes | None = None, num_draw
         num_draws: behind mean and standard deviation.
         seed: of the draws.
     """
+    if num_draws < 2:
+        raise ValueError(f"num_draws={num_draws}: a standard deviation needs 2 or more.")
     ax = _axes(ax, width=9.0)
     s = posterior.sample(num_draws, seed=seed).s
     mean, sd = s.mean(0).numpy(), s.std(0).numpy()
     edges = np.cumsum([0, *posterior.subspace.ranks])
     kinds = [_short(name) for name in posterior.subspace.names]
-    palette = dict(zip(dict.fromkeys(kinds), (MARK, WARM, "#3d7d4f", "#7d4f9e", "#b58a1b", QUIET), strict=False))
+    colors = [MARK, WARM, "#3d7d4f", "#7d4f9e", "#b58a1b", QUIET, "#1f9ea8", "#d06ca8", "#6b4a2b", "#444444"]
+    palette = dict(zip(dict.fromkeys(kinds), itertools.cycle(colors), strict=False))
     for kind, start, stop in zip(kinds, edges[:-1], edges[1:], strict=True):
         x = np.arange(start, stop)
         ax.errorbar(x, mean[x], yerr=sd[x], fmt=".", markersize=3, linewidth=0.8, color=palette.get(kind, QUIET))
@@ -120,6 +124,10 @@ def uncertainty_histogram(
     """
     if kind not in ("total", "aleatoric", "epistemic"):
         raise ValueError(f"kind={kind!r} is unknown: use 'total', 'aleatoric' or 'epistemic'.")
+    if type(inside) is not type(outside):
+        raise TypeError(
+            f"A {type(inside).__name__} and a {type(outside).__name__} have uncertainties in different units."
+        )
     ax = _axes(ax)
     a, b = getattr(inside, kind), getattr(outside, kind)
     bins = np.linspace(0, max(a.max(), b.max(), 1e-9), 31).tolist()
@@ -142,14 +150,20 @@ def risk_coverage(
         label: legend entry; the area is added to it.
         color: of the line.
     """
+    coverage, risk = metrics.risk_coverage(*_scored(prediction))
     ax = _axes(ax)
-    coverage, risk = metrics.risk_coverage(prediction.probs, prediction._labelled())
     name = f"area {risk.mean():.3f}" if label is None else f"{label}: area {risk.mean():.3f}"
     ax.plot(coverage, risk, color=color, label=name)
     ax.set(xlabel="coverage", ylabel="error among answered", xlim=(0, 1), title="Selective prediction")
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False)
     return ax
+
+
+def _scored(prediction: Prediction) -> tuple[metrics.Array, metrics.Labels]:
+    if not isinstance(prediction, Prediction):
+        raise TypeError(f"Expected a Prediction of classes, got a {type(prediction).__name__}.")
+    return prediction.probs, prediction._labelled()
 
 
 def _axes(ax: Axes | None, *, width: float = 4.5) -> Axes:
@@ -166,4 +180,4 @@ def _short(name: str) -> str:
 
 def _block(name: str) -> str:
     """``3`` of ``model.layers.3.self_attn.q_proj``; the last part where there is no block."""
-    return next((part for part in name.split(".") if part.isdigit()), "head")
+    return next((part for part in name.split(".") if part.isdigit()), _short(name))

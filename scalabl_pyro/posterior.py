@@ -137,7 +137,8 @@ class Posterior:
         """Predict rows under fixed posterior draws.
 
         Args:
-            data: rows for the task (dicts, a ``datasets.Dataset``, the path of a JSONL file); answers are optional.
+            data: rows for the task (dicts, a ``datasets.Dataset``, the path of a JSONL file, a hub data set by name,
+                of which the test split is read); answers are optional.
             num_draws: S; 0 predicts with the posterior mean.
             seed: of the draws.
             batch_size: rows of data a pass.
@@ -148,8 +149,11 @@ class Posterior:
             :class:`~scalabl_pyro.predictive.Prediction` for classes, else
             :class:`~scalabl_pyro.predictive.NumericPrediction`.
         """
+        for name, number in {"batch_size": batch_size, "draws_per_pass": draws_per_pass or 1}.items():
+            if number < 1:
+                raise ValueError(f"{name}={number} must be positive.")
         draws = self.sample(num_draws, seed=seed)
-        examples = encode(read_rows(data), self.task.encode, need_target=False)
+        examples = encode(read_rows(data, split="test"), self.task.encode, need_target=False)
         return predict(
             self.llm(),
             self.task,

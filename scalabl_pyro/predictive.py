@@ -53,7 +53,7 @@ class Prediction:
     @property
     def probs(self) -> Array:
         """(N, C) probabilities averaged over draws."""
-        return np.exp(self.log_probs).mean(0)
+        return np.exp(self.log_probs, dtype=np.float64).mean(0)
 
     @property
     def labels(self) -> NDArray[np.integer]:
@@ -68,7 +68,7 @@ class Prediction:
     @property
     def aleatoric(self) -> Array:
         """(N,) entropy of a draw, averaged: what more data could not remove."""
-        return metrics.entropy(np.exp(self.log_probs)).mean(0)
+        return metrics.entropy(np.exp(self.log_probs, dtype=np.float64)).mean(0)
 
     @property
     def epistemic(self) -> Array:
@@ -208,6 +208,8 @@ def predict(
     s = s.to(device)
     parts: list[tuple[Tensor, dict[str, Tensor]]] = []
     batches = list(evaluation_batches(examples, batch_size, task.pad_token_id))
+    if any(batch.target is None for batch in batches):  # one row without answer: nothing is scored
+        batches = [batch.without_target() for batch in batches]
     bar = tqdm(batches, disable=not progress, desc="predict", unit="batch")
     with eval_mode(llm.llm), scoped_seed(seed, device), bar:
         for batch in bar:

@@ -1,5 +1,6 @@
 """Priors over the latents s: a scale, a Pyro distribution, or one distribution a layer."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -72,7 +73,9 @@ def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
     """
     if isinstance(prior, Prior):
         return prior
-    if isinstance(prior, int | float):
+    if isinstance(prior, type):
+        raise TypeError(_not_a_prior(prior))
+    if isinstance(prior, numbers.Real):
         if not 0 < prior < float("inf"):
             raise ValueError(f"prior={prior}: a scale (standard deviation) must be positive and finite.")
         scale = torch.tensor(float(prior), dtype=torch.float64)
@@ -82,7 +85,11 @@ def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
         return FixedPrior(family, {k: _spread(prior, v, subspace.dim) for k, v in parameters.items()})
     if callable(prior):
         return _per_layer(prior, subspace)
-    raise TypeError(
+    raise TypeError(_not_a_prior(prior))
+
+
+def _not_a_prior(prior: object) -> str:
+    return (
         f"prior={prior!r}: expected a scale, a Pyro distribution such as dist.Normal(0., 1.), a callable "
         "layer -> distribution, or a scalabl_pyro.priors.Prior."
     )
@@ -120,14 +127,16 @@ def from_parameters(family: type[Distribution], parameters: dict[str, Tensor], d
 
 def _per_layer(prior: Callable[[Layer], Distribution], subspace: Subspace) -> FixedPrior:
     parts: list[tuple[type, dict[str, Tensor]]] = []
+    bases: list[Distribution] = []
     for layer in subspace:
         d = prior(layer)
         if not isinstance(d, Distribution):
             raise TypeError(f"prior({layer.name!r}) returned {type(d).__name__}, not a Pyro distribution.")
         family, parameters = _decompose(d)
+        bases.append(_base(d))
         parts.append((family, {k: _spread(d, v, layer.rank) for k, v in parameters.items()}))
     families = {family for family, _ in parts}
-    if len(families) > 1 or any(family is dist.MultivariateNormal for family in families):
+    if len(families) > 1 or any(d.event_shape for d in bases):
         names = sorted(f.__name__ for f in families)
         raise ValueError(
             f"A prior by layer must use one univariate family for all layers, got {names}. "
@@ -138,8 +147,9 @@ def _per_layer(prior: Callable[[Layer], Distribution], subspace: Subspace) -> Fi
 
 def _decompose(d: Distribution) -> tuple[type, dict[str, Tensor]]:
     """Family and constructor arguments of a distribution, so that both can be moved and saved."""
-    while isinstance(d, Independent):
-        d = d.base_dist
+    d = _base(d)
+    if getattr(d.support, "is_discrete", False):
+        raise ValueError(f"A {type(d).__name__} is discrete, but s is real.")
     family = getattr(dist, type(d).__name__, None)
     if isinstance(d, MultivariateNormal):
         names = ["loc", "scale_tril"]
@@ -151,6 +161,12 @@ def _decompose(d: Distribution) -> tuple[type, dict[str, Tensor]]:
             "forward() samples it."
         )
     return family, {name: torch.as_tensor(getattr(d, name)) for name in names}
+
+
+def _base(d: Distribution) -> Distribution:
+    while isinstance(d, Independent):
+        d = d.base_dist
+    return d
 
 
 def _spread(d: Distribution, value: Tensor, dim: int) -> Tensor:

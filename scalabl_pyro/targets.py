@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ._errors import nearest
@@ -33,6 +34,10 @@ def resolve_targets(
     Raises:
         ValueError: a name or pattern matches nothing, or matches a layer that cannot carry LoRA.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"Expected a torch.nn.Module such as AutoModelForCausalLM.from_pretrained(...), got {module!r}."
+        )
     linear = {name: m for name, m in module.named_modules() if name and is_linear(m)}
     if not linear:
         raise ValueError(
@@ -46,9 +51,11 @@ def resolve_targets(
     elif callable(target_modules):
         chosen = [name for name, m in linear.items() if target_modules(name, m)]
     elif isinstance(target_modules, str):
-        chosen = [name for name in linear if re.fullmatch(target_modules, name)]
-    else:
+        chosen = _match_pattern(target_modules, linear)
+    elif isinstance(target_modules, Iterable):
         chosen = _match_suffixes(module, list(target_modules), linear)
+    else:
+        raise TypeError(f"target_modules={target_modules!r}: expected names, a pattern, 'all-linear' or a predicate.")
     if not chosen:
         raise ValueError(
             f"target_modules={target_modules!r} matches no linear layer. "
@@ -56,6 +63,19 @@ def resolve_targets(
         )
     if layers_to_transform is not None:
         chosen = _keep_blocks(chosen, layers_to_transform)
+    return chosen
+
+
+def _match_pattern(pattern: str, linear: dict[str, nn.Module]) -> list[str]:
+    try:
+        chosen = [name for name in linear if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"target_modules={pattern!r} is no regular expression ({error}).") from None
+    if not chosen and any(name == pattern or name.endswith("." + pattern) for name in linear):
+        raise ValueError(
+            f"target_modules={pattern!r} is a regular expression for whole paths and matches none: give a list of "
+            f"names, [{pattern!r}]."
+        )
     return chosen
 
 
@@ -68,6 +88,8 @@ def new_heads(module: nn.Module) -> list[str]:
 
 def is_linear(module: nn.Module) -> bool:
     """Linear layers, GPT-2's Conv1D, and quantised layers that look like a linear layer."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(module, nn.Linear | Conv1D):
         return True
     looks_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
@@ -103,6 +125,8 @@ def _all_linear(module: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
 def _match_suffixes(module: nn.Module, targets: list[str], linear: dict[str, nn.Module]) -> list[str]:
     chosen = set()
     for target in targets:
+        if not isinstance(target, str):
+            raise TypeError(f"target_modules: {target!r} is no name of a layer.")
         hits = [name for name in linear if name == target or name.endswith("." + target)]
         if not hits:
             raise ValueError(_no_match(module, target, linear))
@@ -133,8 +157,11 @@ def _keep_blocks(names: list[str], blocks: int | Iterable[int]) -> list[str]:
     wanted = {blocks} if isinstance(blocks, int) else set(blocks)
     present = {index for name in names if (index := _block_index(name)) is not None}
     if missing := wanted - present:
+        exist = f"blocks {min(present)} to {max(present)} exist" if present else "no targeted layer lies in a block"
         raise ValueError(
-            f"layers_to_transform={sorted(wanted)}: no targeted layer lies in block(s) {sorted(missing)}; "
-            f"blocks {min(present, default=None)} to {max(present, default=None)} exist."
+            f"layers_to_transform={sorted(wanted)}: no targeted layer lies in block(s) {sorted(missing)}; {exist}."
         )
-    return [name for name in names if (index := _block_index(name)) is None or index in wanted]
+    kept = [name for name in names if (index := _block_index(name)) is None or index in wanted]
+    if not kept:
+        raise ValueError(f"layers_to_transform={sorted(wanted)} leaves no layer to adapt.")
+    return kept

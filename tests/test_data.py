@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalabl_pyro.data import Batch, Example, TrainingBatches, collate, encode, evaluation_batches, read_rows
+from scalabl_pyro.hub_rows import as_question
 
 ROWS = [{"id": "a", "question": "one"}, {"id": "b", "question": "two"}]
 PAD = 99
@@ -389,3 +390,43 @@ def test_real_questions_have_little_padding_in_training(shared_data):
     in_order = [collate(examples[i : i + 16], range(16), PAD).inputs["attention_mask"] for i in range(0, 4957, 16)]
     padding = np.mean([1 - m.float().mean().item() for m in masks])
     assert padding < 0.1 < np.mean([1 - m.float().mean().item() for m in in_order])
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {
+                "id": "8",
+                "question_stem": "The sun is",
+                "choices": {"text": ["hot", "cold"], "label": ["A", "B"]},
+                "answerKey": "B",
+            },
+            {"id": "8", "question": "The sun is", "choices": ["hot", "cold"], "answer": 1},
+        ),
+        (
+            {"question": "Why?", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "3"},
+            {"question": "Why?", "choices": ["x", "y", "z"], "answer": 2},
+        ),
+        (
+            {"question": "Why?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": ""},
+            {"question": "Why?", "choices": ["x", "y"], "answer": None},
+        ),
+        (
+            {"sentence": "Ann met Eve because _ called.", "option1": "Ann", "option2": "Eve", "answer": "2"},
+            {"question": "Ann met Eve because _ called.", "choices": ["Ann", "Eve"], "answer": 1},
+        ),
+        (
+            {"question": "is ice cold", "passage": "Ice is cold.", "answer": True},
+            {"question": "Ice is cold.\nIs ice cold?", "choices": ["yes", "no"], "answer": 0},
+        ),
+        (
+            {"question": "2+2?", "choices": ["3", "4"], "answer": 1},
+            {"question": "2+2?", "choices": ["3", "4"], "answer": 1},
+        ),
+        ({"text": "fine", "label": 1}, {"text": "fine", "label": 1}),
+    ],
+    ids=["openbookqa", "arc numbers", "arc hidden", "winogrande", "boolq", "mmlu", "other"],
+)
+def test_rows_of_known_hub_data_sets_get_one_form(row, expected):
+    assert as_question(row) == expected

@@ -76,7 +76,7 @@ def test_uncertainties_add_up(posterior):
     np.testing.assert_allclose(prediction.total, prediction.aleatoric + prediction.epistemic, atol=1e-6)
     assert (prediction.epistemic > 0).all()
     assert (prediction.total <= np.log(4) + 1e-6).all()
-    probs = np.exp(prediction.log_probs)
+    probs = np.exp(prediction.log_probs, dtype=np.float64)
     np.testing.assert_allclose(prediction.probs, probs.mean(0))
     by_hand = (probs * (prediction.log_probs - np.log(prediction.probs))).sum(-1).mean(0)
     np.testing.assert_allclose(prediction.epistemic, by_hand, atol=1e-6)
