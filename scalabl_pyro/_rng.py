@@ -7,19 +7,13 @@ import torch
 
 
 @contextmanager
-def scoped_seed(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seed the generators of the CPU and of ``device`` inside the context, and put them back after it.
-
-    (``torch.manual_seed`` would also reseed every GPU that the caller uses for something else.)
-    """
+def scoped_seed(seed: int) -> Iterator[None]:
+    """Seed torch's global generators (CPU, and GPUs in use) inside the context, and put them back after it."""
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed={seed!r}: expected an integer.")
-    device = torch.device(device)
     generators = [torch.default_generator]
-    if device.type == "cuda":
-        torch.cuda.init()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
+    if torch.cuda.is_initialized():
+        generators += torch.cuda.default_generators
     states = [generator.get_state() for generator in generators]
     try:
         for generator in generators:

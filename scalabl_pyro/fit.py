@@ -304,7 +304,7 @@ def _training_scope(blora: BayesianLoRA, seed: int) -> Iterator[None]:
     """Seeded noise, Pyro's local parameters, no dropout; all as before afterwards."""
     with (
         eval_mode(blora.llm),  # dropout of the base model would be a second, unmodelled source of noise
-        scoped_seed(seed, blora.device),
+        scoped_seed(seed),
         pyro.settings.context(module_local_params=True),
         warnings.catch_warnings(),
         torch.enable_grad(),

@@ -211,7 +211,7 @@ def predict(
     if any(batch.target is None for batch in batches):  # one row without answer: nothing is scored
         batches = [batch.without_target() for batch in batches]
     bar = tqdm(batches, disable=not progress, desc="predict", unit="batch")
-    with eval_mode(llm.llm), scoped_seed(seed, device), bar:
+    with eval_mode(llm.llm), scoped_seed(seed), bar:
         for batch in bar:
             while True:
                 try:

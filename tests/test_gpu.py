@@ -19,8 +19,12 @@ def cuda():
         pytest.fail("tests marked gpu need a CUDA device")
 
 
+def base(dtype=torch.bfloat16, family="llama"):
+    return tiny.causal_lm(family).to(dtype)  # the same weights in every precision
+
+
 def fitted(dtype=torch.bfloat16, family="llama", **options):
-    llm = tiny.causal_lm(family, dtype=dtype).cuda()
+    llm = base(dtype, family).cuda()
     blora = sp.bayesian_lora(llm)
     task = sp.MultipleChoice(tiny.tokenizer())
     return sp.fit(blora, task, ROWS, **{"num_steps": 30, "lr": 1e-2, "progress": False, **options}).posterior
@@ -55,9 +59,9 @@ def test_it_saves_and_loads_across_devices(tmp_path):
     posterior = fitted()
     before = posterior.predict(ROWS, num_draws=4)
     posterior.save_pretrained(tmp_path / "p")
-    loaded = sp.Posterior.from_pretrained(tiny.causal_lm(dtype=torch.bfloat16).cuda(), tmp_path / "p")
+    loaded = sp.Posterior.from_pretrained(base().cuda(), tmp_path / "p")
     np.testing.assert_array_equal(loaded.predict(ROWS, num_draws=4).log_probs, before.log_probs)
-    on_cpu = sp.Posterior.from_pretrained(tiny.causal_lm(dtype=torch.float32), tmp_path / "p")
+    on_cpu = sp.Posterior.from_pretrained(base(torch.float32), tmp_path / "p")
     assert torch.equal(on_cpu.sample(4).s, posterior.sample(4).s)
     np.testing.assert_allclose(on_cpu.predict(ROWS, num_draws=4).probs, before.probs, atol=0.05)
 

@@ -80,7 +80,7 @@ class AutoFamily(Guide):
             try:
                 return self.auto.median()
             except NotImplementedError:
-                with torch.no_grad(), scoped_seed(0, next(self.parameters()).device):
+                with torch.no_grad(), scoped_seed(0):
                     draws = [self.auto() for _ in range(MEAN_DRAWS)]
                 return {name: torch.stack([d[name] for d in draws]).mean(0) for name in draws[0]}
 
