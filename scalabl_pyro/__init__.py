@@ -3,7 +3,7 @@
 from . import baselines, guides, metrics, plots, priors
 from ._errors import ScalaBLWarning
 from ._version import __version__
-from .fit import FitResult, fit
+from .fit import FitResult, TrainingError, fit
 from .likelihoods import MultipleChoice, Regression, SequenceClassification, Task
 from .model import BayesianLoRA, bayesian_lora
 from .posterior import Draws, Posterior
@@ -21,6 +21,7 @@ __all__ = [
     "ScalaBLWarning",
     "SequenceClassification",
     "Task",
+    "TrainingError",
     "__version__",
     "baselines",
     "bayesian_lora",

@@ -5,6 +5,7 @@ A row is a dict, one line of a JSONL file, or one item of a ``datasets.Dataset``
 last real token of each row known there is no need for it.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -241,3 +242,68 @@ def evaluation_batches(examples: Sequence[Example], batch_size: int, pad_token_i
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         yield collate([examples[i] for i in rows], rows, pad_token_id)
+
+
+def training_source(
+    data: Any,
+    encode_row: Callable[[Row], Example],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    num_data: int | None = None,
+    seed: int = 0,
+) -> tuple[Callable[[int], Batch], int]:
+    """What training reads: a function step -> batch, and N.
+
+    Args:
+        data: rows (dicts, a ``datasets.Dataset``, the path of a JSONL file), or an iterable of :class:`Batch` that can
+            be restarted, such as a DataLoader.
+        encode_row: a task's ``encode``.
+        batch_size: rows in a batch made from rows.
+        pad_token_id: fills shorter rows.
+        num_data: N; needed for an iterable of batches whose data set has no length.
+        seed: of the order.
+
+    Raises:
+        ValueError: N is unknown, or contradicts the rows.
+    """
+    first = None if isinstance(data, str) or not isinstance(data, Iterable) else next(iter(data), None)
+    if isinstance(data, Iterator) and first is not None:
+        data = itertools.chain([first], data)  # looking at it took it out
+    if isinstance(first, Batch):
+        if num_data is None:
+            num_data = _sized(getattr(data, "dataset", None))
+        if num_data is None:
+            raise ValueError(
+                "train_data yields batches, so the size of the data set is unknown: pass num_data=N. It sets the "
+                "weight of the KL against the data."
+            )
+        return Cycle(data), num_data
+    examples = encode(read_rows(data), encode_row, need_target=True)
+    if num_data not in (None, len(examples)):
+        raise ValueError(f"num_data={num_data}, but train_data has {len(examples)} rows: leave num_data out.")
+    return TrainingBatches(examples, batch_size, pad_token_id, seed=seed), len(examples)
+
+
+def _sized(data: Any) -> int | None:
+    return len(data) if hasattr(data, "__len__") else None
+
+
+class Cycle:
+    """Batches of an iterable in order, again and again."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+        self.iterator: Iterator[Batch] = iter(())
+
+    def __call__(self, step: int) -> Batch:
+        """The next batch, whatever ``step`` says."""
+        batch = next(self.iterator, None)
+        if batch is None:
+            self.iterator = iter(self.batches)
+            batch = next(self.iterator, None)
+        if batch is None:
+            raise ValueError("train_data yields no batches the second time: pass something that can be restarted.")
+        if batch.target is None or len(batch) == 0:
+            raise ValueError(f"The batch of step {step} is empty or has no targets.")
+        return batch

@@ -1,10 +1,9 @@
 """Stochastic variational inference: one ELBO, one torch optimiser, three learning rates."""
 
-import itertools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,12 @@ from tqdm.auto import trange
 from ._errors import check_choice
 from ._rng import scoped_seed
 from .adapted import eval_mode
-from .data import Batch, TrainingBatches, encode, read_rows
+from .data import Batch, training_source
 from .guides import Guide, GuideLike, as_guide
 from .likelihoods import Task
 from .model import BayesianLoRA, TaskModel
 from .objective import Objective, ScopedGuide, allows_row_draws, check_sites, default_elbo
+from .optimiser import build_optimiser, clip_gradients, rate_schedule
 from .posterior import Posterior
 from .priors import Prior
 
@@ -45,6 +45,16 @@ class FitResult:
 
     posterior: Posterior
     history: pd.DataFrame
+
+
+class TrainingError(FloatingPointError):
+    """A loss or gradient that is not finite.
+
+    Attributes:
+        result: the :class:`FitResult` of all steps before, from finite parameters; None if it was the first step.
+    """
+
+    result: FitResult | None = None
 
 
 def fit(
@@ -104,7 +114,7 @@ def fit(
 
     Raises:
         ValueError: rows that do not fit the task, unknown options, missing ``num_data``.
-        FloatingPointError: a loss that is not finite; parameters keep their last finite values.
+        TrainingError: a loss or gradient that is not finite; its ``result`` holds what was learned before.
     """
     check_choice("draws", draws, ("per_example", "shared"))
     check_choice("schedule", schedule, ("linear", "constant"))
@@ -116,26 +126,34 @@ def fit(
     device = blora.device
     blora.to(device)
     task.to(device)
-    batches, num_data = _training_batches(train_data, task, batch_size, num_data, seed)
+    batches, num_data = training_source(
+        train_data,
+        task.encode,
+        batch_size=batch_size,
+        pad_token_id=task.pad_token_id,
+        num_data=num_data,
+        seed=seed,
+    )
     family = as_guide(guide, blora, init_scale=init_scale, seed=seed).to(device)
     elbo = _checked(elbo, family, blora.prior)
     if not (family.per_example and allows_row_draws(elbo)):
         draws = "shared"
     model = TaskModel(blora, task, num_data=num_data, draws=draws)
     objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
-    optimiser = _optimiser(
+    optimiser = build_optimiser(
         model, family, lr=lr, loc_lr=lr if loc_lr is None else loc_lr, scale_lr=scale_lr, weight_decay=weight_decay
     )
-    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate(schedule, warmup, num_steps))
+    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, rate_schedule(schedule, warmup, num_steps))
     history: list[dict[str, float]] = []
+    error: TrainingError | None = None
     start = time.perf_counter()
     with _training_scope(blora, seed), trange(num_steps, disable=not progress, desc="fit", unit="step") as steps:
         try:
             for step in steps:
                 batch, weight = batches(step).to(device), _kl_weight(kl_weight, step)
                 with pyro.validation_enabled(step == 0):
-                    loss, nll = _gradient(objective, batch, weight, micro_batch_size or len(batch), step)
-                grad_norm = _grad_norm(optimiser, max_grad_norm, step)
+                    loss, nll = _gradient(objective, batch, weight, micro_batch_size or len(batch))
+                grad_norm = clip_gradients(optimiser, max_grad_norm)
                 optimiser.step()
                 record = {
                     "step": step,
@@ -153,6 +171,8 @@ def fit(
                 if any([callback(record) for callback in callbacks]):
                     logger.info("a callback stopped the training at step %d", step)
                     break
+        except FloatingPointError as failure:
+            error = TrainingError(f"At step {len(history)}: {failure}")
         except KeyboardInterrupt:
             logger.warning(
                 "interrupted after %d of %d steps; the posterior is what was learned so far", len(history), num_steps
@@ -166,10 +186,14 @@ def fit(
         "elbo": type(elbo).__name__,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    return FitResult(_freeze(blora, task, family, provenance), pd.DataFrame(history))
+    result = FitResult(_freeze(blora, task, family, provenance), pd.DataFrame(history))
+    if error is not None:
+        error.result = result if history else None
+        raise error
+    return result
 
 
-def _gradient(objective: Objective, batch: Batch, kl_weight: float, micro_size: int, step: int) -> tuple[float, float]:
+def _gradient(objective: Objective, batch: Batch, kl_weight: float, micro_size: int) -> tuple[float, float]:
     """Gradients of the loss of one batch into ``.grad``; returns loss and NLL in nats per example.
 
     Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B.
@@ -178,30 +202,10 @@ def _gradient(objective: Objective, batch: Batch, kl_weight: float, micro_size: 
     total_loss, total_nll = 0.0, 0.0
     for micro in batch.split(micro_size):
         share = len(micro) / len(batch)
-        try:
-            loss, nll = objective.accumulate(micro, kl_weight, share=share)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"At step {step}: {error}. Parameters keep their values from before this step. Lower the learning "
-                "rates, set max_grad_norm, or check these examples."
-            ) from None
+        loss, nll = objective.accumulate(micro, kl_weight, share=share)
         total_loss += share * loss
         total_nll += share * nll
     return total_loss, total_nll
-
-
-def _grad_norm(optimiser: torch.optim.Optimizer, limit: float | None, step: int) -> float:
-    """Global gradient norm, clipped at ``limit``; not finite is an error, while parameters still are."""
-    parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if not torch.isfinite(norm):
-        raise FloatingPointError(
-            f"At step {step}: the loss is finite, but its gradient is not. Parameters keep their values from before "
-            "this step. Lower the learning rates, or use bfloat16 instead of float16."
-        )
-    if limit is not None:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm.item()
 
 
 def _checked(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:
@@ -218,85 +222,6 @@ def _kl_weight(kl_weight: float | Callable[[int], float], step: int) -> float:
     if not 0 <= weight < float("inf"):
         raise ValueError(f"kl_weight={weight} at step {step}: it must be 0 or more; 1 is the ELBO.")
     return weight
-
-
-def _training_batches(
-    data: Any, task: Task, batch_size: int, num_data: int | None, seed: int
-) -> tuple[Callable[[int], Batch], int]:
-    """A function step -> batch, and N."""
-    first = None if isinstance(data, str) or not isinstance(data, Iterable) else next(iter(data), None)
-    if isinstance(data, Iterator) and first is not None:
-        data = itertools.chain([first], data)  # looking at it took it out
-    if isinstance(first, Batch):
-        if num_data is None:
-            num_data = _sized(getattr(data, "dataset", None))
-        if num_data is None:
-            raise ValueError(
-                "train_data yields batches, so the size of the data set is unknown: pass num_data=N. It sets the "
-                "weight of the KL against the data."
-            )
-        return _Cycle(data), num_data
-    examples = encode(read_rows(data), task.encode, need_target=True)
-    if num_data not in (None, len(examples)):
-        raise ValueError(f"num_data={num_data}, but train_data has {len(examples)} rows: leave num_data out.")
-    return TrainingBatches(examples, batch_size, task.pad_token_id, seed=seed), len(examples)
-
-
-def _sized(data: Any) -> int | None:
-    return len(data) if hasattr(data, "__len__") else None
-
-
-class _Cycle:
-    """Batches of an iterable in order, again and again."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self.batches = batches
-        self.iterator: Iterator[Batch] = iter(())
-
-    def __call__(self, step: int) -> Batch:
-        batch = next(self.iterator, None)
-        if batch is None:
-            self.iterator = iter(self.batches)
-            batch = next(self.iterator, None)
-        if batch is None:
-            raise ValueError("train_data yields no batches the second time: pass something that can be restarted.")
-        if batch.target is None or len(batch) == 0:
-            raise ValueError(f"The batch of step {step} is empty or has no targets.")
-        return batch
-
-
-def _optimiser(
-    model: TaskModel, guide: Guide, *, lr: float, loc_lr: float, scale_lr: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """One AdamW over named groups; a group without parameters is left out."""
-    point = list(model.blora.point_estimates.named_parameters())
-    scales = [p for n, p in guide.named_parameters() if "scale" in n]
-    groups: list[Mapping[str, Any]] = [
-        {
-            "name": "factors",
-            "params": [p for n, p in point if n.endswith(("/A", "/B"))],
-            "lr": lr,
-            "weight_decay": weight_decay,
-        },
-        {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": lr},
-        {"name": "task", "params": [*model.task.parameters(), *model.blora.prior.parameters()], "lr": lr},
-        {"name": "loc", "params": [p for n, p in guide.named_parameters() if "scale" not in n], "lr": loc_lr},
-        {"name": "scale", "params": scales, "lr": scale_lr},
-    ]
-    trainable = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
-    return torch.optim.AdamW([g for g in trainable if g["params"]], weight_decay=0.0, fused=True)
-
-
-def _rate(schedule: str, warmup: float, num_steps: int) -> Callable[[int], float]:
-    """Learning-rate factor of a step: linear rise over the warm-up, then constant or linear to 0."""
-    rise = max(round(warmup * num_steps), 1)
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 1.0 if schedule == "constant" else (num_steps - step) / max(num_steps - rise, 1)
-
-    return factor
 
 
 @contextmanager

@@ -90,7 +90,10 @@ class Objective(nn.Module):
                     raise
                 loss = float("nan")
         if not math.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss}: {explain_nonfinite(self.model, self.guide, batch)}")
+            raise FloatingPointError(
+                f"the loss is {loss}: {explain_nonfinite(self.model, self.guide, batch)}. Parameters keep their values "
+                "from before this step. Lower the learning rates, set max_grad_norm, or check these examples."
+            )
         if surrogate is not None:
             (surrogate * share).backward()
         assert record.value is not None

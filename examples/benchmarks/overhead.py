@@ -80,20 +80,20 @@ def peft_step(base, batch: Batch):
 
 def scalabl_step(base, batch: Batch):
     """One step of ``fit``: its objective, its optimiser, its checks."""
-    from scalabl_pyro.fit import _grad_norm, _gradient, _optimiser
+    from scalabl_pyro.fit import _gradient
+    from scalabl_pyro.optimiser import build_optimiser, clip_gradients
 
     blora = sp.bayesian_lora(base, target_modules=TARGETS)
     base.eval()
     guide = as_guide("normal", blora)
     model = TaskModel(blora, AnswerTokens(), num_data=NUM_DATA, draws="per_example")
     objective = Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
-    optimiser = _optimiser(model, guide, lr=1e-3, loc_lr=1e-3, scale_lr=1e-3, weight_decay=0.0)
-    counter = iter(range(10**9))
+    optimiser = build_optimiser(model, guide, lr=1e-3, loc_lr=1e-3, scale_lr=1e-3, weight_decay=0.0)
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
-            _gradient(objective, batch, 1.0, len(batch), next(counter))
-            _grad_norm(optimiser, None, 0)
+            _gradient(objective, batch, 1.0, len(batch))
+            clip_gradients(optimiser, None)
             optimiser.step()
 
     return step

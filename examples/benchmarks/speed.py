@@ -24,10 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import Batch
-from scalabl_pyro.fit import _grad_norm, _gradient, _optimiser
+from scalabl_pyro.fit import _gradient
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model import TaskModel
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
+from scalabl_pyro.optimiser import build_optimiser, clip_gradients
 
 SHAPES = {
     "tiny": {"model_type": "llama", "vocab_size": 500, "hidden_size": 64, "intermediate_size": 128,
@@ -123,12 +124,12 @@ def fit_step(blora, batch: Batch):
     guide = as_guide("normal", blora).to(blora.device)
     model = TaskModel(blora, AnswerTokens(), num_data=NUM_DATA, draws="per_example")
     objective = Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
-    optimiser = _optimiser(model, guide, lr=1e-4, loc_lr=1e-4, scale_lr=1e-3, weight_decay=0.0)
+    optimiser = build_optimiser(model, guide, lr=1e-4, loc_lr=1e-4, scale_lr=1e-3, weight_decay=0.0)
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
-            _gradient(objective, batch, 1.0, len(batch), 0)
-            _grad_norm(optimiser, None, 0)
+            _gradient(objective, batch, 1.0, len(batch))
+            clip_gradients(optimiser, None)
             optimiser.step()
 
     return step
@@ -147,7 +148,7 @@ def pyro_only(blora, batch: Batch):
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
-            _gradient(objective, batch, 1.0, len(batch), 0)
+            _gradient(objective, batch, 1.0, len(batch))
 
     return step
 

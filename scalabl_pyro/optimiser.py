@@ -1,0 +1,62 @@
+"""One AdamW over named parameter groups, its learning-rate schedule, and the gradient norm."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .guides import Guide
+from .model import TaskModel
+
+
+def build_optimiser(
+    model: TaskModel, guide: Guide, *, lr: float, loc_lr: float, scale_lr: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """One AdamW over named groups; a group without parameters is left out."""
+    point = list(model.blora.point_estimates.named_parameters())
+    scales = [p for n, p in guide.named_parameters() if "scale" in n]
+    groups: list[Mapping[str, Any]] = [
+        {
+            "name": "factors",
+            "params": [p for n, p in point if n.endswith(("/A", "/B"))],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+        {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": lr},
+        {"name": "task", "params": [*model.task.parameters(), *model.blora.prior.parameters()], "lr": lr},
+        {"name": "loc", "params": [p for n, p in guide.named_parameters() if "scale" not in n], "lr": loc_lr},
+        {"name": "scale", "params": scales, "lr": scale_lr},
+    ]
+    trainable = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
+    return torch.optim.AdamW([g for g in trainable if g["params"]], weight_decay=0.0, fused=True)
+
+
+def rate_schedule(schedule: str, warmup: float, num_steps: int) -> Callable[[int], float]:
+    """Learning-rate factor of a step: linear rise over the warm-up, then constant or linear to 0."""
+    rise = max(round(warmup * num_steps), 1)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 1.0 if schedule == "constant" else (num_steps - step) / max(num_steps - rise, 1)
+
+    return factor
+
+
+def clip_gradients(optimiser: torch.optim.Optimizer, limit: float | None) -> float:
+    """The global gradient norm, clipped at ``limit``.
+
+    Raises:
+        FloatingPointError: it is not finite, while the parameters still are.
+    """
+    parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if not torch.isfinite(norm):
+        raise FloatingPointError(
+            "the loss is finite, but its gradient is not. Parameters keep their values from before this step. Lower "
+            "the learning rates, or use bfloat16 instead of float16."
+        )
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm.item()
