@@ -149,16 +149,26 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
 
 
 def default_elbo(guide: Guide, prior: Prior) -> ELBO:
-    """The analytic-KL ELBO where every latent of guide and prior has a closed-form KL, else ``Trace_ELBO``."""
+    """The ELBO with closed-form KLs where guide and prior allow it, else ``Trace_ELBO``.
+
+    With several sites the closed forms hold only if the sites are independent under q.
+    """
     q, p = check_sites(guide, prior)
-    if set(q.stochastic_nodes) != set(p.stochastic_nodes):  # auxiliary sites: nothing is in closed form
+    sites = list(p.stochastic_nodes)
+    if set(q.stochastic_nodes) != set(sites):  # auxiliary sites: nothing is in closed form
         return Trace_ELBO()
+    if len(sites) > 1 and not guide.factorised:
+        return Trace_ELBO()
+    closed = [name for name in sites if _has_closed_kl(_site(q, name)["fn"], _site(p, name)["fn"])]
+    return TraceMeanField_ELBO() if closed else Trace_ELBO()
+
+
+def _has_closed_kl(q: Any, p: Any) -> bool:
     try:
-        for name in p.stochastic_nodes:
-            kl_divergence(_site(q, name)["fn"], _site(p, name)["fn"])
+        kl_divergence(q, p)
     except NotImplementedError:
-        return Trace_ELBO()
-    return TraceMeanField_ELBO()
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ def build_optimiser(
 ) -> torch.optim.AdamW:
     """One AdamW over named groups; a group without parameters is left out."""
     point = list(model.blora.point_estimates.named_parameters())
-    scales = [p for n, p in guide.named_parameters() if "scale" in n]
+    scales = [*_named(guide, scale=True), *_named(model.blora.prior, scale=True)]
     groups: list[Mapping[str, Any]] = [
         {
             "name": "factors",
@@ -24,12 +24,17 @@ def build_optimiser(
             "weight_decay": weight_decay,
         },
         {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": lr},
-        {"name": "task", "params": [*model.task.parameters(), *model.blora.prior.parameters()], "lr": lr},
-        {"name": "loc", "params": [p for n, p in guide.named_parameters() if "scale" not in n], "lr": loc_lr},
+        {"name": "task", "params": [*model.task.parameters(), *_named(model.blora.prior, scale=False)], "lr": lr},
+        {"name": "loc", "params": _named(guide, scale=False), "lr": loc_lr},
         {"name": "scale", "params": scales, "lr": scale_lr},
     ]
     trainable = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     return torch.optim.AdamW([g for g in trainable if g["params"]], weight_decay=0.0, fused=True)
+
+
+def _named(module: nn.Module, *, scale: bool) -> list[nn.Parameter]:
+    """Scales, by name, or the other parameters (correlations, ``scale_tril``, go with the locations)."""
+    return [p for name, p in module.named_parameters() if ("scale" in name and "tril" not in name) == scale]
 
 
 def rate_schedule(schedule: str, warmup: float, num_steps: int) -> Callable[[int], float]:

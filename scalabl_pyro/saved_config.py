@@ -10,7 +10,7 @@ from typing import Any
 FORMAT_VERSION = 1
 NAME = "scalabl_config.json"
 MAX_BYTES = 16 * 2**20
-PRIOR = {"family": str, "parameters": list}
+PRIOR = {"family": str, "parameters": list, "options": dict}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def read(folder: Path) -> SavedConfig:
         gauge=get(config, "gauge", str),
         heads=heads,
         guide=guide if guide.get("family") is None else {**guide, "options": get(guide, "options", dict)},
-        prior=prior if prior.get("family") is None else {k: get(prior, k, t) for k, t in PRIOR.items()},
+        prior=prior
+        if prior.get("family") is None
+        else {k: get({"options": {}, **prior}, k, t) for k, t in PRIOR.items()},
         task={"class": get(task, "class", str), "options": get(task, "options", dict)},
         base_model=get(config, "base_model", dict),
         provenance=get(config, "provenance", dict),

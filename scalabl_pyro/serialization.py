@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -95,14 +96,19 @@ def load(
         check_fingerprint(config.base_model, fingerprint(adapter))
         factors = _factors(adapter, adapter_tensors)
         heads = _heads(adapter, config.heads, adapter_tensors)
-        own_prior = _saved_prior(config, tensors, adapter) if prior is None else copy.deepcopy(prior)
+        own_prior = (
+            _saved_prior(config, tensors, adapter)
+            if prior is None
+            else priors.as_prior(copy.deepcopy(prior), adapter.subspace)
+        )
         own_task = _saved_task(config, path) if task is None else copy_task(task)
         own_guide = _guide(config, guide, own_prior, adapter)
         for part, module in {"guide": own_guide, "prior": own_prior, "task": own_task}.items():
             state = {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(part + ".")}
             _load_strict(f"{POSTERIOR}: {part}", module, state)
         _check_keys(POSTERIOR, {k for k in tensors if k.split(".")[0] not in ("guide", "prior", "task")}, set())
-        mean = own_guide.mean()["s"].detach().clone()
+        with torch.no_grad(), pyro.settings.context(module_local_params=True):
+            mean = own_guide.mean()["s"].detach().clone()
     except BaseException:
         if carried is None:
             adapter.unload()
@@ -269,12 +275,9 @@ def _heads(adapter: Adapter, names: list[str], tensors: Mapping[str, Tensor]) ->
 def _saved_prior(config: SavedConfig, tensors: Mapping[str, Tensor], adapter: Adapter) -> Prior:
     if config.prior.get("family") is None:
         raise ValueError(_needs_help("prior", config.prior))
-    names = [str(name) for name in config.prior["parameters"]]
-    found = {k.removeprefix("prior.") for k in tensors if k.startswith("prior.")}
+    own = {k.removeprefix("prior."): v for k, v in tensors.items() if k.startswith("prior.")}
     try:
-        family = priors.known_family(config.prior["family"], names)
-        _check_keys("the prior", {f"prior.{k}" for k in found}, {f"prior.{k}" for k in names})
-        return priors.from_parameters(family, {n: tensors[f"prior.{n}"] for n in names}, adapter.subspace.dim)
+        return priors.from_saved(config.prior, own, adapter.subspace)
     except (ValueError, TypeError, RuntimeError) as error:  # of the distribution's own checks
         raise ValueError(f"{POSTERIOR}: prior {config.prior['family']!r}: {error}") from None
 

@@ -240,10 +240,13 @@ def test_a_guide_that_does_not_fit_the_prior_is_explained(blora, task, fault, me
         fit(blora, task, guide=Wrong(blora.subspace.dim, fault))
 
 
-def test_a_prior_with_another_support_is_explained(llm, task):
+def test_a_guide_outside_the_support_of_the_prior_is_explained(llm, task):
     blora = sp.bayesian_lora(llm, prior=pyro.distributions.HalfNormal(1.0))
+    loc = blora.adapter.loc
     with pytest.raises(ValueError, match="outside the support of its prior"):
-        fit(blora, task, init_scale=5.0)
+        fit(blora, task, guide=sp.guides.NormalGuide(loc, torch.full_like(loc, 5.0)))
+    guide = fit(blora, task).posterior.guide  # "normal" takes the support of the prior
+    assert (guide.mean()["s"] > 0).all()
 
 
 class Poisoned(sp.MultipleChoice):

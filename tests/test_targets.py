@@ -293,7 +293,8 @@ WRONG_CALLS = {
     "negative dropout": ({"lora_dropout": -0.1}, ValueError, r"lora_dropout=-0.1"),
     "dropout of all": ({"lora_dropout": 1.0}, ValueError, r"lora_dropout=1.0"),
     "prior": ({"prior": -1.0}, ValueError, r"prior=-1.0: .*positive"),
-    "prior of another kind": ({"prior": "normal"}, TypeError, r"prior='normal': expected .*dist.Normal"),
+    "prior of another kind": ({"prior": [1.0]}, TypeError, r"prior=\[1.0\]: expected .*dist.Normal"),
+    "prior of another name": ({"prior": "norml"}, ValueError, r"prior='norml' is unknown. Did you mean 'normal'"),
     "prior of another shape": ({"prior": torch.distributions.Normal(torch.zeros(3), 1.0)}, ValueError, r"\(3,\).* 40 "),
     "seed": ({"seed": 1.5}, TypeError, r"seed=1.5: expected an integer"),
 }

@@ -11,38 +11,78 @@ from .._errors import check_choice
 from ..model import BayesianLoRA
 from .auto import AutoFamily
 from .base import Guide
+from .covariance import CovarianceGuide, LowRankGuide
 from .delta import DeltaGuide
+from .empirical import EmpiricalGuide
+from .flow import FlowGuide
+from .mean_field import MeanFieldGuide, WithHyperparameters, prior_sites
 from .normal import NormalGuide
+from .rank_mask import RankMaskGuide
 
-__all__ = ["AutoFamily", "DeltaGuide", "Guide", "NormalGuide", "as_guide"]
+__all__ = [
+    "AutoFamily",
+    "CovarianceGuide",
+    "DeltaGuide",
+    "EmpiricalGuide",
+    "FlowGuide",
+    "Guide",
+    "LowRankGuide",
+    "MeanFieldGuide",
+    "NormalGuide",
+    "RankMaskGuide",
+    "WithHyperparameters",
+    "as_guide",
+]
 
 GuideLike = str | type[autoguide.AutoGuide] | Guide | Callable[[BayesianLoRA], Guide]
 
 #: Families that a saved posterior can name.
-FAMILIES: dict[str, type[Guide]] = {"normal": NormalGuide, "delta": DeltaGuide, "auto": AutoFamily}
-NAMES = ("normal", "delta")
+FAMILIES: dict[str, type[Guide]] = {
+    guide.family: guide
+    for guide in (
+        AutoFamily,
+        CovarianceGuide,
+        DeltaGuide,
+        EmpiricalGuide,
+        FlowGuide,
+        LowRankGuide,
+        MeanFieldGuide,
+        NormalGuide,
+        RankMaskGuide,
+        WithHyperparameters,
+    )
+    if guide.family is not None
+}
+#: Families for a real-valued s, by the word that names them in ``fit(guide=...)``.
+OF_S: dict[str, Callable[..., Guide]] = {
+    "normal": NormalGuide,
+    "layer_covariance": CovarianceGuide,
+    "full_covariance": CovarianceGuide,
+    "lowrank": LowRankGuide,
+    "flow": FlowGuide,
+}
+NAMES = (*OF_S, "delta", "rank_mask")
 
 
 def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = 0.05, seed: int = 0) -> Guide:
     """Build the posterior family that ``guide`` names, started where the paper starts.
 
     Args:
-        guide: ``"normal"`` or ``"delta"``; a class of ``pyro.infer.autoguide``; a :class:`Guide`, returned as it
-            is; or a callable ``blora -> Guide``.
+        guide: ``"normal"`` (factorised, carried to the support of the prior), ``"layer_covariance"`` (a full
+            covariance within each layer), ``"lowrank"``, ``"full_covariance"``, ``"flow"``, ``"delta"`` (MAP) or
+            ``"rank_mask"``; a class of ``pyro.infer.autoguide``; a :class:`Guide`, returned as it is; or a callable
+            ``blora -> Guide``. Other latents of the prior get a factorised guide beside that of s.
         blora: the LLM whose latents the guide describes.
         init_scale: largest initial standard deviation; scales start uniform on (init_scale / sqrt(2), init_scale).
         seed: of the initial scales.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a family that cannot have the support of the prior.
         TypeError: something that is no guide.
     """
-    loc = blora.adapter.loc.to(blora.device)
     if isinstance(guide, str):
         check_choice("guide", guide, NAMES)
-        if guide == "delta":
-            return DeltaGuide(loc)
-        return NormalGuide(loc, _initial_scale(init_scale, loc, seed))
+        return _by_name(guide, blora, init_scale, seed)
     if isinstance(guide, type) and issubclass(guide, autoguide.AutoGuide):
         takes_scale = "init_scale" in inspect.signature(guide).parameters
         options: dict[str, Any] = {"init_scale": init_scale} if takes_scale else {}
@@ -69,7 +109,37 @@ def from_options(family: str, options: dict[str, Any], blora: BayesianLoRA) -> G
         ValueError: an unknown family, or options that it refuses.
     """
     check_choice("family", family, FAMILIES)
+    if family == WithHyperparameters.family:
+        rest = {k: v for k, v in options.items() if k != "of_s"}
+        return WithHyperparameters(from_options(str(options.get("of_s")), rest, blora), blora.prior)
     return FAMILIES[family].from_options(options, blora)
+
+
+def _by_name(name: str, blora: BayesianLoRA, init_scale: float, seed: int) -> Guide:
+    sites = prior_sites(blora.prior)
+    support = sites["s"]["fn"].support if "s" in sites else None
+    loc = blora.adapter.loc.to(blora.device)
+    scale = _initial_scale(init_scale, loc, seed)
+    if support is not None and support.is_discrete:
+        if name not in ("normal", "rank_mask"):
+            raise ValueError(f"guide={name!r} needs latents on the real line; masks need guide='rank_mask'.")
+        return RankMaskGuide(torch.logit(sites["s"]["fn"].mean.to(loc)))
+    if name == "rank_mask":
+        raise ValueError("guide='rank_mask' is for masks: use it with prior='rank_mask'.")
+    if name == "delta":
+        return DeltaGuide(loc) if set(sites) == {"s"} else as_guide(autoguide.AutoDelta, blora)
+    real = support is None or support.check(torch.tensor([-1.0, 1.0]).to(loc).repeat(len(loc))[: len(loc)]).all()
+    if not real:
+        if name != "normal":
+            raise ValueError(f"guide={name!r} needs latents on the real line; this prior has {support}: use 'normal'.")
+        return MeanFieldGuide(blora.prior, start={"s": loc}, scale=init_scale)
+    if name in ("layer_covariance", "full_covariance"):
+        of_s: Guide = CovarianceGuide(loc, scale, ranks=blora.subspace.ranks if name == "layer_covariance" else None)
+    elif name == "lowrank":
+        of_s = LowRankGuide(loc, scale, rank=min(10, len(loc)), seed=seed)
+    else:
+        of_s = OF_S[name](loc, scale)
+    return of_s if set(sites) <= {"s"} else WithHyperparameters(of_s, blora.prior, scale=init_scale)
 
 
 def _initial_scale(largest: float, loc: torch.Tensor, seed: int) -> torch.Tensor:

@@ -21,6 +21,8 @@ class Guide(Program):
     family: str | None = None
     #: Whether the sites may stand in a plate over rows, so that each example of a batch has its own draw.
     per_example: bool = True
+    #: Whether the sites are independent of each other under q, which lets closed-form KLs of some sites be used.
+    factorised: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the latent sites and return s, (..., D); the arguments of the model are ignored."""

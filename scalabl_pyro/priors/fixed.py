@@ -1,6 +1,5 @@
-"""Priors over the latents s: a scale, a Pyro distribution, or one distribution a layer."""
+"""Fixed priors: a Pyro distribution for all latents, or one a layer."""
 
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -10,20 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal
 
-from ._pyro import Program
-from .subspace import Layer, Subspace
-
-
-class Prior(Program):
-    """A Pyro program that samples the site ``"s"``, the vector of all D latents.
-
-    Subclass it and write ``forward`` for a prior with latents or parameters of its own; the site's event shape
-    must be (D,): ``pyro.sample("s", dist.Normal(...).to_event(1))``. See the how-to page *Own prior*.
-    """
-
-    def forward(self) -> Tensor:
-        """Sample s, (..., D)."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward(), which samples the site 's'.")
+from ..subspace import Layer, Subspace
+from .base import Prior
 
 
 class FixedPrior(Prior):
@@ -36,14 +23,19 @@ class FixedPrior(Prior):
 
     def __init__(self, family: type[Distribution], parameters: dict[str, Tensor]) -> None:
         super().__init__()
-        self.family = family
+        self.distribution_class = family
         self.parameter_names = tuple(parameters)
         for name, value in parameters.items():
             self.register_buffer(name, value)
 
+    @property
+    def family_name(self) -> str:
+        """Name of the class in ``pyro.distributions``."""
+        return self.distribution_class.__name__
+
     def distribution(self) -> Any:
         """The prior of s, event shape (D,)."""
-        base: Any = self.family(**{name: getattr(self, name) for name in self.parameter_names})
+        base: Any = self.distribution_class(**{name: getattr(self, name) for name in self.parameter_names})
         return base if base.event_shape else base.to_event(1)
 
     def forward(self) -> Tensor:
@@ -52,54 +44,13 @@ class FixedPrior(Prior):
 
     def extra_repr(self) -> str:
         """Family and parameter names."""
-        return f"{self.family.__name__}({', '.join(self.parameter_names)})"
+        return f"{self.family_name}({', '.join(self.parameter_names)})"
 
 
-PriorLike = float | Distribution | Prior | Callable[[Layer], Distribution]
-
-
-def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
-    """The Pyro program of a prior.
-
-    Args:
-        prior: the scale (standard deviation) of Normal(0, scale); a Pyro distribution with batch shape () or
-            (D,), or event shape (D,); a callable ``layer -> distribution`` of batch shape () or (r,), one family
-            for all layers; or a :class:`Prior`, returned as it is.
-        subspace: the D latents and their layers.
-
-    Raises:
-        TypeError: ``prior`` is none of these.
-        ValueError: a scale that is not positive, or shapes that do not fit the latents.
-    """
-    if isinstance(prior, Prior):
-        return prior
-    if isinstance(prior, type):
-        raise TypeError(_not_a_prior(prior))
-    if isinstance(prior, numbers.Real):
-        if not 0 < prior < float("inf"):
-            raise ValueError(f"prior={prior}: a scale (standard deviation) must be positive and finite.")
-        scale = torch.tensor(float(prior), dtype=torch.float64)
-        prior = dist.Normal(torch.zeros_like(scale), scale)
-    if isinstance(prior, Distribution):
-        family, parameters = _decompose(prior)
-        return FixedPrior(family, {k: _spread(prior, v, subspace.dim) for k, v in parameters.items()})
-    if callable(prior):
-        return _per_layer(prior, subspace)
-    raise TypeError(_not_a_prior(prior))
-
-
-def _not_a_prior(prior: object) -> str:
-    return (
-        f"prior={prior!r}: expected a scale, a Pyro distribution such as dist.Normal(0., 1.), a callable "
-        "layer -> distribution, or a scalabl_pyro.priors.Prior."
-    )
-
-
-def describe(prior: Prior) -> dict[str, Any]:
-    """What is saved of a prior besides its tensors."""
-    family = prior.family.__name__ if type(prior) is FixedPrior else None
-    parameters = list(prior.parameter_names) if isinstance(prior, FixedPrior) else []
-    return {"family": family, "class": type(prior).__name__, "parameters": parameters}
+def from_distribution(prior: Distribution, dim: int) -> FixedPrior:
+    """A Pyro distribution of batch shape () or (D,), or of event shape (D,), as the prior of s."""
+    family, parameters = _decompose(prior)
+    return FixedPrior(family, {name: _spread(prior, value, dim) for name, value in parameters.items()})
 
 
 def known_family(name: object, parameters: Sequence[str]) -> type[Distribution]:
@@ -125,7 +76,8 @@ def from_parameters(family: type[Distribution], parameters: dict[str, Tensor], d
     return FixedPrior(family, parameters)
 
 
-def _per_layer(prior: Callable[[Layer], Distribution], subspace: Subspace) -> FixedPrior:
+def from_layers(prior: Callable[[Layer], Distribution], subspace: Subspace) -> FixedPrior:
+    """One distribution a layer, of one univariate family."""
     parts: list[tuple[type, dict[str, Tensor]]] = []
     bases: list[Distribution] = []
     for layer in subspace:

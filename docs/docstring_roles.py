@@ -1,0 +1,25 @@
+"""Docstrings of the package name other objects as ``:class:`~path```; the site shows them as links or as code."""
+
+import re
+from typing import Any
+
+import griffe
+
+ROLE = re.compile(r":(?:attr|class|func|meth|mod):`(~?)([\w.]+)`")
+
+
+class DocstringRoles(griffe.Extension):
+    """Rewrite Sphinx roles before mkdocstrings renders a docstring."""
+
+    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Called for each object, once griffe has read it."""
+        if obj.docstring:
+            obj.docstring.value = ROLE.sub(_link, obj.docstring.value)
+
+
+def _link(match: re.Match[str]) -> str:
+    path = match[2]
+    shown = path.rsplit(".", 1)[-1] if match[1] else path
+    if not path.startswith("scalabl_pyro."):
+        return f"`{shown}`"  # a member of the same class or module
+    return f'<autoref identifier="{path}" optional><code>{shown}</code></autoref>'

@@ -1,0 +1,104 @@
+"""Normal posteriors with covariance: within each layer, between all latents, or of low rank."""
+
+from typing import Any, cast
+
+import pyro
+import torch
+from pyro.nn import PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from .._errors import check_choice
+from ..model import BayesianLoRA
+from .base import Guide
+from .gaussian import FullNormal, LowRankNormal, strict_lower_indices
+
+
+class CovarianceGuide(Guide):
+    """q(s) = Normal(loc, L L'), L = diag(scale) (I + lower).
+
+    Args:
+        loc: (D,) initial means.
+        scale: (D,) initial standard deviations.
+        ranks: of the layers, for one full covariance a layer (r x r blocks, the paper's ablation); None for a full
+            covariance of all D latents, which has D (D + 1) / 2 entries.
+    """
+
+    family = "covariance"
+
+    def __init__(self, loc: Tensor, scale: Tensor, *, ranks: list[int] | None = None) -> None:
+        super().__init__()
+        self.by_layer = ranks is not None
+        self.loc = nn.Parameter(loc.detach().clone())
+        self.scale: Tensor | PyroParam = PyroParam(scale.detach().clone(), constraint=constraints.positive)
+        indices = strict_lower_indices(ranks, len(loc))
+        self.lower = nn.Parameter(torch.zeros(indices.shape[1], dtype=loc.dtype, device=loc.device))
+        self.register_buffer("indices", indices.to(loc.device), persistent=False)
+
+    def scale_tril(self) -> Tensor:
+        """(D, D) Cholesky factor of the covariance."""
+        scale = cast(Tensor, self.scale)
+        unit = torch.eye(len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
+        return scale.unsqueeze(-1) * unit.index_put((self.indices[0], self.indices[1]), self.lower)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sample s, (..., D)."""
+        return pyro.sample("s", FullNormal(self.loc, scale_tril=self.scale_tril()))
+
+    def mean(self) -> dict[str, Tensor]:
+        """Loc."""
+        return {"s": self.loc}
+
+    def options(self) -> dict[str, Any]:
+        """Which latents covary."""
+        return {"structure": "layer" if self.by_layer else "full"}
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "CovarianceGuide":
+        """The family again, its tensors to be filled."""
+        check_choice("structure", options.get("structure"), ("layer", "full"))
+        loc = blora.adapter.loc
+        ranks = blora.subspace.ranks if options["structure"] == "layer" else None
+        return cls(loc, torch.ones_like(loc), ranks=ranks)
+
+
+class LowRankGuide(Guide):
+    """q(s) = Normal(loc, diag(scale) (W W' + I) diag(scale)): a few directions in which latents move together.
+
+    Args:
+        loc: (D,) initial means.
+        scale: (D,) initial standard deviations (of the diagonal part).
+        rank: columns of W.
+        seed: of the small random start of W, without which its gradient is zero.
+    """
+
+    family = "lowrank"
+
+    def __init__(self, loc: Tensor, scale: Tensor, *, rank: int = 10, seed: int = 0) -> None:
+        super().__init__()
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= len(loc):
+            raise ValueError(f"rank={rank!r} must lie between 1 and the {len(loc)} latents.")
+        self.rank = rank
+        self.loc = nn.Parameter(loc.detach().clone())
+        self.scale: Tensor | PyroParam = PyroParam(scale.detach().clone(), constraint=constraints.positive)
+        noise = torch.randn(len(loc), rank, generator=torch.Generator().manual_seed(seed), dtype=loc.dtype)
+        self.factor = nn.Parameter(0.1 * noise.to(loc.device) / rank**0.5)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sample s, (..., D)."""
+        scale = cast(Tensor, self.scale)
+        return pyro.sample("s", LowRankNormal(self.loc, scale.unsqueeze(-1) * self.factor, scale.square()))
+
+    def mean(self) -> dict[str, Tensor]:
+        """Loc."""
+        return {"s": self.loc}
+
+    def options(self) -> dict[str, Any]:
+        """The rank."""
+        return {"rank": self.rank}
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "LowRankGuide":
+        """The family again, its tensors to be filled."""
+        loc = blora.adapter.loc
+        return cls(loc, torch.ones_like(loc), **options)

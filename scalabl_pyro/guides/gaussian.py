@@ -1,0 +1,51 @@
+"""Normal distributions with covariance whose KL from a factorised normal prior is in closed form.
+
+(torch registers that KL for neither; registering it for torch's own classes would change them for everybody.)
+"""
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal, register_kl
+
+
+class FullNormal(dist.MultivariateNormal):
+    """Multivariate normal given by ``scale_tril``."""
+
+
+class LowRankNormal(dist.LowRankMultivariateNormal):
+    """Normal with covariance W W' + diag(d)."""
+
+
+@register_kl(FullNormal, Independent)
+def _kl_full(q: FullNormal, p: Independent) -> Tensor:
+    tril = q._unbroadcasted_scale_tril
+    return _kl_from_factorised(q.loc, tril.square().sum(-1), 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1), p)
+
+
+@register_kl(LowRankNormal, Independent)
+def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
+    W, d = q._unbroadcasted_cov_factor, q._unbroadcasted_cov_diag
+    # det(W W' + diag d) = det(I + W' diag(1/d) W) det(diag d); the first factor's Cholesky is torch's own cache.
+    log_det = d.log().sum(-1) + 2 * q._capacitance_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return _kl_from_factorised(q.loc, W.square().sum(-1) + d, log_det, p)
+
+
+def _kl_from_factorised(loc: Tensor, variance: Tensor, log_det: Tensor, p: Independent) -> Tensor:
+    """KL(q || p) for q of mean ``loc``, marginal ``variance`` and covariance determinant; p independent normals."""
+    base = p.base_dist
+    if not isinstance(base, Normal) or p.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    ratio = (variance + (loc - base.loc).square()) / base.variance
+    return 0.5 * ((ratio - 1 + base.variance.log()).sum(-1) - log_det)
+
+
+def strict_lower_indices(ranks: list[int] | None, dim: int) -> Tensor:
+    """(2, M) rows and columns of the free entries below the diagonal: within layers of these ranks, or all."""
+    if ranks is None:
+        return torch.tril_indices(dim, dim, offset=-1)
+    start, parts = 0, []
+    for rank in ranks:
+        parts.append(torch.tril_indices(rank, rank, offset=-1) + start)
+        start += rank
+    return torch.cat(parts, dim=1)

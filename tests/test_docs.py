@@ -1,0 +1,165 @@
+"""The documentation is true: its code runs, it names everything public, and it builds without a warning."""
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import datasets
+import matplotlib
+import pytest
+import tiny
+import torch
+from matplotlib import pyplot as plt
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import scalabl_pyro as sp
+
+ROOT = Path(__file__).resolve().parents[1]
+#: A block is left out when `<!-- no-run -->` stands on the line before it.
+BLOCK = re.compile(r"(?P<no_run><!-- no-run.*?-->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+STEPS = 3
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """(line above, code) of each block of a page that runs."""
+    text = page.read_text(encoding="utf-8")
+    found = BLOCK.finditer(text)
+    return [(text.count("\n", 0, m.start("code")), m["code"]) for m in found if not m["no_run"]]
+
+
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if blocks(page)]
+
+
+@pytest.fixture
+def toy_hub(monkeypatch, tmp_path):
+    """Names of the hub give tiny models and rows, training is a few steps long, files go into a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    read_tokenizer = AutoTokenizer.from_pretrained
+
+    def load_tokenizer(name, **options):
+        return read_tokenizer(name, **options) if Path(name).exists() else tiny.tokenizer()
+
+    def load_classifier(name, num_labels=2, **options):
+        return tiny.classifier(num_labels=num_labels)
+
+    def load_causal_lm(name, dtype=torch.float32, **options):
+        return tiny.causal_lm(dtype=dtype)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load_tokenizer)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_causal_lm)
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load_classifier)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: tiny.question_rows(16))
+    fit = sys.modules["scalabl_pyro.fit"]
+    trange = fit.trange
+    monkeypatch.setattr(
+        fit, "trange", lambda steps, **options: trange(min(steps, STEPS), **{**options, "disable": True})
+    )
+    for name, seed in {"train": 0, "test": 1}.items():
+        lines = [json.dumps(row) + "\n" for row in tiny.question_rows(16, seed=seed)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    matplotlib.use("Agg")
+    yield
+    plt.close("all")
+
+
+def toy_names() -> dict[str, object]:
+    """What a page may speak of without having made it."""
+    llm, tokenizer = tiny.causal_lm(), tiny.tokenizer()
+    blora, task = sp.bayesian_lora(llm), sp.MultipleChoice(tokenizer)
+    train_data, test_data = tiny.question_rows(16), tiny.question_rows(8, seed=1)
+    result = sp.fit(blora, task, train_data, num_steps=STEPS, lr=1e-2, progress=False)
+    return {
+        "__name__": "page",
+        "scalabl_pyro": sp,
+        "llm": llm,
+        "tokenizer": tokenizer,
+        "blora": blora,
+        "task": task,
+        "train_data": train_data,
+        "test_data": test_data,
+        "result": result,
+        "posterior": result.posterior,
+        "history": result.history,
+        "prediction": result.posterior.predict(test_data, num_draws=4),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # of ArviZ about itself and about few draws
+@pytest.mark.usefixtures("toy_hub", "stock_pyro")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_code_of_a_page_runs(page):
+    names = toy_names()
+    for line, code in blocks(page):
+        exec(compile("\n" * line + code, str(page), "exec"), names)  # errors show page and line
+
+
+def test_a_task_of_the_how_to_takes_at_most_15_lines():
+    page = ROOT / "docs" / "howto" / "own-task.md"
+    classes = [part for _, code in blocks(page) for part in re.findall(r"^class .*?(?=^\S|\Z)", code, re.M | re.S)]
+    assert classes
+    for source in classes:
+        assert len([line for line in source.splitlines() if line.strip()]) <= 15, source
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Folder of the built site."""
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        if importlib.util.find_spec(package) is None:
+            reason = f"{package} is not installed, so the site was NOT built and checked: pip install -e '.[docs]'"
+            warnings.warn(reason, stacklevel=1)
+            pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    quiet = {"NO_MKDOCS_2_WARNING": "1"}  # an announcement of the theme's authors
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **quiet}, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"WARNING|ERROR", done.stderr), done.stderr
+    return folder
+
+
+def public_names() -> set[str]:
+    """What ``import scalabl_pyro`` offers; of its namespaces, each of their names."""
+    names = set()
+    for name in sp.__all__:
+        value = getattr(sp, name)
+        if inspect.ismodule(value):
+            own = {n for n, v in vars(value).items() if getattr(v, "__module__", None) == value.__name__}
+            inside = getattr(value, "__all__", {n for n in own if not n.startswith("_")})
+            names |= {f"scalabl_pyro.{name}.{n}" for n in inside}
+        else:
+            names.add(f"scalabl_pyro.{name}")
+    return names
+
+
+def home(path: str) -> str:
+    """Where an object is defined, as the inventory may have that name only."""
+    value = sp
+    for part in path.split(".")[1:]:
+        value = getattr(value, part)
+    return f"{getattr(value, '__module__', '')}.{path.rsplit('.', 1)[-1]}"
+
+
+def test_every_public_name_is_documented(site):
+    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    shown = {line.split()[0] for line in inventory.splitlines()}
+    missing = sorted(name for name in public_names() if not {name, home(name)} & shown)
+    assert not missing, f"docs/api/ does not show {missing}"
+
+
+def test_no_sphinx_role_is_left_in_the_site(site):
+    for page in (site / "api").glob("*.html"):
+        assert not re.search(r":(?:attr|class|func|meth|mod):", page.read_text("utf-8")), page.name
+
+
+def test_every_page_is_in_the_navigation():
+    config = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert str(page.relative_to(ROOT / "docs")) in config
