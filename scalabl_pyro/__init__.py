@@ -4,7 +4,9 @@ from . import baselines, guides, metrics, plots, priors
 from ._errors import ScalaBLWarning
 from ._version import __version__
 from .fit import FitResult, TrainingError, fit
+from .laplace import laplace, predict_linearised
 from .likelihoods import MultipleChoice, Regression, SequenceClassification, Task
+from .mcmc import mcmc
 from .model import BayesianLoRA, bayesian_lora
 from .posterior import Draws, Posterior
 from .predictive import NumericPrediction, Prediction
@@ -27,7 +29,10 @@ __all__ = [
     "bayesian_lora",
     "fit",
     "guides",
+    "laplace",
+    "mcmc",
     "metrics",
     "plots",
+    "predict_linearised",
     "priors",
 ]

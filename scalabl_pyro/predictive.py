@@ -224,13 +224,21 @@ def predict(
                     torch.cuda.empty_cache()
                     logger.warning("out of memory: going on with %d draws a pass", chunk)
             parts.append((batch.index, {k: torch.cat([m[k] for m in moments]) for k in moments[0]}))
-    order = torch.cat([index for index, _ in parts]).argsort()
-    joined = {k: torch.cat([m[k] for _, m in parts], dim=1)[:, order] for k in parts[0][1]}
-    return _as_prediction(joined, task, examples, is_mean=is_mean, seconds=time.perf_counter() - start)
+    return _as_prediction(parts, task, examples, is_mean=is_mean, seconds=time.perf_counter() - start)
+
+
+def predict_from_outputs(
+    task: Task, examples: Sequence[Example], outputs: Sequence[tuple[Batch, Tensor]]
+) -> Prediction | NumericPrediction:
+    """A prediction from outputs (S, B, K) that were computed elsewhere, a batch at a time."""
+    if any(batch.target is None for batch, _ in outputs):
+        outputs = [(batch.without_target(), draws) for batch, draws in outputs]
+    parts = [(b.index, _keep(task.likelihood(o.to(b.index.device), b), b, len(o))) for b, o in outputs]
+    return _as_prediction(parts, task, examples, is_mean=False, seconds=float("nan"))
 
 
 def _moments(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """What is kept of the likelihood of a batch (B rows) under P draws, each (P, B, ...), on the CPU."""
+    """What is kept of the likelihood of a batch under P draws."""
     outputs = task.outputs(llm, batch, s.unsqueeze(1))
     if torch.isnan(outputs).any():
         bad = torch.isnan(outputs).reshape(*outputs.shape[:2], -1).any(2).any(0)
@@ -238,23 +246,35 @@ def _moments(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch) -> dict[str, 
             f"The LLM's outputs of rows {batch.index[bad].tolist()} are NaN: check these inputs, and use bfloat16 or "
             "float32 instead of float16."
         )
-    d = task.likelihood(outputs, batch)
+    return _keep(task.likelihood(outputs, batch), batch, len(s))
+
+
+def _keep(d: Any, batch: Batch, num_draws: int) -> dict[str, Tensor]:
+    """Log probabilities, or moments, of the likelihood of B rows, each (num_draws, B, ...), on the CPU."""
     if isinstance(d, dist.Categorical):
         kept = {"log_probs": at_least_float32(d.logits).log_softmax(-1)}
     else:
         kept = {"means": d.mean, "variances": d.variance, "replicates": d.sample()}
         if batch.target is not None:
             kept["log_density"] = d.log_prob(batch.target)
-    shape = (len(s), len(batch))
+    shape = (num_draws, len(batch))
     return {k: v.expand(*shape, *v.shape[2:]).cpu() for k, v in kept.items()}
 
 
 def _as_prediction(
-    kept: dict[str, Tensor], task: Task, examples: Sequence[Example], *, is_mean: bool, seconds: float
+    parts: Sequence[tuple[Tensor, dict[str, Tensor]]],
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    is_mean: bool,
+    seconds: float,
 ) -> Prediction | NumericPrediction:
+    """Join what was kept of each batch, rows back in the order of the data."""
+    order = torch.cat([index.cpu() for index, _ in parts]).argsort()
+    kept = {k: torch.cat([part[k] for _, part in parts], dim=1)[:, order].numpy() for k in parts[0][1]}
     targets = [e.target for e in examples]
     target: Any = None if any(t is None for t in targets) else np.asarray(targets)
-    arrays: dict[str, Any] = {k: v.numpy() for k, v in kept.items()}
+    arrays: dict[str, Any] = dict(kept)
     if "log_probs" not in arrays:
         arrays.setdefault("log_density", None)
         return NumericPrediction(target=target, is_mean=is_mean, seconds=seconds, **arrays)

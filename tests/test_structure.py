@@ -14,7 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: A file imports only what stands above it.
 ORDER = """
 _version _errors _rng _pyro subspace targets prefix lora attach adapted priors hub_rows data likelihoods model guides
-objective optimiser metrics predictive arviz_io fingerprint saved_config serialization posterior fit plots baselines
+objective optimiser metrics predictive arviz_io fingerprint saved_config serialization posterior logdensity
+laplace mcmc fit plots baselines
 """.split()
 
 

