@@ -3,12 +3,15 @@
 from . import baselines, guides, metrics, plots, priors
 from ._errors import ScalaBLWarning
 from ._version import __version__
+from .comparison import compare
+from .draws import Draws
+from .ensemble import ensemble
 from .fit import FitResult, TrainingError, fit
-from .laplace import laplace, predict_linearised
+from .laplace import laplace
 from .likelihoods import MultipleChoice, Regression, SequenceClassification, Task
 from .mcmc import mcmc
 from .model import BayesianLoRA, bayesian_lora
-from .posterior import Draws, Posterior
+from .posterior import Posterior
 from .predictive import NumericPrediction, Prediction
 
 __all__ = [
@@ -27,12 +30,13 @@ __all__ = [
     "__version__",
     "baselines",
     "bayesian_lora",
+    "compare",
+    "ensemble",
     "fit",
     "guides",
     "laplace",
     "mcmc",
     "metrics",
     "plots",
-    "predict_linearised",
     "priors",
 ]

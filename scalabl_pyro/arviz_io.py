@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 
 def posterior_group(sites: Mapping[str, Array], subspace: Subspace) -> xr.Dataset:
-    """Draws of the latent sites (S, ...) as a dataset with dims (chain, draw, ...).
+    """Draws of the latent sites (chains, S, ...) as a dataset with dims (chain, draw, ...).
 
     ``s`` gets dims ``layer`` (module paths) and ``rank`` where all ranks are equal, else one dim ``latent``
     (``path[i]``) with the layer as a second coordinate.
@@ -27,7 +27,7 @@ def posterior_group(sites: Mapping[str, Array], subspace: Subspace) -> xr.Datase
     variables: dict[str, Any] = {}
     coords: dict[str, Any] = {}
     for name, value in sites.items():
-        value = np.asarray(value)[None]
+        value = np.asarray(value)
         if name != "s":
             own = [f"{name}_dim_{i}" for i in range(value.ndim - 2)]
             variables[name] = (("chain", "draw", *own), value)
@@ -75,4 +75,4 @@ def arviz_version() -> tuple[int, int]:
 
 
 def _with_draws(data: xr.Dataset) -> xr.Dataset:
-    return data.assign_coords(chain=[0], draw=np.arange(data.sizes["draw"]))
+    return data.assign_coords(chain=np.arange(data.sizes["chain"]), draw=np.arange(data.sizes["draw"]))

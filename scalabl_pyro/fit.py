@@ -19,13 +19,14 @@ from ._errors import check_choice
 from ._rng import scoped_seed
 from .adapted import eval_mode
 from .data import Batch, training_source
-from .guides import Guide, GuideLike, as_guide
+from .guides import Guide, GuideLike, ParticleGuide, as_guide
 from .likelihoods import Task
 from .model import BayesianLoRA, TaskModel
-from .objective import Objective, ScopedGuide, allows_row_draws, check_sites, default_elbo
+from .objective import Objective, ScopedGuide, Terms, allows_row_draws, check_sites, default_elbo
 from .optimiser import build_optimiser, clip_gradients, rate_schedule
 from .posterior import Posterior
 from .priors import Prior
+from .stein import SteinObjective
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def fit(
     loc_lr: float | None = None,
     scale_lr: float = 3e-2,
     weight_decay: float = 0.0,
+    factor_scale: float | None = None,
     warmup: float = 0.06,
     schedule: str = "linear",
     kl_weight: float | Callable[[int], float] = 1.0,
@@ -96,7 +98,9 @@ def fit(
         lr: of A, B, heads, and the task's parameters (AdamW).
         loc_lr: of the guide's locations; default ``lr``.
         scale_lr: of the guide's scales (as logarithms).
-        weight_decay: on A and B only.
+        weight_decay: on A and B only (decoupled from the loss, as in AdamW).
+        factor_scale: standard deviation of a normal MAP prior on B (and A, where the gauge leaves it free), which
+            enters the loss.
         warmup: share of the steps over which learning rates rise from 0.
         schedule: ``"linear"`` decay to 0 after the warm-up, or ``"constant"``.
         kl_weight: weight of KL(q || p); 1 is the ELBO; a callable maps the step to a weight.
@@ -138,8 +142,12 @@ def fit(
     elbo = _checked(elbo, family, blora.prior)
     if not (family.per_example and allows_row_draws(elbo)):
         draws = "shared"
-    model = TaskModel(blora, task, num_data=num_data, draws=draws)
-    objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
+    model = TaskModel(blora, task, num_data=num_data, draws=draws, factor_scale=factor_scale)
+    objective: Objective | SteinObjective
+    if isinstance(family, ParticleGuide):
+        objective = SteinObjective(model, family)
+    else:
+        objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
     optimiser = build_optimiser(
         model, family, lr=lr, loc_lr=lr if loc_lr is None else loc_lr, scale_lr=scale_lr, weight_decay=weight_decay
     )
@@ -152,14 +160,12 @@ def fit(
             for step in steps:
                 batch, weight = batches(step).to(device), _kl_weight(kl_weight, step)
                 with pyro.validation_enabled(step == 0):
-                    loss, nll = _gradient(objective, batch, weight, micro_batch_size or len(batch))
+                    terms = _gradient(objective, batch, weight, micro_batch_size or len(batch))
                 grad_norm = clip_gradients(optimiser, max_grad_norm)
                 optimiser.step()
                 record = {
                     "step": step,
-                    "loss": loss,
-                    "nll": nll,
-                    "kl": (loss - nll) * num_data / weight if weight else float("nan"),
+                    **terms._asdict(),
                     "kl_weight": weight,
                     "grad_norm": grad_norm,
                     "lr": rates.get_last_lr()[0],
@@ -167,7 +173,7 @@ def fit(
                 }
                 rates.step()
                 history.append(record)
-                steps.set_postfix(loss=f"{loss:.3f}", nll=f"{nll:.3f}", kl=f"{record['kl']:.0f}", refresh=False)
+                steps.set_postfix({name: f"{value:.4g}" for name, value in terms._asdict().items()}, refresh=False)
                 if any([callback(record) for callback in callbacks]):
                     logger.info("a callback stopped the training at step %d", step)
                     break
@@ -183,7 +189,7 @@ def fit(
         "batch_size": batch_size,
         "seed": seed,
         "draws": draws,
-        "elbo": type(elbo).__name__,
+        "elbo": "Stein" if isinstance(family, ParticleGuide) else type(elbo).__name__,
         "seconds": round(time.perf_counter() - start, 3),
     }
     result = FitResult(_freeze(blora, task, family, provenance), pd.DataFrame(history))
@@ -193,19 +199,19 @@ def fit(
     return result
 
 
-def _gradient(objective: Objective, batch: Batch, kl_weight: float, micro_size: int) -> tuple[float, float]:
-    """Gradients of the loss of one batch into ``.grad``; returns loss and NLL in nats per example.
+def _gradient(objective: Objective | SteinObjective, batch: Batch, kl_weight: float, micro_size: int) -> Terms:
+    """Gradients of the loss of one batch into ``.grad``; returns what the loss consists of.
 
     Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B.
     """
     objective.zero_grad(set_to_none=True)
-    total_loss, total_nll = 0.0, 0.0
+    total = [0.0, 0.0, 0.0]
     for micro in batch.split(micro_size):
         share = len(micro) / len(batch)
-        loss, nll = objective.accumulate(micro, kl_weight, share=share)
-        total_loss += share * loss
-        total_nll += share * nll
-    return total_loss, total_nll
+        terms = objective.accumulate(micro, kl_weight, share=share)
+        total = [sum_ + share * term for sum_, term in zip(total, terms, strict=True)]
+    objective.finish()
+    return Terms(*total)
 
 
 def _checked(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:

@@ -6,18 +6,17 @@ pass a class gives the gradients of all examples of the batch.
 
 import math
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Batch, encode, read_rows
+from .data import encode, read_rows
 from .guides import CovarianceGuide
-from .likelihoods import Task
+from .linearised import gauss_newton
 from .logdensity import LogLikelihood
 from .posterior import Posterior
-from .predictive import NumericPrediction, Prediction, predict_from_outputs
 from .priors import FixedPrior, as_prior
 
 
@@ -79,84 +78,6 @@ def laplace(
     return replace(
         posterior, guide=guide.to(posterior.mean().dtype).requires_grad_(False), prior=own_prior, provenance=provenance
     )
-
-
-@torch.no_grad()
-def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
-    """(D, D) generalised Gauss-Newton matrix of the negative log likelihood at s, float64."""
-    total = torch.zeros(len(s), len(s), dtype=torch.float64)
-    for batch, jacobian, hessian in _curvatures(likelihood, s):
-        del batch
-        # J' L J by a square root of L: products of (rows * classes, D) matrices alone.
-        values, vectors = torch.linalg.eigh(hessian)
-        root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)).transpose(1, 2)  # (B, K, K), root' root = L
-        half = torch.einsum("bij,bjd->bid", root, jacobian).flatten(0, 1)
-        total += (half.T @ half).cpu()
-    return total
-
-
-def predict_linearised(
-    posterior: Posterior, data: Any, *, num_draws: int = 100, seed: int = 0, batch_size: int = 16
-) -> Prediction | NumericPrediction:
-    """Predict with outputs linear in s: f(x, s) = f(x, mean) + J (s - mean), so that no draw needs a pass of its own.
-
-    Args:
-        posterior: with a normal guide.
-        data: rows; answers are optional.
-        num_draws: draws of the K outputs of each row, which are normal.
-        seed: of those draws.
-        batch_size: rows a pass.
-
-    References:
-        Immer et al., Improving predictions of Bayesian neural nets via local linearization, AISTATS 2021.
-    """
-    covariance = posterior.guide.covariance().double()
-    examples = encode(read_rows(data, split="test"), posterior.task.encode, need_target=False)
-    likelihood = LogLikelihood(posterior.llm(), posterior.task, examples, batch_size=batch_size)
-    noise = torch.Generator().manual_seed(seed)
-    parts: list[tuple[Batch, Tensor]] = []
-    for batch, own, outputs in likelihood.rows_with_own_s(posterior.mean()):
-        active = torch.arange(outputs.shape[1], device=outputs.device)
-        jacobian = _jacobian(outputs, own, active).cpu().double()
-        spread = torch.einsum("bkd,de,ble->bkl", jacobian, covariance, jacobian)
-        values, vectors = torch.linalg.eigh(spread)
-        root = vectors * values.clamp_min(0).sqrt().unsqueeze(1)  # root root' = spread
-        draws = torch.randn(num_draws, *outputs.shape, generator=noise, dtype=torch.float64)
-        parts.append(
-            (batch, outputs.detach().cpu() + torch.einsum("bkl,sbl->sbk", root, draws).to(outputs.dtype).cpu())
-        )
-    return predict_from_outputs(posterior.task, examples, parts)
-
-
-def _curvatures(likelihood: LogLikelihood, s: Tensor) -> Any:
-    """For each batch: Jacobians (B, K, D) and Hessians (B, K, K) of the negative log likelihood, float64."""
-    dtype = likelihood.llm.adapter.loc.dtype
-    for batch, own, outputs in likelihood.rows_with_own_s(s.to(dtype)):
-        hessian = output_hessian(likelihood.task, batch, outputs)
-        active = hessian.abs().amax(dim=(0, 1)).nonzero()[:, 0]  # labels that no row has do not matter
-        jacobian = _jacobian(outputs, own, active)
-        yield batch, jacobian.double(), hessian[:, active][:, :, active].double()
-
-
-def output_hessian(task: Task, batch: Batch, outputs: Tensor) -> Tensor:
-    """(B, K, K) Hessian of -log p(y | outputs) in the outputs (B, K); rows do not interact."""
-    with torch.enable_grad():
-        point = outputs.detach().requires_grad_(True)
-        nll = -task.likelihood(point, batch).log_prob(cast(Tensor, batch.target)).sum()
-        (slope,) = torch.autograd.grad(nll, point, create_graph=True)
-        if not slope.requires_grad:
-            return torch.zeros(*outputs.shape, outputs.shape[1], device=outputs.device)
-        columns = [
-            torch.autograd.grad(slope[:, k].sum(), point, retain_graph=True, allow_unused=True)[0]
-            for k in range(outputs.shape[1])
-        ]
-    return torch.stack([torch.zeros_like(point) if c is None else c for c in columns], dim=1).detach()
-
-
-def _jacobian(outputs: Tensor, own: Tensor, active: Tensor) -> Tensor:
-    """(B, K, D) gradients of the ``active`` outputs of each row, one backward pass an output."""
-    rows = [torch.autograd.grad(outputs[:, k].sum(), own, retain_graph=True)[0] for k in active.tolist()]
-    return torch.stack(rows, dim=1).detach()
 
 
 def _normal_prior(posterior: Posterior, prior_scale: float | str | None, mode: Tensor) -> tuple[Tensor, Tensor]:

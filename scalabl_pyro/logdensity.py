@@ -25,6 +25,7 @@ class LogLikelihood:
     def __init__(self, llm: AdaptedLLM, task: Task, examples: Sequence[Example], *, batch_size: int = 16) -> None:
         self.llm = llm
         self.task = task
+        self.examples = examples
         self.num_data = len(examples)
         self.device = llm.adapter.device
         self.batches = [b.to(self.device) for b in evaluation_batches(examples, batch_size, task.pad_token_id)]

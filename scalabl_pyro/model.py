@@ -195,16 +195,26 @@ class TaskModel(nn.Module):
         blora: the LLM.
         task: the likelihood.
         num_data: N, the size of the whole training set, by which minibatches are scaled.
+        factor_scale: standard deviation of a normal MAP prior on B (and A, where the gauge leaves it free).
         draws: ``"per_example"`` gives each row of a batch its own s, which makes the ELBO's gradient noise fall
             with the batch size; ``"shared"`` gives all rows one.
     """
 
-    def __init__(self, blora: BayesianLoRA, task: Task, *, num_data: int, draws: str = "shared") -> None:
+    def __init__(
+        self,
+        blora: BayesianLoRA,
+        task: Task,
+        *,
+        num_data: int,
+        draws: str = "shared",
+        factor_scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.blora = blora
         self.task = task
         self.num_data = num_data
         self.draws = draws
+        self.factor_scale = factor_scale
 
     def forward(self, batch: Batch, kl_weight: float = 1.0) -> Tensor:
         """Sample s and y for a batch; y is observed when the batch has targets.
@@ -215,9 +225,20 @@ class TaskModel(nn.Module):
         """
         with latent_scope(batch, kl_weight, draws=self.draws):
             s = self.blora.sample_latents()
+        if self.factor_scale is not None:
+            pyro.factor("factor_prior", self._log_factor_prior(self.factor_scale))
         outputs = self.task.outputs(self.blora, batch, s)
         with pyro.plate("data", self.num_data, subsample=batch.index):
             return pyro.sample("label", self.task(outputs, batch), obs=batch.target)
+
+    def _log_factor_prior(self, scale: float) -> Tensor:
+        """Log density of the factors up to a constant, nats per data set."""
+        pairs = self.blora.adapter.factors()
+        free = [B for _, B in pairs]
+        if self.blora.adapter.gauge == "free":  # else only the directions of A matter, on which it is uniform
+            free += [A for A, _ in pairs]
+        squares = torch.stack([factor.square().sum().to(self.blora.device) for factor in free]).sum()
+        return -0.5 * squares / scale**2
 
 
 @contextmanager

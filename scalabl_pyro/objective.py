@@ -5,7 +5,7 @@ loss = -elbo / N                                                         nats pe
 """
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -45,14 +45,30 @@ class ScopedGuide(nn.Module):
 
 
 class RecordNLL(Messenger):
-    """Keeps the negative log likelihood, in nats per example, of the last run of the model under it."""
+    """Keeps what the last run of the model under it observed.
+
+    Attributes:
+        value: negative log likelihood, nats per example.
+        factor_prior: log density of the MAP prior on A and B, nats.
+    """
 
     value: Tensor | None = None
+    factor_prior: float = 0.0
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] == "label" and msg["is_observed"]:
             with torch.no_grad():
                 self.value = -msg["fn"].log_prob(msg["value"]).mean()
+        elif msg["name"] == "factor_prior":
+            self.factor_prior = msg["fn"].log_factor.detach().mean().item()
+
+
+class Terms(NamedTuple):
+    """Loss and NLL in nats per example, KL (unweighted) in nats per data set."""
+
+    loss: float
+    nll: float
+    kl: float
 
 
 class Objective(nn.Module):
@@ -70,8 +86,8 @@ class Objective(nn.Module):
         self.model = model
         self.guide = guide
 
-    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> tuple[float, float]:
-        """Add ``share`` of the gradient of the loss to ``.grad``; returns loss and NLL of the batch, nats per example.
+    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> Terms:
+        """Add ``share`` of the gradient of the loss to ``.grad``; returns what the loss of the batch consists of.
 
         Raises:
             FloatingPointError: the loss is not finite (before anything is added); the message says at which site.
@@ -97,7 +113,12 @@ class Objective(nn.Module):
         if surrogate is not None:
             (surrogate * share).backward()
         assert record.value is not None
-        return loss, record.value.item()
+        nll = record.value.item()
+        divergence = loss - nll + record.factor_prior / num_data
+        return Terms(loss, nll, divergence * num_data / kl_weight if kl_weight else float("nan"))
+
+    def finish(self) -> None:
+        """Called once all micro-batches of a step were accumulated."""
 
     def _own_backward(self, batch: Batch, kl_weight: float, *, factor: float) -> float:
         parameters = [p for p in self.parameters() if p.requires_grad]

@@ -1,9 +1,9 @@
 """What training leaves: a frozen posterior that draws, predicts, saves itself and speaks to ArviZ."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
-from pyro import poutine
+import xarray as xr
 from torch import Tensor, nn
 
 from . import arviz_io, serialization
@@ -19,36 +19,27 @@ from ._rng import scoped_seed
 from ._version import __version__
 from .adapted import AdaptedLLM
 from .data import encode, read_rows
-from .guides import Guide
+from .diagnostics import (
+    LOO,
+    Diagnosis,
+    LogWeights,
+    as_diagnosis,
+    check_chains,
+    check_drift,
+    check_history,
+    check_scales,
+    check_weights,
+)
+from .draws import Draws, log_prior, sample
+from .guides import EmpiricalGuide, Guide, MixtureGuide
 from .likelihoods import Task
+from .linearised import predict_linearised
+from .logdensity import LogLikelihood
 from .lora import Adapter, Factors
 from .model import BayesianLoRA
 from .predictive import NumericPrediction, Prediction, predict
 from .priors import Prior
 from .subspace import Subspace
-
-
-@dataclass(frozen=True)
-class Draws:
-    """S posterior draws on the CPU; draw i is the same vector whatever S is.
-
-    Attributes:
-        sites: latent site -> (S, ...); ``"s"`` is (S, D).
-        seed: that gives them again.
-        is_mean: whether the only draw is the posterior mean.
-    """
-
-    sites: Mapping[str, Tensor]
-    seed: int = 0
-    is_mean: bool = False
-
-    @property
-    def s(self) -> Tensor:
-        """(S, D)."""
-        return self.sites["s"]
-
-    def __len__(self) -> int:
-        return len(self.s)
 
 
 @dataclass(frozen=True)
@@ -114,15 +105,7 @@ class Posterior:
         """
         if num_draws < 0:
             raise ValueError(f"num_draws={num_draws} must be 0 (the posterior mean) or more.")
-        with torch.no_grad(), pyro.settings.context(module_local_params=True):
-            if num_draws == 0:
-                sites = {k: v.detach().clone().unsqueeze(0) for k, v in self.guide.mean().items()}
-                return Draws(sites, seed=seed, is_mean=True)
-            with scoped_seed(seed), pyro.validation_enabled(False):
-                traces = [poutine.trace(self.guide).get_trace() for _ in range(num_draws)]
-        nodes: list[Any] = [trace.nodes for trace in traces]
-        names = [n for n in traces[0].stochastic_nodes if not nodes[0][n]["infer"].get("is_auxiliary")]
-        return Draws({n: torch.stack([node[n]["value"].detach() for node in nodes]) for n in names}, seed=seed)
+        return sample(self.guide, num_draws, seed=seed)
 
     def predict(
         self,
@@ -189,6 +172,110 @@ class Posterior:
         with self.adapter.bind(s, factors=llm.factors, heads=llm.heads):
             yield self.adapter.module
 
+    def predict_linearised(
+        self, data: Any, *, num_draws: int = 100, seed: int = 0, batch_size: int = 16
+    ) -> Prediction | NumericPrediction:
+        """Predict with outputs linear in s around the mean, see :func:`scalabl_pyro.linearised.predict_linearised`.
+
+        One pass and one backward pass a class serve any number of draws. The guide must be normal.
+        """
+        covariance = self._in_local_mode(self.guide.covariance)
+        likelihood = self._log_likelihood(data, batch_size=batch_size, need_target=False)
+        return predict_linearised(likelihood, self.mean(), covariance, num_draws=num_draws, seed=seed)
+
+    def prior_predictive(
+        self, data: Any, *, num_draws: int = 100, seed: int = 0, batch_size: int = 16
+    ) -> Prediction | NumericPrediction:
+        """Predict under draws of the *prior* of s, with the learned factors: what the prior means in probabilities."""
+        with torch.no_grad(), pyro.settings.context(module_local_params=True), scoped_seed(seed):
+            s = torch.stack([self.prior() for _ in range(num_draws)])
+        examples = encode(read_rows(data, split="test"), self.task.encode, need_target=False)
+        return predict(self.llm(), self.task, s, examples, batch_size=batch_size, seed=seed)
+
+    def log_weights(
+        self, data: Any, *, num_draws: int = 200, num_data: int | None = None, seed: int = 0, batch_size: int = 16
+    ) -> LogWeights:
+        """Densities of draws under the joint model: what ELBO, k-hat and LOO are made of.
+
+        Args:
+            data: the training rows, or a random part of them.
+            num_draws: S.
+            num_data: size of the training set, if ``data`` is a part of it.
+            seed: of the draws.
+            batch_size: rows a pass.
+        """
+        draws = self.sample(num_draws, seed=seed)
+        likelihood = self._log_likelihood(data, batch_size=batch_size, need_target=True)
+        return LogWeights(
+            log_likelihood=likelihood.by_row(draws.s).numpy(),
+            log_prior=self._in_local_mode(lambda: log_prior(self.prior, draws)).numpy(),
+            log_q=None if draws.log_q is None else draws.log_q.numpy(),
+            scale=1.0 if num_data is None else num_data / likelihood.num_data,
+        )
+
+    def loo(self, data: Any, **options: Any) -> LOO:
+        """Leave-one-out predictive density on the training rows, corrected for q not being the posterior.
+
+        Args:
+            data: the training rows.
+            options: of :meth:`log_weights`.
+        """
+        return self.log_weights(data, **options).loo()
+
+    def diagnose(
+        self,
+        data: Any,
+        *,
+        history: pd.DataFrame | None = None,
+        num_draws: int = 200,
+        num_data: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> Diagnosis:
+        """Check the inference: ``posterior.diagnose(train_data, history=result.history)``.
+
+        Args:
+            data: the training rows, or a random part of them.
+            history: of the fit, to see whether it had ended.
+            num_draws: behind k-hat; its threshold is stricter for few.
+            num_data: size of the training set, if ``data`` is a part of it.
+            seed: of the draws.
+            batch_size: rows a pass.
+        """
+        rows = read_rows(data)
+        weights = self.log_weights(rows, num_draws=num_draws, num_data=num_data, seed=seed, batch_size=batch_size)
+        draws = self.sample(num_draws, seed=seed).s.numpy()
+        with torch.no_grad(), pyro.settings.context(module_local_params=True), scoped_seed(seed):
+            prior_draws = torch.stack([self.prior() for _ in range(max(num_draws, 200))]).numpy()
+        findings = [*check_history(history), *check_scales(draws, prior_draws, self.subspace)]
+        if weights.log_q is not None:
+            findings += check_weights(weights.log_weights)
+        if isinstance(self.guide, EmpiricalGuide):
+            chains = self.guide.points("s").detach().reshape(self.guide.num_chains, -1, self.subspace.dim)
+            findings += check_chains(chains.double().numpy(), "chain")
+        elif isinstance(self.guide, MixtureGuide):
+            members = [
+                replace(self, guide=member).sample(num_draws, seed=seed).s for member in self.guide.component_list()
+            ]
+            findings += check_chains(torch.stack(members).double().numpy(), "restart")
+        few = rows[:50]
+        options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+        findings += check_drift(self.predict(few, num_draws=0, **options), self.predict(few, num_draws=50, **options))
+        return as_diagnosis(findings)
+
+    def describe(self) -> str:
+        """Guide and prior in two words."""
+        return f"{self.guide.options().get('class', type(self.guide).__name__)}, {self.prior}"
+
+    def _log_likelihood(self, data: Any, *, batch_size: int, need_target: bool) -> LogLikelihood:
+        examples = encode(read_rows(data), self.task.encode, need_target=need_target)
+        return LogLikelihood(self.llm(), self.task, examples, batch_size=batch_size)
+
+    def _in_local_mode(self, function: Callable[[], Tensor]) -> Tensor:
+        """Run a function of guide or prior without touching Pyro's global store."""
+        with torch.no_grad(), pyro.settings.context(module_local_params=True):
+            return function()
+
     def summary(self, *, num_draws: int = 1000, seed: int = 0) -> pd.DataFrame:
         """One row a layer: posterior mean and sd of its latents, averaged in quadrature over the rank."""
         s = self.sample(num_draws, seed=seed).s
@@ -209,8 +296,7 @@ class Posterior:
             prediction: adds, for its rows and draws, the groups ``posterior_predictive``, and where the answers are
                 known ``log_likelihood`` and ``observed_data``.
         """
-        sites = {k: v.numpy() for k, v in self.sample(num_draws, seed=seed).sites.items()}
-        groups = {"posterior": arviz_io.posterior_group(sites, self.subspace)}
+        groups = {"posterior": self._posterior_group(num_draws, seed)}
         if prediction is not None:
             groups["posterior_predictive"] = arviz_io.per_row_group("label", _replicate(prediction, seed))
             if prediction.target is not None:
@@ -229,6 +315,14 @@ class Posterior:
             },
         }
         return arviz_io.to_arviz(groups, attrs)
+
+    def _posterior_group(self, num_draws: int, seed: int) -> xr.Dataset:
+        if isinstance(self.guide, EmpiricalGuide) and self.guide.num_chains > 1:  # MCMC: all draws, chain by chain
+            chains = self.guide.num_chains
+            sites = {n: self.guide.points(n).detach().unflatten(0, (chains, -1)).numpy() for n in self.guide.sites}
+        else:
+            sites = {k: v.unsqueeze(0).numpy() for k, v in self.sample(num_draws, seed=seed).sites.items()}
+        return arviz_io.posterior_group(sites, self.subspace)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write safetensors and JSON to the directory ``path``; see :mod:`scalabl_pyro.serialization`."""

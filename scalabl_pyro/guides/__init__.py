@@ -16,7 +16,9 @@ from .delta import DeltaGuide
 from .empirical import EmpiricalGuide
 from .flow import FlowGuide
 from .mean_field import MeanFieldGuide, WithHyperparameters, prior_sites
+from .mixture import MixtureGuide
 from .normal import NormalGuide
+from .particles import ParticleGuide
 from .rank_mask import RankMaskGuide
 
 __all__ = [
@@ -28,7 +30,9 @@ __all__ = [
     "Guide",
     "LowRankGuide",
     "MeanFieldGuide",
+    "MixtureGuide",
     "NormalGuide",
+    "ParticleGuide",
     "RankMaskGuide",
     "WithHyperparameters",
     "as_guide",
@@ -47,6 +51,7 @@ FAMILIES: dict[str, type[Guide]] = {
         FlowGuide,
         LowRankGuide,
         MeanFieldGuide,
+        MixtureGuide,
         NormalGuide,
         RankMaskGuide,
         WithHyperparameters,
@@ -61,7 +66,7 @@ OF_S: dict[str, Callable[..., Guide]] = {
     "lowrank": LowRankGuide,
     "flow": FlowGuide,
 }
-NAMES = (*OF_S, "delta", "rank_mask")
+NAMES = (*OF_S, "delta", "rank_mask", "svgd")
 
 
 def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = 0.05, seed: int = 0) -> Guide:
@@ -69,9 +74,9 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = 0.05,
 
     Args:
         guide: ``"normal"`` (factorised, carried to the support of the prior), ``"layer_covariance"`` (a full
-            covariance within each layer), ``"lowrank"``, ``"full_covariance"``, ``"flow"``, ``"delta"`` (MAP) or
-            ``"rank_mask"``; a class of ``pyro.infer.autoguide``; a :class:`Guide`, returned as it is; or a callable
-            ``blora -> Guide``. Other latents of the prior get a factorised guide beside that of s.
+            covariance within each layer), ``"lowrank"``, ``"full_covariance"``, ``"flow"``, ``"delta"`` (MAP),
+            ``"svgd"`` (particles) or ``"rank_mask"``; a class of ``pyro.infer.autoguide``; a :class:`Guide`, returned
+            as it is; or a callable ``blora -> Guide``. Other latents of the prior get a factorised guide beside s.
         blora: the LLM whose latents the guide describes.
         init_scale: largest initial standard deviation; scales start uniform on (init_scale / sqrt(2), init_scale).
         seed: of the initial scales.
@@ -112,6 +117,11 @@ def from_options(family: str, options: dict[str, Any], blora: BayesianLoRA) -> G
     if family == WithHyperparameters.family:
         rest = {k: v for k, v in options.items() if k != "of_s"}
         return WithHyperparameters(from_options(str(options.get("of_s")), rest, blora), blora.prior)
+    if family == MixtureGuide.family:
+        components = options.get("components")
+        if not isinstance(components, list) or not all(isinstance(c, list) and len(c) == 2 for c in components):
+            raise ValueError(f"components={components!r} must be a list of [family, options].")
+        return MixtureGuide([from_options(str(name), dict(rest), blora) for name, rest in components])
     return FAMILIES[family].from_options(options, blora)
 
 
@@ -135,6 +145,10 @@ def _by_name(name: str, blora: BayesianLoRA, init_scale: float, seed: int) -> Gu
         return MeanFieldGuide(blora.prior, start={"s": loc}, scale=init_scale)
     if name in ("layer_covariance", "full_covariance"):
         of_s: Guide = CovarianceGuide(loc, scale, ranks=blora.subspace.ranks if name == "layer_covariance" else None)
+    elif name == "svgd":
+        if set(sites) != {"s"}:
+            raise ValueError("guide='svgd' moves particles of s alone; this prior has other latents too: use 'normal'.")
+        of_s = ParticleGuide(loc, scale, seed=seed)
     elif name == "lowrank":
         of_s = LowRankGuide(loc, scale, rank=min(10, len(loc)), seed=seed)
     else:

@@ -63,6 +63,7 @@ class AutoFamily(Guide):
             raise ValueError(
                 f"{auto_class.__name__} needs more than the prior of s: use it with stock SVI on a model of your own."
             )
+        self.has_density = auto_class is not autoguide.AutoDelta
         self._arguments = (prior, auto_class, init_loc_fn, auto_options)
         if not issubclass(auto_class, WITHOUT_INIT_LOC):
             auto_options = {"init_loc_fn": init_loc_fn, **auto_options}

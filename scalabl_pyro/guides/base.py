@@ -32,6 +32,9 @@ class Guide(Program):
         """The posterior mean (of skewed families the median) of each latent site."""
         raise NotImplementedError(f"{type(self).__name__} must define mean().")
 
+    #: Whether draws of the family have a density, so that they can be weighted by p / q.
+    has_density: bool = True
+
     def covariance(self) -> Tensor:
         """(D, D) covariance of s, of families that are normal.
 

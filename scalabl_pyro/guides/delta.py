@@ -19,6 +19,7 @@ class DeltaGuide(Guide):
     """
 
     family = "delta"
+    has_density = False
     per_example = False  # all rows would carry the same value
 
     def __init__(self, loc: Tensor, *, learn: bool = True) -> None:

@@ -23,6 +23,7 @@ class EmpiricalGuide(Guide):
 
     family = "empirical"
     per_example = False
+    has_density = False
 
     def __init__(self, points: dict[str, Tensor], *, num_chains: int = 1) -> None:
         super().__init__()

@@ -1,0 +1,56 @@
+"""Stein variational gradient descent as an objective of :func:`scalabl_pyro.fit`."""
+
+import math
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from .data import Batch
+from .guides.particles import ParticleGuide
+from .model import TaskModel
+from .objective import Terms
+
+
+class SteinObjective(nn.Module):
+    """The average negative log joint of K particles; the gradient of the particles becomes the Stein direction.
+
+    Factors, heads and task parameters follow the plain gradient, that is the average over the particles.
+
+    Args:
+        model: the joint model.
+        guide: the particles.
+    """
+
+    def __init__(self, model: TaskModel, guide: ParticleGuide) -> None:
+        super().__init__()
+        self.model = model
+        self.guide = guide
+
+    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> Terms:
+        """Add ``share`` of the gradient of the loss to ``.grad``; the place of the KL takes -log p(s), averaged."""
+        model, s = self.model, self.guide.particles.unsqueeze(1)
+        likelihood = model.task(model.task.outputs(model.blora, batch, s), batch)
+        nll = -likelihood.log_prob(batch.target).mean()
+        loss = nll - kl_weight * self._log_prior(s) / (len(s) * model.num_data)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} under the particles. Parameters keep their values from before this step. "
+                "Lower the learning rates, or check these examples."
+            )
+        (loss * share).backward()
+        divergence = (loss.item() - nll.item()) * model.num_data
+        return Terms(loss.item(), nll.item(), divergence / kl_weight if kl_weight else float("nan"))
+
+    def finish(self) -> None:
+        """Turn the particles' gradient of the loss into the Stein direction."""
+        particles = self.guide.particles
+        assert particles.grad is not None
+        scale = len(particles) * self.model.num_data
+        particles.grad = -self.guide.stein_gradient(-particles.grad * scale) / scale
+
+    def _log_prior(self, s: Tensor) -> Tensor:
+        with pyro.plate("particles", len(s), dim=-2):
+            trace = poutine.trace(poutine.condition(self.model.blora.prior, data={"s": s})).get_trace()
+        return torch.as_tensor(trace.log_prob_sum())
