@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--blocks", type=int, default=10, help="adapt this many of the upper blocks (0: all)")
     parser.add_argument("--max-length", type=int, default=48, help="tokens of a prompt; longer texts are cut")
+    parser.add_argument("--loo-rows", type=int, default=40, help="training rows whose likelihood is kept for LOO")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--tiny", action="store_true", help="a random model and few rows, to try that it runs")
@@ -143,7 +144,8 @@ def main() -> None:
         axes[0].set_title("LoRA: " + axes[0].get_title())
         axes[1].set_title("ScalaBL: " + axes[1].get_title())
         save(axes[0], args.out / "uncertainty.png")
-    posterior.to_arviz(num_draws=500, prediction=inside).to_netcdf(args.out / "posterior.nc")
+    seen = posterior.predict(train[: args.loo_rows], num_draws=30, seed=0)  # LOO belongs to training rows
+    posterior.to_arviz(num_draws=500, prediction=seen).to_netcdf(args.out / "posterior.nc")
     posterior.save_pretrained(args.out / "posterior")
     print(f"Pictures, posterior.nc and the saved posterior are in {args.out}/.")
     print(f"{time.perf_counter() - start:.0f} seconds in all.")

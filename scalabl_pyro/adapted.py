@@ -61,11 +61,7 @@ class AdaptedLLM:
         Raises:
             ValueError: an empty batch, or draws whose shape does not fit the rows.
         """
-        if not self.adapter.is_attached:
-            raise RuntimeError(
-                "This adapter was unloaded from its module. Load the posterior with from_pretrained(), or call "
-                "bayesian_lora() again."
-            )
+        self.adapter.check_attached()
         rows = _num_rows(args, kwargs)
         batch_shape = _broadcast(s, rows)
         if s.shape[:-1].numel() == 1:

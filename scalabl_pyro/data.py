@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._rng import scoped_seed
 from .hub_rows import Row, as_question
 
 logger = logging.getLogger(__name__)
@@ -267,7 +268,8 @@ def training_source(
     Raises:
         ValueError: N is unknown, or contradicts the rows.
     """
-    first = None if isinstance(data, str) or not isinstance(data, Iterable) else next(iter(data), None)
+    with scoped_seed(seed):  # a DataLoader draws from the global generator when it starts
+        first = None if isinstance(data, str) or not isinstance(data, Iterable) else next(iter(data), None)
     if isinstance(data, Iterator) and first is not None:
         data = itertools.chain([first], data)  # looking at it took it out
     if isinstance(first, Batch):

@@ -1,5 +1,6 @@
 """Did the inference work? Findings with a number, a likely cause and a next step."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,10 +106,12 @@ def psis_loo(log_likelihood: Array, *, log_p: Array | None, log_q: Array | None)
             "log_likelihood": arviz_io.per_row_group("label", log_likelihood),
         }
     )
-    if log_p is None or log_q is None:
-        found: Any = plain_loo(tree, pointwise=True, var_name="label")
-    else:
-        found = loo_approximate_posterior(tree, log_p=log_p, log_q=log_q, pointwise=True, var_name="label")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Estimated shape parameter")  # pareto_k is part of the result
+        if log_p is None or log_q is None:
+            found: Any = plain_loo(tree, pointwise=True, var_name="label")
+        else:
+            found = loo_approximate_posterior(tree, log_p=log_p, log_q=log_q, pointwise=True, var_name="label")
     return LOO(
         elpd=float(found.elpd),
         se=float(found.se),
@@ -130,7 +133,7 @@ def pareto_k(log_weights: Array) -> tuple[float, float, float]:
         return float("nan"), good_k(len(log_weights)), float("nan")
     if np.ptp(log_weights) < 1e-6:  # q is the posterior: nothing to smooth
         return float("-inf"), good_k(len(log_weights)), 1.0
-    smoothed, k = array_stats.psislw(log_weights)
+    smoothed, k = array_stats.psislw(-log_weights)  # ArviZ takes log likelihoods and turns their sign itself
     weights = np.exp(np.asarray(smoothed))
     weights = weights / weights.sum()
     return float(k), good_k(len(log_weights)), float(1 / (weights**2).sum() / len(weights))

@@ -128,7 +128,7 @@ def fit(
     if micro_batch_size is not None:
         _check_positive(micro_batch_size=micro_batch_size)
     device = blora.device
-    blora.to(device)
+    blora.move_own_tensors()  # not the LLM, which may lie on several devices
     task.to(device)
     batches, num_data = training_source(
         train_data,
@@ -189,7 +189,8 @@ def fit(
         "batch_size": batch_size,
         "seed": seed,
         "draws": draws,
-        "elbo": "Stein" if isinstance(family, ParticleGuide) else type(elbo).__name__,
+        "method": "SVGD" if isinstance(family, ParticleGuide) else "SVI",
+        "elbo": type(elbo).__name__,
         "seconds": round(time.perf_counter() - start, 3),
     }
     result = FitResult(_freeze(blora, task, family, provenance), pd.DataFrame(history))

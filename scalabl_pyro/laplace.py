@@ -72,6 +72,7 @@ def laplace(
         own_prior = as_prior(scale[0].item(), posterior.subspace).to(posterior.mean().dtype)
     provenance = {
         **posterior.provenance,
+        "method": "Laplace",
         "laplace_log_evidence": (fit + _log_occam(curvature, mode - loc, scale)).item(),
         "prior_scale": scale[0].item() if prior_scale is not None else None,
     }

@@ -75,7 +75,7 @@ class Task(Program):
         raise NotImplementedError(f"{type(self).__name__} must define likelihood(outputs, batch) -> distribution.")
 
     def forward(self, outputs: Tensor, batch: Batch) -> dist.TorchDistribution:
-        """:meth:`likelihood` as a Pyro program, in which PyroParams and PyroSamples of the task are sites."""
+        """:meth:`likelihood` as a Pyro program, in which the task's PyroParams are param sites."""
         return self.likelihood(outputs, batch)
 
 

@@ -70,8 +70,8 @@ class Adapter:
         adapter_name: PEFT's name of the adapter.
         loc: (D,) the value of s outside of any draw.
         gauge: ``"unit_rows"`` computes with the rows of A at unit norm, ``"free"`` with A as it is.
-            (s, A) -> (c s, A / c) leaves the function unchanged, so only a fixed gauge gives the prior of
-            s an absolute meaning.
+            (s, A) -> (c s, A / c) and (s, B) -> (c s, B / c) leave the function unchanged; the first is fixed by
+            unit rows, the second by a prior on B alone.
         heads: float32 copies of newly initialised heads, trained in full.
     """
 
@@ -172,6 +172,14 @@ class Adapter:
         A = F.normalize(A, dim=-1) if self.gauge == "unit_rows" else A
         s = self.subspace.split(self.loc)[index].to(A.device)
         return A, B, layer.scaling[self.adapter_name] * s
+
+    def check_attached(self) -> None:
+        """Raise if the layers are gone, so that nobody takes the base model for the adapted one."""
+        if not self.is_attached:
+            raise RuntimeError(
+                "This adapter was unloaded from its module. Load the posterior with from_pretrained(), or call "
+                "bayesian_lora() again."
+            )
 
     def unload(self) -> nn.Module:
         """Put the original module back, bit for bit, and return it."""
@@ -277,7 +285,8 @@ class SubspaceVariant(LoraVariant):
             raise ValueError(
                 f"Layer {name!r} sees {hidden.shape[0]} rows where the batch has {s.shape[0]}: it mixes or "
                 "flattens the rows (mixture of experts, packed sequences), so that rows cannot carry draws of "
-                "their own. Use draws='shared', or leave this layer out of target_modules."
+                "their own. Train with draws='shared' and predict with draws_per_pass=1, or leave this layer out of "
+                "target_modules."
             )
         return s.view(s.shape[0], *([1] * (hidden.dim() - 2)), s.shape[1])
 

@@ -66,8 +66,8 @@ def mcmc(
         Hoffman and Gelman, The No-U-Turn Sampler, JMLR 2014.
     """
     for name, value in {"num_samples": num_samples, "warmup_steps": warmup_steps, "num_chains": num_chains}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be positive.")
+        if value < (4 if name == "num_samples" else 1):  # R-hat needs four
+            raise ValueError(f"{name}={value} must be positive, and num_samples 4 or more.")
     rows = read_rows(data)
     if isinstance(rows[0], Batch):
         raise ValueError("data yields batches, but NUTS needs the density of the whole data set: pass its rows.")
@@ -100,7 +100,7 @@ def mcmc(
         guide=EmpiricalGuide(points, num_chains=num_chains),
         provenance={
             **posterior.provenance,
-            "elbo": "NUTS",
+            "method": "NUTS",
             "num_steps": num_samples,
             **found,
             "divergences": divergences,

@@ -8,7 +8,8 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import am_i_wrapped
+from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 from ._pyro import Program
@@ -51,8 +52,9 @@ def bayesian_lora(
         lora_dropout: dropout on the input of A; 0 in the paper.
         prior: scale of Normal(0, scale), a Pyro distribution, a callable ``layer -> distribution``, or a
             :class:`~scalabl_pyro.priors.Prior`.
-        gauge: ``"unit_rows"`` keeps the rows of A at unit norm, so that the prior of s has an absolute meaning;
-            ``"free"`` does not.
+        gauge: ``"unit_rows"`` computes with rows of A at unit norm, which leaves s one partner, B, to trade its scale
+            with; ``"free"`` leaves it two. Only with a prior on B too (``fit(factor_scale=...)``) has the scale of the
+            prior of s a meaning of its own.
         train_also: modules trained in full (point estimates) and saved; default: the new head of a Hugging Face
             classifier.
         seed: of the initial factors; the global random state is left alone.
@@ -169,6 +171,12 @@ class BayesianLoRA(Program):
             f"{n['lora']} LoRA parameters, prior={self.prior})"
         )
 
+    def move_own_tensors(self) -> None:
+        """Bring prior and trained heads to where their layers are, after the LLM was moved by itself."""
+        self.prior.to(self.device)
+        for name, head in self.adapter.heads.items():
+            head.to(next(self.llm.get_submodule(name).parameters()).device)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "BayesianLoRA":
         self.llm._apply(fn)
         return super()._apply(fn, recurse)
@@ -184,8 +192,15 @@ class BayesianLoRA(Program):
         ELBO modules (``Trace_ELBO()(model, guide)``) find them as ``parameters()``; there, a param site for each
         of hundreds of factors would only cost time.
         """
-        if am_i_wrapped() and not pyro.settings.get("module_local_params"):
+        if not am_i_wrapped():
+            return
+        if not pyro.settings.get("module_local_params"):
             pyro.module(f"scalabl_pyro.{self.adapter.serial}", cast(nn.Module, self._modules["point_estimates"]))
+        elif any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
+            raise RuntimeError(
+                "Stock SVI under module_local_params=True would train the guide, but not A and B. Use it in Pyro's "
+                "default mode, or train with Trace_ELBO()(model, guide) and a torch optimiser."
+            )
 
 
 class TaskModel(nn.Module):

@@ -87,7 +87,7 @@ class Posterior:
 
     def blora(self) -> BayesianLoRA:
         """The LLM as a Pyro program again, to train on or to unload."""
-        return BayesianLoRA(self.adapter, prior=self.prior)
+        return BayesianLoRA(self.adapter, prior=copy.deepcopy(self.prior).requires_grad_(True))
 
     def mean(self) -> Tensor:
         """(D,) posterior mean of s."""
@@ -167,6 +167,7 @@ class Posterior:
             index: which draw; None for the posterior mean.
             seed: of the draws.
         """
+        self.adapter.check_attached()
         s = self.mean() if index is None else self.sample(index + 1, seed=seed).s[index]
         llm = self.llm()
         with self.adapter.bind(s, factors=llm.factors, heads=llm.heads):
@@ -305,7 +306,7 @@ class Posterior:
         attrs = {
             "inference_library": "scalabl_pyro",
             "inference_library_version": __version__,
-            "inference_method": "SVI",
+            "inference_method": self.provenance.get("method", "SVI"),
             "guide": self.guide.options().get("class", type(self.guide).__name__),
             "sampling_seed": seed,
             **{

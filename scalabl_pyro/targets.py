@@ -1,6 +1,7 @@
 """Which layers of a module get a subspace: names, patterns and defaults resolved to module paths."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ._errors import nearest
+from ._errors import ScalaBLWarning, nearest
 
 TargetModules = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
@@ -48,6 +49,7 @@ def resolve_targets(
         chosen = _default_targets(module, linear)
     elif target_modules == "all-linear":
         chosen = _all_linear(module, linear)
+        _warn_of_fused_experts(module)
     elif callable(target_modules):
         chosen = [name for name, m in linear.items() if target_modules(name, m)]
     elif isinstance(target_modules, str):
@@ -120,6 +122,20 @@ def _default_targets(module: nn.Module, linear: dict[str, nn.Module]) -> list[st
 def _all_linear(module: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
     heads = new_heads(module)
     return [name for name in linear if name.split(".")[0] not in heads]
+
+
+def _warn_of_fused_experts(module: nn.Module) -> None:
+    """Experts that share one three-dimensional parameter are no layers that could be adapted."""
+    fused = [name for name, p in module.named_parameters() if p.dim() == 3 and "expert" in name]
+    if fused:
+        total = sum(p.numel() for p in module.parameters())
+        share = sum(module.get_parameter(name).numel() for name in fused) / total
+        warnings.warn(
+            f"'all-linear' leaves out {len(fused)} parameters of fused experts, such as {fused[0]!r}: {share:.0%} of "
+            "the model's weights cannot carry LoRA.",
+            ScalaBLWarning,
+            stacklevel=4,
+        )
 
 
 def _match_suffixes(module: nn.Module, targets: list[str], linear: dict[str, nn.Module]) -> list[str]:

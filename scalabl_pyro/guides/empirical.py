@@ -14,7 +14,7 @@ from .base import Guide
 class EmpiricalGuide(Guide):
     """q(s) = one of K points, each with probability 1 / K.
 
-    Draws go through the points in order (and again), so K draws of a posterior are the K points themselves.
+    A posterior draws the points in a random order and each once before any comes again, so K draws are the K points.
 
     Args:
         points: latent sites, each (K, ...); chains of MCMC stand one behind the other.

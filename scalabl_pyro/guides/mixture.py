@@ -14,8 +14,6 @@ from .base import Guide
 class MixtureGuide(Guide):
     """q(s) = 1/K sum_k q_k(s).
 
-    Draws go through the components in turn, so any K draws in a row have one of each.
-
     Args:
         components: the K guides.
     """
