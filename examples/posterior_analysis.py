@@ -33,6 +33,7 @@ import pandas as pd
 import torch
 from IPython.display import display
 
+os.environ["TQDM_DISABLE"] = "1"  # progress bars read badly in a file
 with warnings.catch_warnings(action="ignore"):  # of progress bars and of the next ArviZ, at import
     import arviz as az
     import transformers
@@ -238,7 +239,8 @@ for which 100 draws are too few.
 num_data = posterior.provenance["num_data"]
 train = sources.reuters_r8("train", count=num_data, seed=0)[:NUM_TRAIN]
 trained_on = posterior.predict(train, num_draws=100, seed=0)
-loo = az.loo(posterior.to_arviz(num_draws=100, prediction=trained_on), pointwise=True)
+with warnings.catch_warnings(action="ignore"):  # of large Pareto k, which we look at below
+    loo = az.loo(posterior.to_arviz(num_draws=100, prediction=trained_on), pointwise=True)
 elpd = loo.elpd if hasattr(loo, "elpd") else loo.elpd_loo  # ArviZ 1.x, ArviZ 0.x
 log_score = {
     "training rows, in sample": -metrics.nll(trained_on.probs, trained_on.target),

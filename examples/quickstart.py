@@ -138,11 +138,12 @@ def main() -> None:
     save(plots.history(history), args.out / "elbo.png")
     save(plots.posterior_by_layer(posterior), args.out / "posterior_by_layer.png")
     if outside:
-        _, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
+        _, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True, sharey=True)
         plots.uncertainty_histogram(lora_inside, lora_outside, ax=axes[0])
         plots.uncertainty_histogram(inside, outside, ax=axes[1])
         axes[0].set_title("LoRA: " + axes[0].get_title())
         axes[1].set_title("ScalaBL: " + axes[1].get_title())
+        axes[1].set_ylabel("")
         save(axes[0], args.out / "uncertainty.png")
     seen = posterior.predict(train[: args.loo_rows], num_draws=30, seed=0)  # LOO belongs to training rows
     posterior.to_arviz(num_draws=500, prediction=seen).to_netcdf(args.out / "posterior.nc")

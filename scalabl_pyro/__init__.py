@@ -13,6 +13,7 @@ from .mcmc import mcmc
 from .model import BayesianLoRA, bayesian_lora
 from .posterior import Posterior
 from .predictive import NumericPrediction, Prediction
+from .refit import refit
 
 __all__ = [
     "BayesianLoRA",
@@ -39,4 +40,5 @@ __all__ = [
     "metrics",
     "plots",
     "priors",
+    "refit",
 ]

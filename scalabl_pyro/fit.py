@@ -253,7 +253,8 @@ def _freeze(blora: BayesianLoRA, task: Task, guide: Guide, provenance: dict[str,
     adapter = blora.adapter
     if adapter.gauge == "unit_rows":
         for A, _ in adapter.factors():
-            A.copy_(nn.functional.normalize(A, dim=-1))
+            if A.requires_grad:  # factors held fixed have unit rows already, and stay as they are to the last bit
+                A.copy_(nn.functional.normalize(A, dim=-1))
     posterior = Posterior.capture(blora, task, guide, provenance=provenance)
     adapter.loc = posterior.mean()
     return posterior

@@ -30,10 +30,9 @@ def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | 
     ax = _axes(ax)
     table = metrics.reliability(probs, target)
     ece = metrics.ece(probs, target)
-    if not ax.lines:
+    if not ax.collections:
         ax.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--", zorder=0)
     name = f"{label}: ECE {100 * ece:.1f} %" if label else f"ECE {100 * ece:.1f} %"
-    ax.plot(table["confidence"], table["accuracy"], color=color, linewidth=1.2, label=name)
     ax.scatter(
         table["confidence"],
         table["accuracy"],
@@ -42,10 +41,11 @@ def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | 
         alpha=0.55,
         linewidths=0,
     )
+    ax.plot([], [], "o", color=color, alpha=0.55, label=name)  # a legend entry whose size does not depend on the rows
     ax.set(
         xlabel="confidence (top probability)", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title="Reliability"
     )
-    ax.legend(frameon=False, loc="upper left")
+    ax.legend(frameon=False, loc="lower right")
     return ax
 
 
@@ -96,14 +96,17 @@ def posterior_by_layer(posterior: Posterior, *, ax: Axes | None = None, num_draw
     for edge in edges[1:-1]:
         ax.axvline(edge - 0.5, color=QUIET, linewidth=0.3, alpha=0.6)
     ax.axhline(0, color=QUIET, linewidth=0.8)
-    middle, labels = (edges[:-1] + edges[1:] - 1) / 2, [_block(name) for name in posterior.subspace.names]
-    every = max(len(labels) // 30, 1)
-    ax.set_xticks(middle[::every], labels[::every], fontsize=7)
+    blocks: dict[str, list[float]] = {}
+    for name, middle in zip(posterior.subspace.names, (edges[:-1] + edges[1:] - 1) / 2, strict=True):
+        blocks.setdefault(_block(name), []).append(middle)
+    every = max(len(blocks) // 30, 1)
+    ax.set_xticks([float(np.mean(x)) for x in blocks.values()][::every], list(blocks)[::every], fontsize=7)
     for kind, color in palette.items():
         ax.plot([], [], ".", color=color, label=kind)
-    ax.legend(frameon=False, ncols=len(palette), loc="upper left")
+    ax.legend(frameon=False, ncols=min(len(palette), 4), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     ax.margins(x=0.01)
-    ax.set(xlabel="block", ylabel="s (mean and sd)", title=f"Posterior of the {len(mean)} latents")
+    ax.set(xlabel="block", ylabel="s (mean and sd)")
+    ax.set_title(f"Posterior of the {len(mean)} latents", loc="left")
     return ax
 
 

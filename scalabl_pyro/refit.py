@@ -1,0 +1,71 @@
+"""Another guide or prior for a fitted posterior, its factors held fixed: the same model p(s, y | A, B), inferred anew."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .fit import FitResult, fit
+from .guides import GuideLike
+from .model import BayesianLoRA
+from .posterior import Posterior
+from .priors import PriorLike, as_prior
+
+
+def refit(
+    posterior: Posterior,
+    data: Any,
+    *,
+    guide: GuideLike = "normal",
+    prior: PriorLike | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> FitResult:
+    """Infer s again by SVI, with the factors, heads and task parameters of ``posterior``.
+
+    Guides that were fitted with their own factors approximate posteriors of different models. Refitted, they
+    approximate one and the same, so that they can be held against each other and against :func:`scalabl_pyro.mcmc`.
+
+    Args:
+        posterior: gives all that stays fixed, and where the mean of s starts.
+        data: the training rows.
+        guide: posterior family, see :func:`scalabl_pyro.guides.as_guide`.
+        prior: another prior, see :func:`scalabl_pyro.bayesian_lora`; default: the posterior's own.
+        seed: of initial scales, batches and noise.
+        options: of :func:`scalabl_pyro.fit` (steps, learning rates, ...).
+
+    Returns:
+        As :func:`scalabl_pyro.fit`; ``posterior`` itself stays as it is.
+    """
+    with held(posterior) as blora:
+        if prior is not None:
+            blora.prior = as_prior(prior, blora.subspace).to(blora.device, blora.adapter.loc.dtype)
+        return fit(blora, posterior.task, data, guide=guide, seed=seed, **options)
+
+
+@contextmanager
+def held(posterior: Posterior) -> Iterator[BayesianLoRA]:
+    """The LLM with the posterior's factors and heads in place and frozen; as before afterwards."""
+    adapter = posterior.adapter
+    blora = posterior.blora()
+    live = list(blora.point_estimates.parameters())
+    before = [(p, p.detach().clone(), p.requires_grad) for p in live]
+    loc = adapter.loc
+    try:
+        with torch.no_grad():
+            for pair, saved in zip(adapter.factors(), posterior.factors, strict=True):
+                for factor, value in zip(pair, saved, strict=True):
+                    factor.copy_(value)
+            for name, head in posterior.heads.items():
+                adapter.heads[name].load_state_dict(head.state_dict())
+        adapter.loc = posterior.mean().to(loc)
+        for p in live:
+            p.requires_grad_(False)
+        yield blora
+    finally:
+        adapter.loc = loc
+        with torch.no_grad():
+            for p, value, flag in before:
+                p.copy_(value)
+                p.requires_grad_(flag)
