@@ -1,4 +1,4 @@
-"""Another guide or prior for a fitted posterior, its factors held fixed: the same model p(s, y | A, B), inferred anew."""
+"""Another guide or prior with the factors of a fitted posterior held fixed: p(s | y, A, B) inferred anew."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 _version _errors _rng _pyro subspace targets prefix lora attach adapted priors hub_rows data likelihoods model guides
 draws objective stein optimiser metrics predictive logdensity
-linearised arviz_io diagnostics fingerprint saved_config serialization posterior comparison laplace mcmc fit refit ensemble
-plots baselines
+linearised arviz_io diagnostics fingerprint saved_config serialization posterior comparison laplace mcmc fit refit
+ensemble plots baselines
 """.split()
 
 

@@ -1,0 +1,55 @@
+"""A guide or prior is inferred anew with the factors held fixed, and nothing else changes."""
+
+import pytest
+import tiny
+import torch
+
+import scalabl_pyro as sp
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return tiny.question_rows(48)
+
+
+def live_state(posterior):
+    adapter = posterior.adapter
+    return [p.detach().clone() for pair in adapter.factors() for p in pair] + [adapter.loc.clone()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("guide", ["normal", "full_covariance", "flow", "svgd"])
+def test_the_factors_stay_and_s_is_inferred_anew(fitted, rows, guide):
+    before = live_state(fitted.posterior)
+    new = sp.refit(fitted.posterior, rows, guide=guide, num_steps=20, progress=False)
+    for old_pair, new_pair in zip(fitted.posterior.factors, new.posterior.factors, strict=True):
+        assert same(old_pair, new_pair)
+    assert not torch.equal(fitted.posterior.mean(), new.posterior.mean())
+    assert len(new.history) == 20
+    assert same(before, live_state(fitted.posterior))
+    assert all(p.requires_grad for pair in fitted.posterior.adapter.factors() for p in pair)
+
+
+def test_it_starts_at_the_posterior_whatever_the_module_was_trained_to_since(rows):
+    task = sp.MultipleChoice(tiny.tokenizer())
+    blora = sp.bayesian_lora(tiny.causal_lm())
+    first = sp.fit(blora, task, rows, num_steps=5, lr=1e-2, progress=False).posterior
+    sp.fit(blora, task, rows, num_steps=20, lr=1e-2, progress=False)
+    again = sp.refit(first, rows, num_steps=1, loc_lr=1e-12, progress=False).posterior
+    torch.testing.assert_close(again.mean(), first.mean(), rtol=0, atol=1e-6)
+
+
+def test_another_prior_replaces_the_old_one_in_the_new_posterior_alone(fitted, rows):
+    new = sp.refit(fitted.posterior, rows, prior=0.1, num_steps=150, loc_lr=3e-2, warmup=0, progress=False).posterior
+    assert "Normal" in str(new.prior) and new.prior is not fitted.posterior.prior
+    assert new.mean().norm() < 0.5 * fitted.posterior.mean().norm()  # a tighter prior shrinks s
+
+
+def test_an_error_leaves_the_module_as_it_was(fitted, rows):
+    before = live_state(fitted.posterior)
+    with pytest.raises(ValueError, match="guide='mean-field' is unknown"):
+        sp.refit(fitted.posterior, rows, guide="mean-field")
+    assert same(before, live_state(fitted.posterior))
