@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ._errors import check_choice, nearest
 from ._rng import scoped_seed
 from .lora import Adapter, ReplaceHead, SubspaceVariant, Undo, factors_of
-from .prefix import RepeatRows, adapted_blocks
+from .prefix import HiddenStates, RepeatRows, SkippableForward, split_blocks
 from .subspace import Layer, Subspace
 from .targets import TargetModules, is_linear, new_heads, output_head, resolve_targets
 
@@ -238,9 +238,16 @@ def _activate(adapter: Adapter, heads: Sequence[str]) -> None:
     head = output_head(module)
     if head is not None:
         hooks.append(head.register_forward_pre_hook(adapter.select_positions))
-    for block in adapted_blocks(module, adapter.subspace.names):
-        hooks.append(block.register_forward_pre_hook(RepeatRows(adapter.fan_out), with_kwargs=True))
+    lower, upper = split_blocks(module, adapter.subspace.names)
+    if lower:
         adapter.shares_prefix = True
+        adapter.has_fixed_prefix = all(module.get_submodule(name) is head for name in heads)
+        hooks.append(upper[0].register_forward_pre_hook(HiddenStates(adapter), with_kwargs=True))
+    for block in lower:
+        adapter.undo.forwards.append((block, block.__dict__.get("forward")))
+        block.forward = SkippableForward(adapter, block.forward)
+    for block in upper:
+        hooks.append(block.register_forward_pre_hook(RepeatRows(adapter.fan_out), with_kwargs=True))
 
 
 def _initialise(layer: LoraLayer, adapter_name: str) -> Tensor:

@@ -4,7 +4,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from tqdm.auto import trange
 from ._errors import check_choice
 from ._rng import scoped_seed
 from .adapted import eval_mode
-from .data import Batch, training_source
+from .data import Batch, TrainingBatches, training_source
 from .guides import Guide, GuideLike, ParticleGuide, as_guide
 from .likelihoods import Task
 from .model import BayesianLoRA, TaskModel
 from .objective import Objective, ScopedGuide, Terms, allows_row_draws, check_sites, default_elbo
 from .optimiser import build_optimiser, clip_gradients, rate_schedule
 from .posterior import Posterior
+from .prefix import PrefixStore
 from .priors import Prior
 from .stein import SteinObjective
 
@@ -80,6 +81,7 @@ def fit(
     init_scale: float = 0.05,
     max_grad_norm: float | None = None,
     num_data: int | None = None,
+    cache_prefix: bool = False,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -109,6 +111,8 @@ def fit(
         init_scale: largest initial standard deviation of the guide.
         max_grad_norm: clip the global gradient norm.
         num_data: N, size of the training set; needed when ``train_data`` yields batches.
+        cache_prefix: run the blocks below the first adapted one once for each row, and keep what they give (tokens x
+            width numbers a row, on the device) for all later epochs.
         seed: of data order, initial scales and noise; the global random state is left alone.
         callbacks: called with the history row of each step; returning True stops the training.
         progress: show a progress bar.
@@ -138,6 +142,7 @@ def fit(
         num_data=num_data,
         seed=seed,
     )
+    store = _prefix_store(blora, batches, num_data) if cache_prefix else None
     family = as_guide(guide, blora, init_scale=init_scale, seed=seed).to(device)
     elbo = _checked(elbo, family, blora.prior)
     if not (family.per_example and allows_row_draws(elbo)):
@@ -158,9 +163,9 @@ def fit(
     with _training_scope(blora, seed), trange(num_steps, disable=not progress, desc="fit", unit="step") as steps:
         try:
             for step in steps:
-                batch, weight = batches(step).to(device), _kl_weight(kl_weight, step)
+                batch, weight = batches(step), _kl_weight(kl_weight, step)
                 with pyro.validation_enabled(step == 0):
-                    terms = _gradient(objective, batch, weight, micro_batch_size or len(batch))
+                    terms = _gradient(objective, batch, weight, micro_batch_size or len(batch), device, store)
                 grad_norm = clip_gradients(optimiser, max_grad_norm)
                 optimiser.step()
                 record = {
@@ -200,7 +205,14 @@ def fit(
     return result
 
 
-def _gradient(objective: Objective | SteinObjective, batch: Batch, kl_weight: float, micro_size: int) -> Terms:
+def _gradient(
+    objective: Objective | SteinObjective,
+    batch: Batch,
+    kl_weight: float,
+    micro_size: int,
+    device: torch.device,
+    store: PrefixStore | None,
+) -> Terms:
     """Gradients of the loss of one batch into ``.grad``; returns what the loss consists of.
 
     Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B.
@@ -209,10 +221,23 @@ def _gradient(objective: Objective | SteinObjective, batch: Batch, kl_weight: fl
     total = [0.0, 0.0, 0.0]
     for micro in batch.split(micro_size):
         share = len(micro) / len(batch)
-        terms = objective.accumulate(micro, kl_weight, share=share)
+        width = micro.inputs["input_ids"].shape[1] if store else 0
+        with store.reuse(micro.index, micro.last + 1, width) if store else nullcontext():
+            terms = objective.accumulate(micro.to(device), kl_weight, share=share)
         total = [sum_ + share * term for sum_, term in zip(total, terms, strict=True)]
     objective.finish()
     return Terms(*total)
+
+
+def _prefix_store(blora: BayesianLoRA, batches: Callable[[int], Batch], num_data: int) -> PrefixStore:
+    if not blora.adapter.has_fixed_prefix:
+        raise ValueError(
+            "cache_prefix=True: no fixed blocks lie below the first adapted one. Adapt the upper blocks alone, with "
+            "bayesian_lora(..., layers_to_transform=range(16, 32)) of a causal LM, or leave cache_prefix out."
+        )
+    if not isinstance(batches, TrainingBatches):
+        raise ValueError("cache_prefix=True needs rows that can be told apart: pass rows as train_data, not batches.")
+    return PrefixStore(blora.adapter, num_data)
 
 
 def _checked(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from .adapted import AdaptedLLM, eval_mode
 from .data import Batch, Example, evaluation_batches
 from .likelihoods import Task, at_least_float32
+from .prefix import Prefix, reuse
 
 
 class LogLikelihood:
@@ -20,22 +21,33 @@ class LogLikelihood:
         task: the likelihood.
         examples: tokenised rows with answers.
         batch_size: rows a pass.
+        cache_prefix: keep what the blocks below the first adapted one give, for all later passes.
     """
 
-    def __init__(self, llm: AdaptedLLM, task: Task, examples: Sequence[Example], *, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        llm: AdaptedLLM,
+        task: Task,
+        examples: Sequence[Example],
+        *,
+        batch_size: int = 16,
+        cache_prefix: bool = False,
+    ) -> None:
         self.llm = llm
         self.task = task
         self.examples = examples
         self.num_data = len(examples)
         self.device = llm.adapter.device
         self.batches = [b.to(self.device) for b in evaluation_batches(examples, batch_size, task.pad_token_id)]
+        keep = cache_prefix and llm.adapter.has_fixed_prefix
+        self.prefixes = [Prefix() if keep else None for _ in self.batches]
 
     @torch.no_grad()
     def by_row(self, s: Tensor, *, draws_per_pass: int = 32, progress: bool = False) -> Tensor:
         """(S, N) log likelihood of each example under each of the draws ``s`` (S, D), on the CPU."""
         out = torch.empty(len(s), self.num_data, dtype=torch.promote_types(s.dtype, torch.float32))
         with eval_mode(self.llm.llm):
-            for batch in tqdm(self.batches, disable=not progress, desc="log likelihood", unit="batch"):
+            for batch in tqdm(self._passes(), total=len(self.batches), disable=not progress, desc="log likelihood"):
                 for start in range(0, len(s), draws_per_pass):
                     part = s[start : start + draws_per_pass].to(self.device)
                     values = self._batch(batch, part.unsqueeze(1))
@@ -46,7 +58,7 @@ class LogLikelihood:
         """The sum over examples at one s (D,), and its gradient (D,); memory is that of one batch."""
         total, gradient = torch.zeros((), dtype=s.dtype), torch.zeros_like(s)
         with eval_mode(self.llm.llm), torch.enable_grad():
-            for batch in self.batches:
+            for batch in self._passes():
                 point = s.detach().to(self.device).requires_grad_(True)
                 value = self._batch(batch, point).sum()
                 (slope,) = torch.autograd.grad(value, point)
@@ -64,10 +76,16 @@ class LogLikelihood:
         Since row b sees its own copy of s, the gradient of a sum over rows holds every per-example gradient.
         """
         with eval_mode(self.llm.llm), torch.enable_grad():
-            for batch in self.batches:
+            for batch in self._passes():
                 own = s.detach().to(self.device).expand(len(batch), -1).clone().requires_grad_(True)
                 outputs = self.task.outputs(self.llm, batch, own)
                 yield batch, own, outputs.reshape(len(batch), -1)
+
+    def _passes(self) -> Iterator[Batch]:
+        """The batches, each in the scope of its kept prefix."""
+        for batch, prefix in zip(self.batches, self.prefixes, strict=True):
+            with reuse(self.llm.adapter, prefix):
+                yield batch
 
     def _batch(self, batch: Batch, s: Tensor) -> Tensor:
         d = self.task.likelihood(self.task.outputs(self.llm, batch, s), batch)

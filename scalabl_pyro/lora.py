@@ -58,6 +58,7 @@ class Undo:
     weights: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # factors of a LoRA that was there before
     casts: list[tuple[LoraLayer, bool]] = field(default_factory=list)  # its cast_input_dtype_enabled
     hooks: list[RemovableHandle] = field(default_factory=list)
+    forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)  # blocks, and a forward of their own
 
 
 class Adapter:
@@ -96,6 +97,7 @@ class Adapter:
         self.heads = dict(heads or {})
         self.serial = next(_SERIAL)  # names it in Pyro's global store; an id() could be reused
         self.shares_prefix = False  # whether hooks repeat the rows at the first adapted block
+        self.has_fixed_prefix = False  # whether blocks lie below it, and nothing that is trained
         self.is_attached = True
         self.undo = Undo()
 
@@ -187,6 +189,10 @@ class Adapter:
         undo, self.undo = self.undo, Undo()
         for handle in undo.hooks:
             handle.remove()
+        for block, forward in undo.forwards:
+            del block.forward
+            if forward is not None:
+                block.forward = forward
         for layer in self.layers:
             layer.lora_variant.pop(self.adapter_name, None)
         for layer, casts_input in undo.casts:

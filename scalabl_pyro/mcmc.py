@@ -48,7 +48,8 @@ def mcmc(
         num_samples: draws kept of each chain.
         warmup_steps: steps that adapt step size and mass, not kept.
         num_chains: run one after the other.
-        batch_size: rows a pass through the LLM; bounds memory alone.
+        batch_size: rows a pass through the LLM; bounds memory alone, though what the blocks below the first adapted one
+            give is kept for all rows.
         jitter: standard deviation of a chain's start around the posterior mean.
         max_tree_depth: at most 2^depth gradients a step.
         target_accept: acceptance probability that the step size adapts to.
@@ -72,7 +73,7 @@ def mcmc(
     if isinstance(rows[0], Batch):
         raise ValueError("data yields batches, but NUTS needs the density of the whole data set: pass its rows.")
     examples = encode(rows, posterior.task.encode, need_target=True)
-    likelihood = LogLikelihood(posterior.llm(), posterior.task, examples, batch_size=batch_size)
+    likelihood = LogLikelihood(posterior.llm(), posterior.task, examples, batch_size=batch_size, cache_prefix=True)
     start = {name: value.detach() for name, value in _means(posterior).items()}
     chains: list[dict[str, Tensor]] = []
     divergences = 0
