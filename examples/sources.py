@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -48,12 +49,13 @@ def tiny_llm():
     return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **TINY)), tokenizer
 
 
-def reuters_r8(split: str, *, count: int, seed: int) -> list[dict]:
-    """Reuters-21578 articles of eight topics (Lewis, 1997), about as many of each: rows for ``MultipleChoice``."""
-    topics = list(R8_TOPICS)
+def reuters_r8(split: str, *, count: int, seed: int, topics: Sequence[str] = tuple(R8_TOPICS)) -> list[dict]:
+    """Reuters-21578 articles of some topics (Lewis, 1997), about as many of each: rows for ``MultipleChoice``."""
+    choices = [R8_TOPICS[topic] for topic in topics]
     rows = [
-        {"question": text, "choices": list(R8_TOPICS.values()), "answer": topics.index(label)}
+        {"question": text, "choices": choices, "answer": topics.index(label)}
         for label, text in _tab_file(f"reuters-r8-{split}.tab")
+        if label in topics
     ]
     return pick(rows, count, seed, balance="answer")
 

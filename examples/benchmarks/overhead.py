@@ -92,7 +92,7 @@ def scalabl_step(base, batch: Batch):
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
-            _gradient(objective, batch, 1.0, len(batch))
+            _gradient(objective, batch, 1.0, len(batch), blora.device, None)
             clip_gradients(optimiser, None)
             optimiser.step()
 

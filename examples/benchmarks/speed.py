@@ -23,9 +23,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import scalabl_pyro as sp
-from scalabl_pyro.data import Batch
+from scalabl_pyro.adapted import AdaptedLLM
+from scalabl_pyro.data import Batch, Example
 from scalabl_pyro.fit import _gradient
 from scalabl_pyro.guides import as_guide
+from scalabl_pyro.linearised import gauss_newton
+from scalabl_pyro.logdensity import LogLikelihood
 from scalabl_pyro.model import TaskModel
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.optimiser import build_optimiser, clip_gradients
@@ -128,7 +131,7 @@ def fit_step(blora, batch: Batch):
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
-            _gradient(objective, batch, 1.0, len(batch))
+            _gradient(objective, batch, 1.0, len(batch), blora.device, None)
             clip_gradients(optimiser, None)
             optimiser.step()
 
@@ -148,9 +151,20 @@ def pyro_only(blora, batch: Batch):
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
-            _gradient(objective, batch, 1.0, len(batch))
+            _gradient(objective, batch, 1.0, len(batch), blora.device, None)
 
     return step
+
+
+def curvature(blora, batch: Batch):
+    """The exact Gauss-Newton matrix of the D latents on a batch, as ``laplace`` sums it over the data."""
+    examples = [
+        Example({"input_ids": ids}, int(y))
+        for ids, y in zip(batch.inputs["input_ids"].tolist(), batch.target, strict=True)
+    ]
+    llm = AdaptedLLM(blora.adapter, factors=blora.adapter.factors())
+    likelihood = LogLikelihood(llm, AnswerTokens(), examples, batch_size=len(batch))
+    return lambda: gauss_newton(likelihood, blora.adapter.loc)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -177,8 +191,9 @@ def run(args: argparse.Namespace) -> dict:
         blora = sp.bayesian_lora(llm, target_modules=TARGETS)
         figures["scalabl_pyro step"] = measure(fit_step(blora, batch), args.device, args.steps)
         figures["of it Pyro alone"] = measure(pyro_only(blora, batch), args.device, args.steps)
+        figures["Laplace curvature"] = measure(curvature(blora, batch), args.device, 3)
         s = torch.randn(args.draws, 1, blora.subspace.dim, device=args.device)
-        task, adapted = AnswerTokens(), sp.adapted.AdaptedLLM(blora.adapter, factors=blora.adapter.factors())
+        task, adapted = AnswerTokens(), AdaptedLLM(blora.adapter, factors=blora.adapter.factors())
         with torch.no_grad():
             figures["scalabl_pyro draws"] = measure(
                 lambda b=batch, t=task, a=adapted, s=s: t.outputs(a, b, s), args.device, args.steps

@@ -141,7 +141,8 @@ def _by_name(name: str, blora: BayesianLoRA, init_scale: float, seed: int) -> Gu
     real = support is None or support.check(torch.tensor([-1.0, 1.0]).to(loc).repeat(len(loc))[: len(loc)]).all()
     if not real:
         if name != "normal":
-            raise ValueError(f"guide={name!r} needs latents on the real line; this prior has {support}: use 'normal'.")
+            limits = getattr(support, "base_constraint", support)
+            raise ValueError(f"guide={name!r} needs latents on the real line; this prior's are {limits}: use 'normal'.")
         return MeanFieldGuide(blora.prior, start={"s": loc}, scale=init_scale)
     if name in ("layer_covariance", "full_covariance"):
         of_s: Guide = CovarianceGuide(loc, scale, ranks=blora.subspace.ranks if name == "layer_covariance" else None)
