@@ -4,7 +4,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyro
 import torch
 from pyro.infer import ELBO
 from torch import nn
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
 from ._errors import check_choice
 from ._rng import scoped_seed
@@ -22,16 +22,18 @@ from .data import Batch, TrainingBatches, training_source
 from .guides import Guide, GuideLike, ParticleGuide, as_guide
 from .likelihoods import Task
 from .model import BayesianLoRA, TaskModel
-from .objective import Objective, ScopedGuide, Terms, allows_row_draws, check_sites, default_elbo
-from .optimiser import build_optimiser, clip_gradients, rate_schedule
+from .objective import Objective, ScopedGuide, allows_row_draws, check_sites, default_elbo
+from .optimiser import build_optimiser, rate_schedule
 from .posterior import Posterior
 from .prefix import PrefixStore
 from .priors import Prior
 from .stein import SteinObjective
+from .training import Callback, EagerStep, Trainer
 
 logger = logging.getLogger(__name__)
 
-Callback = Callable[[dict[str, float]], bool | None]
+#: Steps after which a GPU's losses are read: each reading waits for it.
+READ_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -156,38 +158,42 @@ def fit(
     optimiser = build_optimiser(
         model, family, lr=lr, loc_lr=lr if loc_lr is None else loc_lr, scale_lr=scale_lr, weight_decay=weight_decay
     )
-    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, rate_schedule(schedule, warmup, num_steps))
-    history: list[dict[str, float]] = []
+    trainer = Trainer(
+        EagerStep(
+            objective,
+            optimiser,
+            device=device,
+            micro_batch_size=micro_batch_size,
+            max_grad_norm=max_grad_norm,
+            store=store,
+        ),
+        batches=batches,
+        kl_weight=lambda step: _kl_weight(kl_weight, step),
+        rate=rate_schedule(schedule, warmup, num_steps),
+        lr=lr,
+        num_data=num_data,
+        read_every=1 if callbacks or device.type == "cpu" else READ_EVERY,
+    )
     error: TrainingError | None = None
     start = time.perf_counter()
-    with _training_scope(blora, seed), trange(num_steps, disable=not progress, desc="fit", unit="step") as steps:
+    with _training_scope(blora, seed), tqdm(total=num_steps, disable=not progress, desc="fit", unit="step") as bar:
         try:
-            for step in steps:
-                batch, weight = batches(step), _kl_weight(kl_weight, step)
-                with pyro.validation_enabled(step == 0):
-                    terms = _gradient(objective, batch, weight, micro_batch_size or len(batch), device, store)
-                grad_norm = clip_gradients(optimiser, max_grad_norm)
-                optimiser.step()
-                record = {
-                    "step": step,
-                    **terms._asdict(),
-                    "kl_weight": weight,
-                    "grad_norm": grad_norm,
-                    "lr": rates.get_last_lr()[0],
-                    "seconds": time.perf_counter() - start,
-                }
-                rates.step()
-                history.append(record)
-                steps.set_postfix({name: f"{value:.4g}" for name, value in terms._asdict().items()}, refresh=False)
-                if any([callback(record) for callback in callbacks]):
-                    logger.info("a callback stopped the training at step %d", step)
+            for row in trainer.run(range(num_steps)):
+                bar.update()
+                bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "nll", "kl")}, refresh=False)
+                if any([callback(row) for callback in callbacks]):
+                    logger.info("a callback stopped the training at step %d", row["step"])
                     break
         except FloatingPointError as failure:
-            error = TrainingError(f"At step {len(history)}: {failure}")
+            error = TrainingError(str(failure))
         except KeyboardInterrupt:
+            list(trainer.read())
             logger.warning(
-                "interrupted after %d of %d steps; the posterior is what was learned so far", len(history), num_steps
+                "interrupted after %d of %d steps; the posterior is what was learned so far",
+                len(trainer.history),
+                num_steps,
             )
+    history = trainer.history
     provenance = {
         "num_data": num_data,
         "num_steps": len(history),
@@ -203,30 +209,6 @@ def fit(
         error.result = result if history else None
         raise error
     return result
-
-
-def _gradient(
-    objective: Objective | SteinObjective,
-    batch: Batch,
-    kl_weight: float,
-    micro_size: int,
-    device: torch.device,
-    store: PrefixStore | None,
-) -> Terms:
-    """Gradients of the loss of one batch into ``.grad``; returns what the loss consists of.
-
-    Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B.
-    """
-    objective.zero_grad(set_to_none=True)
-    total = [0.0, 0.0, 0.0]
-    for micro in batch.split(micro_size):
-        share = len(micro) / len(batch)
-        width = micro.inputs["input_ids"].shape[1] if store else 0
-        with store.reuse(micro.index, micro.last + 1, width) if store else nullcontext():
-            terms = objective.accumulate(micro.to(device), kl_weight, share=share)
-        total = [sum_ + share * term for sum_, term in zip(total, terms, strict=True)]
-    objective.finish()
-    return Terms(*total)
 
 
 def _prefix_store(blora: BayesianLoRA, batches: Callable[[int], Batch], num_data: int) -> PrefixStore:

@@ -4,8 +4,7 @@ elbo = E_q[ sum_n log p(y_n | x_n, s) ] - kl_weight * KL(q || p)         nats pe
 loss = -elbo / N                                                         nats per example, lower is better
 """
 
-import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pyro
 import torch
@@ -25,6 +24,7 @@ from torch.distributions import kl_divergence
 
 from ._rng import scoped_seed
 from .data import Batch
+from .elbo import device_loss, stays_on_device
 from .guides import Guide
 from .model import TaskModel, latent_scope
 from .priors import Prior
@@ -53,22 +53,14 @@ class RecordNLL(Messenger):
     """
 
     value: Tensor | None = None
-    factor_prior: float = 0.0
+    factor_prior: Tensor | float = 0.0
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] == "label" and msg["is_observed"]:
             with torch.no_grad():
                 self.value = -msg["fn"].log_prob(msg["value"]).mean()
         elif msg["name"] == "factor_prior":
-            self.factor_prior = msg["fn"].log_factor.detach().mean().item()
-
-
-class Terms(NamedTuple):
-    """Loss and NLL in nats per example, KL (unweighted) in nats per data set."""
-
-    loss: float
-    nll: float
-    kl: float
+            self.factor_prior = msg["fn"].log_factor.detach().mean()
 
 
 class Objective(nn.Module):
@@ -86,41 +78,48 @@ class Objective(nn.Module):
         self.model = model
         self.guide = guide
 
-    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> Terms:
-        """Add ``share`` of the gradient of the loss to ``.grad``; returns what the loss of the batch consists of.
+    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> Tensor:
+        """Add ``share`` of the gradient of the loss to ``.grad``.
 
-        Raises:
-            FloatingPointError: the loss is not finite (before anything is added); the message says at which site.
+        Returns:
+            (3,) loss, NLL, and KL times its weight, nats per example.
         """
         num_data = self.model.num_data
         with RecordNLL() as record:
             try:
-                if hasattr(self.elbo, "differentiable_loss"):
-                    surrogate = self.elbo.differentiable_loss(self.model, self.guide, batch, kl_weight) / num_data
-                    loss = surrogate.item()
-                else:  # RenyiELBO, TraceGraph_ELBO: only with their own backward pass
-                    surrogate = None
+                surrogate = self._differentiable(batch, kl_weight)
+                if surrogate is None:
                     loss = self._own_backward(batch, kl_weight, factor=share / num_data) / num_data
+                else:
+                    loss = (surrogate / num_data).detach()
             except ValueError as error:  # Pyro's validation finds NaN in arguments of a distribution before we do
                 if "invalid values" not in str(error):
                     raise
-                loss = float("nan")
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss}: {explain_nonfinite(self.model, self.guide, batch)}. Parameters keep their values "
-                "from before this step. Lower the learning rates, set max_grad_norm, or check these examples."
-            )
+                return torch.full((3,), float("nan"), device=batch.index.device)
         if surrogate is not None:
-            (surrogate * share).backward()
+            (surrogate * (share / num_data)).backward()
         assert record.value is not None
-        nll = record.value.item()
-        divergence = loss - nll + record.factor_prior / num_data
-        return Terms(loss, nll, divergence * num_data / kl_weight if kl_weight else float("nan"))
+        weighted_kl = loss - record.value + record.factor_prior / num_data
+        return torch.stack([loss, record.value.to(loss), weighted_kl])
 
     def finish(self) -> None:
         """Called once all micro-batches of a step were accumulated."""
 
-    def _own_backward(self, batch: Batch, kl_weight: float, *, factor: float) -> float:
+    def explain(self, batch: Batch) -> str:
+        """Why the loss of a batch is not finite, in words."""
+        return explain_nonfinite(self.model, self.guide, batch)
+
+    def _differentiable(self, batch: Batch, kl_weight: float) -> Tensor | None:
+        """-ELBO to differentiate; None for RenyiELBO and TraceGraph_ELBO, which have but their own backward pass."""
+        if stays_on_device(self.elbo):
+            loss = device_loss(self.elbo, self.model, self.guide, batch, kl_weight)
+            if loss is not None:
+                return loss
+        if hasattr(self.elbo, "differentiable_loss"):
+            return self.elbo.differentiable_loss(self.model, self.guide, batch, kl_weight)
+        return None
+
+    def _own_backward(self, batch: Batch, kl_weight: float, *, factor: float) -> Tensor:
         parameters = [p for p in self.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
         self.zero_grad(set_to_none=True)
@@ -128,7 +127,7 @@ class Objective(nn.Module):
         for parameter, old in zip(parameters, before, strict=True):
             new = None if parameter.grad is None else parameter.grad * factor
             parameter.grad = new if old is None else old if new is None else old + new
-        return float(loss)
+        return torch.as_tensor(float(loss), device=batch.index.device)
 
 
 def allows_row_draws(elbo: ELBO) -> bool:

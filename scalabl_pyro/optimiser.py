@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .guides import Guide
 from .model import TaskModel
@@ -49,19 +49,20 @@ def rate_schedule(schedule: str, warmup: float, num_steps: int) -> Callable[[int
     return factor
 
 
-def clip_gradients(optimiser: torch.optim.Optimizer, limit: float | None) -> float:
-    """The global gradient norm, clipped at ``limit``.
+def set_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply the learning rate that each group started with by ``factor``."""
+    for group in optimiser.param_groups:
+        base = group.setdefault("initial_lr", float(group["lr"]))
+        if torch.is_tensor(group["lr"]):  # a captured graph reads it from there
+            group["lr"].fill_(base * factor)
+        else:
+            group["lr"] = base * factor
 
-    Raises:
-        FloatingPointError: it is not finite, while the parameters still are.
-    """
+
+def clip_gradients(optimiser: torch.optim.Optimizer, limit: float | None) -> Tensor:
+    """The global gradient norm (), clipped at ``limit``."""
     parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if not torch.isfinite(norm):
-        raise FloatingPointError(
-            "the loss is finite, but its gradient is not. Parameters keep their values from before this step. Lower "
-            "the learning rates, or use bfloat16 instead of float16."
-        )
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm.item()
+    return norm

@@ -1,7 +1,5 @@
 """Stein variational gradient descent as an objective of :func:`scalabl_pyro.fit`."""
 
-import math
-
 import pyro
 import torch
 from pyro import poutine
@@ -10,7 +8,6 @@ from torch import Tensor, nn
 from .data import Batch
 from .guides.particles import ParticleGuide
 from .model import TaskModel
-from .objective import Terms
 
 
 class SteinObjective(nn.Module):
@@ -28,20 +25,23 @@ class SteinObjective(nn.Module):
         self.model = model
         self.guide = guide
 
-    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> Terms:
-        """Add ``share`` of the gradient of the loss to ``.grad``; the place of the KL takes -log p(s), averaged."""
+    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> Tensor:
+        """Add ``share`` of the gradient of the loss to ``.grad``.
+
+        Returns:
+            (3,) loss, NLL, and in the place of the KL -log p(s) times its weight; averaged over particles, nats per
+            example.
+        """
         model, s = self.model, self.guide.particles.unsqueeze(1)
         likelihood = model.task(model.task.outputs(model.blora, batch, s), batch)
         nll = -likelihood.log_prob(batch.target).mean()
         loss = nll - kl_weight * self._log_prior(s) / (len(s) * model.num_data)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} under the particles. Parameters keep their values from before this step. "
-                "Lower the learning rates, or check these examples."
-            )
         (loss * share).backward()
-        divergence = (loss.item() - nll.item()) * model.num_data
-        return Terms(loss.item(), nll.item(), divergence / kl_weight if kl_weight else float("nan"))
+        return torch.stack([loss, nll.to(loss), loss - nll]).detach()
+
+    def explain(self, batch: Batch) -> str:
+        """Why the loss of a batch is not finite, in words."""
+        return "some particle is far out"
 
     def finish(self) -> None:
         """Turn the particles' gradient of the loss into the Stein direction."""

@@ -80,8 +80,8 @@ def peft_step(base, batch: Batch):
 
 def scalabl_step(base, batch: Batch):
     """One step of ``fit``: its objective, its optimiser, its checks."""
-    from scalabl_pyro.fit import _gradient
-    from scalabl_pyro.optimiser import build_optimiser, clip_gradients
+    from scalabl_pyro.optimiser import build_optimiser
+    from scalabl_pyro.training import EagerStep
 
     blora = sp.bayesian_lora(base, target_modules=TARGETS)
     base.eval()
@@ -89,12 +89,11 @@ def scalabl_step(base, batch: Batch):
     model = TaskModel(blora, AnswerTokens(), num_data=NUM_DATA, draws="per_example")
     objective = Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
     optimiser = build_optimiser(model, guide, lr=1e-3, loc_lr=1e-3, scale_lr=1e-3, weight_decay=0.0)
+    execute = EagerStep(objective, optimiser, device=blora.device)
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
-            _gradient(objective, batch, 1.0, len(batch), blora.device, None)
-            clip_gradients(optimiser, None)
-            optimiser.step()
+            execute(batch, 1.0)
 
     return step
 

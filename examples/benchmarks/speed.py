@@ -25,13 +25,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import scalabl_pyro as sp
 from scalabl_pyro.adapted import AdaptedLLM
 from scalabl_pyro.data import Batch, Example
-from scalabl_pyro.fit import _gradient
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.linearised import gauss_newton
 from scalabl_pyro.logdensity import LogLikelihood
 from scalabl_pyro.model import TaskModel
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
-from scalabl_pyro.optimiser import build_optimiser, clip_gradients
+from scalabl_pyro.optimiser import build_optimiser
+from scalabl_pyro.training import EagerStep
 
 SHAPES = {
     "tiny": {"model_type": "llama", "vocab_size": 500, "hidden_size": 64, "intermediate_size": 128,
@@ -128,12 +128,11 @@ def fit_step(blora, batch: Batch):
     model = TaskModel(blora, AnswerTokens(), num_data=NUM_DATA, draws="per_example")
     objective = Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
     optimiser = build_optimiser(model, guide, lr=1e-4, loc_lr=1e-4, scale_lr=1e-3, weight_decay=0.0)
+    execute = EagerStep(objective, optimiser, device=blora.device)
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
-            _gradient(objective, batch, 1.0, len(batch), blora.device, None)
-            clip_gradients(optimiser, None)
-            optimiser.step()
+            execute(batch, 1.0)
 
     return step
 
@@ -151,7 +150,8 @@ def pyro_only(blora, batch: Batch):
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
-            _gradient(objective, batch, 1.0, len(batch), blora.device, None)
+            objective.zero_grad(set_to_none=True)
+            objective.accumulate(batch, 1.0, share=1.0)
 
     return step
 

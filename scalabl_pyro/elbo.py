@@ -1,0 +1,67 @@
+"""Pyro's ELBOs without a visit to the host: the same number, as a tensor that a GPU computes when it gets there."""
+
+from typing import Any, cast
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+
+def stays_on_device(elbo: ELBO) -> bool:
+    """Whether :func:`device_loss` knows this estimator; others are asked for ``differentiable_loss``."""
+    return type(elbo) in (Trace_ELBO, TraceMeanField_ELBO)
+
+
+def device_loss(elbo: ELBO, model: Any, guide: Any, *args: Any) -> Tensor | None:
+    """-ELBO in nats per data set, to differentiate; None where a site of the guide has no reparametrised draws.
+
+    Equal to ``elbo.differentiable_loss(model, guide, *args)``, which reads its value back on the way (two waits for
+    the GPU a step, and none is allowed while a CUDA graph is captured).
+    """
+    total: Tensor | float = 0.0
+    for p, q in cast(Any, elbo)._get_traces(model, guide, args, {}):
+        if not all(_is_reparametrised(site) for site in _samples(q).values()):
+            return None
+        total = total - _particle(p, q, closed=isinstance(elbo, TraceMeanField_ELBO))
+    return torch.as_tensor(total / cast(Any, elbo).num_particles)
+
+
+def _particle(p: Trace, q: Trace, *, closed: bool) -> Tensor | float:
+    """Log p(y, s) - log q(s), with KLs in closed form where asked for and known."""
+    elbo: Tensor | float = 0.0
+    covered = _samples(q)
+    for name, site in _samples(p).items():
+        if site["is_observed"]:
+            elbo = elbo + site["log_prob_sum"]
+            continue
+        of_q = covered.pop(name)
+        divergence = _closed_kl(of_q, site) if closed else None
+        if divergence is None:
+            divergence = _sum(of_q["score_parts"].entropy_term) - site["log_prob_sum"]
+        elbo = elbo - divergence
+    return elbo - sum(_sum(site["score_parts"].entropy_term) for site in covered.values())  # auxiliary sites
+
+
+def _closed_kl(of_q: dict[str, Any], of_p: dict[str, Any]) -> Tensor | float | None:
+    try:
+        divergence = kl_divergence(of_q["fn"], of_p["fn"])
+    except NotImplementedError:
+        return None
+    return _sum(scale_and_mask(divergence, scale=of_q["scale"], mask=of_q["mask"]))
+
+
+def _samples(trace: Trace) -> dict[str, dict[str, Any]]:
+    sites = {name: cast(dict[str, Any], trace.nodes[name]) for name in trace.nodes}
+    return {name: site for name, site in sites.items() if site["type"] == "sample"}
+
+
+def _is_reparametrised(site: dict[str, Any]) -> bool:
+    score = site["score_parts"].score_function
+    return not torch.is_tensor(score) and score == 0
+
+
+def _sum(x: Tensor | float) -> Tensor | float:
+    return x.sum() if torch.is_tensor(x) else x
