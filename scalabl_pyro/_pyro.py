@@ -1,7 +1,19 @@
-"""The base class of every Pyro program here."""
+"""The base class of every Pyro program here, and the mode its parameters are used in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pyro
 from pyro.nn import PyroModule
+
+from ._lock import LOCK
+
+
+@contextmanager
+def local_params() -> Iterator[None]:
+    """Parameters stay in their modules and Pyro's global store empty; one thread at a time, as the mode is global."""
+    with LOCK, pyro.settings.context(module_local_params=True):
+        yield
 
 
 class Program(PyroModule):
@@ -13,5 +25,5 @@ class Program(PyroModule):
     """
 
     def __init__(self) -> None:
-        with pyro.settings.context(module_local_params=True):
+        with local_params():
             super().__init__()

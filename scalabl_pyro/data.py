@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._lock import LOCK
 from ._rng import scoped_seed
 from .hub_rows import Row, as_question
 
@@ -152,7 +153,8 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
         if not isinstance(row, Mapping):
             raise TypeError(f"Row {i} is a {type(row).__name__}; expected a dict such as {{'question': ...}}.")
         try:
-            example = encode_row(row)
+            with LOCK:  # a fast tokenizer refuses a second thread
+                example = encode_row(row)
         except (ValueError, KeyError, TypeError) as error:
             message = error.args[0] if error.args else error
             raise ValueError(f"Row {i}{_row_id(row)}: {message}") from error

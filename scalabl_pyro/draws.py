@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ._pyro import local_params
 from ._rng import scoped_seed
 from .guides import EmpiricalGuide, Guide, MixtureGuide
 from .priors import Prior
@@ -41,7 +42,7 @@ class Draws:
 
 def sample(guide: Guide, num_draws: int, *, seed: int) -> Draws:
     """Draw from a guide; 0 draws give its mean as the only one."""
-    with torch.no_grad(), pyro.settings.context(module_local_params=True):
+    with torch.no_grad(), local_params():
         if num_draws == 0:
             sites = {k: v.detach().clone().unsqueeze(0) for k, v in guide.mean().items()}
             return Draws(sites, seed=seed, is_mean=True)

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import pyro
 import torch
 from pyro.infer import ELBO
 from torch import nn
 from tqdm.auto import tqdm
 
 from ._errors import check_choice
+from ._pyro import local_params
 from ._rng import scoped_seed
-from .adapted import eval_mode
+from .adapted import sole_use
 from .data import Batch, TrainingBatches, training_source
 from .guides import Guide, GuideLike, ParticleGuide, as_guide
 from .likelihoods import Task
@@ -242,9 +242,9 @@ def _kl_weight(kl_weight: float | Callable[[int], float], step: int) -> float:
 def _training_scope(blora: BayesianLoRA, seed: int) -> Iterator[None]:
     """Seeded noise, Pyro's local parameters, no dropout; all as before afterwards."""
     with (
-        eval_mode(blora.llm),  # dropout of the base model would be a second, unmodelled source of noise
+        sole_use(blora.llm),  # dropout of the base model would be a second, unmodelled source of noise
         scoped_seed(seed),
-        pyro.settings.context(module_local_params=True),
+        local_params(),
         warnings.catch_warnings(),
         torch.enable_grad(),
     ):

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ._lock import LOCK
 from .data import Batch
 from .likelihoods import Task
 from .logdensity import LogLikelihood
@@ -54,7 +55,7 @@ def predict_linearised(
         parts.append(
             (batch, outputs.detach().cpu() + torch.einsum("bkl,sbl->sbk", root, draws).to(outputs.dtype).cpu())
         )
-    return predict_from_outputs(likelihood.task, likelihood.examples, parts)
+    return predict_from_outputs(likelihood.task, likelihood.examples, parts, seed=seed)
 
 
 def _curvatures(likelihood: LogLikelihood, s: Tensor) -> Iterator[tuple[Batch, Tensor, Tensor]]:
@@ -71,7 +72,9 @@ def output_hessian(task: Task, batch: Batch, outputs: Tensor) -> Tensor:
     """(B, K, K) Hessian of -log p(y | outputs) in the outputs (B, K); rows do not interact."""
     with torch.enable_grad():
         point = outputs.detach().requires_grad_(True)
-        nll = -task.likelihood(point, batch).log_prob(cast(Tensor, batch.target)).sum()
+        with LOCK:
+            d = task.likelihood(point, batch)
+        nll = -d.log_prob(cast(Tensor, batch.target)).sum()
         (slope,) = torch.autograd.grad(nll, point, create_graph=True)
         if not slope.requires_grad:
             return torch.zeros(*outputs.shape, outputs.shape[1], device=outputs.device)
@@ -84,5 +87,6 @@ def output_hessian(task: Task, batch: Batch, outputs: Tensor) -> Tensor:
 
 def _jacobian(outputs: Tensor, own: Tensor, active: Tensor) -> Tensor:
     """(B, K, D) gradients of the ``active`` outputs of each row, one backward pass an output."""
-    rows = [torch.autograd.grad(outputs[:, k].sum(), own, retain_graph=True)[0] for k in active.tolist()]
+    with torch.enable_grad():
+        rows = [torch.autograd.grad(outputs[:, k].sum(), own, retain_graph=True)[0] for k in active.tolist()]
     return torch.stack(rows, dim=1).detach()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ._lock import LOCK
 from .adapted import AdaptedLLM, eval_mode
 from .data import Batch, Example, evaluation_batches
 from .likelihoods import Task, at_least_float32
@@ -47,10 +48,10 @@ class LogLikelihood:
         """(S, N) log likelihood of each example under each of the draws ``s`` (S, D), on the CPU."""
         out = torch.empty(len(s), self.num_data, dtype=torch.promote_types(s.dtype, torch.float32))
         with eval_mode(self.llm.llm):
-            for batch in tqdm(self._passes(), total=len(self.batches), disable=not progress, desc="log likelihood"):
+            for batch, prefix in tqdm(self._passes(), disable=not progress, desc="log likelihood"):
                 for start in range(0, len(s), draws_per_pass):
                     part = s[start : start + draws_per_pass].to(self.device)
-                    values = self._batch(batch, part.unsqueeze(1))
+                    values = self._batch(batch, prefix, part.unsqueeze(1))
                     out[start : start + draws_per_pass, batch.index.cpu()] = values.cpu().to(out.dtype)
         return out
 
@@ -58,9 +59,9 @@ class LogLikelihood:
         """The sum over examples at one s (D,), and its gradient (D,); memory is that of one batch."""
         total, gradient = torch.zeros((), dtype=s.dtype), torch.zeros_like(s)
         with eval_mode(self.llm.llm), torch.enable_grad():
-            for batch in self._passes():
+            for batch, prefix in self._passes():
                 point = s.detach().to(self.device).requires_grad_(True)
-                value = self._batch(batch, point).sum()
+                value = self._batch(batch, prefix, point).sum()
                 (slope,) = torch.autograd.grad(value, point)
                 total += value.detach().to(total)
                 gradient += slope.to(gradient)
@@ -75,20 +76,22 @@ class LogLikelihood:
 
         Since row b sees its own copy of s, the gradient of a sum over rows holds every per-example gradient.
         """
-        with eval_mode(self.llm.llm), torch.enable_grad():
-            for batch in self._passes():
+        for batch, prefix in self._passes():
+            # No scope stays open over a yield: an abandoned generator closes late, and would change the caller's modes.
+            with eval_mode(self.llm.llm), torch.enable_grad(), reuse(self.llm.adapter, prefix):
                 own = s.detach().to(self.device).expand(len(batch), -1).clone().requires_grad_(True)
-                outputs = self.task.outputs(self.llm, batch, own)
-                yield batch, own, outputs.reshape(len(batch), -1)
+                outputs = self.task.outputs(self.llm, batch, own).reshape(len(batch), -1)
+            yield batch, own, outputs
 
-    def _passes(self) -> Iterator[Batch]:
-        """The batches, each in the scope of its kept prefix."""
-        for batch, prefix in zip(self.batches, self.prefixes, strict=True):
-            with reuse(self.llm.adapter, prefix):
-                yield batch
+    def _passes(self) -> list[tuple[Batch, Prefix | None]]:
+        """The batches, each with its kept prefix."""
+        return list(zip(self.batches, self.prefixes, strict=True))
 
-    def _batch(self, batch: Batch, s: Tensor) -> Tensor:
-        d = self.task.likelihood(self.task.outputs(self.llm, batch, s), batch)
+    def _batch(self, batch: Batch, prefix: Prefix | None, s: Tensor) -> Tensor:
+        with reuse(self.llm.adapter, prefix):
+            outputs = self.task.outputs(self.llm, batch, s)
+        with LOCK:
+            d = self.task.likelihood(outputs, batch)
         return at_least_float32(d.log_prob(cast(Tensor, batch.target)))
 
 

@@ -12,6 +12,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
+from ._pyro import local_params
 from ._rng import scoped_seed
 from .data import Batch, encode, read_rows
 from .guides import EmpiricalGuide
@@ -77,7 +78,7 @@ def mcmc(
     start = {name: value.detach() for name, value in _means(posterior).items()}
     chains: list[dict[str, Tensor]] = []
     divergences = 0
-    with pyro.settings.context(module_local_params=True):
+    with local_params():
         for chain in range(num_chains):
             with scoped_seed(seed + chain):
                 moved = {name: _jittered(posterior.prior, name, value, jitter) for name, value in start.items()}
@@ -122,13 +123,13 @@ class _FullData:
 
 
 def _means(posterior: Posterior) -> dict[str, Tensor]:
-    with torch.no_grad(), pyro.settings.context(module_local_params=True):
+    with torch.no_grad(), local_params():
         return posterior.guide.mean()
 
 
 def _jittered(prior: Prior, name: str, value: Tensor, jitter: float) -> Tensor:
     """A start near ``value``; positive sites stay positive."""
-    with torch.no_grad(), scoped_seed(0), pyro.settings.context(module_local_params=True):
+    with torch.no_grad(), scoped_seed(0), local_params():
         node: Any = pyro.poutine.trace(prior).get_trace().nodes[name]
     noise = jitter * torch.randn_like(value)
     real = bool(node["fn"].support.check(-torch.ones_like(node["value"])).all())

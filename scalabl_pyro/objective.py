@@ -22,6 +22,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from ._pyro import local_params
 from ._rng import scoped_seed
 from .data import Batch
 from .elbo import device_loss, stays_on_device
@@ -142,7 +143,7 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
     Raises:
         ValueError: the guide misses a site, invents one, gives it another shape, or can leave its support.
     """
-    with torch.no_grad(), scoped_seed(0), pyro.settings.context(module_local_params=True):
+    with torch.no_grad(), scoped_seed(0), local_params():
         q, p = poutine.trace(guide).get_trace(), poutine.trace(prior).get_trace()
     sites: dict[str, Any] = {name: p.nodes[name] for name in p.stochastic_nodes}
     covered: dict[str, Any] = {name: q.nodes[name] for name in q.stochastic_nodes}

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyro
 import torch
 import xarray as xr
 from torch import Tensor, nn
 
 from . import arviz_io, serialization
+from ._pyro import local_params
 from ._rng import scoped_seed
 from ._version import __version__
 from .adapted import AdaptedLLM
@@ -91,7 +91,7 @@ class Posterior:
 
     def mean(self) -> Tensor:
         """(D,) posterior mean of s."""
-        with torch.no_grad(), pyro.settings.context(module_local_params=True):
+        with torch.no_grad(), local_params():
             return self.guide.mean()["s"].detach().clone()
 
     def sample(self, num_draws: int, *, seed: int = 0) -> Draws:
@@ -188,7 +188,7 @@ class Posterior:
         self, data: Any, *, num_draws: int = 100, seed: int = 0, batch_size: int = 16
     ) -> Prediction | NumericPrediction:
         """Predict under draws of the *prior* of s, with the learned factors: what the prior means in probabilities."""
-        with torch.no_grad(), pyro.settings.context(module_local_params=True), scoped_seed(seed):
+        with torch.no_grad(), local_params(), scoped_seed(seed):
             s = torch.stack([self.prior() for _ in range(num_draws)])
         examples = encode(read_rows(data, split="test"), self.task.encode, need_target=False)
         return predict(self.llm(), self.task, s, examples, batch_size=batch_size, seed=seed)
@@ -246,7 +246,7 @@ class Posterior:
         rows = read_rows(data)
         weights = self.log_weights(rows, num_draws=num_draws, num_data=num_data, seed=seed, batch_size=batch_size)
         draws = self.sample(num_draws, seed=seed).s.numpy()
-        with torch.no_grad(), pyro.settings.context(module_local_params=True), scoped_seed(seed):
+        with torch.no_grad(), local_params(), scoped_seed(seed):
             prior_draws = torch.stack([self.prior() for _ in range(max(num_draws, 200))]).numpy()
         findings = [*check_history(history), *check_scales(draws, prior_draws, self.subspace)]
         if weights.log_q is not None:
@@ -274,7 +274,7 @@ class Posterior:
 
     def _in_local_mode(self, function: Callable[[], Tensor]) -> Tensor:
         """Run a function of guide or prior without touching Pyro's global store."""
-        with torch.no_grad(), pyro.settings.context(module_local_params=True):
+        with torch.no_grad(), local_params():
             return function()
 
     def summary(self, *, num_draws: int = 1000, seed: int = 0) -> pd.DataFrame:

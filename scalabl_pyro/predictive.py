@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import metrics
-from ._rng import scoped_seed
+from ._lock import LOCK
+from ._rng import Stream
 from .adapted import AdaptedLLM, eval_mode
 from .data import Batch, Example, evaluation_batches
 from .likelihoods import Task, at_least_float32
@@ -211,11 +212,12 @@ def predict(
     if any(batch.target is None for batch in batches):  # one row without answer: nothing is scored
         batches = [batch.without_target() for batch in batches]
     bar = tqdm(batches, disable=not progress, desc="predict", unit="batch")
-    with eval_mode(llm.llm), scoped_seed(seed), bar:
+    noise = Stream(seed)
+    with eval_mode(llm.llm), bar:
         for batch in bar:
             while True:
                 try:
-                    moments = [_moments(llm, task, part, batch.to(device)) for part in s.split(chunk)]
+                    moments = [_moments(llm, task, part, batch.to(device), noise) for part in s.split(chunk)]
                     break
                 except torch.OutOfMemoryError:
                     if chunk == 1:
@@ -228,16 +230,17 @@ def predict(
 
 
 def predict_from_outputs(
-    task: Task, examples: Sequence[Example], outputs: Sequence[tuple[Batch, Tensor]]
+    task: Task, examples: Sequence[Example], outputs: Sequence[tuple[Batch, Tensor]], *, seed: int = 0
 ) -> Prediction | NumericPrediction:
     """A prediction from outputs (S, B, K) that were computed elsewhere, a batch at a time."""
+    noise = Stream(seed)
     if any(batch.target is None for batch, _ in outputs):
         outputs = [(batch.without_target(), draws) for batch, draws in outputs]
-    parts = [(b.index, _keep(task.likelihood(o.to(b.index.device), b), b, len(o))) for b, o in outputs]
+    parts = [(b.index, _keep(task, o.to(b.index.device), b, noise)) for b, o in outputs]
     return _as_prediction(parts, task, examples, is_mean=False, seconds=float("nan"))
 
 
-def _moments(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch) -> dict[str, Tensor]:
+def _moments(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch, noise: Stream) -> dict[str, Tensor]:
     """What is kept of the likelihood of a batch under P draws."""
     outputs = task.outputs(llm, batch, s.unsqueeze(1))
     if torch.isnan(outputs).any():
@@ -246,18 +249,22 @@ def _moments(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch) -> dict[str, 
             f"The LLM's outputs of rows {batch.index[bad].tolist()} are NaN: check these inputs, and use bfloat16 or "
             "float32 instead of float16."
         )
-    return _keep(task.likelihood(outputs, batch), batch, len(s))
+    return _keep(task, outputs, batch, noise)
 
 
-def _keep(d: Any, batch: Batch, num_draws: int) -> dict[str, Tensor]:
-    """Log probabilities, or moments, of the likelihood of B rows, each (num_draws, B, ...), on the CPU."""
+def _keep(task: Task, outputs: Tensor, batch: Batch, noise: Stream) -> dict[str, Tensor]:
+    """Log probabilities, or moments, of the likelihood given ``outputs`` (P, B, K), each (P, B, ...), on the CPU."""
+    with LOCK:  # a task is a Pyro program
+        d: Any = task.likelihood(outputs, batch)
     if isinstance(d, dist.Categorical):
         kept = {"log_probs": at_least_float32(d.logits).log_softmax(-1)}
     else:
-        kept = {"means": d.mean, "variances": d.variance, "replicates": d.sample()}
+        with noise.use():
+            replicates = d.sample()
+        kept = {"means": d.mean, "variances": d.variance, "replicates": replicates}
         if batch.target is not None:
             kept["log_density"] = d.log_prob(batch.target)
-    shape = (num_draws, len(batch))
+    shape = (len(outputs), len(batch))
     return {k: v.expand(*shape, *v.shape[2:]).cpu() for k, v in kept.items()}
 
 

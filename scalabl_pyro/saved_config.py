@@ -2,15 +2,31 @@
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from . import files
+from ._errors import ScalaBLWarning
+from .tensor_files import each_key_once
+
+#: Raised when an older version would misread the files: it refuses them.
 FORMAT_VERSION = 1
+#: Raised when fields are added that an older version may do without: it ignores them, with a warning.
+FORMAT_MINOR = 0
 NAME = "scalabl_config.json"
-MAX_BYTES = 16 * 2**20
-PRIOR = {"family": str, "parameters": list, "options": dict}
+MAX_BYTES = 8 * 2**20
+MAX_DEPTH = 32
+MAX_DIGITS = 20
+
+LAYER = {"name": str, "rank": int, "in_features": int, "out_features": int, "scaling": float}
+GUIDE = {"family": str, "class": str, "options": dict}
+PRIOR = {"family": str, "class": str, "parameters": list, "options": dict}
+TASK = {"class": str, "options": dict}
+FILE = {"bytes": int, "sha256": str}
+BASE_MODEL = ("class", "model_type", "embedding_shape", "probes", "layer_probes")
 
 
 @dataclass(frozen=True)
@@ -23,10 +39,11 @@ class SavedConfig:
         gauge: gauge of the factors.
         heads: paths of the modules trained in full.
         guide: ``family`` (None for a class of the user's own), ``class``, ``options``.
-        prior: ``family`` (None for a class of the user's own), ``class``, ``parameters``.
+        prior: ``family`` (None for a class of the user's own), ``class``, ``parameters``, ``options``.
         task: ``class``, ``options``.
         base_model: fingerprint.
         provenance: how the posterior came about.
+        files: ``bytes`` and ``sha256`` of every other file, by path in the directory.
     """
 
     library_version: str
@@ -38,6 +55,7 @@ class SavedConfig:
     task: dict[str, Any]
     base_model: dict[str, Any]
     provenance: dict[str, Any]
+    files: dict[str, dict[str, Any]]
 
     def write(self, folder: Path) -> None:
         """Write it to ``folder``.
@@ -51,8 +69,12 @@ class SavedConfig:
                     json.dumps(value, allow_nan=False)
                 except (TypeError, ValueError):
                     raise ValueError(f"The {part} has the option {name}={value!r}, which JSON cannot hold.") from None
-        text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2)
-        (folder / NAME).write_text(text + "\n", encoding="utf-8")
+        versions = {"format_version": FORMAT_VERSION, "format_minor": FORMAT_MINOR}
+        text = json.dumps({**versions, **asdict(self)}, indent=2)
+        files.write_file(folder / NAME, (text + "\n").encode())
+
+
+FIELDS = ("format_version", "format_minor", *SavedConfig.__dataclass_fields__)
 
 
 def read(folder: Path) -> SavedConfig:
@@ -60,65 +82,134 @@ def read(folder: Path) -> SavedConfig:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, of another version, or an entry has the wrong type; the entry is named.
+        ValueError: it is damaged, of a newer format, or an entry has the wrong type; file and entry are named.
     """
-    config = _parse(folder)
-    version = config.get("format_version")
+    try:
+        content = files.read_file(folder, NAME, limit=MAX_BYTES)
+    except FileNotFoundError:
+        message = f"{folder} holds no {NAME}: it is not a directory that save_pretrained() wrote."
+        raise FileNotFoundError(message) from None
+    try:
+        return parse(content)
+    except ValueError as error:
+        raise ValueError(f"{folder / NAME}{error}") from None
+
+
+def parse(content: bytes) -> SavedConfig:
+    """The configuration in the bytes of its file.
+
+    Raises:
+        ValueError: as :func:`read`; the message goes on from the name of the file.
+    """
+    config = _json_object(content)
+    version, minor = config.get("format_version"), config.get("format_minor", 0)
     if version != FORMAT_VERSION or isinstance(version, bool):
-        raise ValueError(
-            f"{folder / NAME} has format_version {version!r}; this version of scalabl_pyro reads {FORMAT_VERSION}."
-        )
-    guide, prior, task = (get(config, part, dict) for part in ("guide", "prior", "task"))
-    heads = get(config, "heads", list)
-    if not all(isinstance(name, str) for name in heads):
-        raise ValueError(f"{NAME}: 'heads' must be a list of module paths, found {heads}.")
-    return SavedConfig(
-        library_version=str(config.get("library_version")),
+        raise ValueError(f" has format_version {version!r}; this version of scalabl_pyro reads {FORMAT_VERSION}.")
+    if not isinstance(minor, int) or isinstance(minor, bool) or minor < 0:
+        raise ValueError(f": 'format_minor' must be a number from 0, found {minor!r}.")
+    parsed = SavedConfig(
+        library_version=get(config, "library_version", str),
         layers=_layers(get(config, "layers", list)),
         gauge=get(config, "gauge", str),
-        heads=heads,
-        guide=guide if guide.get("family") is None else {**guide, "options": get(guide, "options", dict)},
-        prior=prior
-        if prior.get("family") is None
-        else {k: get({"options": {}, **prior}, k, t) for k, t in PRIOR.items()},
-        task={"class": get(task, "class", str), "options": get(task, "options", dict)},
+        heads=_heads(get(config, "heads", list)),
+        guide=_part(config, "guide", GUIDE),
+        prior=_part(config, "prior", PRIOR),
+        task={key: get(get(config, "task", dict), key, kind) for key, kind in TASK.items()},
         base_model=get(config, "base_model", dict),
         provenance=get(config, "provenance", dict),
+        files=_files(get(config, "files", dict)),
     )
+    if unknown := _unknown_fields(config):
+        what = f" has fields that this version does not know: {unknown[:5]}"
+        if minor <= FORMAT_MINOR:
+            raise ValueError(f"{what}. Format {version}.{minor} has none, so the file is damaged.")
+        note = f"{NAME}{what}. scalabl_pyro {parsed.library_version} wrote it; they are ignored."
+        warnings.warn(note, ScalaBLWarning, stacklevel=5)
+    return parsed
 
 
 def get(config: Mapping[str, Any], key: str, kind: type) -> Any:
     """The entry ``key``, which must be of type ``kind``."""
     value = config.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{NAME}: {key!r} must be a {kind.__name__}, found {type(value).__name__}.")
+        raise ValueError(f": {key!r} must be a {kind.__name__}, found {type(value).__name__}.")
     return value
 
 
-def _parse(folder: Path) -> dict[str, Any]:
-    file = folder / NAME
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no {NAME}: it is not a directory that save_pretrained() wrote.")
-    if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes, more than any configuration needs.")
+def _json_object(content: bytes) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(content.decode("utf-8"), object_pairs_hook=each_key_once, parse_int=_int)
+        _check_depth(config)
     except (ValueError, RecursionError) as error:  # not JSON, not text, nested or endless
-        raise ValueError(f"{file} is damaged: not JSON ({error}).") from None
+        raise ValueError(f" is damaged: not JSON ({error}).") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{file} is damaged: expected a JSON object.")
+        raise ValueError(" is damaged: expected a JSON object.")
     return config
 
 
+def _int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level = [v for values in inner for v in values]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_DEPTH}")
+
+
+def _part(config: Mapping[str, Any], name: str, fields: Mapping[str, type]) -> dict[str, Any]:
+    """Guide or prior: all entries where the family is one of this library, else what tells the user which it was."""
+    part = get(config, name, dict)
+    if part.get("family") is None:
+        return part
+    return {key: get({"class": "", "options": {}, **part}, key, kind) for key, kind in fields.items()}
+
+
 def _layers(layers: list[Any]) -> list[dict[str, Any]]:
-    fields = {"name": str, "rank": int, "in_features": int, "out_features": int, "scaling": float}
     if not layers or not all(isinstance(layer, dict) for layer in layers):
-        raise ValueError(f"{NAME}: 'layers' must be a list of objects.")
-    parsed = [{key: get(layer, key, kind) for key, kind in fields.items()} for layer in layers]
+        raise ValueError(": 'layers' must be a list of objects.")
+    parsed = [{key: get(layer, key, kind) for key, kind in LAYER.items()} for layer in layers]
     if len({layer["name"] for layer in parsed}) < len(parsed):
-        raise ValueError(f"{NAME}: a layer is listed twice.")
+        raise ValueError(": a layer is listed twice.")
     if any(min(layer["rank"], layer["in_features"], layer["out_features"]) < 1 for layer in parsed):
-        raise ValueError(f"{NAME}: ranks and shapes of layers must be positive.")
+        raise ValueError(": ranks and shapes of layers must be positive.")
     if not all(math.isfinite(layer["scaling"]) for layer in parsed):
-        raise ValueError(f"{NAME}: 'scaling' of each layer must be finite.")
+        raise ValueError(": 'scaling' of each layer must be finite.")
     return parsed
+
+
+def _heads(heads: list[Any]) -> list[str]:
+    if not all(isinstance(name, str) and name for name in heads) or len(set(heads)) < len(heads):
+        raise ValueError(f": 'heads' must be a list of module paths, each once, found {heads}.")
+    return heads
+
+
+def _files(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    parsed = {}
+    for name, entry in entries.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
+            raise ValueError(f": 'files' names {name!r}, which is no path inside the directory.")
+        if not isinstance(entry, dict):
+            raise ValueError(f": 'files' must give an object for {name!r}.")
+        parsed[name] = {key: get(entry, key, kind) for key, kind in FILE.items()}
+    return parsed
+
+
+def _unknown_fields(config: Mapping[str, Any]) -> list[str]:
+    known: list[tuple[str, Mapping[str, Any], Any]] = [
+        ("", config, FIELDS),
+        ("guide.", config["guide"], GUIDE),
+        ("prior.", config["prior"], PRIOR),
+        ("task.", config["task"], TASK),
+        ("base_model.", config["base_model"], BASE_MODEL),
+        *((f"layers[{i}].", layer, LAYER) for i, layer in enumerate(config["layers"])),
+        *((f"files[{name!r}].", entry, FILE) for name, entry in config["files"].items()),
+    ]
+    return [where + key for where, part, fields in known for key in part if key not in fields]

@@ -6,41 +6,54 @@
     tokenizer/                  the tokenizer of the task
 
 Reading is strict: every key and shape must be the expected one, the base model must be the one that the posterior was
-learned on, and a failed load leaves the model as it was.
+learned on, no file may have changed since, and a failed load leaves the model as it was.
 """
 
 import copy
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from . import guides, likelihoods, priors, saved_config
+from ._lock import LOCK
 from ._version import __version__
 from .attach import find_adapter, reattach
+from .files import check_file, describe_files, replaced_directory
 from .fingerprint import check_fingerprint, fingerprint
 from .guides import Guide
 from .likelihoods import Task
 from .lora import Adapter, Factors
 from .model import BayesianLoRA
 from .priors import Prior
+from .restore import (
+    ADAPTER,
+    POSTERIOR,
+    TOKENIZER,
+    check_adapter_keys,
+    check_heads,
+    check_keys,
+    check_override,
+    checked_mean,
+    load_strict,
+    saved_factors,
+    saved_guide,
+    saved_heads,
+    saved_prior,
+    saved_task,
+    write_tokenizer,
+)
 from .saved_config import SavedConfig
+from .tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from .posterior import Posterior
 
-ADAPTER = "adapter_model.safetensors"
-POSTERIOR = "posterior.safetensors"
-TOKENIZER = "tokenizer"
+#: Tensor files may be this large, or as large as the base model in double precision.
+MIN_LIMIT = 2**30
 
 
 def save(path: str | Path, posterior: "Posterior") -> None:
@@ -50,24 +63,15 @@ def save(path: str | Path, posterior: "Posterior") -> None:
         FileExistsError: ``path`` holds something else.
         ValueError: a guide or task with options that JSON cannot hold.
     """
-    path = Path(path).resolve()  # write through links
+    path = Path(path).resolve()
     if path.exists() and not (path / saved_config.NAME).exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and holds no posterior: give the path of a new directory.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    staging.mkdir()
-    try:
-        _describe(posterior).write(staging)
-        save_file(_own(_adapter_tensors(posterior)), staging / ADAPTER)
-        save_file(_own(_posterior_tensors(posterior.guide, posterior.prior, posterior.task)), staging / POSTERIOR)
-        for name in (ADAPTER, POSTERIOR):  # safetensors makes them private; give them the mode of any other file
-            (staging / name).chmod((staging / saved_config.NAME).stat().st_mode)
+    with replaced_directory(path) as folder:
+        write_tensors(folder / ADAPTER, _adapter_tensors(posterior))
+        write_tensors(folder / POSTERIOR, _posterior_tensors(posterior.guide, posterior.prior, posterior.task))
         if posterior.task.tokenizer is not None:
-            posterior.task.tokenizer.save_pretrained(staging / TOKENIZER)
-        _move_into_place(staging, path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+            write_tokenizer(folder / TOKENIZER, posterior.task.tokenizer)
+        _describe(posterior, describe_files(folder)).write(folder)
 
 
 def load(
@@ -80,13 +84,26 @@ def load(
 ) -> dict[str, Any]:
     """Fields of the posterior saved at ``path``; ``llm`` gets its layers unless it carries the same already."""
     path = Path(path)
-    _check_override("task", task, Task)
-    _check_override("prior", prior, Prior)
+    check_override("task", task, Task)
+    check_override("prior", prior, Prior)
     if guide is not None and not isinstance(guide, Guide) and not callable(guide):
         raise TypeError(f"guide={guide!r}: expected a scalabl_pyro.guides.Guide, or a callable blora -> Guide.")
+    with LOCK, _errors_name(path):
+        return _load(path, llm, task, prior, guide)
+
+
+def _load(
+    path: Path,
+    llm: nn.Module,
+    task: Task | None,
+    prior: Prior | None,
+    guide: Guide | Callable[[BayesianLoRA], Guide] | None,
+) -> dict[str, Any]:
     config = saved_config.read(path)
-    adapter_tensors, tensors = _read_tensors(path / ADAPTER), _read_tensors(path / POSTERIOR)
-    _check_adapter_keys(config, adapter_tensors)
+    limit = max(MIN_LIMIT, 8 * sum(p.numel() for p in llm.parameters()))
+    adapter_tensors, tensors = (read_tensors(path, name, limit=limit) for name in (ADAPTER, POSTERIOR))
+    check_adapter_keys(config, adapter_tensors)
+    check_heads(config.heads, adapter_tensors, llm)
 
     carried = find_adapter(llm)
     adapter = carried or reattach(llm, config.layers, gauge=config.gauge, heads=config.heads)
@@ -94,21 +111,21 @@ def load(
         if carried is not None:
             _check_carried(carried, config, path)
         check_fingerprint(config.base_model, fingerprint(adapter))
-        factors = _factors(adapter, adapter_tensors)
-        heads = _heads(adapter, config.heads, adapter_tensors)
+        factors = saved_factors(adapter, adapter_tensors)
+        heads = saved_heads(adapter, config.heads, adapter_tensors)
         own_prior = (
-            _saved_prior(config, tensors, adapter)
+            saved_prior(config, tensors, adapter)
             if prior is None
             else priors.as_prior(copy.deepcopy(prior), adapter.subspace)
         )
-        own_task = _saved_task(config, path) if task is None else copy_task(task)
-        own_guide = _guide(config, guide, own_prior, adapter)
+        own_task = saved_task(config, path) if task is None else copy_task(task)
+        own_guide = saved_guide(config, guide, own_prior, adapter, tensors)
         for part, module in {"guide": own_guide, "prior": own_prior, "task": own_task}.items():
             state = {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(part + ".")}
-            _load_strict(f"{POSTERIOR}: {part}", module, state)
-        _check_keys(POSTERIOR, {k for k in tensors if k.split(".")[0] not in ("guide", "prior", "task")}, set())
-        with torch.no_grad(), pyro.settings.context(module_local_params=True):
-            mean = own_guide.mean()["s"].detach().clone()
+            load_strict(f"{POSTERIOR}: {part}", module, state)
+        check_keys(POSTERIOR, {k for k in tensors if k.split(".")[0] not in ("guide", "prior", "task")}, set())
+        mean = checked_mean(own_guide, adapter.subspace.dim)
+        _check_unchanged(path, config, with_tokenizer=task is None)
     except BaseException:
         if carried is None:
             adapter.unload()
@@ -126,6 +143,26 @@ def load(
     }
 
 
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """Every error about a posterior says where it lies."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_unchanged(path: Path, config: SavedConfig, *, with_tokenizer: bool) -> None:
+    """Hashes come last: where a check above fails too, it says more."""
+    if missing := {ADAPTER, POSTERIOR} - set(config.files):
+        raise ValueError(f"{path / saved_config.NAME}: 'files' does not describe {sorted(missing)}.")
+    for name, expected in config.files.items():
+        if with_tokenizer or not name.startswith(TOKENIZER + "/"):
+            check_file(path, name, expected)
+
+
 def copy_task(task: Task) -> Task:
     """A copy of a task and its parameters that shares the tokenizer."""
     return copy.deepcopy(task, {id(task.tokenizer): task.tokenizer})
@@ -134,7 +171,7 @@ def copy_task(task: Task) -> Task:
 # what is written ------------------------------------------------------------------------------------------
 
 
-def _describe(posterior: "Posterior") -> SavedConfig:
+def _describe(posterior: "Posterior", files: dict[str, dict[str, Any]]) -> SavedConfig:
     return SavedConfig(
         library_version=__version__,
         layers=_describe_layers(posterior.adapter),
@@ -145,6 +182,7 @@ def _describe(posterior: "Posterior") -> SavedConfig:
         task=likelihoods.describe(posterior.task),
         base_model=fingerprint(posterior.adapter),
         provenance=dict(posterior.provenance),
+        files=files,
     )
 
 
@@ -176,60 +214,6 @@ def _posterior_tensors(guide: Guide, prior: Prior, task: Task) -> dict[str, Tens
     return {f"{part}.{k}": v for part, module in parts.items() for k, v in module.state_dict().items()}
 
 
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies: safetensors refuses tensors that share memory."""
-    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-
-
-def _move_into_place(staging: Path, path: Path) -> None:
-    if not path.exists():
-        os.replace(staging, path)
-        return
-    old = staging.with_name(staging.name + "-old")
-    os.replace(path, old)
-    try:
-        os.replace(staging, path)
-    except BaseException:
-        os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-# what is read ---------------------------------------------------------------------------------------------
-
-
-def _check_override(name: str, value: object, kind: type) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise TypeError(f"{name}={value!r}: expected an instance of scalabl_pyro's {kind.__name__}.")
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing.")
-    try:
-        # Copies: safetensors maps the file, which may change while the posterior is in use.
-        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"{file} is damaged: not a whole safetensors file ({error}).") from None
-    for name, tensor in tensors.items():
-        if tensor.is_complex() or (tensor.is_floating_point() and not torch.isfinite(tensor).all()):
-            raise ValueError(f"{file}: tensor {name!r} holds values that are not finite real numbers.")
-    return tensors
-
-
-def _check_keys(what: str, found: set[str], expected: set[str]) -> None:
-    if found != expected:
-        missing, surplus = sorted(expected - found)[:5], sorted(found - expected)[:5]
-        raise ValueError(f"{what} does not hold what its configuration says: missing {missing}, unexpected {surplus}.")
-
-
-def _check_adapter_keys(config: SavedConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Exactly A and B of each layer; keys within a head are checked against the head."""
-    of_heads = {k for k in tensors if any(k.startswith(f"heads.{name}.") for name in config.heads)}
-    expected = {f"{layer['name']}.lora_{x}.weight" for layer in config.layers for x in "AB"}
-    _check_keys(ADAPTER, set(tensors) - of_heads, expected)
-
-
 def _check_carried(carried: Adapter, config: SavedConfig, path: Path) -> None:
     if _describe_layers(carried) != config.layers:
         raise ValueError(
@@ -241,96 +225,6 @@ def _check_carried(carried: Adapter, config: SavedConfig, path: Path) -> None:
             f"The module already carries Bayesian LoRA with gauge={carried.gauge!r}, but {path} was learned with "
             f"gauge={config.gauge!r}: call .unload() first, or load into another copy of the model."
         )
-
-
-def _check_like(what: str, saved: Tensor, own: Tensor) -> None:
-    if saved.shape != own.shape:
-        raise ValueError(f"{what} is {tuple(saved.shape)}, expected {tuple(own.shape)}.")
-    if saved.is_floating_point() != own.is_floating_point():
-        raise ValueError(f"{what} is {saved.dtype}, expected {own.dtype}.")
-
-
-def _factors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Factors:
-    factors = []
-    for layer, live in zip(adapter.subspace, adapter.factors(), strict=True):
-        pair = [tensors[f"{layer.name}.lora_{x}.weight"] for x in "AB"]
-        for x, saved, own in zip("AB", pair, live, strict=True):
-            _check_like(f"{ADAPTER}: lora_{x} of {layer.name!r}", saved, own)
-        factors.append((pair[0].to(live[0].device), pair[1].to(live[1].device)))
-    return tuple(factors)
-
-
-def _heads(adapter: Adapter, names: list[str], tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    if set(names) != set(adapter.heads):
-        raise ValueError(f"{saved_config.NAME}: trained heads are {names}, the module trains {sorted(adapter.heads)}.")
-    heads = {}
-    for name in names:
-        head, prefix = copy.deepcopy(adapter.heads[name]), f"heads.{name}."
-        own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        _load_strict(f"{ADAPTER}: head {name!r}", head, own)
-        heads[name] = head.to(next(adapter.heads[name].parameters()).device).requires_grad_(False)
-    return heads
-
-
-def _saved_prior(config: SavedConfig, tensors: Mapping[str, Tensor], adapter: Adapter) -> Prior:
-    if config.prior.get("family") is None:
-        raise ValueError(_needs_help("prior", config.prior))
-    own = {k.removeprefix("prior."): v for k, v in tensors.items() if k.startswith("prior.")}
-    try:
-        return priors.from_saved(config.prior, own, adapter.subspace)
-    except (ValueError, TypeError, RuntimeError) as error:  # of the distribution's own checks
-        raise ValueError(f"{POSTERIOR}: prior {config.prior['family']!r}: {error}") from None
-
-
-def _saved_task(config: SavedConfig, path: Path) -> Task:
-    name = config.task["class"]
-    if name not in likelihoods.TASKS:
-        raise ValueError(_needs_help("task", config.task))
-    folder = path / TOKENIZER
-    if not folder.is_dir():
-        raise FileNotFoundError(f"The tokenizer {folder} is missing.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder.resolve(), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ValueError(f"The tokenizer {folder} is damaged ({error}).") from None
-    try:
-        return likelihoods.from_options(name, tokenizer, config.task["options"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{saved_config.NAME}: task {name}: {error}") from None
-
-
-def _guide(
-    config: SavedConfig, override: Guide | Callable[[BayesianLoRA], Guide] | None, prior: Prior, adapter: Adapter
-) -> Guide:
-    """A guide of the saved family on the CPU, its tensors still to be filled."""
-    blora = BayesianLoRA(adapter, prior=copy.deepcopy(prior))
-    if isinstance(override, Guide):
-        return override.snapshot()
-    if override is not None:
-        built = override(blora)
-        _check_override("guide", built, Guide)
-        return built.cpu()
-    family = config.guide.get("family")
-    if family is None or not isinstance(family, str):
-        raise ValueError(_needs_help("guide", config.guide))
-    try:
-        return guides.from_options(family, config.guide["options"], blora).cpu()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{saved_config.NAME}: guide: {error}") from None
-
-
-def _needs_help(part: str, entry: Mapping[str, Any]) -> str:
-    name = entry.get("class")
-    return f"The posterior was learned with the {part} {name!r}: pass from_pretrained(..., {part}={name}(...))."
-
-
-def _load_strict(what: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Fill a module with exactly these tensors, in the precision they were saved in."""
-    state = module.state_dict()
-    _check_keys(what, set(tensors), set(state))
-    for name, tensor in tensors.items():
-        _check_like(f"{what}: {name!r}", tensor, state[name])
-    module.load_state_dict(tensors, assign=True)
 
 
 @torch.no_grad()

@@ -139,11 +139,11 @@ def test_running_out_of_memory_halves_the_draws_a_pass(posterior, monkeypatch, c
     reference = posterior.predict(ROWS, num_draws=8)
     real, sizes = predictive._moments, []
 
-    def limited(llm, task, s, batch):
+    def limited(llm, task, s, *rest):
         sizes.append(len(s))
         if len(s) > 3:
             raise torch.OutOfMemoryError("pretend")
-        return real(llm, task, s, batch)
+        return real(llm, task, s, *rest)
 
     monkeypatch.setattr(predictive, "_moments", limited)
     prediction = posterior.predict(ROWS, num_draws=8)

@@ -4,12 +4,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import autoguide
 from torch import Tensor
 
 from .._errors import nearest
+from .._pyro import local_params
 from .._rng import scoped_seed
 from ..model import BayesianLoRA
 from ..priors import Prior
@@ -67,7 +67,7 @@ class AutoFamily(Guide):
         self._arguments = (prior, auto_class, init_loc_fn, auto_options)
         if not issubclass(auto_class, WITHOUT_INIT_LOC):
             auto_options = {"init_loc_fn": init_loc_fn, **auto_options}
-        with pyro.settings.context(module_local_params=True), scoped_seed(0):
+        with local_params(), scoped_seed(0):
             self.auto = auto_class(prior, **auto_options)
             self.auto()  # its prototype trace creates the parameters
 
@@ -77,7 +77,7 @@ class AutoFamily(Guide):
 
     def mean(self) -> dict[str, Tensor]:
         """The median, which is the mean of the symmetric families; of flows the average of MEAN_DRAWS draws."""
-        with pyro.settings.context(module_local_params=True):
+        with local_params():
             try:
                 return self.auto.median()
             except NotImplementedError:

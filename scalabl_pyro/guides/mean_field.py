@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ExpTransform
 
+from .._pyro import local_params
 from .._rng import scoped_seed
 from ..model import BayesianLoRA
 from ..priors import Prior
@@ -109,7 +110,7 @@ class WithHyperparameters(Guide):
 
 def prior_sites(prior: Prior) -> dict[str, dict[str, Any]]:
     """Latent sites of a prior in its order, each with its distribution ``fn`` and the ``median`` of 101 draws."""
-    with torch.no_grad(), scoped_seed(0), pyro.settings.context(module_local_params=True):
+    with torch.no_grad(), scoped_seed(0), local_params():
         traces = [poutine.trace(prior).get_trace() for _ in range(101)]
     sites: dict[str, dict[str, Any]] = {}
     for name in traces[0].stochastic_nodes:

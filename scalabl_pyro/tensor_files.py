@@ -1,0 +1,76 @@
+"""Tensors in safetensors files: written plainly, read as if by a stranger."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safe
+from torch import Tensor
+
+from . import files
+
+#: Bytes of the list of tensors; thousands of layers need less than one MiB.
+MAX_HEADER = 4 * 2**20
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a new file, contiguous copies: safetensors refuses those that share memory."""
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    files.write_file(file, safe.save(own))
+
+
+def read_tensors(folder: Path, name: str, *, limit: int) -> dict[str, Tensor]:
+    """Finite real tensors of a file of at most ``limit`` bytes, as copies that do not depend on it.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: no whole safetensors file, or a tensor that is not of finite real numbers.
+    """
+    content = files.read_file(folder, name, limit=limit)
+    file = folder / name
+    try:
+        header = _header(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: not a whole safetensors file ({error}).") from None
+    for key, entry in header.items():
+        if key != "__metadata__" and entry.get("dtype") not in DTYPES:
+            raise ValueError(f"{file}: tensor {key!r} has the type {entry.get('dtype')!r}; known are {DTYPES}.")
+    try:
+        tensors = safe.load(content)
+    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{file} is damaged: not a whole safetensors file ({error}).") from None
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: tensor {key!r} holds values that are not finite real numbers.")
+    return tensors
+
+
+def _header(content: bytes) -> dict[str, Any]:
+    """The list of tensors at the beginning of the file: each name once."""
+    size = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or size > len(content) - 8:
+        raise ValueError(f"a header of {size} bytes in {len(content)}")
+    if size > MAX_HEADER:
+        raise ValueError(f"a header of {size} bytes, more than {MAX_HEADER}")
+    header = json.loads(content[8 : 8 + size].decode("utf-8"), object_pairs_hook=each_key_once)
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise ValueError("a header that lists no tensors")
+    return header
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object for ``json.loads(object_pairs_hook=...)``.
+
+    Raises:
+        ValueError: a key stands twice, so that two readers could see different things.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice")
+        found[key] = value
+    return found
