@@ -6,7 +6,6 @@ last real token of each row known there is no need for it.
 """
 
 import itertools
-import json
 import logging
 import math
 import numbers
@@ -18,11 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import strict_json
 from ._lock import LOCK
 from ._rng import scoped_seed
 from .hub_rows import Row, as_question
 
 logger = logging.getLogger(__name__)
+
+
+#: Bytes of a line of a JSONL file; longer ones are no rows, and would fill the memory.
+MAX_LINE = 2**26
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,10 @@ def _read_jsonl(path: Path) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist (a name ending in .jsonl is read as a local file).")
     rows: list[Row] = []
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
+    with path.open("rb") as file:
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+            if len(raw) > MAX_LINE:
+                raise ValueError(f"{path}, line {number}: longer than {MAX_LINE} bytes; one row a line is expected.")
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -137,8 +143,8 @@ def _read_jsonl(path: Path) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = strict_json.loads(line)
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from . import guides, likelihoods, priors
+from . import guides, likelihoods, priors, strict_json
 from .draws import sample
 from .files import check_tree, read_file
 from .guides import Guide
@@ -20,7 +20,6 @@ from .lora import Adapter, Factors
 from .model import BayesianLoRA
 from .priors import Prior
 from .saved_config import NAME, SavedConfig
-from .tensor_files import each_key_once
 
 ADAPTER = "adapter_model.safetensors"
 POSTERIOR = "posterior.safetensors"
@@ -140,7 +139,7 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         if (folder / TOKENIZER_CONFIG).is_file():
             content = read_file(folder.parent, f"{TOKENIZER}/{TOKENIZER_CONFIG}", limit=MAX_TOKENIZER)
-            config = json.loads(content.decode("utf-8"), object_pairs_hook=each_key_once)
+            config = strict_json.loads(content)
             if named := [key for key, value in config.items() if _names_a_file(key, value)]:
                 raise ValueError(f"{TOKENIZER_CONFIG} names files of its own choice: {named}")
         return AutoTokenizer.from_pretrained(folder.resolve(), local_files_only=True, trust_remote_code=False)

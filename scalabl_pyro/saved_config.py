@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from . import files
+from . import files, strict_json
 from ._errors import ScalaBLWarning
-from .tensor_files import each_key_once
 
 #: Raised when an older version would misread the files: it refuses them.
 FORMAT_VERSION = 1
@@ -18,8 +17,6 @@ FORMAT_VERSION = 1
 FORMAT_MINOR = 0
 NAME = "scalabl_config.json"
 MAX_BYTES = 8 * 2**20
-MAX_DEPTH = 32
-MAX_DIGITS = 20
 
 LAYER = {"name": str, "rank": int, "in_features": int, "out_features": int, "scaling": float}
 GUIDE = {"family": str, "class": str, "options": dict}
@@ -138,29 +135,12 @@ def get(config: Mapping[str, Any], key: str, kind: type) -> Any:
 
 def _json_object(content: bytes) -> dict[str, Any]:
     try:
-        config = json.loads(content.decode("utf-8"), object_pairs_hook=each_key_once, parse_int=_int)
-        _check_depth(config)
-    except (ValueError, RecursionError) as error:  # not JSON, not text, nested or endless
+        config = strict_json.loads(content)
+    except ValueError as error:  # not JSON, not text, nested or endless
         raise ValueError(f" is damaged: not JSON ({error}).") from None
     if not isinstance(config, dict):
         raise ValueError(" is damaged: expected a JSON object.")
     return config
-
-
-def _int(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
-    return int(digits)
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
-        level = [v for values in inner for v in values]
-        if not level:
-            return
-    raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 
 def _part(config: Mapping[str, Any], name: str, fields: Mapping[str, type]) -> dict[str, Any]:

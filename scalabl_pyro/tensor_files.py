@@ -1,6 +1,5 @@
 """Tensors in safetensors files: written plainly, read as if by a stranger."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safe
 from torch import Tensor
 
-from . import files
+from . import files, strict_json
 
 #: Bytes of the list of tensors; thousands of layers need less than one MiB.
 MAX_HEADER = 4 * 2**20
@@ -34,7 +33,7 @@ def read_tensors(folder: Path, name: str, *, limit: int) -> dict[str, Tensor]:
     file = folder / name
     try:
         header = _header(content)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{file} is damaged: not a whole safetensors file ({error}).") from None
     for key, entry in header.items():
         if key != "__metadata__" and entry.get("dtype") not in DTYPES:
@@ -56,21 +55,7 @@ def _header(content: bytes) -> dict[str, Any]:
         raise ValueError(f"a header of {size} bytes in {len(content)}")
     if size > MAX_HEADER:
         raise ValueError(f"a header of {size} bytes, more than {MAX_HEADER}")
-    header = json.loads(content[8 : 8 + size].decode("utf-8"), object_pairs_hook=each_key_once)
+    header = strict_json.loads(content[8 : 8 + size])
     if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
         raise ValueError("a header that lists no tensors")
     return header
-
-
-def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object for ``json.loads(object_pairs_hook=...)``.
-
-    Raises:
-        ValueError: a key stands twice, so that two readers could see different things.
-    """
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} stands twice")
-        found[key] = value
-    return found

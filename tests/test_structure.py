@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: A file imports only what stands above it.
 ORDER = """
-_version _errors _lock _rng _pyro files tensor_files
+_version _errors _lock _rng _pyro files strict_json tensor_files
 subspace targets prefix lora attach adapted priors hub_rows data likelihoods model guides
 draws elbo objective stein optimiser training metrics predictive logdensity
 linearised arviz_io diagnostics fingerprint saved_config restore
