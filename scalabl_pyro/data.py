@@ -180,6 +180,26 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
     return examples
 
 
+def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> None:
+    """Raise ValueError for a token that the embeddings of ``llm`` lack: a GPU could not be used any more after it."""
+    embeddings = getattr(llm, "get_input_embeddings", lambda: None)()
+    size = getattr(embeddings, "num_embeddings", None)
+    if size is None:
+        return
+    if not 0 <= pad_token_id < size:
+        raise ValueError(
+            f"The pad token is {pad_token_id}, but the model has embeddings for 0 to {size - 1} only: use a token that "
+            "it knows, tokenizer.pad_token = tokenizer.eos_token, or call model.resize_token_embeddings()."
+        )
+    for i, example in enumerate(examples):
+        bad = [token for token in example.inputs["input_ids"] if not 0 <= token < size]
+        if bad:
+            raise ValueError(
+                f"Row {i} has the token {bad[0]}, but the model has embeddings for 0 to {size - 1} only: its tokenizer "
+                "is that of another model, or has had tokens added without model.resize_token_embeddings()."
+            )
+
+
 def _row_id(row: Row) -> str:
     return f" (id {row['id']!r})" if "id" in row else ""
 

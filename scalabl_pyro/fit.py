@@ -18,7 +18,7 @@ from ._errors import check_choice
 from ._pyro import local_params
 from ._rng import scoped_seed
 from .adapted import sole_use
-from .data import Batch, TrainingBatches, training_source
+from .data import Batch, TrainingBatches, check_tokens, training_source
 from .guides import Guide, GuideLike, ParticleGuide, as_guide
 from .likelihoods import Task
 from .model import BayesianLoRA, TaskModel
@@ -144,6 +144,8 @@ def fit(
         num_data=num_data,
         seed=seed,
     )
+    if isinstance(batches, TrainingBatches):
+        check_tokens(batches.examples, blora.llm, task.pad_token_id)
     store = _prefix_store(blora, batches, num_data) if cache_prefix else None
     family = as_guide(guide, blora, init_scale=init_scale, seed=seed).to(device)
     elbo = _checked(elbo, family, blora.prior)

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ._lock import LOCK
 from .adapted import AdaptedLLM, eval_mode
-from .data import Batch, Example, evaluation_batches
+from .data import Batch, Example, check_tokens, evaluation_batches
 from .likelihoods import Task, at_least_float32
 from .prefix import Prefix, reuse
 
@@ -34,6 +34,7 @@ class LogLikelihood:
         batch_size: int = 16,
         cache_prefix: bool = False,
     ) -> None:
+        check_tokens(examples, llm.llm, task.pad_token_id)
         self.llm = llm
         self.task = task
         self.examples = examples

@@ -18,7 +18,7 @@ from . import metrics
 from ._lock import LOCK
 from ._rng import Stream
 from .adapted import AdaptedLLM, eval_mode
-from .data import Batch, Example, evaluation_batches
+from .data import Batch, Example, check_tokens, evaluation_batches
 from .likelihoods import Task, at_least_float32
 
 logger = logging.getLogger(__name__)
@@ -204,6 +204,7 @@ def predict(
         progress: show a progress bar.
     """
     start = time.perf_counter()
+    check_tokens(examples, llm.llm, task.pad_token_id)
     device = llm.adapter.device
     chunk = min(draws_per_pass or len(s), len(s))
     s = s.to(device)

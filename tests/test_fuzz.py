@@ -300,9 +300,11 @@ class Place:
                 assert str(self.folder) in str(error), f"the message does not name the file: {error}"
             if posterior is not None:
                 self.loaded += 1
-                self.check_works(posterior)
-                if [id(m) for m in self.llm.modules()] != self.modules:
-                    posterior.blora().unload()
+                try:
+                    self.check_works(posterior)
+                finally:
+                    if [id(m) for m in self.llm.modules()] != self.modules:
+                        posterior.blora().unload()
         assert [id(m) for m in self.llm.modules()] == self.modules
         assert sorted(p.name for p in self.folder.parent.iterdir()) == around
 

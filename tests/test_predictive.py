@@ -1,5 +1,7 @@
 """Fixed draws: the same function on every batch, whatever the chunks, the order or the padding."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -216,3 +218,20 @@ def test_regression_splits_variance():
     np.testing.assert_allclose(prediction.total, prediction.aleatoric + prediction.epistemic)
     assert set(prediction.metrics()) == {"rmse", "mae", "nll"}
     assert prediction.replicates.shape == (30, 16)
+
+
+def test_token_that_the_model_has_no_embedding_for_is_named_before_it_reaches_the_model(posterior):
+    task = sp.MultipleChoice(tiny.tokenizer())
+    task.tokenizer.add_tokens(["amber"])
+    other = replace(posterior, task=task)
+    rows = [*ROWS[:2], {**ROWS[2], "question": "what colour is amber ?"}]
+    for call in (other.predict, other.log_weights, lambda rows: sp.fit(other.blora(), task, rows, progress=False)):
+        with pytest.raises(ValueError, match="Row 2 has the token 59, but the model has embeddings for 0 to 58 only"):
+            call(rows)
+
+
+def test_pad_token_that_the_model_has_no_embedding_for_is_named(posterior):
+    task = sp.MultipleChoice(tiny.tokenizer())
+    task.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match="The pad token is 59, but the model has embeddings for 0 to 58 only"):
+        replace(posterior, task=task).predict(ROWS)

@@ -1163,9 +1163,7 @@ def test_the_counts_of_calls_to_fail_at_are_complete(saved, path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_rename_that_fails_keeps_the_old_posterior_where_there_is_no_exchange(
-    saved, path, call, monkeypatch
-):
+def test_rename_that_fails_keeps_the_old_posterior_where_there_is_no_exchange(saved, path, call, monkeypatch):
     other, before = CASES["delta"].load(saved["delta"][0]), contents(path.parent)
     with monkeypatch.context() as patch:
         patch.setattr(files, "exchange", lambda a, b: False)
