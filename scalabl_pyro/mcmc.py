@@ -78,7 +78,7 @@ def mcmc(
     start = {name: value.detach() for name, value in _means(posterior).items()}
     chains: list[dict[str, Tensor]] = []
     divergences = 0
-    with local_params():
+    with local_params(), torch.enable_grad():
         for chain in range(num_chains):
             with scoped_seed(seed + chain):
                 moved = {name: _jittered(posterior.prior, name, value, jitter) for name, value in start.items()}

@@ -51,7 +51,7 @@ class EagerStep:
         self.micro_batch_size = micro_batch_size
         self.max_grad_norm = max_grad_norm
         self.store = store
-        self.blocked = torch.zeros((), device=device)
+        self.blocked = torch.zeros((), device=device, dtype=torch.float32)  # whatever the default
         # What a GradScaler sets on a fused optimiser: no update while ``found_inf`` is 1.
         optimiser.grad_scale, optimiser.found_inf = None, self.blocked
 

@@ -34,4 +34,9 @@ def mle(
         for (A, _), s in zip(adapter.factors(), adapter.subspace.split(adapter.loc), strict=True):
             A.mul_(s.to(A.device).unsqueeze(1))
     adapter.loc = torch.ones_like(adapter.loc)
-    return fit(blora, task, train_data, guide=DeltaGuide(adapter.loc, learn=False), kl_weight=0.0, **options)
+    try:
+        return fit(blora, task, train_data, guide=DeltaGuide(adapter.loc, learn=False), kl_weight=0.0, **options)
+    except BaseException as error:
+        if getattr(error, "result", None) is None:  # nothing was learned that needs the layers
+            blora.unload()
+        raise
