@@ -19,7 +19,7 @@ subspace targets prefix lora attach adapted priors hub_rows data likelihoods mod
 draws elbo objective stein optimiser training metrics predictive logdensity
 linearised arviz_io diagnostics fingerprint saved_config restore
 serialization posterior comparison laplace mcmc fit refit
-ensemble plots baselines
+ensemble plots baselines doctor cli __main__
 """.split()
 
 
@@ -65,6 +65,21 @@ def test_no_print_no_pickle(path):
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"(?<![\w.])print\(", text)
     assert not re.search(r"\bpickle\.|torch\.load\(|clear_param_store|trust_remote_code=True", text)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_what_transformers_reads_is_read_without_its_code(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and re.match(r"Auto\w+\.from_pretrained$", ast.unparse(node.func)):
+            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert given.get("trust_remote_code") == "False", ast.unparse(node)
+
+
+def test_examples_and_pages_trust_no_remote_code():
+    root = PACKAGE.parent
+    for path in [root / "README.md", *(root / "examples").rglob("*.*"), *(root / "docs").rglob("*.md")]:
+        if path.suffix in (".py", ".md", ".ipynb"):
+            assert "trust_remote_code=True" not in path.read_text(encoding="utf-8"), path
 
 
 def test_all_names_exist_and_are_few():
