@@ -99,8 +99,14 @@ def resident_megabytes() -> float:
         return int(file.read().split()[1]) * 4096 / 2**20
 
 
-@pytest.mark.parametrize("cycles", [30, pytest.param(1000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("cycle", CYCLES.values(), ids=CYCLES)
+DEFAULT = {"wrap": 30, "load": 30, "fit": 10, "fail": 10}
+NUMBERS = [
+    *(pytest.param(cycle, DEFAULT[name], id=f"{name}-{DEFAULT[name]}") for name, cycle in CYCLES.items()),
+    *(pytest.param(cycle, 1000, id=f"{name}-1000", marks=pytest.mark.slow) for name, cycle in CYCLES.items()),
+]
+
+
+@pytest.mark.parametrize(("cycle", "cycles"), NUMBERS)
 def test_cycles_leave_nothing_behind(world, cycle: Callable[[Any], Any], cycles):
     cycle(world)
     before = world.look()
