@@ -10,30 +10,26 @@ learned on, and a failed load leaves the model as it was.
 """
 
 import copy
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from . import guides, likelihoods, priors, saved_config
 from ._version import __version__
 from .attach import find_adapter, reattach
-from .fingerprint import check_fingerprint, fingerprint
+from .fingerprint import check_fingerprint, describe_layers, fingerprint
 from .guides import Guide
 from .likelihoods import Task
 from .lora import Adapter, Factors
 from .model import BayesianLoRA
 from .priors import Prior
 from .saved_config import SavedConfig
+from .storage import check_keys, check_like, read_tensors, save_file, staged
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -54,20 +50,12 @@ def save(path: str | Path, posterior: "Posterior") -> None:
     if path.exists() and not (path / saved_config.NAME).exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and holds no posterior: give the path of a new directory.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    staging.mkdir()
-    try:
+    with staged(path) as staging:
         _describe(posterior).write(staging)
-        save_file(_own(_adapter_tensors(posterior)), staging / ADAPTER)
-        save_file(_own(_posterior_tensors(posterior.guide, posterior.prior, posterior.task)), staging / POSTERIOR)
-        for name in (ADAPTER, POSTERIOR):  # safetensors makes them private; give them the mode of any other file
-            (staging / name).chmod((staging / saved_config.NAME).stat().st_mode)
+        save_file(_adapter_tensors(posterior), staging / ADAPTER)
+        save_file(_posterior_tensors(posterior.guide, posterior.prior, posterior.task), staging / POSTERIOR)
         if posterior.task.tokenizer is not None:
             posterior.task.tokenizer.save_pretrained(staging / TOKENIZER)
-        _move_into_place(staging, path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def load(
@@ -85,7 +73,7 @@ def load(
     if guide is not None and not isinstance(guide, Guide) and not callable(guide):
         raise TypeError(f"guide={guide!r}: expected a scalabl_pyro.guides.Guide, or a callable blora -> Guide.")
     config = saved_config.read(path)
-    adapter_tensors, tensors = _read_tensors(path / ADAPTER), _read_tensors(path / POSTERIOR)
+    adapter_tensors, tensors = read_tensors(path / ADAPTER), read_tensors(path / POSTERIOR)
     _check_adapter_keys(config, adapter_tensors)
 
     carried = find_adapter(llm)
@@ -106,7 +94,7 @@ def load(
         for part, module in {"guide": own_guide, "prior": own_prior, "task": own_task}.items():
             state = {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(part + ".")}
             _load_strict(f"{POSTERIOR}: {part}", module, state)
-        _check_keys(POSTERIOR, {k for k in tensors if k.split(".")[0] not in ("guide", "prior", "task")}, set())
+        check_keys(POSTERIOR, {k for k in tensors if k.split(".")[0] not in ("guide", "prior", "task")}, set())
         with torch.no_grad(), pyro.settings.context(module_local_params=True):
             mean = own_guide.mean()["s"].detach().clone()
     except BaseException:
@@ -137,7 +125,7 @@ def copy_task(task: Task) -> Task:
 def _describe(posterior: "Posterior") -> SavedConfig:
     return SavedConfig(
         library_version=__version__,
-        layers=_describe_layers(posterior.adapter),
+        layers=describe_layers(posterior.adapter),
         gauge=posterior.adapter.gauge,
         heads=sorted(posterior.heads),
         guide=guides.describe(posterior.guide),
@@ -146,19 +134,6 @@ def _describe(posterior: "Posterior") -> SavedConfig:
         base_model=fingerprint(posterior.adapter),
         provenance=dict(posterior.provenance),
     )
-
-
-def _describe_layers(adapter: Adapter) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": layer.name,
-            "rank": layer.rank,
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-            "scaling": float(module.scaling[adapter.adapter_name]),
-        }
-        for layer, module in zip(adapter.subspace, adapter.layers, strict=True)
-    ]
 
 
 def _adapter_tensors(posterior: "Posterior") -> dict[str, Tensor]:
@@ -176,25 +151,6 @@ def _posterior_tensors(guide: Guide, prior: Prior, task: Task) -> dict[str, Tens
     return {f"{part}.{k}": v for part, module in parts.items() for k, v in module.state_dict().items()}
 
 
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies: safetensors refuses tensors that share memory."""
-    return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-
-
-def _move_into_place(staging: Path, path: Path) -> None:
-    if not path.exists():
-        os.replace(staging, path)
-        return
-    old = staging.with_name(staging.name + "-old")
-    os.replace(path, old)
-    try:
-        os.replace(staging, path)
-    except BaseException:
-        os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 # what is read ---------------------------------------------------------------------------------------------
 
 
@@ -203,35 +159,15 @@ def _check_override(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name}={value!r}: expected an instance of scalabl_pyro's {kind.__name__}.")
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing.")
-    try:
-        # Copies: safetensors maps the file, which may change while the posterior is in use.
-        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"{file} is damaged: not a whole safetensors file ({error}).") from None
-    for name, tensor in tensors.items():
-        if tensor.is_complex() or (tensor.is_floating_point() and not torch.isfinite(tensor).all()):
-            raise ValueError(f"{file}: tensor {name!r} holds values that are not finite real numbers.")
-    return tensors
-
-
-def _check_keys(what: str, found: set[str], expected: set[str]) -> None:
-    if found != expected:
-        missing, surplus = sorted(expected - found)[:5], sorted(found - expected)[:5]
-        raise ValueError(f"{what} does not hold what its configuration says: missing {missing}, unexpected {surplus}.")
-
-
 def _check_adapter_keys(config: SavedConfig, tensors: Mapping[str, Tensor]) -> None:
     """Exactly A and B of each layer; keys within a head are checked against the head."""
     of_heads = {k for k in tensors if any(k.startswith(f"heads.{name}.") for name in config.heads)}
     expected = {f"{layer['name']}.lora_{x}.weight" for layer in config.layers for x in "AB"}
-    _check_keys(ADAPTER, set(tensors) - of_heads, expected)
+    check_keys(ADAPTER, set(tensors) - of_heads, expected)
 
 
 def _check_carried(carried: Adapter, config: SavedConfig, path: Path) -> None:
-    if _describe_layers(carried) != config.layers:
+    if describe_layers(carried) != config.layers:
         raise ValueError(
             f"The module already carries Bayesian LoRA on {len(carried.subspace)} layers that are not those of "
             f"{path}: call .unload() first, or load into another copy of the model."
@@ -243,19 +179,12 @@ def _check_carried(carried: Adapter, config: SavedConfig, path: Path) -> None:
         )
 
 
-def _check_like(what: str, saved: Tensor, own: Tensor) -> None:
-    if saved.shape != own.shape:
-        raise ValueError(f"{what} is {tuple(saved.shape)}, expected {tuple(own.shape)}.")
-    if saved.is_floating_point() != own.is_floating_point():
-        raise ValueError(f"{what} is {saved.dtype}, expected {own.dtype}.")
-
-
 def _factors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Factors:
     factors = []
     for layer, live in zip(adapter.subspace, adapter.factors(), strict=True):
         pair = [tensors[f"{layer.name}.lora_{x}.weight"] for x in "AB"]
         for x, saved, own in zip("AB", pair, live, strict=True):
-            _check_like(f"{ADAPTER}: lora_{x} of {layer.name!r}", saved, own)
+            check_like(f"{ADAPTER}: lora_{x} of {layer.name!r}", saved, own)
         factors.append((pair[0].to(live[0].device), pair[1].to(live[1].device)))
     return tuple(factors)
 
@@ -327,9 +256,9 @@ def _needs_help(part: str, entry: Mapping[str, Any]) -> str:
 def _load_strict(what: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Fill a module with exactly these tensors, in the precision they were saved in."""
     state = module.state_dict()
-    _check_keys(what, set(tensors), set(state))
+    check_keys(what, set(tensors), set(state))
     for name, tensor in tensors.items():
-        _check_like(f"{what}: {name!r}", tensor, state[name])
+        check_like(f"{what}: {name!r}", tensor, state[name])
     module.load_state_dict(tensors, assign=True)
 
 
