@@ -5,6 +5,7 @@ A row is a dict, one line of a JSONL file, or one item of a ``datasets.Dataset``
 last real token of each row known there is no need for it.
 """
 
+import hashlib
 import itertools
 import json
 import logging
@@ -280,7 +281,7 @@ def training_source(
                 "train_data yields batches, so the size of the data set is unknown: pass num_data=N. It sets the "
                 "weight of the KL against the data."
             )
-        return Cycle(data), num_data
+        return Cycle(data, seed=seed), num_data
     examples = encode(read_rows(data), encode_row, need_target=True)
     if num_data not in (None, len(examples)):
         raise ValueError(f"num_data={num_data}, but train_data has {len(examples)} rows: leave num_data out.")
@@ -292,20 +293,63 @@ def _sized(data: Any) -> int | None:
 
 
 class Cycle:
-    """Batches of an iterable in order, again and again."""
+    """Batches of an iterable in order, again and again.
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
+    What the iterable draws from torch's global CPU generator in this process (the order of a DataLoader that shuffles)
+    depends on (seed, number of the batch), not on the noise of training: so that a run can resume, by going through
+    the batches again up to where it was.
+
+    Args:
+        batches: the iterable.
+        seed: of its draws.
+
+    Attributes:
+        count: batches handed out so far.
+        keeps_digest: whether to keep a digest of them, by which a replay is checked.
+    """
+
+    def __init__(self, batches: Iterable[Batch], *, seed: int = 0) -> None:
         self.batches = batches
+        self.seed = seed
         self.iterator: Iterator[Batch] = iter(())
+        self.count = 0
+        self.keeps_digest = False
+        self._digest = hashlib.sha256()
 
     def __call__(self, step: int) -> Batch:
         """The next batch, whatever ``step`` says."""
-        batch = next(self.iterator, None)
-        if batch is None:
-            self.iterator = iter(self.batches)
+        with scoped_seed(self.seed * 1_000_003 + self.count, gpus=False):
             batch = next(self.iterator, None)
+            if batch is None:
+                self.iterator = iter(self.batches)
+                batch = next(self.iterator, None)
         if batch is None:
             raise ValueError("train_data yields no batches the second time: pass something that can be restarted.")
         if batch.target is None or len(batch) == 0:
             raise ValueError(f"The batch of step {step} is empty or has no targets.")
+        if self.keeps_digest:
+            for tensor in (batch.index, batch.inputs["input_ids"], batch.target):
+                self._digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        self.count += 1
         return batch
+
+    def position(self) -> dict[str, Any]:
+        """Where it is, for a checkpoint."""
+        return {"count": self.count, "sha256": self._digest.hexdigest()}
+
+    def replay(self, position: Mapping[str, Any]) -> None:
+        """Go through the batches up to a position, from the start.
+
+        Raises:
+            ValueError: they are not the batches that were there before.
+        """
+        logger.info("going through %d batches again, up to where the run was", position["count"])
+        while self.count < position["count"]:
+            self(self.count)
+        if self.position() != dict(position):
+            raise ValueError(
+                f"train_data does not give the {position['count']} batches again that the run was trained on: other "
+                "data, an iterator that was used before, or an order that depends on more than the seed. Resuming "
+                "needs rows, or a loader that yields the same batches each time the program starts (a generator= of "
+                "its own, seeded; shuffling by torch's global generator is seeded by fit)."
+            )

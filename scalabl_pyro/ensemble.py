@@ -1,6 +1,7 @@
 """Restarts of the guide with A and B held fixed, and the mixture of their outcomes."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,21 +36,23 @@ def ensemble(
         guide: posterior family of each member, see :func:`scalabl_pyro.guides.as_guide`.
         spread: standard deviation of the starts around the posterior mean.
         seed: of the first member; the others count on from it.
-        options: of :func:`scalabl_pyro.fit` (steps, learning rates, ...).
+        options: of :func:`scalabl_pyro.fit` (steps, learning rates, ...); in ``checkpoint_dir`` each member gets a
+            folder of its own.
 
     Returns:
         A posterior whose guide is a :class:`~scalabl_pyro.guides.MixtureGuide`.
     """
     if num_members < 2:
         raise ValueError(f"num_members={num_members}: an ensemble has 2 or more.")
-    members = []
+    members, folder = [], options.get("checkpoint_dir")
     for own_seed in range(seed, seed + num_members):
 
         def start(blora: BayesianLoRA, own_seed: int = own_seed) -> Guide:
             family = as_guide(guide, blora, init_scale=options.get("init_scale", 0.05), seed=own_seed)
             return _moved(family, spread, own_seed)
 
-        members.append(refit(posterior, data, guide=start, seed=own_seed, **options).posterior.guide)
+        own = options if folder is None else {**options, "checkpoint_dir": Path(folder) / f"seed-{own_seed}"}
+        members.append(refit(posterior, data, guide=start, seed=own_seed, **own).posterior.guide)
     return replace(posterior, guide=MixtureGuide(members), provenance={**posterior.provenance, "members": num_members})
 
 

@@ -1,25 +1,21 @@
 """Stochastic variational inference: one ELBO, one torch optimiser, three learning rates."""
 
 import logging
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyro
 import torch
 from pyro.infer import ELBO
 from torch import nn
 from tqdm.auto import tqdm
 
 from ._errors import check_choice
-from ._rng import scoped_seed
-from .adapted import eval_mode
 from .data import Batch, TrainingBatches, training_source
 from .guides import Guide, GuideLike, ParticleGuide, as_guide
+from .interrupts import StopSignals
 from .likelihoods import Task
 from .model import BayesianLoRA, TaskModel
 from .objective import Objective, ScopedGuide, allows_row_draws, check_sites, default_elbo
@@ -27,8 +23,9 @@ from .optimiser import build_optimiser, rate_schedule
 from .posterior import Posterior
 from .prefix import PrefixStore
 from .priors import Prior
+from .resume import OF_A_RUN, Checkpoints, describe_run
 from .stein import SteinObjective
-from .training import Callback, EagerStep, Trainer
+from .training import Callback, EagerStep, Trainer, training_scope
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +41,7 @@ class FitResult:
         posterior: frozen; later training does not change it.
         history: one row a step: ``step``, ``loss`` and ``nll`` (nats per example), ``kl`` (nats per data set,
             unweighted), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` of the factors, ``seconds`` since the
-            start.
+            start, and ``skipped``, the number of steps left out so far because they were not finite.
     """
 
     posterior: Posterior
@@ -84,6 +81,11 @@ def fit(
     max_grad_norm: float | None = None,
     num_data: int | None = None,
     cache_prefix: bool = False,
+    on_nonfinite: str = "raise",
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int = 100,
+    keep_checkpoints: int = 2,
+    resume: bool | str = "auto",
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -115,17 +117,30 @@ def fit(
         num_data: N, size of the training set; needed when ``train_data`` yields batches.
         cache_prefix: run the blocks below the first adapted one once for each row, and keep what they give (tokens x
             width numbers a row, on the device) for all later epochs.
+        on_nonfinite: what follows a loss or gradient that is not finite: ``"raise"``; ``"skip"`` leaves the step out,
+            and raises after 10 in a row; ``"restore"`` also goes back to the parameters of up to 50 steps ago, and
+            raises when it happens again within 50 steps.
+        checkpoint_dir: directory of this run's checkpoints, see the how-to page *Resume*. With one, SIGTERM ends the
+            training after the running step, with a checkpoint and status 143.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: so many are kept, the newest.
+        resume: ``"auto"`` goes on from the newest whole checkpoint if there is one, True demands one, False demands an
+            empty directory.
         seed: of data order, initial scales and noise; the global random state is left alone.
         callbacks: called with the history row of each step; returning True stops the training.
         progress: show a progress bar.
 
     Returns:
-        The posterior and the history. Ctrl-C ends the training and returns what was learned so far.
+        The posterior and the history. Ctrl-C ends the training after the running step (a second one at once) and
+        returns what was learned so far.
 
     Raises:
-        ValueError: rows that do not fit the task, unknown options, missing ``num_data``.
+        ValueError: rows that do not fit the task, unknown options, missing ``num_data``, a checkpoint of another run.
         TrainingError: a loss or gradient that is not finite; its ``result`` holds what was learned before.
+        RuntimeError: layers that no gradient reaches, by name; a worker of the data loader that died.
     """
+    options = {name: value for name, value in locals().items() if name in OF_A_RUN}
+    checkpoints = Checkpoints(checkpoint_dir, every=checkpoint_every, keep=keep_checkpoints, resume=resume)
     check_choice("draws", draws, ("per_example", "shared"))
     check_choice("schedule", schedule, ("linear", "constant"))
     if not 0 <= warmup <= 1:
@@ -158,6 +173,7 @@ def fit(
     optimiser = build_optimiser(
         model, family, lr=lr, loc_lr=lr if loc_lr is None else loc_lr, scale_lr=scale_lr, weight_decay=weight_decay
     )
+    signals = StopSignals(terminate=checkpoints.is_on)
     trainer = Trainer(
         EagerStep(
             objective,
@@ -173,17 +189,22 @@ def fit(
         lr=lr,
         num_data=num_data,
         read_every=1 if callbacks or device.type == "cpu" else READ_EVERY,
+        on_nonfinite=on_nonfinite,
+        signals=signals,
     )
     error: TrainingError | None = None
-    start = time.perf_counter()
-    with _training_scope(blora, seed), tqdm(total=num_steps, disable=not progress, desc="fit", unit="step") as bar:
+    bar = tqdm(total=num_steps, disable=not progress, desc="fit", unit="step")
+    with training_scope(blora, seed), signals, bar:
+        checkpoints.begin(trainer, lambda: describe_run(model, family, batches, options))
+        bar.update(trainer.next_step)
         try:
-            for row in trainer.run(range(num_steps)):
-                bar.update()
-                bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "nll", "kl")}, refresh=False)
-                if any([callback(row) for callback in callbacks]):
-                    logger.info("a callback stopped the training at step %d", row["step"])
-                    break
+            with checkpoints.ending():
+                for row in trainer.run(range(trainer.next_step, num_steps)):
+                    bar.update(int(row["step"]) + 1 - bar.n)
+                    bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "nll", "kl")}, refresh=False)
+                    if any([callback(row) for callback in callbacks]):
+                        logger.info("a callback stopped the training at step %d", row["step"])
+                        break
         except FloatingPointError as failure:
             error = TrainingError(str(failure))
         except KeyboardInterrupt:
@@ -202,7 +223,7 @@ def fit(
         "draws": draws,
         "method": "SVGD" if isinstance(family, ParticleGuide) else "SVI",
         "elbo": type(elbo).__name__,
-        "seconds": round(time.perf_counter() - start, 3),
+        "seconds": round(trainer.seconds, 3),
     }
     result = FitResult(_freeze(blora, task, family, provenance), pd.DataFrame(history))
     if error is not None:
@@ -236,22 +257,6 @@ def _kl_weight(kl_weight: float | Callable[[int], float], step: int) -> float:
     if not 0 <= weight < float("inf"):
         raise ValueError(f"kl_weight={weight} at step {step}: it must be 0 or more; 1 is the ELBO.")
     return weight
-
-
-@contextmanager
-def _training_scope(blora: BayesianLoRA, seed: int) -> Iterator[None]:
-    """Seeded noise, Pyro's local parameters, no dropout; all as before afterwards."""
-    with (
-        eval_mode(blora.llm),  # dropout of the base model would be a second, unmodelled source of noise
-        scoped_seed(seed),
-        pyro.settings.context(module_local_params=True),
-        warnings.catch_warnings(),
-        torch.enable_grad(),
-    ):
-        warnings.filterwarnings("ignore", message="Encountered NaN")  # becomes an error that says where
-        for layer in blora.adapter.layers:
-            layer.lora_dropout.train()
-        yield
 
 
 @torch.no_grad()
