@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -94,8 +95,8 @@ class Recovery:
 class GradientCheck:
     """Whether the gradient reaches every adapted layer: asked of the first backward pass, and then no more.
 
-    A layer whose gradient is 0 is asked again for a few steps, as masks or saturation can do that; one that no row was
-    routed to (experts) is let pass.
+    A layer that was called, but whose output got no gradient, is cut off. One whose gradient is 0 is asked again for a
+    few steps, as masks or saturation can do that. One that was not called (an expert without rows) is let pass.
 
     Args:
         blora: the LLM.
@@ -106,9 +107,10 @@ class GradientCheck:
         self.adapter: Adapter = blora.adapter
         self.steps = 0
         self.called: set[int] = set()
+        self.reached: set[int] = set()
         self.waiting = {i for i, pair in enumerate(self.adapter.factors()) if any(p.requires_grad for p in pair)}
         self._hooks: list[RemovableHandle] = [
-            cast(nn.Module, layer).register_forward_pre_hook(lambda *_, i=i: self.called.add(i))
+            cast(nn.Module, layer).register_forward_hook(partial(self._watch, i))
             for i, layer in enumerate(self.adapter.layers)
         ]
 
@@ -123,9 +125,10 @@ class GradientCheck:
         self.steps += 1
         factors = self.adapter.factors()
         self.waiting = {i for i in self.waiting if not any(_is_moved(p) for p in factors[i])}
-        cut = [i for i in self.waiting & self.called if all(p.grad is None for p in factors[i])]
-        if not cut and self.waiting & self.called and self.steps >= MAX_ZERO_STEPS and not self._masks():
-            cut = sorted(self.waiting & self.called)
+        asked = self.waiting & self.called
+        cut = asked - self.reached
+        if not cut and asked and self.steps >= MAX_ZERO_STEPS and not self._masks():
+            cut = asked
         if cut:
             self.close()
             names = [self.adapter.subspace.names[i] for i in sorted(cut)]
@@ -134,7 +137,7 @@ class GradientCheck:
                 f"No gradient reaches {len(names)} of {len(factors)} adapted layers: {shown}. They would never learn. "
                 f"{CAUSES}"
             )
-        if not self.waiting & self.called or self.steps >= MAX_ZERO_STEPS:
+        if not asked or self.steps >= MAX_ZERO_STEPS:
             self.close()
 
     def close(self) -> None:
@@ -142,6 +145,13 @@ class GradientCheck:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def _watch(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        self.called.add(index)
+        if not torch.is_tensor(output):
+            self.reached.add(index)
+        elif output.requires_grad:
+            output.register_hook(lambda grad: self.reached.add(index))
 
     def _masks(self) -> bool:
         """Whether latents can be exactly 0."""
@@ -160,18 +170,18 @@ def _is_moved(parameter: Tensor) -> bool:
 
 
 @contextmanager
-def explained(step: int) -> Iterator[None]:
-    """Put errors of torch that say little in other words."""
+def explained(step: Callable[[], int]) -> Iterator[None]:
+    """Put errors of torch that say little in other words; a worker's death is raised wherever the host is just then."""
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise RuntimeError(
-                f"At step {step}: a worker process of the data loader died ({error}). Often it ran out of memory, or "
+                f"At step {step()}: a worker process of the data loader died ({error}). Often it ran out of memory, or "
                 "of shared memory (/dev/shm): lower num_workers, or set num_workers=0 to see its own error."
             ) from error
         if "does not require grad" in str(error):
-            raise RuntimeError(f"At step {step}: the loss depends on nothing that is trained. {CAUSES}") from error
+            raise RuntimeError(f"At step {step()}: the loss depends on nothing that is trained. {CAUSES}") from error
         raise
 
 
@@ -215,10 +225,10 @@ def largest_scale(guide: nn.Module) -> float | None:
     """The largest parameter of a guide that is named a scale; NaN wins; None if there is none."""
     scales = [
         value.detach().max()
-        for module in guide.modules()
+        for path, module in guide.named_modules()
         if isinstance(module, PyroModule)
         for name, value in module.named_pyro_params(recurse=False)
-        if "scale" in name and value.numel()
+        if "scale" in f"{path}.{name}" and value.numel()
     ]
     return float(torch.stack([s.double().cpu() for s in scales]).max()) if scales else None
 

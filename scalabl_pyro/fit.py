@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ._errors import check_choice
 from .data import Batch, TrainingBatches, training_source
+from .faults import explained
 from .guides import Guide, GuideLike, ParticleGuide, as_guide
 from .interrupts import StopSignals
 from .likelihoods import Task
@@ -198,7 +199,7 @@ def fit(
         checkpoints.begin(trainer, lambda: describe_run(model, family, batches, options))
         bar.update(trainer.next_step)
         try:
-            with checkpoints.ending():
+            with explained(lambda: trainer.next_step), checkpoints.ending():
                 for row in trainer.run(range(trainer.next_step, num_steps)):
                     bar.update(int(row["step"]) + 1 - bar.n)
                     bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "nll", "kl")}, refresh=False)

@@ -30,6 +30,8 @@ OF_A_RUN = (
     *("num_steps", "batch_size", "lr", "loc_lr", "scale_lr", "weight_decay", "factor_scale", "warmup", "schedule"),
     *("kl_weight", "elbo", "init_scale", "max_grad_norm", "seed"),
 )
+#: Entries that are digests.
+DATA, FIXED = "train_data", "what is held fixed (frozen parameters, numbers of the prior)"
 #: Steps at which a KL schedule is looked at, to tell one from another.
 SCHEDULE_PROBES = 9
 
@@ -62,6 +64,7 @@ class Checkpoints:
         self.run: dict[str, Any] = {}
         self._trainer: Trainer | None = None
         self._saved_step: int | None = None
+        self._tried_step: int | None = None
         self._failure: OSError | None = None
 
     @property
@@ -97,17 +100,17 @@ class Checkpoints:
             return
         self._check(found)
         trainer.load_state(found.tensors, found.record["state"])
-        self._saved_step = found.step
+        self._saved_step = self._tried_step = found.step
         logger.info("resumed from %s, %d of %s steps", found.path, found.step, self.run["num_steps"])
 
     def save(self) -> None:
         """Save the present step; on failure the training goes on, and the last checkpoint stays."""
-        if self.folder is None or self._trainer is None or self._trainer.next_step == self._saved_step:
+        if self.folder is None or self._trainer is None or self._trainer.next_step == self._tried_step:
             return
         try:
             self._write()
         except OSError as error:
-            self._failure = error
+            self._failure, self._tried_step = error, self._trainer.next_step
             logger.error("the checkpoint of step %d could not be written: %s", self._trainer.next_step, error)
 
     @contextmanager
@@ -136,7 +139,8 @@ class Checkpoints:
         tensors, state = self._trainer.state()
         versions = {"scalabl_pyro": __version__, "torch": torch.__version__}
         self.folder.write(self._trainer.next_step, tensors, {"run": self.run, "versions": versions, "state": state})
-        self._saved_step, self._failure = self._trainer.next_step, None
+        self._saved_step = self._tried_step = self._trainer.next_step
+        self._failure = None
 
     def _choose(self, folder: CheckpointFolder) -> Checkpoint | None:
         if self.resume is False:
@@ -190,13 +194,13 @@ def describe_run(
         **{name: _told(value, options["num_steps"]) for name, value in options.items()},
         "num_data": model.num_data,
         "draws": model.draws,
-        "train_data": _data_digest(batches),
+        DATA: _data_digest(batches),
         "task": likelihoods.describe(model.task),
         "guide": guides.describe(guide),
         "prior": priors.describe(model.blora.prior),
         "layers": describe_layers(adapter),
         "gauge": adapter.gauge,
-        "what is held fixed (frozen parameters, numbers of the prior)": _digest({**prior, **frozen}),
+        FIXED: _digest({**prior, **frozen}),
         "base_model": fingerprint(adapter),
     }
     return json.loads(json.dumps(_plain(run)))
@@ -209,10 +213,12 @@ def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[st
         was, now = saved.get(name), present.get(name)
         if was == now:
             continue
-        is_digest = name == "train_data" or name.startswith("what is held fixed")
-        words.append(
-            f"{name} is {now!r}, was {was!r}" if len(f"{was}{now}") < 200 and not is_digest else f"{name} differs"
-        )
+        if isinstance(was, dict) and isinstance(now, dict):
+            words += [f"{name}: {inner}" for inner in differences(was, now)]
+        elif name in (DATA, FIXED) or len(f"{was}{now}") > 200:
+            words.append(f"{name} differs")
+        else:
+            words.append(f"{name} is {now!r}, was {was!r}")
     return words
 
 
@@ -252,5 +258,5 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[name].detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

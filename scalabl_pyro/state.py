@@ -43,9 +43,14 @@ class LearnedState:
         Raises:
             ValueError: other names, shapes or types; nothing is overwritten then.
         """
-        modules = self._modules()
-        moments = {k: v for k, v in saved.items() if k.startswith("optimiser.")}
+        modules, parameters = self._modules(), self._parameters()
+        mine = tuple(f"optimiser.{number}." for number in range(len(parameters)))
+        moments = {k: v for k, v in saved.items() if k.startswith(mine)}
         check_keys("The saved state", set(saved) - set(moments), set(modules))
+        for parameter, prefix in zip(parameters, mine, strict=True):
+            for name, tensor in _below(moments, prefix).items():
+                if tensor.shape not in ((), parameter.shape):
+                    raise ValueError(f"{prefix}{name} was saved as {tuple(tensor.shape)}, expected {parameter.shape}.")
         for name, live in modules.items():
             if (saved[name].shape, saved[name].dtype) != (live.shape, live.dtype):
                 raise ValueError(
@@ -54,8 +59,8 @@ class LearnedState:
                 )
         for name, live in modules.items():
             live.copy_(saved[name])
-        for number, parameter in enumerate(self._parameters()):
-            self._load_moments(parameter, _below(moments, f"optimiser.{number}."))
+        for parameter, prefix in zip(parameters, mine, strict=True):
+            self._load_moments(parameter, _below(moments, prefix))
 
     def _load_moments(self, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
         state: dict[str, Any] = self.optimiser.state[parameter]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._rng import generator_states, scoped_seed, set_generator_states
 from .adapted import eval_mode
 from .data import Batch, Cycle
-from .faults import Figures, GradientCheck, Recovery, describe, explained, reason
+from .faults import Figures, GradientCheck, Recovery, describe, reason
 from .interrupts import StopSignals
 from .model import BayesianLoRA
 from .objective import Objective
@@ -167,7 +167,7 @@ class Trainer:
         Raises:
             FloatingPointError: a loss or gradient that is not finite, with the reason; no parameter was changed by it
                 or since.
-            RuntimeError: a layer that no gradient reaches; a worker of the data loader that died.
+            RuntimeError: a layer that no gradient reaches.
         """
         check = GradientCheck(self.execute.objective.model.blora)
         self.execute.check = check
@@ -175,10 +175,9 @@ class Trainer:
             for step in steps:
                 if not self._pending:
                     self.recovery.remember(step)
-                with explained(step):
-                    batch = self.batches(step)
-                    with pyro.validation_enabled(step == steps[0]):
-                        self._take(step, batch)
+                batch = self.batches(step)
+                with pyro.validation_enabled(step == steps[0]):
+                    self._take(step, batch)
                 is_due = self.save_every is not None and (step + 1) % self.save_every == 0
                 is_stopped = self.signals is not None and self.signals.received is not None
                 if len(self._pending) >= self.read_every or step == steps[-1] or is_due or is_stopped:
