@@ -120,7 +120,7 @@ class GradientCheck:
         Raises:
             RuntimeError: layers that no gradient reaches, by name.
         """
-        if not self._hooks or not torch.isfinite(loss):
+        if not self._hooks or _is_captured() or not torch.isfinite(loss):
             return
         self.steps += 1
         factors = self.adapter.factors()
@@ -162,6 +162,11 @@ CAUSES = (
     "Typical causes: gradient checkpointing on a frozen base (call llm.enable_input_require_grads(), or turn it off), "
     "an output that is detached, or computed under torch.no_grad()."
 )
+
+
+def _is_captured() -> bool:
+    """Whether a CUDA graph is being recorded, in which nothing can be read."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_moved(parameter: Tensor) -> bool:

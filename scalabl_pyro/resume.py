@@ -94,12 +94,13 @@ class Checkpoints:
         self._trainer, self.run = trainer, run()
         trainer.save, trainer.save_every = self.save, self.every
         found = self._choose(self.folder)
-        self.folder.set_aside(-1 if found is None else found.step)
         if found is None:
+            self.folder.set_aside(-1)
             self._write()
             return
         self._check(found)
         trainer.load_state(found.tensors, found.record["state"])
+        self.folder.set_aside(found.step)
         self._saved_step = self._tried_step = found.step
         logger.info("resumed from %s, %d of %s steps", found.path, found.step, self.run["num_steps"])
 
