@@ -4,6 +4,7 @@ A step of a 7B model launches some 5,000 kernels, and the host needs about 100 m
 replay is one launch.
 """
 
+import contextlib
 import logging
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class GraphedStep(EagerStep):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stream = torch.cuda.Stream(self.device)
-        self.pool: Any = None
+        self.pool = torch.cuda.graph_pool_handle()  # one for all graphs: they never run at the same time
         self.seen: set[tuple[Any, ...]] = set()
         self.captured: dict[tuple[Any, ...], Captured] = {}
         self.gives_up = False
@@ -63,7 +64,7 @@ class GraphedStep(EagerStep):
                 reason = str(error).splitlines()[0]
                 logger.warning("steps run without CUDA graphs, which this model does not allow: %s", reason)
                 self.gives_up = True
-                self._release_generator()
+                self._recover()
                 return super().__call__(batch, kl_weight)
         captured = self.captured[key]
         captured.batch.copy_(batch)
@@ -79,12 +80,16 @@ class GraphedStep(EagerStep):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             figures = super().__call__(static, weight if kl_weight else 0.0)
-        self.pool = graph.pool()
         return Captured(graph, static, weight, figures)
 
-    def _release_generator(self) -> None:
-        """After a failed capture torch's generator still waits for its end, and refuses to draw: end one in order."""
-        torch.cuda.synchronize(self.device)
+    def _recover(self) -> None:
+        """Undo what a failed capture leaves behind in torch.
+
+        Memory is still routed to the pool of the graph, and the random generator waits for the end of the capture: it
+        refuses to draw until one ends in order.
+        """
+        with contextlib.suppress(RuntimeError):  # where the program failed, not the capture, it ended in order
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"):
             torch.empty(1, device=self.device).normal_()
 

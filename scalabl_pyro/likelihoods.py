@@ -349,7 +349,8 @@ class Regression(_TextTask):
         """Normal around the single output."""
         if outputs.shape[-1] != 1:
             raise ValueError(f"The model's head has {outputs.shape[-1]} outputs; regression needs num_labels=1.")
-        return dist.Normal(outputs[..., 0], cast(Tensor, self.noise_scale))
+        # In the precision of the outputs, or a float64 model would get its log density with a float32 error.
+        return dist.Normal(outputs[..., 0], cast(Tensor, self.noise_scale).to(outputs.dtype))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def history_of(*, seed=0, **options):
 )
 def test_captured_steps_have_the_losses_and_the_result_of_eager_ones(options, caplog):
     eager, graphed = history_of(cuda_graph=False, **options), history_of(**options)
-    assert "without CUDA graphs" not in caplog.text
+    assert "without CUDA graphs" not in caplog.text, caplog.text
     for name in ("loss", "nll", "kl", "grad_norm", "lr", "kl_weight"):
         np.testing.assert_allclose(graphed.history[name], eager.history[name], rtol=2e-3, atol=1e-4, err_msg=name)
     for one, other in zip(graphed.posterior.factors, eager.posterior.factors, strict=True):
