@@ -14,22 +14,25 @@ from tqdm.auto import tqdm
 
 from ._errors import check_choice
 from .data import Batch, TrainingBatches, training_source
+from .elbo import stays_on_device
 from .faults import explained
+from .graphs import GraphedStep, why_not
 from .guides import Guide, GuideLike, ParticleGuide, as_guide
 from .interrupts import StopSignals
 from .likelihoods import Task
 from .model import BayesianLoRA, TaskModel
-from .objective import Objective, ScopedGuide, allows_row_draws, check_sites, default_elbo
+from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weight_at
 from .optimiser import build_optimiser, rate_schedule
 from .posterior import Posterior
 from .prefix import PrefixStore
-from .priors import Prior
 from .resume import OF_A_RUN, Checkpoints, describe_run
 from .stein import SteinObjective
 from .training import Callback, EagerStep, Trainer, training_scope
 
 logger = logging.getLogger(__name__)
 
+#: Batches are padded to multiples of so many tokens where steps are captured.
+GRAPH_TOKENS = 16
 #: Steps after which a GPU's losses are read: each reading waits for it.
 READ_EVERY = 10
 
@@ -82,6 +85,7 @@ def fit(
     max_grad_norm: float | None = None,
     num_data: int | None = None,
     cache_prefix: bool = False,
+    cuda_graph: bool | str = "auto",
     on_nonfinite: str = "raise",
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 100,
@@ -118,6 +122,9 @@ def fit(
         num_data: N, size of the training set; needed when ``train_data`` yields batches.
         cache_prefix: run the blocks below the first adapted one once for each row, and keep what they give (tokens x
             width numbers a row, on the device) for all later epochs.
+        cuda_graph: replay the whole step as a CUDA graph, captured once for each batch shape (prompts are padded to
+            multiples of 16 tokens, so that shapes repeat): a launch a step instead of thousands, and the same losses.
+            ``"auto"``: on a GPU, wherever the step allows it; why it does not is logged. True insists.
         on_nonfinite: what follows a loss or gradient that is not finite: ``"raise"``; ``"skip"`` leaves the step out,
             and raises after 10 in a row; ``"restore"`` also goes back to the parameters of up to 50 steps ago, and
             raises when it happens again within 50 steps.
@@ -159,10 +166,11 @@ def fit(
         pad_token_id=task.pad_token_id,
         num_data=num_data,
         seed=seed,
+        multiple=GRAPH_TOKENS if device.type == "cuda" and cuda_graph else 1,
     )
     store = _prefix_store(blora, batches, num_data) if cache_prefix else None
     family = as_guide(guide, blora, init_scale=init_scale, seed=seed).to(device)
-    elbo = _checked(elbo, family, blora.prior)
+    elbo = elbo_for(elbo, family, blora.prior)
     if not (family.per_example and allows_row_draws(elbo)):
         draws = "shared"
     model = TaskModel(blora, task, num_data=num_data, draws=draws, factor_scale=factor_scale)
@@ -171,12 +179,19 @@ def fit(
         objective = SteinObjective(model, family)
     else:
         objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
+    graphed = _uses_graph(cuda_graph, objective, elbo, device, keeps_prefix=store is not None)
     optimiser = build_optimiser(
-        model, family, lr=lr, loc_lr=lr if loc_lr is None else loc_lr, scale_lr=scale_lr, weight_decay=weight_decay
+        model,
+        family,
+        lr=lr,
+        loc_lr=lr if loc_lr is None else loc_lr,
+        scale_lr=scale_lr,
+        weight_decay=weight_decay,
+        capturable=graphed,
     )
     signals = StopSignals(terminate=checkpoints.is_on)
     trainer = Trainer(
-        EagerStep(
+        (GraphedStep if graphed else EagerStep)(
             objective,
             optimiser,
             device=device,
@@ -185,7 +200,7 @@ def fit(
             store=store,
         ),
         batches=batches,
-        kl_weight=lambda step: _kl_weight(kl_weight, step),
+        kl_weight=lambda step: weight_at(kl_weight, step),
         rate=rate_schedule(schedule, warmup, num_steps),
         lr=lr,
         num_data=num_data,
@@ -244,20 +259,19 @@ def _prefix_store(blora: BayesianLoRA, batches: Callable[[int], Batch], num_data
     return PrefixStore(blora.adapter, num_data)
 
 
-def _checked(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:
-    if elbo is None:
-        return default_elbo(guide, prior)
-    if not isinstance(elbo, ELBO):
-        raise TypeError(f"elbo={elbo!r}: expected an instance such as pyro.infer.Trace_ELBO().")
-    check_sites(guide, prior)
-    return elbo
-
-
-def _kl_weight(kl_weight: float | Callable[[int], float], step: int) -> float:
-    weight = float(kl_weight(step) if callable(kl_weight) else kl_weight)
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"kl_weight={weight} at step {step}: it must be 0 or more; 1 is the ELBO.")
-    return weight
+def _uses_graph(
+    wanted: bool | str, objective: Objective | SteinObjective, elbo: ELBO, device: torch.device, *, keeps_prefix: bool
+) -> bool:
+    """Whether steps are captured; see ``cuda_graph``."""
+    if wanted not in (True, False, "auto"):
+        raise ValueError(f"cuda_graph={wanted!r}: expected True, False or 'auto'.")
+    on_device = isinstance(objective, Objective) and stays_on_device(elbo)
+    reason = why_not(device, stays_on_device=on_device, keeps_prefix=keeps_prefix)
+    if wanted is True and reason:
+        raise ValueError(f"cuda_graph=True, but {reason}: leave it out, or use 'auto'.")
+    if wanted and reason and device.type == "cuda":
+        logger.info("steps run without CUDA graphs: %s", reason)
+    return bool(wanted) and reason is None
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ elbo = E_q[ sum_n log p(y_n | x_n, s) ] - kl_weight * KL(q || p)         nats pe
 loss = -elbo / N                                                         nats per example, lower is better
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import pyro
@@ -38,7 +39,7 @@ class ScopedGuide(nn.Module):
         self.guide = guide
         self.draws = draws
 
-    def forward(self, batch: Batch, kl_weight: float = 1.0) -> Any:
+    def forward(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Any:
         """Sample the latent sites for a batch."""
         with latent_scope(batch, kl_weight, draws=self.draws):
             return self.guide()
@@ -78,7 +79,7 @@ class Objective(nn.Module):
         self.model = model
         self.guide = guide
 
-    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> Tensor:
+    def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
         """Add ``share`` of the gradient of the loss to ``.grad``.
 
         Returns:
@@ -109,7 +110,7 @@ class Objective(nn.Module):
         """Why the loss of a batch is not finite, in words."""
         return explain_nonfinite(self.model, self.guide, batch)
 
-    def _differentiable(self, batch: Batch, kl_weight: float) -> Tensor | None:
+    def _differentiable(self, batch: Batch, kl_weight: float | Tensor) -> Tensor | None:
         """-ELBO to differentiate; None for RenyiELBO and TraceGraph_ELBO, which have but their own backward pass."""
         if stays_on_device(self.elbo):
             loss = device_loss(self.elbo, self.model, self.guide, batch, kl_weight)
@@ -119,7 +120,7 @@ class Objective(nn.Module):
             return self.elbo.differentiable_loss(self.model, self.guide, batch, kl_weight)
         return None
 
-    def _own_backward(self, batch: Batch, kl_weight: float, *, factor: float) -> Tensor:
+    def _own_backward(self, batch: Batch, kl_weight: float | Tensor, *, factor: float) -> Tensor:
         parameters = [p for p in self.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
         self.zero_grad(set_to_none=True)
@@ -181,6 +182,28 @@ def default_elbo(guide: Guide, prior: Prior) -> ELBO:
         return Trace_ELBO()
     closed = [name for name in sites if _has_closed_kl(_site(q, name)["fn"], _site(p, name)["fn"])]
     return TraceMeanField_ELBO() if closed else Trace_ELBO()
+
+
+def elbo_for(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:
+    """The caller's estimator, or the default one, for a guide that was checked against the prior."""
+    if elbo is None:
+        return default_elbo(guide, prior)
+    if not isinstance(elbo, ELBO):
+        raise TypeError(f"elbo={elbo!r}: expected an instance such as pyro.infer.Trace_ELBO().")
+    check_sites(guide, prior)
+    return elbo
+
+
+def weight_at(kl_weight: float | Callable[[int], float], step: int) -> float:
+    """The weight of the KL at a step.
+
+    Raises:
+        ValueError: it is negative, or not finite.
+    """
+    weight = float(kl_weight(step) if callable(kl_weight) else kl_weight)
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"kl_weight={weight} at step {step}: it must be 0 or more; 1 is the ELBO.")
+    return weight
 
 
 def _has_closed_kl(q: Any, p: Any) -> bool:

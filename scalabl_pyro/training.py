@@ -66,7 +66,7 @@ class EagerStep:
         optimiser.grad_scale, optimiser.found_inf = None, self.blocked
         self.check: Callable[[Tensor], None] | None = None  # looks at the gradient before the update
 
-    def __call__(self, batch: Batch, kl_weight: float) -> Tensor:
+    def __call__(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
         """Loss, NLL, weighted KL (nats per example) and gradient norm of the step, (4,) on the device."""
         terms = self.gradient(batch, kl_weight)
         if self.check is not None:
@@ -77,7 +77,7 @@ class EagerStep:
         self.optimiser.step()
         return torch.cat([terms, norm.reshape(1)])
 
-    def gradient(self, batch: Batch, kl_weight: float) -> Tensor:
+    def gradient(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
         """Put the gradient of the loss of a batch into ``.grad``; loss, NLL and weighted KL, (3,).
 
         Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B.
