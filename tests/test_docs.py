@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 from matplotlib import pyplot as plt
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import scalabl_pyro as sp
@@ -56,11 +57,10 @@ def toy_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_causal_lm)
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load_classifier)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: tiny.question_rows(16))
-    fit = sys.modules["scalabl_pyro.fit"]
-    trange = fit.trange
-    monkeypatch.setattr(
-        fit, "trange", lambda steps, **options: trange(min(steps, STEPS), **{**options, "disable": True})
-    )
+    run = sp.training.Trainer.run
+    monkeypatch.setattr(sp.training.Trainer, "run", lambda trainer, steps: run(trainer, steps[:STEPS]))
+    quiet = lambda **options: tqdm(**{**options, "disable": True})  # noqa: E731
+    monkeypatch.setattr(sys.modules["scalabl_pyro.fit"], "tqdm", quiet)
     mcmc, few = sp.mcmc, {"num_samples": 4, "warmup_steps": 4, "max_tree_depth": 2, "progress": False}
     monkeypatch.setattr(sp, "mcmc", lambda *args, **options: mcmc(*args, **{**options, **few}))
     for name, seed in {"train": 0, "test": 1}.items():

@@ -446,6 +446,6 @@ def test_200_runs_killed_at_random_moments_end_as_the_run_that_was_not(tmp_path)
     assert done.returncode == 0, done.stderr
     seen = ast.literal_eval(done.stdout)
     assert seen["same bits"] == 200
-    assert seen["killed"] > 150
+    assert seen["killed"] > 120
     assert 100 < seen["with a checkpoint to resume from"] < 200
     assert seen["in the middle of writing"] > 10
