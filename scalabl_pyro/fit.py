@@ -15,7 +15,7 @@ from pyro.infer import ELBO
 from torch import nn
 from tqdm.auto import tqdm
 
-from ._errors import check_choice
+from ._errors import check_choice, check_positive
 from ._rng import scoped_seed
 from .adapted import eval_mode
 from .data import Batch, TrainingBatches, training_source
@@ -29,6 +29,7 @@ from .optimiser import build_optimiser, rate_schedule
 from .posterior import Posterior
 from .prefix import PrefixStore
 from .priors import Prior
+from .recompute import recompute
 from .stein import SteinObjective
 from .training import Callback, EagerStep, Trainer
 
@@ -89,6 +90,7 @@ def fit(
     num_data: int | None = None,
     cache_prefix: bool = False,
     cuda_graph: bool | str = "auto",
+    gradient_checkpointing: bool = False,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -123,6 +125,8 @@ def fit(
         cuda_graph: replay the whole step as a CUDA graph, captured once for each batch shape (prompts are padded to
             multiples of 16 tokens, so that shapes repeat): a launch a step instead of thousands, and the same losses.
             ``"auto"``: on a GPU, wherever the step allows it; why it does not is logged. True insists.
+        gradient_checkpointing: keep the input of each block alone and run blocks again in the backward pass, with the
+            same draws: a third more time, far less memory.
         seed: of data order, initial scales and noise; the global random state is left alone.
         callbacks: called with the history row of each step; returning True stops the training.
         progress: show a progress bar.
@@ -138,9 +142,9 @@ def fit(
     check_choice("schedule", schedule, ("linear", "constant"))
     if not 0 <= warmup <= 1:
         raise ValueError(f"warmup={warmup} must lie between 0 and 1: it is a share of the steps.")
-    _check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, scale_lr=scale_lr)
+    check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, scale_lr=scale_lr)
     if micro_batch_size is not None:
-        _check_positive(micro_batch_size=micro_batch_size)
+        check_positive(micro_batch_size=micro_batch_size)
     device = blora.device
     blora.move_own_tensors()  # not the LLM, which may lie on several devices
     task.to(device)
@@ -192,7 +196,11 @@ def fit(
     )
     error: TrainingError | None = None
     start = time.perf_counter()
-    with _training_scope(blora, seed), tqdm(total=num_steps, disable=not progress, desc="fit", unit="step") as bar:
+    again = _blocks(blora) if gradient_checkpointing else ()
+    with (
+        _training_scope(blora, seed, again),
+        tqdm(total=num_steps, disable=not progress, desc="fit", unit="step") as bar,
+    ):
         try:
             for row in trainer.run(range(num_steps)):
                 bar.update()
@@ -238,6 +246,15 @@ def _prefix_store(blora: BayesianLoRA, batches: Callable[[int], Batch], num_data
     return PrefixStore(blora.adapter, num_data)
 
 
+def _blocks(blora: BayesianLoRA) -> tuple[nn.Module, ...]:
+    if not blora.adapter.blocks:
+        raise ValueError(
+            "gradient_checkpointing=True: the adapted layers do not lie in one stack of blocks (a ModuleList), so "
+            "there is nothing to run again. Use micro_batch_size to bound memory."
+        )
+    return blora.adapter.blocks
+
+
 def _checked(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:
     if elbo is None:
         return default_elbo(guide, prior)
@@ -270,9 +287,11 @@ def _kl_weight(kl_weight: float | Callable[[int], float], step: int) -> float:
 
 
 @contextmanager
-def _training_scope(blora: BayesianLoRA, seed: int) -> Iterator[None]:
-    """Seeded noise, Pyro's local parameters, no dropout; all as before afterwards."""
+def _training_scope(blora: BayesianLoRA, seed: int, again: Sequence[nn.Module]) -> Iterator[None]:
+    """Seeded noise, Pyro's local parameters, no dropout, blocks that run ``again``; all as before afterwards."""
+    dropouts = [dropout for layer in blora.adapter.layers for dropout in layer.lora_dropout.values()]
     with (
+        recompute(again, has_dropout=any(isinstance(dropout, nn.Dropout) for dropout in dropouts)),
         eval_mode(blora.llm),  # dropout of the base model would be a second, unmodelled source of noise
         scoped_seed(seed),
         pyro.settings.context(module_local_params=True),
@@ -280,8 +299,8 @@ def _training_scope(blora: BayesianLoRA, seed: int) -> Iterator[None]:
         torch.enable_grad(),
     ):
         warnings.filterwarnings("ignore", message="Encountered NaN")  # becomes an error that says where
-        for layer in blora.adapter.layers:
-            layer.lora_dropout.train()
+        for dropout in dropouts:
+            dropout.train()
         yield
 
 
@@ -296,9 +315,3 @@ def _freeze(blora: BayesianLoRA, task: Task, guide: Guide, provenance: dict[str,
     posterior = Posterior.capture(blora, task, guide, provenance=provenance)
     adapter.loc = posterior.mean()
     return posterior
-
-
-def _check_positive(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value} must be positive.")

@@ -96,6 +96,7 @@ class Adapter:
         self.gauge = gauge
         self.heads = dict(heads or {})
         self.serial = next(_SERIAL)  # names it in Pyro's global store; an id() could be reused
+        self.blocks: tuple[nn.Module, ...] = ()  # from the first adapted one on, where there is one stack of them
         self.shares_prefix = False  # whether hooks repeat the rows at the first adapted block
         self.has_fixed_prefix = False  # whether blocks lie below it, and nothing that is trained
         self.is_attached = True

@@ -18,9 +18,10 @@ from .attach import attach
 from .data import Batch
 from .likelihoods import Task
 from .lora import Adapter
+from .memory import MemoryEstimate, estimate_memory
 from .priors import PriorLike, as_prior
 from .subspace import Subspace
-from .targets import TargetModules
+from .targets import TargetModules, output_head
 
 
 def bayesian_lora(
@@ -163,6 +164,14 @@ class BayesianLoRA(Program):
     def num_parameters(self) -> dict[str, int]:
         """Parameters added to the base model: ``lora`` (A and B), ``latents`` (D), ``variational`` (2 D)."""
         return self.adapter.num_parameters()
+
+    def estimate_memory(
+        self, batch: Batch | Mapping[str, Any], *, gradient_checkpointing: bool = False
+    ) -> MemoryEstimate:
+        """Bytes at the peak of a training step on ``batch`` (or on keyword inputs of the LLM); runs two rows forward."""
+        inputs = batch.inputs if isinstance(batch, Batch) else batch
+        positions = batch.last if isinstance(batch, Batch) and output_head(self.llm) is not None else None
+        return estimate_memory(self.adapter, inputs, positions=positions, gradient_checkpointing=gradient_checkpointing)
 
     def __repr__(self) -> str:
         n = self.num_parameters()
