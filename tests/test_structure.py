@@ -14,9 +14,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: A file imports only what stands above it.
 ORDER = """
-_version _errors _rng _pyro subspace targets prefix positions lora attach adapted priors hub_rows data likelihoods model guides
-draws elbo objective stein optimiser training graphs metrics predictive logdensity
-linearised arviz_io diagnostics fingerprint saved_config serialization posterior comparison laplace mcmc fit refit
+_version _errors _rng _pyro subspace targets prefix positions recompute lora attach adapted memory priors hub_rows data likelihoods model guides
+draws quasi elbo objective stein optimiser training graphs metrics predictive logdensity
+linearised arviz_io psis diagnostics fingerprint saved_config serialization posterior comparison laplace mcmc fit refit
 ensemble plots baselines
 """.split()
 
