@@ -5,9 +5,11 @@ start from a fitted posterior. ``posterior.blora().unload()`` gives the base mod
 """
 
 from . import saving
+from .blob import NormalNoise, blob
 from .deep_ensemble import EnsemblePosterior, deep_ensemble
 from .factor_posterior import NOISES, FactorNoise, FactorPosterior
 from .kl_reweighting import KLReweighting
+from .laplace_lora import KroneckerNoise, laplace_lora
 from .map_lora import map_lora
 from .mc_dropout import DropoutNoise, mc_dropout
 from .mle import mle
@@ -15,6 +17,7 @@ from .predictor import BaselineResult, Predictor
 from .saving import load
 from .scalabl_released import scalabl_released
 from .temperature_scaling import TemperatureScaled, temperature_scaling
+from .tfb import SpectralNoise, tfb
 
 __all__ = [
     "BaselineResult",
@@ -23,16 +26,22 @@ __all__ = [
     "FactorNoise",
     "FactorPosterior",
     "KLReweighting",
+    "KroneckerNoise",
+    "NormalNoise",
     "Predictor",
+    "SpectralNoise",
     "TemperatureScaled",
+    "blob",
     "deep_ensemble",
+    "laplace_lora",
     "load",
     "map_lora",
     "mc_dropout",
     "mle",
     "scalabl_released",
     "temperature_scaling",
+    "tfb",
 ]
 
-NOISES |= {noise.family: noise for noise in (DropoutNoise,)}
+NOISES |= {noise.family: noise for noise in (DropoutNoise, KroneckerNoise, NormalNoise, SpectralNoise)}
 saving.KINDS |= {kind.kind: kind.from_saved for kind in (EnsemblePosterior, FactorPosterior, TemperatureScaled)}

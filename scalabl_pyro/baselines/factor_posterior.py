@@ -28,8 +28,6 @@ class FactorNoise:
 
     #: Name under which it is saved.
     family: ClassVar[str]
-    #: Whether predictions use outputs that are linear in the factors.
-    linearised: ClassVar[bool] = False
 
     def draws(self, factors: Factors, generator: Generator) -> Iterator[Factors]:
         """Endless draws on the CPU, float32 or better.
@@ -39,6 +37,14 @@ class FactorNoise:
             generator: the only source of randomness, so that draw i depends on its seed alone.
         """
         raise NotImplementedError(f"{type(self).__name__} must define draws(factors, generator).")
+
+    def predict(
+        self, centre: Posterior, data: Any, *, num_draws: int, seed: int, batch_size: int, progress: bool
+    ) -> Prediction | NumericPrediction:
+        """Predict rows under draws of the factors of ``centre``."""
+        draws = self.draws(plain_factors(centre), torch.Generator().manual_seed(seed))
+        functions = [as_function(centre, next(draws)) for _ in range(num_draws)]
+        return predict_functions(functions, centre.task, data, seed=seed, batch_size=batch_size, progress=progress)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved as safetensors."""
@@ -111,9 +117,7 @@ class FactorPosterior:
         options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
         if num_draws == 0:
             return self.centre.predict(data, num_draws=0, **options)
-        draws = self.sample(num_draws, seed=seed)
-        functions = [as_function(self.centre, factors) for factors in draws]
-        return predict_functions(functions, self.task, data, **options)
+        return self.noise.predict(self.centre, data, num_draws=num_draws, **options)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the centre as a posterior, and the noise beside it; :func:`scalabl_pyro.baselines.load` reads it."""
