@@ -79,6 +79,30 @@ class Batch:
         """The batch on ``device``."""
         return self.map(lambda t: t.to(device, non_blocking=True))
 
+    def pin_memory(self) -> "Batch":
+        """The batch where a GPU can copy it from without making the host wait; as it is if it is on a GPU already."""
+        return self if self.index.is_cuda else self.map(torch.Tensor.pin_memory)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        own = {"target": self.target, "index": self.index, "last": self.last}
+        named = {k: v for k, v in own.items() if v is not None}
+        return (
+            named
+            | {f"inputs.{k}": v for k, v in self.inputs.items()}
+            | {f"extras.{k}": v for k, v in self.extras.items()}
+        )
+
+    def shapes(self) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
+        """Names, shapes and dtypes of all tensors: what two batches share that one captured graph can serve."""
+        return tuple((name, t.shape, t.dtype) for name, t in sorted(self.tensors().items()))
+
+    def copy_(self, other: "Batch") -> None:
+        """Overwrite the tensors with those of a batch of the same shapes."""
+        mine, theirs = self.tensors(), other.tensors()
+        for name, tensor in mine.items():
+            tensor.copy_(theirs[name], non_blocking=True)
+
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of at most ``size`` rows."""
 
@@ -176,9 +200,9 @@ def _row_id(row: Row) -> str:
     return f" (id {row['id']!r})" if "id" in row else ""
 
 
-def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int) -> Batch:
-    """Right-pad examples to a batch; ``index`` are their positions in the data set."""
-    width = max(map(len, examples))
+def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int, *, multiple: int = 1) -> Batch:
+    """Right-pad examples to a batch, ``multiple`` of so many tokens; ``index`` are their positions in the data set."""
+    width = -(-max(map(len, examples)) // multiple) * multiple
     inputs = {}
     for name in examples[0].inputs:
         fill = pad_token_id if name == "input_ids" else 0
@@ -201,13 +225,17 @@ class TrainingBatches:
         examples: the training set.
         batch_size: rows in a batch, at most.
         seed: of the order.
+        multiple: batches are padded to a multiple of so many tokens, so that shapes repeat.
     """
 
     #: Rows are sorted by length within windows of this many batches: little padding, and still a random order.
     WINDOW = 16
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, pad_token_id: int, *, seed: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, pad_token_id: int, *, seed: int, multiple: int = 1
+    ) -> None:
         self.examples = examples
+        self.multiple = multiple
         self.batch_size = min(batch_size, len(examples))
         self.pad_token_id = pad_token_id
         self.seed = seed
@@ -221,7 +249,7 @@ class TrainingBatches:
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._order(epoch)
         rows = self._plan[position]
-        return collate([self.examples[i] for i in rows], rows, self.pad_token_id)
+        return collate([self.examples[i] for i in rows], rows, self.pad_token_id, multiple=self.multiple)
 
     def _order(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -253,6 +281,7 @@ def training_source(
     pad_token_id: int,
     num_data: int | None = None,
     seed: int = 0,
+    multiple: int = 1,
 ) -> tuple[Callable[[int], Batch], int]:
     """What training reads: a function step -> batch, and N.
 
@@ -264,6 +293,7 @@ def training_source(
         pad_token_id: fills shorter rows.
         num_data: N; needed for an iterable of batches whose data set has no length.
         seed: of the order.
+        multiple: batches made from rows are padded to a multiple of so many tokens.
 
     Raises:
         ValueError: N is unknown, or contradicts the rows.
@@ -284,7 +314,7 @@ def training_source(
     examples = encode(read_rows(data), encode_row, need_target=True)
     if num_data not in (None, len(examples)):
         raise ValueError(f"num_data={num_data}, but train_data has {len(examples)} rows: leave num_data out.")
-    return TrainingBatches(examples, batch_size, pad_token_id, seed=seed), len(examples)
+    return TrainingBatches(examples, batch_size, pad_token_id, seed=seed, multiple=multiple), len(examples)
 
 
 def _sized(data: Any) -> int | None:

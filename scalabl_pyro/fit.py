@@ -19,6 +19,8 @@ from ._errors import check_choice
 from ._rng import scoped_seed
 from .adapted import eval_mode
 from .data import Batch, TrainingBatches, training_source
+from .elbo import stays_on_device
+from .graphs import GraphedStep, why_not
 from .guides import Guide, GuideLike, ParticleGuide, as_guide
 from .likelihoods import Task
 from .model import BayesianLoRA, TaskModel
@@ -32,6 +34,8 @@ from .training import Callback, EagerStep, Trainer
 
 logger = logging.getLogger(__name__)
 
+#: Batches are padded to multiples of so many tokens where steps are captured.
+GRAPH_TOKENS = 16
 #: Steps after which a GPU's losses are read: each reading waits for it.
 READ_EVERY = 10
 
@@ -84,6 +88,7 @@ def fit(
     max_grad_norm: float | None = None,
     num_data: int | None = None,
     cache_prefix: bool = False,
+    cuda_graph: bool | str = "auto",
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -115,6 +120,9 @@ def fit(
         num_data: N, size of the training set; needed when ``train_data`` yields batches.
         cache_prefix: run the blocks below the first adapted one once for each row, and keep what they give (tokens x
             width numbers a row, on the device) for all later epochs.
+        cuda_graph: replay the whole step as a CUDA graph, captured once for each batch shape (prompts are padded to
+            multiples of 16 tokens, so that shapes repeat): a launch a step instead of thousands, and the same losses.
+            ``"auto"``: on a GPU, wherever the step allows it; why it does not is logged. True insists.
         seed: of data order, initial scales and noise; the global random state is left alone.
         callbacks: called with the history row of each step; returning True stops the training.
         progress: show a progress bar.
@@ -143,6 +151,7 @@ def fit(
         pad_token_id=task.pad_token_id,
         num_data=num_data,
         seed=seed,
+        multiple=GRAPH_TOKENS if device.type == "cuda" and cuda_graph else 1,
     )
     store = _prefix_store(blora, batches, num_data) if cache_prefix else None
     family = as_guide(guide, blora, init_scale=init_scale, seed=seed).to(device)
@@ -155,11 +164,18 @@ def fit(
         objective = SteinObjective(model, family)
     else:
         objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
+    graphed = _uses_graph(cuda_graph, objective, elbo, device, keeps_prefix=store is not None)
     optimiser = build_optimiser(
-        model, family, lr=lr, loc_lr=lr if loc_lr is None else loc_lr, scale_lr=scale_lr, weight_decay=weight_decay
+        model,
+        family,
+        lr=lr,
+        loc_lr=lr if loc_lr is None else loc_lr,
+        scale_lr=scale_lr,
+        weight_decay=weight_decay,
+        capturable=graphed,
     )
     trainer = Trainer(
-        EagerStep(
+        (GraphedStep if graphed else EagerStep)(
             objective,
             optimiser,
             device=device,
@@ -229,6 +245,21 @@ def _checked(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:
         raise TypeError(f"elbo={elbo!r}: expected an instance such as pyro.infer.Trace_ELBO().")
     check_sites(guide, prior)
     return elbo
+
+
+def _uses_graph(
+    wanted: bool | str, objective: Objective | SteinObjective, elbo: ELBO, device: torch.device, *, keeps_prefix: bool
+) -> bool:
+    """Whether steps are captured; see ``cuda_graph``."""
+    if wanted not in (True, False, "auto"):
+        raise ValueError(f"cuda_graph={wanted!r}: expected True, False or 'auto'.")
+    on_device = isinstance(objective, Objective) and stays_on_device(elbo)
+    reason = why_not(device, stays_on_device=on_device, keeps_prefix=keeps_prefix)
+    if wanted is True and reason:
+        raise ValueError(f"cuda_graph=True, but {reason}: leave it out, or use 'auto'.")
+    if wanted and reason and device.type == "cuda":
+        logger.info("steps run without CUDA graphs: %s", reason)
+    return bool(wanted) and reason is None
 
 
 def _kl_weight(kl_weight: float | Callable[[int], float], step: int) -> float:

@@ -240,15 +240,10 @@ class Adapter:
 
     # hooks -------------------------------------------------------------------------------------
 
-    def select_positions(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Forward pre-hook of the output head: keep one token of each row."""
+    def positions(self) -> Tensor | None:
+        """(rows,) the only token of each row that the current pass reads, see :mod:`scalabl_pyro.positions`."""
         bound = _BOUND.get().get(self)
-        if bound is None or bound.positions is None:
-            return None
-        hidden, *rest = args
-        positions = bound.positions.to(hidden.device)
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return (hidden[rows, positions].unsqueeze(1), *rest)
+        return None if bound is None else bound.positions
 
     def fan_out(self) -> tuple[torch.Size, int] | None:
         """What rows become at the first adapted block of the current pass, see :mod:`scalabl_pyro.prefix`."""

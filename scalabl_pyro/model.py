@@ -231,7 +231,7 @@ class TaskModel(nn.Module):
         self.draws = draws
         self.factor_scale = factor_scale
 
-    def forward(self, batch: Batch, kl_weight: float = 1.0) -> Tensor:
+    def forward(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Tensor:
         """Sample s and y for a batch; y is observed when the batch has targets.
 
         Args:
@@ -257,7 +257,7 @@ class TaskModel(nn.Module):
 
 
 @contextmanager
-def latent_scope(batch: Batch, kl_weight: float = 1.0, *, draws: str) -> Iterator[None]:
+def latent_scope(batch: Batch, kl_weight: float | Tensor = 1.0, *, draws: str) -> Iterator[None]:
     """Where the site s is sampled, in model and guide alike.
 
     With per-example draws, s stands in a plate over the B rows and its log density is scaled by 1 / B: the average
@@ -267,9 +267,9 @@ def latent_scope(batch: Batch, kl_weight: float = 1.0, *, draws: str) -> Iterato
         if draws == "per_example":
             stack.enter_context(pyro.plate("rows", len(batch), dim=-1))
             kl_weight = kl_weight / len(batch)
-        if kl_weight == 0:
+        if not torch.is_tensor(kl_weight) and kl_weight == 0:
             stack.enter_context(poutine.mask(mask=False))  # Pyro refuses a scale of 0
-        elif kl_weight != 1:
+        elif torch.is_tensor(kl_weight) or kl_weight != 1:
             stack.enter_context(poutine.scale(scale=kl_weight))
         yield
 

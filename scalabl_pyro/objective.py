@@ -38,7 +38,7 @@ class ScopedGuide(nn.Module):
         self.guide = guide
         self.draws = draws
 
-    def forward(self, batch: Batch, kl_weight: float = 1.0) -> Any:
+    def forward(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Any:
         """Sample the latent sites for a batch."""
         with latent_scope(batch, kl_weight, draws=self.draws):
             return self.guide()
@@ -78,7 +78,7 @@ class Objective(nn.Module):
         self.model = model
         self.guide = guide
 
-    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> Tensor:
+    def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
         """Add ``share`` of the gradient of the loss to ``.grad``.
 
         Returns:
@@ -109,7 +109,7 @@ class Objective(nn.Module):
         """Why the loss of a batch is not finite, in words."""
         return explain_nonfinite(self.model, self.guide, batch)
 
-    def _differentiable(self, batch: Batch, kl_weight: float) -> Tensor | None:
+    def _differentiable(self, batch: Batch, kl_weight: float | Tensor) -> Tensor | None:
         """-ELBO to differentiate; None for RenyiELBO and TraceGraph_ELBO, which have but their own backward pass."""
         if stays_on_device(self.elbo):
             loss = device_loss(self.elbo, self.model, self.guide, batch, kl_weight)
@@ -119,7 +119,7 @@ class Objective(nn.Module):
             return self.elbo.differentiable_loss(self.model, self.guide, batch, kl_weight)
         return None
 
-    def _own_backward(self, batch: Batch, kl_weight: float, *, factor: float) -> Tensor:
+    def _own_backward(self, batch: Batch, kl_weight: float | Tensor, *, factor: float) -> Tensor:
         parameters = [p for p in self.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
         self.zero_grad(set_to_none=True)

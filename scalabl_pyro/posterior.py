@@ -178,11 +178,21 @@ class Posterior:
     ) -> Prediction | NumericPrediction:
         """Predict with outputs linear in s around the mean, see :func:`scalabl_pyro.linearised.predict_linearised`.
 
-        One pass and one backward pass a class serve any number of draws. The guide must be normal.
+        One pass and one backward pass an output serve any number of draws, which are those of :meth:`predict`.
+
+        Raises:
+            TypeError: a guide that is not normal, so that the linear outputs would not be normal either.
+            ValueError: no draws.
         """
-        covariance = self._in_local_mode(self.guide.covariance)
+        if num_draws < 1:
+            raise ValueError(
+                f"num_draws={num_draws} must be positive: without draws nothing is linearised, and "
+                "predict(num_draws=0) is the prediction at the mean."
+            )
+        self._in_local_mode(self.guide.covariance)  # families that are not normal refuse
+        draws = self.sample(num_draws, seed=seed)
         likelihood = self._log_likelihood(data, batch_size=batch_size, need_target=False)
-        return predict_linearised(likelihood, self.mean(), covariance, num_draws=num_draws, seed=seed)
+        return predict_linearised(likelihood, self.mean(), draws.s, seed=seed)
 
     def prior_predictive(
         self, data: Any, *, num_draws: int = 100, seed: int = 0, batch_size: int = 16

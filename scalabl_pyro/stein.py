@@ -25,7 +25,7 @@ class SteinObjective(nn.Module):
         self.model = model
         self.guide = guide
 
-    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> Tensor:
+    def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
         """Add ``share`` of the gradient of the loss to ``.grad``.
 
         Returns:

@@ -55,7 +55,7 @@ class EagerStep:
         # What a GradScaler sets on a fused optimiser: no update while ``found_inf`` is 1.
         optimiser.grad_scale, optimiser.found_inf = None, self.blocked
 
-    def __call__(self, batch: Batch, kl_weight: float) -> Tensor:
+    def __call__(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
         """Loss, NLL, weighted KL (nats per example) and gradient norm of the step, (4,) on the device."""
         terms = self.gradient(batch, kl_weight)
         norm = clip_gradients(self.optimiser, self.max_grad_norm).to(terms)
@@ -64,7 +64,7 @@ class EagerStep:
         self.optimiser.step()
         return torch.cat([terms, norm.reshape(1)])
 
-    def gradient(self, batch: Batch, kl_weight: float) -> Tensor:
+    def gradient(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
         """Put the gradient of the loss of a batch into ``.grad``; loss, NLL and weighted KL, (3,).
 
         Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B.

@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: A file imports only what stands above it.
 ORDER = """
-_version _errors _rng _pyro subspace targets prefix lora attach adapted priors hub_rows data likelihoods model guides
-draws elbo objective stein optimiser training metrics predictive logdensity
+_version _errors _rng _pyro subspace targets prefix positions lora attach adapted priors hub_rows data likelihoods model guides
+draws elbo objective stein optimiser training graphs metrics predictive logdensity
 linearised arviz_io diagnostics fingerprint saved_config serialization posterior comparison laplace mcmc fit refit
 ensemble plots baselines
 """.split()
