@@ -140,6 +140,28 @@ class TestEveryMethod:
         assert [p.requires_grad for p in module.parameters()] == flags
 
 
+TRAINERS = (
+    baselines.mle,
+    baselines.map_lora,
+    baselines.mc_dropout,
+    baselines.deep_ensemble,
+    baselines.blob,
+    baselines.scalabl_released,
+)
+
+
+@pytest.mark.parametrize("train", TRAINERS, ids=lambda train: train.__name__)
+def test_rows_that_do_not_fit_leave_the_base_model_as_it_was(llm, task, train):
+    before = {k: v.clone() for k, v in llm.state_dict().items()}
+    with pytest.raises(ValueError, match="Row 0"):
+        train(llm, task, [{"question": "what ?"}])
+    assert sp.attach.find_adapter(llm) is None
+    assert all(torch.equal(llm.state_dict()[k], v) for k, v in before.items())
+    with pytest.raises(ValueError, match="num_members=0" if train is baselines.deep_ensemble else "must be positive"):
+        train(llm, task, ROWS, **({"num_members": 0} if train is baselines.deep_ensemble else {"batch_size": 0}))
+    assert sp.attach.find_adapter(llm) is None
+
+
 def test_training_leaves_the_global_random_state_alone(unchanged_rng):
     for name in METHODS:
         METHODS[name](tiny.causal_lm(), {**MLE, "num_steps": 2})
@@ -541,3 +563,15 @@ def test_a_baseline_does_not_write_over_something_else(trained, tmp_path):
     with pytest.raises(FileExistsError, match="holds no baseline"):
         trained("mc_dropout").save_pretrained(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "important"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", METHODS)
+def test_on_a_gpu_it_trains_and_its_files_predict_the_same_on_the_cpu(name, tmp_path):
+    posterior = METHODS[name](tiny.causal_lm().cuda(), MLE)
+    expected = posterior.predict(TEST, num_draws=3, seed=2).log_probs
+    np.testing.assert_array_equal(posterior.predict(TEST, num_draws=3, seed=2).log_probs, expected)
+    posterior.save_pretrained(tmp_path / "saved")
+    loaded = baselines.load(tiny.causal_lm(), tmp_path / "saved")
+    np.testing.assert_allclose(loaded.predict(TEST, num_draws=3, seed=2).log_probs, expected, atol=2e-3)
+    assert isinstance(posterior.blora().unload(), nn.Module)

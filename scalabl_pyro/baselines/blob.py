@@ -23,9 +23,9 @@ from ..lora import Adapter, Factors, RowNoise
 from ..posterior import Posterior
 from ..priors import Prior, as_prior
 from .factor_posterior import FactorNoise, FactorPosterior
-from .mle import plain_lora
+from .mle import plain_lora, unloaded_on_error
 from .noisy import NoisyLoRA
-from .predictor import BaselineResult
+from .predictor import BaselineResult, check_positive
 
 
 def blob(
@@ -67,15 +67,14 @@ def blob(
         ValueError: a scale that is not positive and finite.
         TrainingError: a loss or gradient that is not finite; its ``result`` holds what was learned before.
     """
-    for name, value in {"prior_scale": prior_scale, "init_root_scale": init_root_scale}.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value} must be positive and finite.")
+    check_positive(prior_scale=prior_scale, init_root_scale=init_root_scale)
     adapter = plain_lora(module, lora).adapter
     guide = NoiseGuide(adapter, init_root_scale=init_root_scale, seed=seed)
     blora = FlipoutLoRA(adapter, prior=NoisePrior(adapter, prior_scale))
     options = {"scale_lr": options.get("lr", 1e-3), **options}
     try:
-        result = fit(blora, task, train_data, guide=guide, kl_weight=kl_weight, seed=seed, **options)
+        with unloaded_on_error(blora):
+            result = fit(blora, task, train_data, guide=guide, kl_weight=kl_weight, seed=seed, **options)
     except TrainingError as error:
         if error.result is not None:
             error.result = _as_result(error.result, prior_scale)  # type: ignore[assignment]

@@ -18,7 +18,7 @@ from ..posterior import Posterior
 from ..predictive import NumericPrediction, Prediction
 from ..serialization import copy_task
 from . import saving
-from .mle import fit_point, plain_lora
+from .mle import fit_point, plain_lora, unloaded_on_error
 from .predictor import BaselineResult, Predictor, concatenate
 
 
@@ -62,7 +62,8 @@ def deep_ensemble(
         if member > 0:
             _restart(blora, start, seed + member)
             task.load_state_dict(task_start)
-        result = fit_point(blora, task, train_data, seed=seed + member, **options)
+        with unloaded_on_error(blora):
+            result = fit_point(blora, task, train_data, seed=seed + member, **options)
         members.append(result.posterior)
         histories.append(result.history.assign(member=member))
     provenance = {"method": "deep ensemble", "seed": seed}

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from .predictor import check_positive
+
 
 @dataclass(frozen=True)
 class KLReweighting:
@@ -25,9 +27,7 @@ class KLReweighting:
     gamma: float = 8.0
 
     def __post_init__(self) -> None:
-        for name in ("num_data", "batch_size", "gamma"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        check_positive(num_data=self.num_data, batch_size=self.batch_size, gamma=self.gamma)
 
     @property
     def period(self) -> int:

@@ -64,8 +64,8 @@ def laplace_lora(
     if isinstance(prior_scale, str):
         if prior_scale != "evidence":
             raise ValueError(f"prior_scale={prior_scale!r}: give a number, or 'evidence' to choose it.")
-    elif not 0 < prior_scale < float("inf"):
-        raise ValueError(f"prior_scale={prior_scale} must be positive and finite.")
+    else:
+        check_positive(prior_scale=prior_scale)
     examples = encode(read_rows(train_data), posterior.task.encode, need_target=True)
     factors = plain_factors(posterior)
     with scoped_seed(seed):

@@ -7,7 +7,8 @@ from torch import nn
 
 from ..fit import FitResult
 from ..likelihoods import Task
-from .mle import fit_point, plain_lora
+from .mle import fit_point, plain_lora, unloaded_on_error
+from .predictor import check_positive
 
 
 def map_lora(
@@ -38,6 +39,7 @@ def map_lora(
     Raises:
         ValueError: a scale that is not positive and finite.
     """
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale={scale}: a standard deviation must be positive and finite.")
-    return fit_point(plain_lora(module, lora), task, train_data, factor_scale=scale, **options)
+    check_positive(scale=scale)
+    blora = plain_lora(module, lora)
+    with unloaded_on_error(blora):
+        return fit_point(blora, task, train_data, factor_scale=scale, **options)

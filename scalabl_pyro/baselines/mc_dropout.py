@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from ..likelihoods import Task
 from ..lora import Factors, RowNoise
 from .factor_posterior import FactorNoise, FactorPosterior
-from .mle import fit_point, plain_lora
+from .mle import fit_point, plain_lora, unloaded_on_error
 from .noisy import NoisyLoRA
 from .predictor import BaselineResult
 
@@ -51,8 +51,9 @@ def mc_dropout(
         ValueError: p outside of (0, 1).
     """
     noise = DropoutNoise(p)
-    adapter = plain_lora(module, lora).adapter
-    result = fit_point(DropoutLoRA(adapter, p), task, train_data, **options)
+    blora = DropoutLoRA(plain_lora(module, lora).adapter, p)
+    with unloaded_on_error(blora):
+        result = fit_point(blora, task, train_data, **options)
     provenance = {"method": "MC dropout", "p": p}
     return BaselineResult(FactorPosterior(result.posterior, noise, provenance), result.history)
 

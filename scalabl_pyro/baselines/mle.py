@@ -1,6 +1,7 @@
 """Plain LoRA by maximum likelihood: what ScalaBL is compared with (Hu et al., 2022)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ def mle(
     Returns:
         A result whose posterior is a point mass.
     """
-    return fit_point(plain_lora(module, lora), task, train_data, **options)
+    blora = plain_lora(module, lora)
+    with unloaded_on_error(blora):
+        return fit_point(blora, task, train_data, **options)
 
 
 def plain_lora(module: nn.Module, lora: Mapping[str, Any] | None = None) -> BayesianLoRA:
@@ -40,6 +43,17 @@ def plain_lora(module: nn.Module, lora: Mapping[str, Any] | None = None) -> Baye
             A.mul_(s.to(A.device).unsqueeze(1))
     adapter.loc = torch.ones_like(adapter.loc)
     return blora
+
+
+@contextmanager
+def unloaded_on_error(blora: BayesianLoRA) -> Iterator[None]:
+    """Give the base model back when training fails, unless the error carries a posterior that needs the adapter."""
+    try:
+        yield
+    except BaseException as error:
+        if getattr(error, "result", None) is None:
+            blora.unload()
+        raise
 
 
 def fit_point(blora: BayesianLoRA, task: Task, train_data: Any, **options: Any) -> FitResult:

@@ -118,8 +118,8 @@ def concatenate(predictions: Sequence[Prediction | NumericPrediction]) -> Predic
     return replace(first, is_mean=False, seconds=seconds, **joined)
 
 
-def check_positive(**numbers: int) -> None:
-    """Raise ValueError for a number that is not 1 or more."""
+def check_positive(**numbers: float) -> None:
+    """Raise ValueError for a number that is not positive and finite."""
     for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be positive.")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be positive and finite.")

@@ -28,6 +28,8 @@ from ..model import BayesianLoRA, bayesian_lora
 from ..optimiser import rate_schedule, set_rates
 from ..posterior import Posterior
 from .kl_reweighting import KLReweighting
+from .mle import unloaded_on_error
+from .predictor import check_positive
 
 #: Its mean is stored as a logarithm there, so it cannot be 0.
 PRIOR_LOC, PRIOR_SCALE = 1e-8, 1.0
@@ -81,47 +83,73 @@ def scalabl_released(
     References:
         Samplawski et al., UAI 2025, and the code released with it.
     """
+    check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, kl_lr=kl_lr, init_scale=init_scale, gamma=gamma)
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"warmup={warmup} must lie between 0 and 1: it is a share of the steps.")
     prior = dist.Normal(PRIOR_LOC, PRIOR_SCALE)
     blora = bayesian_lora(module, **{"seed": seed, **(lora or {}), "gauge": "free", "prior": prior})
-    task.to(blora.device)
-    batches, num_data = training_source(
-        train_data, task.encode, batch_size=batch_size, pad_token_id=task.pad_token_id, num_data=num_data, seed=seed
-    )
-    latents = LogNormals(blora.adapter.loc, init_scale=init_scale, seed=seed).to(blora.device)
-    weights = KLReweighting(num_data, batch_size, gamma)
-    rate = rate_schedule("linear", warmup, num_steps)
-    learned = [p for p in [*blora.point_estimates.parameters(), *task.parameters()] if p.requires_grad]
-    step = AlternatingStep(latents, learned, lr=lr, kl_lr=kl_lr)
+    with unloaded_on_error(blora):
+        task.to(blora.device)
+        batches, num_data = training_source(
+            train_data, task.encode, batch_size=batch_size, pad_token_id=task.pad_token_id, num_data=num_data, seed=seed
+        )
+        latents = LogNormals(blora.adapter.loc, init_scale=init_scale, seed=seed).to(blora.device)
+        learned = [p for p in [*blora.point_estimates.parameters(), *task.parameters()] if p.requires_grad]
+        history, error = _train(
+            blora,
+            task,
+            batches,
+            AlternatingStep(latents, learned, lr=lr, kl_lr=kl_lr),
+            weight=KLReweighting(num_data, batch_size, gamma).share,
+            rate=rate_schedule("linear", warmup, num_steps),
+            num_steps=num_steps,
+            seed=seed,
+            progress=progress,
+        )
+        provenance = {
+            "method": "ScalaBL as released",
+            "num_data": num_data,
+            "num_steps": len(history),
+            "batch_size": batch_size,
+            "seed": seed,
+            "kl_lr": kl_lr,
+        }
+        posterior = Posterior.capture(blora, task, latents.guide(), provenance=provenance)
+        blora.adapter.loc = posterior.mean()
+        result = FitResult(posterior, pd.DataFrame(history))
+        if error is not None:
+            error.result = result if history else None
+            raise error
+        return result
+
+
+def _train(
+    blora: BayesianLoRA,
+    task: Task,
+    batches: Callable[[int], Batch],
+    step: "AlternatingStep",
+    *,
+    weight: Callable[[int], float],
+    rate: Callable[[int], float],
+    num_steps: int,
+    seed: int,
+    progress: bool,
+) -> tuple[list[dict[str, float]], TrainingError | None]:
+    """All steps; what was done of them, and why the rest was not."""
     history: list[dict[str, float]] = []
-    start, error = time.perf_counter(), None
+    start, lr = time.perf_counter(), step.adamw.param_groups[0]["lr"]
     with _training_scope(blora, seed), tqdm(range(num_steps), disable=not progress, desc="scalabl_released") as bar:
         for i in bar:
             batch = batches(i).to(blora.device)
             try:
-                nll, kl = step(_nll(blora, task, batch), weight=weights.share(i), rate=rate(i))
+                nll, kl = step(_nll(blora, task, batch), weight=weight(i), rate=rate(i))
             except FloatingPointError as failure:
-                error = TrainingError(f"At step {i}: {failure} Lower lr or kl_lr.")
-                break
+                return history, TrainingError(f"At step {i}: {failure} Lower lr or kl_lr.")
             seconds = time.perf_counter() - start
-            row = {"step": i, "loss": nll, "nll": nll, "kl": kl, "kl_weight": weights.share(i), "lr": rate(i) * lr}
+            row = {"step": i, "loss": nll, "nll": nll, "kl": kl, "kl_weight": weight(i), "lr": rate(i) * lr}
             history.append({**row, "seconds": seconds})
             bar.set_postfix(nll=f"{nll:.4g}", kl=f"{kl:.4g}", refresh=False)
-    provenance = {
-        "method": "ScalaBL as released",
-        "num_data": num_data,
-        "num_steps": len(history),
-        "batch_size": batch_size,
-        "seed": seed,
-        "kl_lr": kl_lr,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
-    posterior = Posterior.capture(blora, task, latents.guide(), provenance=provenance)
-    blora.adapter.loc = posterior.mean()
-    result = FitResult(posterior, pd.DataFrame(history))
-    if error is not None:
-        error.result = result if history else None
-        raise error
-    return result
+    return history, None
 
 
 class LogNormals(nn.Module):

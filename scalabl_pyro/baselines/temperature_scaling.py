@@ -24,7 +24,7 @@ from ..lora import Adapter
 from ..model import BayesianLoRA
 from ..predictive import NumericPrediction, Prediction
 from . import saving
-from .predictor import Predictor
+from .predictor import Predictor, check_positive
 
 #: Temperatures that are considered.
 LIMITS = (0.01, 100.0)
@@ -108,8 +108,7 @@ def fit_temperature(prediction: Prediction | NumericPrediction) -> float:
 
 def apply_temperature(prediction: Prediction | NumericPrediction, temperature: float) -> Prediction:
     """Divide the logits of each draw by the temperature."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be positive and finite.")
+    check_positive(temperature=temperature)
     log_probs = _log_probs(prediction)
     assert isinstance(prediction, Prediction)
     scaled = log_softmax(log_probs / temperature, axis=-1)
@@ -138,6 +137,9 @@ class TemperatureScaled:
     base: Predictor
     temperature: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_positive(temperature=self.temperature)
 
     @property
     def adapter(self) -> Adapter:

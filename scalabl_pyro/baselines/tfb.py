@@ -58,10 +58,7 @@ def tfb(
     Raises:
         ValueError: a tolerance or scale that is not positive, or rows without answers.
     """
-    check_positive(num_draws=num_draws, num_bisections=num_bisections)
-    for name, value in {"tolerance": tolerance, "max_scale": max_scale}.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value} must be positive and finite.")
+    check_positive(num_draws=num_draws, num_bisections=num_bisections, tolerance=tolerance, max_scale=max_scale)
     rows = read_rows(anchor_data)
 
     def nll(scale: float) -> float:
