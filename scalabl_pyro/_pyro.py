@@ -1,7 +1,10 @@
-"""The base class of every Pyro program here."""
+"""What every Pyro program here is built on: both of Pyro's parameter modes, and latents that keep their plates."""
+
+from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
 
 
 class Program(PyroModule):
@@ -15,3 +18,16 @@ class Program(PyroModule):
     def __init__(self) -> None:
         with pyro.settings.context(module_local_params=True):
             super().__init__()
+
+
+class KeepPlates(Messenger):
+    """Give a latent the plate dimensions of its site.
+
+    ``Predictive(parallel=True)`` conditions on draws (S, D) in a plate of shape (S, 1), because it cannot know that D
+    is an event dimension; without the 1, draws would be taken for rows.
+    """
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        shape = msg["fn"].shape()
+        if msg["value"].shape != shape and msg["value"].numel() == shape.numel():
+            msg["value"] = msg["value"].reshape(shape)

@@ -236,10 +236,12 @@ def _activate(adapter: Adapter, heads: Sequence[str]) -> None:
         original = module.get_submodule(name)
         adapter.heads[name] = copy.deepcopy(original).to(_master_dtype(original)).requires_grad_(True)
         hooks.append(original.register_forward_hook(ReplaceHead(adapter, name)))
-    head = output_head(module)
-    if head is not None:
-        hooks.append(head.register_forward_pre_hook(ReadPosition(adapter.positions)))
     lower, upper = split_blocks(module, adapter.subspace.names)
+    adapter.blocks = tuple(upper)
+    head = output_head(module)
+    if head is None:  # classifiers pool by the rows of their input
+        return
+    hooks.append(head.register_forward_pre_hook(ReadPosition(adapter.positions)))
     if (mlp := tokenwise_end(upper)) is not None:
         _replace_forward(adapter, mlp, AtPosition(adapter.positions, mlp.forward))
     if not lower:

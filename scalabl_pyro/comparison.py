@@ -82,8 +82,8 @@ def _named(posteriors: Mapping[str, Posterior] | Sequence[Posterior]) -> dict[st
     if len(set(sizes.values()) - {None}) > 1:
         listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
         raise ValueError(
-            f"These posteriors were fitted to training sets of different size ({listed} rows). LOO scores the rows that "
-            "a posterior was fitted to: fit all to the same rows, or compare predict(test_data).metrics()."
+            f"These posteriors were fitted to training sets of different size ({listed} rows). LOO scores the rows "
+            "that a posterior was fitted to: fit all to the same rows, or compare predict(test_data).metrics()."
         )
     return named
 

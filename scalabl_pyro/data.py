@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._errors import check_positive
 from ._rng import scoped_seed
 from .hub_rows import Row, as_question
 
@@ -268,6 +269,7 @@ class TrainingBatches:
 
 def evaluation_batches(examples: Sequence[Example], batch_size: int, pad_token_id: int) -> Iterator[Batch]:
     """Every example once, longest first, so that running out of memory shows at once."""
+    check_positive(batch_size=batch_size)
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

@@ -18,7 +18,7 @@ def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
     """(D, D) generalised Gauss-Newton matrix of the negative log likelihood at s, float64.
 
     H = sum_n J_n' L_n J_n with J_n the Jacobian of the outputs in s and L_n the Hessian of the negative log likelihood
-    in the outputs (Martens, JMLR 2020, section 8); where L_n is not positive semidefinite, its positive part.
+    in the outputs (Martens, JMLR 2020); where L_n is not positive semidefinite, its positive part.
 
     Raises:
         ValueError: a likelihood without curvature, for which H says nothing of the data.
@@ -46,8 +46,8 @@ def predict_linearised(
 ) -> Prediction | NumericPrediction:
     """Predict with outputs linear in s: f(x, s) = f(x, mean) + J (s - mean), so that no draw needs a pass of its own.
 
-    For s ~ Normal(mean, V) the K outputs of a row are normal with covariance J V J'. Draw i is the same s for every row,
-    so that the rows' outputs vary together as they do under the posterior.
+    For s ~ Normal(mean, V) the K outputs of a row are normal with covariance J V J'. Draw i is the same s for every
+    row, so that the outputs of all rows vary together as they do under the posterior.
 
     Args:
         likelihood: of the rows.
@@ -56,7 +56,7 @@ def predict_linearised(
         seed: of the simulated answers of a likelihood over numbers.
 
     References:
-        Immer et al., Improving predictions of Bayesian neural nets via local linearization, AISTATS 2021, eq. 8.
+        Immer et al., Improving predictions of Bayesian neural nets via local linearization, AISTATS 2021.
     """
     shift = (s - mean).double()
     parts: list[tuple[Batch, Tensor]] = []
@@ -70,7 +70,7 @@ def predict_linearised(
 
 
 def _curvatures(likelihood: LogLikelihood, s: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each batch with curvature: Jacobians (B, K, D), Hessians (B, K, K) of the negative log likelihood, float64."""
+    """For each batch with curvature: Jacobians (B, K, D) and Hessians (B, K, K) of -log p(y | outputs), float64."""
     dtype = likelihood.llm.adapter.loc.dtype
     for batch, own, outputs in likelihood.rows_with_own_s(s.to(dtype)):
         hessian = output_hessian(likelihood.task, batch, outputs)

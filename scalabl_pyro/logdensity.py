@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._errors import check_positive
 from .adapted import AdaptedLLM, eval_mode
 from .data import Batch, Example, evaluation_batches
 from .likelihoods import Task, at_least_float32
@@ -34,7 +33,6 @@ class LogLikelihood:
         batch_size: int = 16,
         cache_prefix: bool = False,
     ) -> None:
-        check_positive(batch_size=batch_size)
         self.llm = llm
         self.task = task
         self.examples = examples

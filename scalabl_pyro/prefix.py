@@ -170,8 +170,6 @@ def split_blocks(module: nn.Module, names: Sequence[str]) -> tuple[list[nn.Modul
     of blocks (encoder and decoder, several modalities).
     """
     head = output_head(module)
-    if head is None:
-        return [], []  # classifiers pool by the rows of their input
     inside = [name for name in names if module.get_submodule(name) is not head]
     matches = [re.match(r"(.*?)\.(\d+)\.", name) for name in inside]
     if not inside or None in matches or len({m[1] for m in matches if m}) != 1:

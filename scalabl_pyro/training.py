@@ -7,21 +7,18 @@ host: a flag keeps the optimiser from updating from that step on, until the host
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
 
-from ._rng import generator_states, scoped_seed, set_generator_states
-from .adapted import eval_mode
+from ._rng import generator_states, set_generator_states
 from .data import Batch, Cycle
 from .faults import Figures, GradientCheck, Recovery, describe, reason
 from .interrupts import StopSignals
-from .model import BayesianLoRA
 from .objective import Objective
 from .optimiser import clip_gradients, set_rates
 from .prefix import PrefixStore
@@ -277,19 +274,3 @@ class Trainer:
     def _kl(self, one: Pending, figures: Figures) -> float:
         """Unweighted, nats per data set."""
         return figures.weighted_kl * self.num_data / one.kl_weight if one.kl_weight else float("nan")
-
-
-@contextmanager
-def training_scope(blora: BayesianLoRA, seed: int) -> Iterator[None]:
-    """Seeded noise, Pyro's local parameters, no dropout; all as before afterwards."""
-    with (
-        eval_mode(blora.llm),  # dropout of the base model would be a second, unmodelled source of noise
-        scoped_seed(seed),
-        pyro.settings.context(module_local_params=True),
-        warnings.catch_warnings(),
-        torch.enable_grad(),
-    ):
-        warnings.filterwarnings("ignore", message="Encountered NaN")  # becomes an error that says where
-        for layer in blora.adapter.layers:
-            layer.lora_dropout.train()
-        yield

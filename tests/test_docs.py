@@ -17,7 +17,6 @@ import pytest
 import tiny
 import torch
 from matplotlib import pyplot as plt
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import scalabl_pyro as sp
@@ -57,10 +56,9 @@ def toy_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_causal_lm)
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load_classifier)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: tiny.question_rows(16))
-    run = sp.training.Trainer.run
-    monkeypatch.setattr(sp.training.Trainer, "run", lambda trainer, steps: run(trainer, steps[:STEPS]))
-    quiet = lambda **options: tqdm(**{**options, "disable": True})  # noqa: E731
-    monkeypatch.setattr(sys.modules["scalabl_pyro.fit"], "tqdm", quiet)
+    trainer = sys.modules["scalabl_pyro.training"].Trainer
+    run = trainer.run
+    monkeypatch.setattr(trainer, "run", lambda self, steps: run(self, steps[:STEPS]))
     mcmc, few = sp.mcmc, {"num_samples": 4, "warmup_steps": 4, "max_tree_depth": 2, "progress": False}
     monkeypatch.setattr(sp, "mcmc", lambda *args, **options: mcmc(*args, **{**options, **few}))
     for name, seed in {"train": 0, "test": 1}.items():

@@ -14,10 +14,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: A file imports only what stands above it.
 ORDER = """
-_version _errors _rng _pyro storage interrupts subspace targets prefix positions lora attach adapted priors hub_rows data
-likelihoods model guides draws elbo objective stein optimiser state faults training graphs metrics predictive logdensity
-linearised arviz_io diagnostics fingerprint saved_config checkpoint serialization posterior comparison laplace mcmc
-resume fit refit ensemble plots baselines
+_version _errors _rng _pyro storage interrupts subspace targets prefix positions recompute lora attach adapted memory
+priors hub_rows data likelihoods model guides draws quasi elbo objective stein optimiser state faults scope training
+graphs metrics predictive logdensity linearised arviz_io psis diagnostics fingerprint saved_config checkpoint
+serialization posterior comparison laplace mcmc resume fit refit ensemble plots baselines
 """.split()
 
 

@@ -207,6 +207,11 @@ def run(args: argparse.Namespace) -> dict:
         gc.collect()
         blora = sp.bayesian_lora(llm, target_modules=TARGETS)
         figures["scalabl_pyro step, eager"] = timed(fit_step(blora, batch, graph=False))
+        if args.device == "cuda":
+            figures["scalabl_pyro step, eager"] |= {
+                "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+                "estimated_gib": blora.estimate_memory(batch).total / 2**30,
+            }
         figures["scalabl_pyro step"] = timed(fit_step(blora, batch, graph=args.device == "cuda"))
         figures["of it Pyro alone"] = timed(pyro_only(blora, batch))
         figures["Laplace curvature"] = timed(curvature(blora, batch), 3)

@@ -57,4 +57,4 @@ class Guide(Program):
 
     def snapshot(self) -> "Guide":
         """A copy on the CPU that later training does not change."""
-        return copy.deepcopy(self).cpu().requires_grad_(False)
+        return copy.deepcopy(self).cpu().requires_grad_(False).eval()

@@ -47,7 +47,7 @@ class ParticleGuide(Guide):
 
     def snapshot(self) -> Guide:
         """The particles as points."""
-        return EmpiricalGuide({"s": self.particles.detach().cpu()})
+        return EmpiricalGuide({"s": self.particles.detach().cpu()}, num_chains=None)
 
     def stein_gradient(self, score: Tensor) -> Tensor:
         """The direction (K, D) that decreases KL(q || p) fastest in the kernel's space.
