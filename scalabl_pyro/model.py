@@ -168,7 +168,7 @@ class BayesianLoRA(Program):
     def estimate_memory(
         self, batch: Batch | Mapping[str, Any], *, gradient_checkpointing: bool = False
     ) -> MemoryEstimate:
-        """Bytes at the peak of a training step on ``batch`` (or on keyword inputs of the LLM); runs two rows forward."""
+        """Bytes at the peak of a training step on ``batch`` (or on keyword inputs of the LLM); runs two rows."""
         inputs = batch.inputs if isinstance(batch, Batch) else batch
         positions = batch.last if isinstance(batch, Batch) and output_head(self.llm) is not None else None
         return estimate_memory(self.adapter, inputs, positions=positions, gradient_checkpointing=gradient_checkpointing)
@@ -262,13 +262,12 @@ class TaskModel(nn.Module):
 
     def log_factor_prior(self) -> Tensor:
         """Log density of the factors under their MAP prior up to a constant, (), nats per data set; 0 without one."""
+        adapter, device = self.blora.adapter, self.blora.device
         if self.factor_scale is None:
-            return torch.zeros((), device=self.blora.device)
-        pairs = self.blora.adapter.factors()
-        free = [B for _, B in pairs]
-        if self.blora.adapter.gauge == "free":  # else only the directions of A matter, on which it is uniform
-            free += [A for A, _ in pairs]
-        squares = torch.stack([factor.square().sum().to(self.blora.device) for factor in free]).sum()
+            return torch.zeros((), device=device)
+        # In the other gauge only the directions of A matter, on which the prior is uniform.
+        free = [factor for A, B in adapter.factors() for factor in ((A, B) if adapter.gauge == "free" else (B,))]
+        squares = torch.stack([factor.square().sum().to(device) for factor in free]).sum()
         return -0.5 * squares / self.factor_scale**2
 
 

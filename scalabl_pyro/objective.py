@@ -181,7 +181,8 @@ def _check_returns_s(prior: Trace) -> None:
     if not torch.is_tensor(returned) or not torch.equal(returned, s):
         given = f"a tensor of shape {tuple(returned.shape)}" if torch.is_tensor(returned) else repr(returned)
         raise ValueError(
-            f"The prior must return its draw of s, but returns {given}: end forward() with return pyro.sample('s', ...)."
+            f"The prior must return its draw of s, but returns {given}: end forward() with "
+            "return pyro.sample('s', ...)."
         )
 
 

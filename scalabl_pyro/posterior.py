@@ -193,7 +193,7 @@ class Posterior:
             )
         self._in_local_mode(self.guide.covariance)  # families that are not normal refuse
         draws = self.sample(num_draws, seed=seed)
-        likelihood = self._log_likelihood(data, batch_size=batch_size, need_target=False)
+        likelihood = self.log_likelihood(data, batch_size=batch_size, need_target=False)
         return predict_linearised(likelihood, self.mean(), draws.s, seed=seed)
 
     def prior_predictive(
@@ -220,7 +220,7 @@ class Posterior:
         Raises:
             ValueError: ``num_data`` smaller than ``data``, rows without an answer.
         """
-        likelihood = self._log_likelihood(data, batch_size=batch_size, need_target=True)
+        likelihood = self.log_likelihood(data, batch_size=batch_size, need_target=True)
         if num_data is not None and num_data < likelihood.num_data:
             raise ValueError(
                 f"num_data={num_data}, but data alone has {likelihood.num_data} rows: num_data is the size of the "
@@ -280,7 +280,14 @@ class Posterior:
         """Guide and prior in two words."""
         return f"{self.guide.options().get('class', type(self.guide).__name__)}, {self.prior}"
 
-    def _log_likelihood(self, data: Any, *, batch_size: int, need_target: bool) -> LogLikelihood:
+    def log_likelihood(self, data: Any, *, batch_size: int = 16, need_target: bool = True) -> LogLikelihood:
+        """Log p(y | s) of all rows as a differentiable function of s (D,), nats: where inference of your own starts.
+
+        Args:
+            data: rows with answers.
+            batch_size: rows a pass.
+            need_target: whether each row must have an answer.
+        """
         examples = encode(read_rows(data), self.task.encode, need_target=need_target)
         return LogLikelihood(self.llm(), self.task, examples, batch_size=batch_size)
 

@@ -193,11 +193,47 @@ def test_inferred_layer_scales_shrink_the_layer_that_is_not_needed(learned):
     assert first > 1 > 0.5 > second
 
 
-def test_the_horseshoe_shrinks_small_latents_and_leaves_large_ones(learned):
-    loc = {name: posterior.mean() for name, posterior in learned.items()}
-    truth, small = torch.tensor(UNEQUAL).double(), slice(DIM, None)
-    assert loc["horseshoe"][small].norm() < 0.7 * loc["normal"][small].norm()
-    assert ((loc["horseshoe"] - truth)[:DIM].abs() < 0.6).all()
+def exact_horseshoe_mean(rows, points=100):
+    """Posterior mean under HorseshoePrior(0.1, 1, 4), summed over a grid of quantiles of its three scales.
+
+    Features are orthogonal, so that each latent has its own least-squares estimate, of standard deviation NOISE / 4,
+    and given the scales a normal posterior.
+    """
+    x, y = (np.array([row[key] for row in rows], dtype=np.float32).astype(float) for key in "xy")
+    estimates, variance = x.T @ y / 16, NOISE**2 / 16
+    quantiles = (np.arange(points) + 0.5) / points
+    overall, local = stats.halfcauchy(scale=0.1).ppf(quantiles), stats.halfcauchy().ppf(quantiles)
+    slab = stats.invgamma(2, scale=2).ppf(quantiles)[:, None]
+    wide = np.square(overall[:, None, None] * local)  # (overall, slab, local)
+    prior = slab * wide / (slab + wide)
+    weights, means = np.ones((points, points)), []
+    for estimate in estimates:
+        density = stats.norm(0, np.sqrt(prior + variance)).pdf(estimate)
+        means.append((density * prior / (prior + variance)).mean(-1) * estimate / density.mean(-1))
+        weights *= density.mean(-1)
+    return torch.tensor(np.stack(means)).mul(torch.tensor(weights / weights.sum())).sum((1, 2))
+
+
+def test_the_horseshoe_finds_its_posterior_where_half_of_the_latents_are_large(learned):
+    loc, exact = learned["horseshoe"].mean(), exact_horseshoe_mean(_problem("horseshoe")[2])
+    small = slice(DIM, None)
+    assert ((loc - exact).abs() < 0.03).all()
+    assert (loc[small].abs() < 0.97 * learned["normal"].mean()[small].abs()).all()
+    assert ((loc - torch.tensor(UNEQUAL).double())[:DIM].abs() < 0.6).all()
+
+
+def test_the_horseshoe_shrinks_small_latents_and_leaves_a_large_one():
+    """The more are small, the more it shrinks them; a factorised guide somewhat less than the exact posterior."""
+    truth = [3.0, 0.0, 0.0, 0.0, 0.1, -0.1, 0.05, 0.1]
+    loc = {}
+    for prior in ("normal", "horseshoe"):
+        blora, rows = two_layers(prior, truth)
+        loc[prior] = sp.fit(blora, LinearGaussian(), rows, **LEARN).posterior.mean()
+    exact, normal, small = exact_horseshoe_mean(rows), loc["normal"], slice(1, None)
+    assert exact[small].norm() < 0.6 * normal[small].norm()
+    assert loc["horseshoe"][small].norm() < 0.85 * normal[small].norm()
+    assert ((loc["horseshoe"] - exact).abs() < 0.08).all()
+    assert abs(loc["horseshoe"][0] - 3.0) < 0.3
 
 
 def test_inferred_scales_are_saved_and_loaded_with_s(tmp_path):

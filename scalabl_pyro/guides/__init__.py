@@ -127,7 +127,7 @@ def from_options(family: str, options: dict[str, Any], blora: BayesianLoRA) -> G
 
 def _is_builder(guide: object) -> bool:
     """Whether ``guide`` is to be called with the LLM: neither a module, nor a class that wants more than an LLM."""
-    if isinstance(guide, torch.nn.Module) or guide in FAMILIES.values() or not callable(guide):
+    if not callable(guide) or isinstance(guide, torch.nn.Module) or guide in FAMILIES.values():
         return False
     try:
         inspect.signature(guide).bind("blora")
