@@ -101,7 +101,6 @@ def z_scores(u: np.ndarray) -> dict[str, float]:
 def test_the_truth_has_a_uniform_rank(name, infer, simulations, record_property):
     scores = z_scores(ranks(World.build(), infer, simulations))
     record_property("z scores", scores)
-    print(name, simulations, scores)
     assert scores["bias"] < 5 and abs(scores["width"]) < 5, scores
 
 
