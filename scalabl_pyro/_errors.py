@@ -18,6 +18,13 @@ def nearest(name: str, allowed: Iterable[str], *, limit: int = 3) -> str:
     return f"Known names: {shown}."
 
 
+def check_positive(**numbers: float) -> None:
+    """Raise ValueError unless every number, named as the caller's option is, is positive and finite."""
+    for name, value in numbers.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be positive and finite.")
+
+
 def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
     """Raise ValueError unless ``given`` is one of the ``allowed`` names."""
     allowed = list(allowed)

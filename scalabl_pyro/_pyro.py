@@ -1,10 +1,12 @@
-"""The base class of every Pyro program here, and the mode its parameters are used in."""
+"""What every Pyro program here is built on: both of Pyro's parameter modes, and latents that keep their plates."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
 
 from ._lock import LOCK
 
@@ -27,3 +29,16 @@ class Program(PyroModule):
     def __init__(self) -> None:
         with local_params():
             super().__init__()
+
+
+class KeepPlates(Messenger):
+    """Give a latent the plate dimensions of its site.
+
+    ``Predictive(parallel=True)`` conditions on draws (S, D) in a plate of shape (S, 1), because it cannot know that D
+    is an event dimension; without the 1, draws would be taken for rows.
+    """
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        shape = msg["fn"].shape()
+        if msg["value"].shape != shape and msg["value"].numel() == shape.numel():
+            msg["value"] = msg["value"].reshape(shape)

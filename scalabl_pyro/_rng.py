@@ -1,6 +1,6 @@
 """Randomness enters as a seed and leaves no mark on the global generators."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,37 +14,57 @@ class Stream:
 
     Args:
         seed: of the first piece; each later one goes on where the piece before it ended.
+        gpus: whether the generators of GPUs take part.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, gpus: bool = True) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed={seed!r}: expected an integer.")
         self.seed = seed
-        self._states: list[Tensor] = []
+        self.gpus = gpus
+        self._states: dict[str, Tensor] = {}
 
     @contextmanager
     def use(self) -> Iterator[None]:
         """The next piece: no other thread uses the generators meanwhile, and they are as before afterwards."""
         with LOCK:
-            generators = [torch.default_generator]
-            if torch.cuda.is_initialized():
-                generators += torch.cuda.default_generators
-            before = [generator.get_state() for generator in generators]
+            generators = {name: g for name, g in _generators().items() if self.gpus or name == "cpu"}
+            before = {name: generator.get_state() for name, generator in generators.items()}
             try:
-                for i, generator in enumerate(generators):
-                    if i < len(self._states):
-                        generator.set_state(self._states[i])
+                for name, generator in generators.items():
+                    if name in self._states:
+                        generator.set_state(self._states[name])
                     else:
                         generator.manual_seed(self.seed)
                 yield
-                self._states = [generator.get_state() for generator in generators]
+                self._states = {name: generator.get_state() for name, generator in generators.items()}
             finally:
-                for generator, state in zip(generators, before, strict=True):
-                    generator.set_state(state)
+                for name, generator in generators.items():
+                    generator.set_state(before[name])
 
 
 @contextmanager
-def scoped_seed(seed: int) -> Iterator[None]:
-    """Seed torch's global generators inside the context, and put them back after it."""
-    with Stream(seed).use():
+def scoped_seed(seed: int, *, gpus: bool = True) -> Iterator[None]:
+    """Seed torch's global generators (CPU, and GPUs in use) inside the context, and put them back after it."""
+    with Stream(seed, gpus=gpus).use():
         yield
+
+
+def generator_states() -> dict[str, Tensor]:
+    """States of torch's global generators by name: ``cpu``, and ``cuda.<index>`` of GPUs in use."""
+    return {name: generator.get_state() for name, generator in _generators().items()}
+
+
+def set_generator_states(states: Mapping[str, Tensor]) -> list[str]:
+    """Put states back; the names of those that this machine has no generator for, or no state, come back."""
+    generators = _generators()
+    for name in set(states) & set(generators):
+        generators[name].set_state(states[name])
+    return sorted(set(states) ^ set(generators))
+
+
+def _generators() -> dict[str, torch.Generator]:
+    generators = {"cpu": torch.default_generator}
+    if torch.cuda.is_initialized():
+        generators |= {f"cuda.{i}": generator for i, generator in enumerate(torch.cuda.default_generators)}
+    return generators

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._lock import IDLE, LOCK
-from .lora import Adapter, Factors
+from .lora import Adapter, Factors, RowNoise
 from .prefix import repeat_rows
 
 
@@ -49,7 +49,14 @@ class AdaptedLLM:
         """The adapted module."""
         return self.adapter.module
 
-    def __call__(self, *args: Any, s: Tensor, positions: Tensor | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        s: Tensor,
+        positions: Tensor | None = None,
+        noise: Sequence[RowNoise] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run the LLM with latents s.
 
         Args:
@@ -57,6 +64,7 @@ class AdaptedLLM:
             s: (..., D). Its batch dimensions broadcast against the B rows as in Pyro: (D,) and (1, D) are one draw
                 for all rows, (B, D) one a row, (P, 1, D) P draws of all rows.
             positions: (B,) the only token of each row whose logits are wanted.
+            noise: of each layer, for the B rows; then s must be one draw, or one a row.
             kwargs: keyword inputs of the LLM; tensors with B rows are repeated for each draw.
 
         Returns:
@@ -66,7 +74,7 @@ class AdaptedLLM:
             ValueError: an empty batch, or draws whose shape does not fit the rows.
         """
         self.adapter.check_attached()
-        rows = _num_rows(args, kwargs)
+        rows = num_rows(args, kwargs)
         batch_shape = _broadcast(s, rows)
         if s.shape[:-1].numel() == 1:
             s = s.reshape(-1)
@@ -75,7 +83,9 @@ class AdaptedLLM:
         if self._takes_use_cache:
             kwargs.setdefault("use_cache", False)  # keys and values of past tokens serve generation only
         if batch_shape == (rows,):
-            return self._run(args, kwargs, s, positions)
+            return self._run(args, kwargs, s, positions, noise=noise)
+        if noise is not None:
+            raise ValueError(f"s has shape {tuple(s.shape)}: noise of each row goes with one draw of s, or one a row.")
         positions = repeat_rows(positions, batch_shape, rows)
         if self.adapter.shares_prefix and batch_shape.numel() > rows:
             output = self._run(args, kwargs, s, positions, fan_out=(batch_shape, rows))
@@ -91,10 +101,9 @@ class AdaptedLLM:
         kwargs: dict[str, Any],
         s: Tensor,
         positions: Tensor | None,
-        *,
-        fan_out: tuple[torch.Size, int] | None = None,
+        **bound: Any,
     ) -> Any:
-        with self.adapter.bind(s, positions=positions, factors=self.factors, heads=self.heads, fan_out=fan_out):
+        with self.adapter.bind(s, positions=positions, factors=self.factors, heads=self.heads, **bound):
             return self.llm(*args, **kwargs)
 
 
@@ -164,7 +173,8 @@ def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
         m.training = mode
 
 
-def _num_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+def num_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """B, the rows of the first tensor among the inputs of an LLM."""
     for x in (*args, *kwargs.values()):
         if torch.is_tensor(x) and x.dim() > 0:
             if x.shape[0] == 0:

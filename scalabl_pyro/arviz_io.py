@@ -65,6 +65,23 @@ def to_arviz(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> Any:
     return tree
 
 
+def psislw(log_ratio: Array) -> tuple[Array, float]:
+    """Pareto-smoothed log weights (S,) and k-hat of log importance ratios (S,), as ``az.loo`` of this ArviZ has them.
+
+    The generations differ by one draw in the length of the tail, hence in the third digit of k-hat; a LOO of ours that
+    is not that of ``az.loo`` on the same draws would be a riddle.
+    """
+    if arviz_version() < (1, 0):
+        import arviz
+
+        smoothed, k = arviz.psislw(log_ratio)
+    else:
+        from arviz_stats.base import array_stats
+
+        smoothed, k = array_stats.psislw(-log_ratio)  # takes log likelihoods and turns their sign itself
+    return np.asarray(smoothed), float(k)
+
+
 def arviz_version() -> tuple[int, int]:
     """Major and minor version of the installed ArviZ; (1, 0) where only its split packages are there."""
     try:

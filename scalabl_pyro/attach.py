@@ -3,7 +3,7 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ._errors import check_choice, nearest
 from ._rng import scoped_seed
 from .lora import Adapter, ReplaceHead, SubspaceVariant, Undo, factors_of
+from .positions import AtPosition, ReadPosition, tokenwise_end
 from .prefix import HiddenStates, RepeatRows, SkippableForward, split_blocks
 from .subspace import Layer, Subspace
 from .targets import TargetModules, is_linear, new_heads, output_head, resolve_targets
@@ -235,19 +236,28 @@ def _activate(adapter: Adapter, heads: Sequence[str]) -> None:
         original = module.get_submodule(name)
         adapter.heads[name] = copy.deepcopy(original).to(_master_dtype(original)).requires_grad_(True)
         hooks.append(original.register_forward_hook(ReplaceHead(adapter, name)))
-    head = output_head(module)
-    if head is not None:
-        hooks.append(head.register_forward_pre_hook(adapter.select_positions))
     lower, upper = split_blocks(module, adapter.subspace.names)
-    if lower:
-        adapter.shares_prefix = True
-        adapter.has_fixed_prefix = all(module.get_submodule(name) is head for name in heads)
-        hooks.append(upper[0].register_forward_pre_hook(HiddenStates(adapter), with_kwargs=True))
+    adapter.blocks = tuple(upper)
+    head = output_head(module)
+    if head is None:  # classifiers pool by the rows of their input
+        return
+    hooks.append(head.register_forward_pre_hook(ReadPosition(adapter.positions)))
+    if (mlp := tokenwise_end(upper)) is not None:
+        _replace_forward(adapter, mlp, AtPosition(adapter.positions, mlp.forward))
+    if not lower:
+        return
+    adapter.shares_prefix = True
+    adapter.has_fixed_prefix = all(module.get_submodule(name) is head for name in heads)
+    hooks.append(upper[0].register_forward_pre_hook(HiddenStates(adapter), with_kwargs=True))
     for block in lower:
-        adapter.undo.forwards.append((block, block.__dict__.get("forward")))
-        block.forward = SkippableForward(adapter, block.forward)
+        _replace_forward(adapter, block, SkippableForward(adapter, block.forward))
     for block in upper:
         hooks.append(block.register_forward_pre_hook(RepeatRows(adapter.fan_out), with_kwargs=True))
+
+
+def _replace_forward(adapter: Adapter, module: nn.Module, forward: Callable[..., Any]) -> None:
+    adapter.undo.forwards.append((module, module.__dict__.get("forward")))
+    module.forward = forward
 
 
 def _initialise(layer: LoraLayer, adapter_name: str) -> Tensor:

@@ -32,13 +32,13 @@ def compare(
     Returns:
         Columns ``elpd_loo`` and ``se`` (nats), ``difference`` to the best and its standard error ``dse``, ``p_loo``,
         ``elbo``, ``pareto_k``, ``bad_rows`` (share of rows whose LOO is unreliable).
+
+    Raises:
+        TypeError: something that is no posterior.
+        ValueError: no posterior, or posteriors of training sets of different size.
     """
-    if not isinstance(posteriors, Mapping):
-        posteriors = {f"{i}: {p.describe()}": p for i, p in enumerate(posteriors)}
-    if not posteriors:
-        raise ValueError("There is nothing to compare: pass at least one posterior.")
     rows, pointwise = {}, {}
-    for name, posterior in posteriors.items():
+    for name, posterior in _named(posteriors).items():
         weights = posterior.log_weights(data, num_draws=num_draws, num_data=num_data, seed=seed, batch_size=batch_size)
         loo = _loo(weights)
         pointwise[name] = loo.elpd_i
@@ -55,8 +55,37 @@ def compare(
     best = pointwise[frame.index[0]]
     gaps = {name: best - values for name, values in pointwise.items()}
     frame.insert(2, "difference", [float(gaps[name].sum()) for name in frame.index])
-    frame.insert(3, "dse", [float(np.sqrt(len(best) * gaps[name].var(ddof=1))) for name in frame.index])
+    frame.insert(3, "dse", [float(np.sqrt(len(best) * gaps[name].var())) for name in frame.index])
     return frame
+
+
+def _named(posteriors: Mapping[str, Posterior] | Sequence[Posterior]) -> dict[str, Posterior]:
+    """The posteriors by name, after checking that they can be compared."""
+    if isinstance(posteriors, Mapping):
+        given: list[tuple[str | None, Any]] = list(posteriors.items())
+    elif isinstance(posteriors, Sequence):
+        given = [(None, posterior) for posterior in posteriors]
+    else:
+        raise TypeError(
+            f"compare() got one {type(posteriors).__name__}: pass a list of Posterior, or a mapping from names to them."
+        )
+    if not given:
+        raise ValueError("There is nothing to compare: pass at least one posterior.")
+    named: dict[str, Posterior] = {}
+    for i, (name, posterior) in enumerate(given):
+        if not isinstance(posterior, Posterior):
+            hint = ": pass its .posterior" if hasattr(posterior, "posterior") else ""
+            which = i if name is None else repr(name)
+            raise TypeError(f"Entry {which} is a {type(posterior).__name__}, not a Posterior{hint}.")
+        named[f"{i}: {posterior.describe()}" if name is None else name] = posterior
+    sizes = {name: posterior.provenance.get("num_data") for name, posterior in named.items()}
+    if len(set(sizes.values()) - {None}) > 1:
+        listed = ", ".join(f"{name!r} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"These posteriors were fitted to training sets of different size ({listed} rows). LOO scores the rows "
+            "that a posterior was fitted to: fit all to the same rows, or compare predict(test_data).metrics()."
+        )
+    return named
 
 
 def _loo(weights: LogWeights) -> LOO:

@@ -5,28 +5,25 @@ A row is a dict, one line of a JSONL file, or one item of a ``datasets.Dataset``
 last real token of each row known there is no need for it.
 """
 
+import hashlib
 import itertools
 import logging
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import strict_json
+from ._errors import check_positive
 from ._lock import LOCK
 from ._rng import scoped_seed
-from .hub_rows import Row, as_question
+from .hub_rows import Row
+from .rows import read_rows
 
 logger = logging.getLogger(__name__)
-
-
-#: Bytes of a line of a JSONL file; longer ones are no rows, and would fill the memory.
-MAX_LINE = 2**26
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,30 @@ class Batch:
         """The batch on ``device``."""
         return self.map(lambda t: t.to(device, non_blocking=True))
 
+    def pin_memory(self) -> "Batch":
+        """The batch where a GPU can copy it from without making the host wait; as it is if it is on a GPU already."""
+        return self if self.index.is_cuda else self.map(torch.Tensor.pin_memory)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        own = {"target": self.target, "index": self.index, "last": self.last}
+        named = {k: v for k, v in own.items() if v is not None}
+        return (
+            named
+            | {f"inputs.{k}": v for k, v in self.inputs.items()}
+            | {f"extras.{k}": v for k, v in self.extras.items()}
+        )
+
+    def shapes(self) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
+        """Names, shapes and dtypes of all tensors: what two batches share that one captured graph can serve."""
+        return tuple((name, t.shape, t.dtype) for name, t in sorted(self.tensors().items()))
+
+    def copy_(self, other: "Batch") -> None:
+        """Overwrite the tensors with those of a batch of the same shapes."""
+        mine, theirs = self.tensors(), other.tensors()
+        for name, tensor in mine.items():
+            tensor.copy_(theirs[name], non_blocking=True)
+
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of at most ``size`` rows."""
 
@@ -95,61 +116,6 @@ class Batch:
     def without_target(self) -> "Batch":
         """The same inputs, unobserved."""
         return replace(self, target=None)
-
-
-def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **load_options: Any) -> list[Row]:
-    """Rows of a JSONL file, of a Hugging Face data set by name, or of anything that iterates over dicts.
-
-    Known multiple-choice data sets of the hub are brought to one form, see :mod:`scalabl_pyro.hub_rows`.
-
-    Args:
-        source: path of a ``.jsonl`` file, hub name such as ``"allenai/openbookqa"``, or the rows themselves.
-        split: split of a hub data set.
-        load_options: passed to ``datasets.load_dataset`` (``name=...`` for a configuration).
-
-    Raises:
-        FileNotFoundError: a ``.jsonl`` path that does not exist.
-        ValueError: a line that is not a JSON object (with its number), or no rows at all.
-    """
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if path.suffix in (".jsonl", ".json") or path.is_file():
-            rows = _read_jsonl(path)
-        else:
-            from datasets import load_dataset
-
-            rows = [as_question(row) for row in load_dataset(str(source), split=split, **load_options)]
-    else:
-        if isinstance(source, Mapping) or not isinstance(source, Iterable):
-            raise TypeError(f"Expected rows (a list of dicts, a Dataset, a path), got a {type(source).__name__}.")
-        rows = list(source)
-    if not rows:
-        raise ValueError(f"{source if isinstance(source, str | Path) else 'The data set'} has no rows.")
-    return rows
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist (a name ending in .jsonl is read as a local file).")
-    rows: list[Row] = []
-    with path.open("rb") as file:
-        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-            if len(raw) > MAX_LINE:
-                raise ValueError(f"{path}, line {number}: longer than {MAX_LINE} bytes; one row a line is expected.")
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8 ({error}).") from None
-            if not line.strip():
-                continue
-            try:
-                row = strict_json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
-            rows.append(row)
-    return rows
 
 
 def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_target: bool) -> list[Example]:
@@ -204,9 +170,9 @@ def _row_id(row: Row) -> str:
     return f" (id {row['id']!r})" if "id" in row else ""
 
 
-def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int) -> Batch:
-    """Right-pad examples to a batch; ``index`` are their positions in the data set."""
-    width = max(map(len, examples))
+def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int, *, multiple: int = 1) -> Batch:
+    """Right-pad examples to a batch, ``multiple`` of so many tokens; ``index`` are their positions in the data set."""
+    width = -(-max(map(len, examples)) // multiple) * multiple
     inputs = {}
     for name in examples[0].inputs:
         fill = pad_token_id if name == "input_ids" else 0
@@ -229,13 +195,17 @@ class TrainingBatches:
         examples: the training set.
         batch_size: rows in a batch, at most.
         seed: of the order.
+        multiple: batches are padded to a multiple of so many tokens, so that shapes repeat.
     """
 
     #: Rows are sorted by length within windows of this many batches: little padding, and still a random order.
     WINDOW = 16
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, pad_token_id: int, *, seed: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, pad_token_id: int, *, seed: int, multiple: int = 1
+    ) -> None:
         self.examples = examples
+        self.multiple = multiple
         self.batch_size = min(batch_size, len(examples))
         self.pad_token_id = pad_token_id
         self.seed = seed
@@ -249,7 +219,7 @@ class TrainingBatches:
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._order(epoch)
         rows = self._plan[position]
-        return collate([self.examples[i] for i in rows], rows, self.pad_token_id)
+        return collate([self.examples[i] for i in rows], rows, self.pad_token_id, multiple=self.multiple)
 
     def _order(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -267,6 +237,7 @@ class TrainingBatches:
 
 def evaluation_batches(examples: Sequence[Example], batch_size: int, pad_token_id: int) -> Iterator[Batch]:
     """Every example once, longest first, so that running out of memory shows at once."""
+    check_positive(batch_size=batch_size)
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -281,6 +252,7 @@ def training_source(
     pad_token_id: int,
     num_data: int | None = None,
     seed: int = 0,
+    multiple: int = 1,
 ) -> tuple[Callable[[int], Batch], int]:
     """What training reads: a function step -> batch, and N.
 
@@ -292,6 +264,7 @@ def training_source(
         pad_token_id: fills shorter rows.
         num_data: N; needed for an iterable of batches whose data set has no length.
         seed: of the order.
+        multiple: batches made from rows are padded to a multiple of so many tokens.
 
     Raises:
         ValueError: N is unknown, or contradicts the rows.
@@ -308,11 +281,11 @@ def training_source(
                 "train_data yields batches, so the size of the data set is unknown: pass num_data=N. It sets the "
                 "weight of the KL against the data."
             )
-        return Cycle(data), num_data
+        return Cycle(data, seed=seed), num_data
     examples = encode(read_rows(data), encode_row, need_target=True)
     if num_data not in (None, len(examples)):
         raise ValueError(f"num_data={num_data}, but train_data has {len(examples)} rows: leave num_data out.")
-    return TrainingBatches(examples, batch_size, pad_token_id, seed=seed), len(examples)
+    return TrainingBatches(examples, batch_size, pad_token_id, seed=seed, multiple=multiple), len(examples)
 
 
 def _sized(data: Any) -> int | None:
@@ -320,20 +293,63 @@ def _sized(data: Any) -> int | None:
 
 
 class Cycle:
-    """Batches of an iterable in order, again and again."""
+    """Batches of an iterable in order, again and again.
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
+    What the iterable draws from torch's global CPU generator in this process (the order of a DataLoader that shuffles)
+    depends on (seed, number of the batch), not on the noise of training: so that a run can resume, by going through
+    the batches again up to where it was.
+
+    Args:
+        batches: the iterable.
+        seed: of its draws.
+
+    Attributes:
+        count: batches handed out so far.
+        keeps_digest: whether to keep a digest of them, by which a replay is checked.
+    """
+
+    def __init__(self, batches: Iterable[Batch], *, seed: int = 0) -> None:
         self.batches = batches
+        self.seed = seed
         self.iterator: Iterator[Batch] = iter(())
+        self.count = 0
+        self.keeps_digest = False
+        self._digest = hashlib.sha256()
 
     def __call__(self, step: int) -> Batch:
         """The next batch, whatever ``step`` says."""
-        batch = next(self.iterator, None)
-        if batch is None:
-            self.iterator = iter(self.batches)
+        with scoped_seed(self.seed * 1_000_003 + self.count, gpus=False):
             batch = next(self.iterator, None)
+            if batch is None:
+                self.iterator = iter(self.batches)
+                batch = next(self.iterator, None)
         if batch is None:
             raise ValueError("train_data yields no batches the second time: pass something that can be restarted.")
         if batch.target is None or len(batch) == 0:
             raise ValueError(f"The batch of step {step} is empty or has no targets.")
+        if self.keeps_digest:
+            for tensor in (batch.index, batch.inputs["input_ids"], batch.target):
+                self._digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        self.count += 1
         return batch
+
+    def position(self) -> dict[str, Any]:
+        """Where it is, for a checkpoint."""
+        return {"count": self.count, "sha256": self._digest.hexdigest()}
+
+    def replay(self, position: Mapping[str, Any]) -> None:
+        """Go through the batches up to a position, from the start.
+
+        Raises:
+            ValueError: they are not the batches that were there before.
+        """
+        logger.info("going through %d batches again, up to where the run was", position["count"])
+        while self.count < position["count"]:
+            self(self.count)
+        if self.position() != dict(position):
+            raise ValueError(
+                f"train_data does not give the {position['count']} batches again that the run was trained on: other "
+                "data, an iterator that was used before, or an order that depends on more than the seed. Resuming "
+                "needs rows, or a loader that yields the same batches each time the program starts (a generator= of "
+                "its own, seeded; shuffling by torch's global generator is seeded by fit)."
+            )

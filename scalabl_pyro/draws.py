@@ -52,9 +52,15 @@ def sample(guide: Guide, num_draws: int, *, seed: int) -> Draws:
             return Draws({name: torch.stack([p[name] for p in points]) for name in guide.sites}, seed=seed)
         with scoped_seed(seed), pyro.validation_enabled(False):
             traces = [poutine.trace(guide).get_trace() for _ in range(num_draws)]
-        values = [_latents(trace) for trace in traces]
-        log_q = _log_q(guide, traces, values)
+            values = [_latents(trace) for trace in traces]
+            log_q = _log_q(guide, traces, values)  # still unvalidated: a draw that is NaN has a density that is NaN
     return Draws({n: torch.stack([draw[n] for draw in values]) for n in values[0]}, log_q=log_q, seed=seed)
+
+
+def sample_prior(prior: Prior, num_draws: int, *, seed: int) -> Tensor:
+    """(S, D) draws of s from the prior."""
+    with torch.no_grad(), local_params(), scoped_seed(seed):
+        return torch.stack([prior() for _ in range(num_draws)])
 
 
 def log_prior(prior: Prior, draws: Draws) -> Tensor:

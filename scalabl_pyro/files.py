@@ -1,62 +1,12 @@
-"""Directories that appear whole or not at all, and files of strangers that are read with limits."""
+"""Files of strangers, read with limits and only inside of their directory."""
 
-import ctypes
 import hashlib
 import os
-import shutil
-import stat
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 CHUNK = 2**20
-
-
-@contextmanager
-def replaced_directory(path: Path) -> Iterator[Path]:
-    """A new directory to fill, which then takes the place of ``path``; on any error nothing has changed.
-
-    It is made beside the target, so that the last step is one rename within a file system, and everything in it is on
-    disk before that step. Where the system can exchange two directories (Linux), a directory that was there is replaced
-    in one step; elsewhere by two renames, the first of which is undone should the second fail.
-    """
-    path = path.resolve()  # write through links
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    staging.mkdir()
-    try:
-        yield staging
-        for file in sorted(staging.rglob("*"), reverse=True):  # what a directory holds before the directory
-            sync(file)
-        sync(staging)
-        _move_into_place(staging, path)
-    except BaseException:
-        _remove(staging)
-        raise
-    with suppress(OSError):  # it is there, whatever else fails
-        sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Bring a file to the disk; of a directory its list of names, where the file system can do that."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError) if stat.S_ISDIR(os.fstat(handle).st_mode) else _nothing():
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a new file.
-
-    Raises:
-        FileExistsError: there is one.
-    """
-    with path.open("xb") as file:
-        file.write(content)
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -101,6 +51,18 @@ def find_file(folder: Path, name: str) -> Path:
     if not real.is_file():
         raise FileNotFoundError(f"{file} is missing.")
     return real
+
+
+def find_folder(folder: Path, name: str) -> Path:
+    """The directory ``name`` of ``folder``, under that path; links may not lead out of ``folder``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it lies outside of ``folder``.
+    """
+    if not _inside(folder / name, folder).is_dir():
+        raise FileNotFoundError(f"{folder / name} is missing.")
+    return folder / name
 
 
 def read_file(folder: Path, name: str, *, limit: int) -> bytes:
@@ -149,40 +111,3 @@ def _inside(file: Path, folder: Path) -> Path:
     if not any(real.is_relative_to(r) for r in roots):
         raise ValueError(f"{file} leads out of its directory, to {real}: only files inside of it are read.")
     return real
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _move_into_place(staging: Path, path: Path) -> None:
-    if not path.exists():
-        os.replace(staging, path)
-        return
-    if exchange(staging, path):
-        _remove(staging)  # the old one, under the name of the new
-        return
-    old = staging.with_name(staging.name + "-old")
-    os.replace(path, old)
-    try:
-        os.replace(staging, path)
-    except BaseException:
-        os.replace(old, path)
-        raise
-    _remove(old)
-
-
-def _remove(folder: Path) -> None:
-    for _ in range(2):  # a passing error is no reason to leave litter
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def exchange(a: Path, b: Path) -> bool:
-    """Let two paths of one file system change places in one step; False where the system has no such step."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError, TypeError):  # not Linux, or an old C library
-        return False
-    here, exchange_flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(here, os.fsencode(a), here, os.fsencode(b), ctypes.c_uint(exchange_flag)) == 0

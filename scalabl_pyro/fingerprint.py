@@ -37,6 +37,20 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
     }
 
 
+def describe_layers(adapter: Adapter) -> list[dict[str, Any]]:
+    """Names, ranks, shapes and scaling of the adapted layers, for JSON."""
+    return [
+        {
+            "name": layer.name,
+            "rank": layer.rank,
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "scaling": float(module.scaling[adapter.adapter_name]),
+        }
+        for layer, module in zip(adapter.subspace, adapter.layers, strict=True)
+    ]
+
+
 def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Compare a saved fingerprint with that of the present base model.
 

@@ -1,11 +1,9 @@
 """Stochastic variational inference: one ELBO, one torch optimiser, three learning rates."""
 
 import logging
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,24 +12,28 @@ from pyro.infer import ELBO
 from torch import nn
 from tqdm.auto import tqdm
 
-from ._errors import check_choice
-from ._pyro import local_params
-from ._rng import scoped_seed
-from .adapted import sole_use
+from ._errors import check_choice, check_positive
 from .data import Batch, TrainingBatches, check_tokens, training_source
+from .elbo import stays_on_device
+from .faults import explained
+from .graphs import GraphedStep, why_not
 from .guides import Guide, GuideLike, ParticleGuide, as_guide
+from .interrupts import StopSignals
 from .likelihoods import Task
 from .model import BayesianLoRA, TaskModel
-from .objective import Objective, ScopedGuide, allows_row_draws, check_sites, default_elbo
+from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weight_at
 from .optimiser import build_optimiser, rate_schedule
 from .posterior import Posterior
 from .prefix import PrefixStore
-from .priors import Prior
+from .resume import OF_A_RUN, Checkpoints, describe_run
+from .scope import training_scope
 from .stein import SteinObjective
 from .training import Callback, EagerStep, Trainer
 
 logger = logging.getLogger(__name__)
 
+#: Batches are padded to multiples of so many tokens where steps are captured.
+GRAPH_TOKENS = 16
 #: Steps after which a GPU's losses are read: each reading waits for it.
 READ_EVERY = 10
 
@@ -44,7 +46,7 @@ class FitResult:
         posterior: frozen; later training does not change it.
         history: one row a step: ``step``, ``loss`` and ``nll`` (nats per example), ``kl`` (nats per data set,
             unweighted), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` of the factors, ``seconds`` since the
-            start.
+            start, and ``skipped``, the number of steps left out so far because they were not finite.
     """
 
     posterior: Posterior
@@ -84,6 +86,13 @@ def fit(
     max_grad_norm: float | None = None,
     num_data: int | None = None,
     cache_prefix: bool = False,
+    cuda_graph: bool | str = "auto",
+    gradient_checkpointing: bool = False,
+    on_nonfinite: str = "raise",
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int = 100,
+    keep_checkpoints: int = 2,
+    resume: bool | str = "auto",
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -115,24 +124,42 @@ def fit(
         num_data: N, size of the training set; needed when ``train_data`` yields batches.
         cache_prefix: run the blocks below the first adapted one once for each row, and keep what they give (tokens x
             width numbers a row, on the device) for all later epochs.
+        cuda_graph: replay the whole step as a CUDA graph, captured once for each batch shape (prompts are padded to
+            multiples of 16 tokens, so that shapes repeat): a launch a step instead of thousands, and the same losses.
+            ``"auto"``: on a GPU, wherever the step allows it; why it does not is logged. True insists.
+        gradient_checkpointing: keep the input of each block alone and run blocks again in the backward pass, with the
+            same draws: a third more time, far less memory.
+        on_nonfinite: what follows a loss or gradient that is not finite: ``"raise"``; ``"skip"`` leaves the step out,
+            and raises after 10 in a row; ``"restore"`` also goes back to the parameters of up to 50 steps ago, and
+            raises when it happens again within 50 steps.
+        checkpoint_dir: directory of this run's checkpoints, see the how-to page *Resume*. With one, SIGTERM ends the
+            training after the running step, with a checkpoint and status 143.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: so many are kept, the newest.
+        resume: ``"auto"`` goes on from the newest whole checkpoint if there is one, True demands one, False demands an
+            empty directory.
         seed: of data order, initial scales and noise; the global random state is left alone.
         callbacks: called with the history row of each step; returning True stops the training.
         progress: show a progress bar.
 
     Returns:
-        The posterior and the history. Ctrl-C ends the training and returns what was learned so far.
+        The posterior and the history. Ctrl-C ends the training after the running step (a second one at once) and
+        returns what was learned so far.
 
     Raises:
-        ValueError: rows that do not fit the task, unknown options, missing ``num_data``.
+        ValueError: rows that do not fit the task, unknown options, missing ``num_data``, a checkpoint of another run.
         TrainingError: a loss or gradient that is not finite; its ``result`` holds what was learned before.
+        RuntimeError: layers that no gradient reaches, by name; a worker of the data loader that died.
     """
+    options = {name: value for name, value in locals().items() if name in OF_A_RUN}
+    checkpoints = Checkpoints(checkpoint_dir, every=checkpoint_every, keep=keep_checkpoints, resume=resume)
     check_choice("draws", draws, ("per_example", "shared"))
     check_choice("schedule", schedule, ("linear", "constant"))
     if not 0 <= warmup <= 1:
         raise ValueError(f"warmup={warmup} must lie between 0 and 1: it is a share of the steps.")
-    _check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, scale_lr=scale_lr)
+    check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, scale_lr=scale_lr)
     if micro_batch_size is not None:
-        _check_positive(micro_batch_size=micro_batch_size)
+        check_positive(micro_batch_size=micro_batch_size)
     device = blora.device
     blora.move_own_tensors()  # not the LLM, which may lie on several devices
     task.to(device)
@@ -143,12 +170,13 @@ def fit(
         pad_token_id=task.pad_token_id,
         num_data=num_data,
         seed=seed,
+        multiple=GRAPH_TOKENS if device.type == "cuda" and cuda_graph else 1,
     )
     if isinstance(batches, TrainingBatches):
         check_tokens(batches.examples, blora.llm, task.pad_token_id)
     store = _prefix_store(blora, batches, num_data) if cache_prefix else None
     family = as_guide(guide, blora, init_scale=init_scale, seed=seed).to(device)
-    elbo = _checked(elbo, family, blora.prior)
+    elbo = elbo_for(elbo, family, blora.prior)
     if not (family.per_example and allows_row_draws(elbo)):
         draws = "shared"
     model = TaskModel(blora, task, num_data=num_data, draws=draws, factor_scale=factor_scale)
@@ -157,11 +185,19 @@ def fit(
         objective = SteinObjective(model, family)
     else:
         objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
+    graphed = _uses_graph(cuda_graph, objective, elbo, device, keeps_prefix=store is not None)
     optimiser = build_optimiser(
-        model, family, lr=lr, loc_lr=lr if loc_lr is None else loc_lr, scale_lr=scale_lr, weight_decay=weight_decay
+        model,
+        family,
+        lr=lr,
+        loc_lr=lr if loc_lr is None else loc_lr,
+        scale_lr=scale_lr,
+        weight_decay=weight_decay,
+        capturable=graphed,
     )
+    signals = StopSignals(terminate=checkpoints.is_on)
     trainer = Trainer(
-        EagerStep(
+        (GraphedStep if graphed else EagerStep)(
             objective,
             optimiser,
             device=device,
@@ -170,22 +206,27 @@ def fit(
             store=store,
         ),
         batches=batches,
-        kl_weight=lambda step: _kl_weight(kl_weight, step),
+        kl_weight=lambda step: weight_at(kl_weight, step),
         rate=rate_schedule(schedule, warmup, num_steps),
         lr=lr,
         num_data=num_data,
         read_every=1 if callbacks or device.type == "cpu" else READ_EVERY,
+        on_nonfinite=on_nonfinite,
+        signals=signals,
     )
     error: TrainingError | None = None
-    start = time.perf_counter()
-    with _training_scope(blora, seed), tqdm(total=num_steps, disable=not progress, desc="fit", unit="step") as bar:
+    bar = tqdm(total=num_steps, disable=not progress, desc="fit", unit="step")
+    with training_scope(blora, seed, gradient_checkpointing=gradient_checkpointing), signals, bar:
+        checkpoints.begin(trainer, lambda: describe_run(model, family, batches, options))
+        bar.update(trainer.next_step)
         try:
-            for row in trainer.run(range(num_steps)):
-                bar.update()
-                bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "nll", "kl")}, refresh=False)
-                if any([callback(row) for callback in callbacks]):
-                    logger.info("a callback stopped the training at step %d", row["step"])
-                    break
+            with explained(lambda: trainer.next_step), checkpoints.ending():
+                for row in trainer.run(range(trainer.next_step, num_steps)):
+                    bar.update(int(row["step"]) + 1 - bar.n)
+                    bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "nll", "kl")}, refresh=False)
+                    if any([callback(row) for callback in callbacks]):
+                        logger.info("a callback stopped the training at step %d", row["step"])
+                        break
         except FloatingPointError as failure:
             error = TrainingError(str(failure))
         except KeyboardInterrupt:
@@ -204,7 +245,7 @@ def fit(
         "draws": draws,
         "method": "SVGD" if isinstance(family, ParticleGuide) else "SVI",
         "elbo": type(elbo).__name__,
-        "seconds": round(time.perf_counter() - start, 3),
+        "seconds": round(trainer.seconds, 3),
     }
     result = FitResult(_freeze(blora, task, family, provenance), pd.DataFrame(history))
     if error is not None:
@@ -224,36 +265,19 @@ def _prefix_store(blora: BayesianLoRA, batches: Callable[[int], Batch], num_data
     return PrefixStore(blora.adapter, num_data)
 
 
-def _checked(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:
-    if elbo is None:
-        return default_elbo(guide, prior)
-    if not isinstance(elbo, ELBO):
-        raise TypeError(f"elbo={elbo!r}: expected an instance such as pyro.infer.Trace_ELBO().")
-    check_sites(guide, prior)
-    return elbo
-
-
-def _kl_weight(kl_weight: float | Callable[[int], float], step: int) -> float:
-    weight = float(kl_weight(step) if callable(kl_weight) else kl_weight)
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"kl_weight={weight} at step {step}: it must be 0 or more; 1 is the ELBO.")
-    return weight
-
-
-@contextmanager
-def _training_scope(blora: BayesianLoRA, seed: int) -> Iterator[None]:
-    """Seeded noise, Pyro's local parameters, no dropout; all as before afterwards."""
-    with (
-        sole_use(blora.llm),  # dropout of the base model would be a second, unmodelled source of noise
-        scoped_seed(seed),
-        local_params(),
-        warnings.catch_warnings(),
-        torch.enable_grad(),
-    ):
-        warnings.filterwarnings("ignore", message="Encountered NaN")  # becomes an error that says where
-        for layer in blora.adapter.layers:
-            layer.lora_dropout.train()
-        yield
+def _uses_graph(
+    wanted: bool | str, objective: Objective | SteinObjective, elbo: ELBO, device: torch.device, *, keeps_prefix: bool
+) -> bool:
+    """Whether steps are captured; see ``cuda_graph``."""
+    if wanted not in (True, False, "auto"):
+        raise ValueError(f"cuda_graph={wanted!r}: expected True, False or 'auto'.")
+    on_device = isinstance(objective, Objective) and stays_on_device(elbo)
+    reason = why_not(device, stays_on_device=on_device, keeps_prefix=keeps_prefix)
+    if wanted is True and reason:
+        raise ValueError(f"cuda_graph=True, but {reason}: leave it out, or use 'auto'.")
+    if wanted and reason and device.type == "cuda":
+        logger.info("steps run without CUDA graphs: %s", reason)
+    return bool(wanted) and reason is None
 
 
 @torch.no_grad()
@@ -267,9 +291,3 @@ def _freeze(blora: BayesianLoRA, task: Task, guide: Guide, provenance: dict[str,
     posterior = Posterior.capture(blora, task, guide, provenance=provenance)
     adapter.loc = posterior.mean()
     return posterior
-
-
-def _check_positive(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value} must be positive.")

@@ -118,7 +118,9 @@ class MultipleChoice(Task):
         self.labels = tuple(labels)
         self.template = template
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
-        self.register_buffer("label_ids", torch.tensor(self._label_ids()), persistent=False)
+        ids = self._label_ids()
+        self.register_buffer("label_ids", torch.tensor(ids), persistent=False)
+        self._largest_id = max(ids)
 
     @property
     def classes(self) -> Sequence[str]:  # type: ignore[override]
@@ -155,8 +157,11 @@ class MultipleChoice(Task):
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Logits of all labels at the last prompt token, (..., B, labels)."""
-        logits = llm(**batch.inputs, s=s, positions=batch.last).logits
-        if logits.dim() < 3 or logits.shape[-1] <= int(self.label_ids.max()):
+        # Padding stands right of the last token, where a causal LM does not look; without a mask, attention takes its
+        # fastest kernel, and nothing on the host waits to read the mask.
+        inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
+        logits = llm(**inputs, s=s, positions=batch.last).logits
+        if logits.dim() < 3 or logits.shape[-1] <= self._largest_id:
             raise ValueError(
                 f"The model gives {logits.shape[-1]} logits, fewer than the labels need: load a causal LM "
                 "(AutoModelForCausalLM) with its own tokenizer."
@@ -344,7 +349,8 @@ class Regression(_TextTask):
         """Normal around the single output."""
         if outputs.shape[-1] != 1:
             raise ValueError(f"The model's head has {outputs.shape[-1]} outputs; regression needs num_labels=1.")
-        return dist.Normal(outputs[..., 0], cast(Tensor, self.noise_scale))
+        # In the precision of the outputs, or a float64 model would get its log density with a float32 error.
+        return dist.Normal(outputs[..., 0], cast(Tensor, self.noise_scale).to(outputs.dtype))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

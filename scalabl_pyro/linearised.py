@@ -15,57 +15,69 @@ from .predictive import NumericPrediction, Prediction, predict_from_outputs
 
 @torch.no_grad()
 def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
-    """(D, D) generalised Gauss-Newton matrix of the negative log likelihood at s, float64."""
+    """(D, D) generalised Gauss-Newton matrix of the negative log likelihood at s, float64.
+
+    H = sum_n J_n' L_n J_n with J_n the Jacobian of the outputs in s and L_n the Hessian of the negative log likelihood
+    in the outputs (Martens, JMLR 2020); where L_n is not positive semidefinite, its positive part.
+
+    Raises:
+        ValueError: a likelihood without curvature, for which H says nothing of the data.
+    """
     total = torch.zeros(len(s), len(s), dtype=torch.float64)
-    for batch, jacobian, hessian in _curvatures(likelihood, s):
-        del batch
+    is_curved = False
+    for jacobian, hessian in _curvatures(likelihood, s):
+        is_curved = True
         # J' L J by a square root of L: products of (rows * classes, D) matrices alone.
         values, vectors = torch.linalg.eigh(hessian)
         root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)).transpose(1, 2)  # (B, K, K), root' root = L
         half = torch.einsum("bij,bjd->bid", root, jacobian).flatten(0, 1)
         total += (half.T @ half).cpu()
+    if not is_curved:
+        raise ValueError(
+            f"The log likelihood of {type(likelihood.task).__name__} has no curvature in the outputs of these rows (it "
+            "is piecewise linear, or saturated), so a Laplace approximation would give back the prior: use fit() with "
+            "guide='normal', or mcmc()."
+        )
     return total
 
 
 def predict_linearised(
-    likelihood: LogLikelihood, mean: Tensor, covariance: Tensor, *, num_draws: int, seed: int
+    likelihood: LogLikelihood, mean: Tensor, s: Tensor, *, seed: int
 ) -> Prediction | NumericPrediction:
     """Predict with outputs linear in s: f(x, s) = f(x, mean) + J (s - mean), so that no draw needs a pass of its own.
 
+    For s ~ Normal(mean, V) the K outputs of a row are normal with covariance J V J'. Draw i is the same s for every
+    row, so that the outputs of all rows vary together as they do under the posterior.
+
     Args:
         likelihood: of the rows.
-        mean: (D,) of a normal posterior.
-        covariance: (D, D).
-        num_draws: draws of the K outputs of each row, which are normal.
-        seed: of those draws.
+        mean: (D,) of the posterior.
+        s: (S, D) draws of it.
+        seed: of the simulated answers of a likelihood over numbers.
 
     References:
         Immer et al., Improving predictions of Bayesian neural nets via local linearization, AISTATS 2021.
     """
-    covariance = covariance.double()
-    noise = torch.Generator().manual_seed(seed)
+    shift = (s - mean).double()
     parts: list[tuple[Batch, Tensor]] = []
     for batch, own, outputs in likelihood.rows_with_own_s(mean):
-        active = torch.arange(outputs.shape[1], device=outputs.device)
-        jacobian = _jacobian(outputs, own, active).cpu().double()
-        spread = torch.einsum("bkd,de,ble->bkl", jacobian, covariance, jacobian)
-        values, vectors = torch.linalg.eigh(spread)
-        root = vectors * values.clamp_min(0).sqrt().unsqueeze(1)  # root root' = spread
-        draws = torch.randn(num_draws, *outputs.shape, generator=noise, dtype=torch.float64)
-        parts.append(
-            (batch, outputs.detach().cpu() + torch.einsum("bkl,sbl->sbk", root, draws).to(outputs.dtype).cpu())
-        )
+        every = torch.arange(outputs.shape[1], device=outputs.device)
+        jacobian = _jacobian(outputs, own, every).cpu().double()
+        change = torch.einsum("bkd,sd->sbk", jacobian, shift)
+        parts.append((batch, outputs.detach().cpu() + change.to(outputs.dtype)))
     return predict_from_outputs(likelihood.task, likelihood.examples, parts, seed=seed)
 
 
-def _curvatures(likelihood: LogLikelihood, s: Tensor) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """For each batch: Jacobians (B, K, D) and Hessians (B, K, K) of the negative log likelihood, float64."""
+def _curvatures(likelihood: LogLikelihood, s: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each batch with curvature: Jacobians (B, K, D) and Hessians (B, K, K) of -log p(y | outputs), float64."""
     dtype = likelihood.llm.adapter.loc.dtype
     for batch, own, outputs in likelihood.rows_with_own_s(s.to(dtype)):
         hessian = output_hessian(likelihood.task, batch, outputs)
         active = hessian.abs().amax(dim=(0, 1)).nonzero()[:, 0]  # labels that no row has do not matter
+        if not len(active):
+            continue
         jacobian = _jacobian(outputs, own, active)
-        yield batch, jacobian.double(), hessian[:, active][:, :, active].double()
+        yield jacobian.double(), hessian[:, active][:, :, active].double()
 
 
 def output_hessian(task: Task, batch: Batch, outputs: Tensor) -> Tensor:

@@ -31,6 +31,24 @@ Factors = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
+class RowNoise:
+    """What is added to A x of one layer, for each row of a pass: outputs * (matrix (inputs * x)).
+
+    Row b computes with A + diag(outputs[b]) matrix diag(inputs[b]), and no (rows, r, in) is ever built: sign vectors
+    give Flipout's pseudo-independent matrices (Wen et al., 2018), masks dropout.
+
+    Attributes:
+        matrix: (r, in).
+        inputs: (rows, in), default ones.
+        outputs: (rows, r), default ones.
+    """
+
+    matrix: Tensor
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Bound:
     """What one forward pass of an adapter computes with."""
 
@@ -39,6 +57,7 @@ class Bound:
     positions: Tensor | None  # (rows,) the only token of each row that the output head sees
     heads: Mapping[str, nn.Module] | None  # replacements for the trained heads
     fan_out: tuple[torch.Size, int] | None  # (*draws, rows) that rows become at the first adapted block
+    noise: Sequence[RowNoise] | None = None  # of each layer, added to A x
 
 
 _SERIAL = itertools.count()
@@ -96,6 +115,7 @@ class Adapter:
         self.gauge = gauge
         self.heads = dict(heads or {})
         self.serial = next(_SERIAL)  # names it in Pyro's global store; an id() could be reused
+        self.blocks: tuple[nn.Module, ...] = ()  # from the first adapted one on, where there is one stack of them
         self.shares_prefix = False  # whether hooks repeat the rows at the first adapted block
         self.has_fixed_prefix = False  # whether blocks lie below it, and nothing that is trained
         self.is_attached = True
@@ -130,6 +150,7 @@ class Adapter:
         factors: Factors | None = None,
         heads: Mapping[str, nn.Module] | None = None,
         fan_out: tuple[torch.Size, int] | None = None,
+        noise: Sequence[RowNoise] | None = None,
     ) -> Iterator[None]:
         """Compute with the latents ``s`` (D,) or (rows, D) inside the context.
 
@@ -141,13 +162,14 @@ class Adapter:
             heads: trained heads of a frozen posterior; default: the adapter's own.
             fan_out: (batch_shape, rows): the input has ``rows`` rows, which the first adapted block repeats to
                 ``batch_shape``; ``s`` and ``positions`` are those of the repeated rows.
+            noise: of each layer, added to A x (A in the adapter's gauge).
         """
         prepared = self.prepare(self.factors()) if factors is None else factors
         scaled = tuple(
             layer.scaling[self.adapter_name] * part.to(A.device)
             for layer, part, (A, _) in zip(self.layers, self.subspace.split(s), prepared, strict=True)
         )
-        token = _BOUND.set({**_BOUND.get(), self: Bound(prepared, scaled, positions, heads, fan_out)})
+        token = _BOUND.set({**_BOUND.get(), self: Bound(prepared, scaled, positions, heads, fan_out, noise)})
         try:
             yield
         finally:
@@ -174,6 +196,11 @@ class Adapter:
         A = F.normalize(A, dim=-1) if self.gauge == "unit_rows" else A
         s = self.subspace.split(self.loc)[index].to(A.device)
         return A, B, layer.scaling[self.adapter_name] * s
+
+    def bound_noise(self, index: int) -> RowNoise | None:
+        """What layer ``index`` adds to A x now."""
+        bound = _BOUND.get().get(self)
+        return None if bound is None or bound.noise is None else bound.noise[index]
 
     def check_attached(self) -> None:
         """Raise if the layers are gone, so that nobody takes the base model for the adapted one."""
@@ -214,15 +241,10 @@ class Adapter:
 
     # hooks -------------------------------------------------------------------------------------
 
-    def select_positions(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Forward pre-hook of the output head: keep one token of each row."""
+    def positions(self) -> Tensor | None:
+        """(rows,) the only token of each row that the current pass reads, see :mod:`scalabl_pyro.positions`."""
         bound = _BOUND.get().get(self)
-        if bound is None or bound.positions is None:
-            return None
-        hidden, *rest = args
-        positions = bound.positions.to(hidden.device)
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return (hidden[rows, positions].unsqueeze(1), *rest)
+        return None if bound is None else bound.positions
 
     def fan_out(self) -> tuple[torch.Size, int] | None:
         """What rows become at the first adapted block of the current pass, see :mod:`scalabl_pyro.prefix`."""
@@ -275,15 +297,25 @@ class SubspaceVariant(LoraVariant):
         if bound is None:
             return result
         A, B, s = bound
-        hidden = F.linear(module.lora_dropout[active_adapter](x), A.to(x.dtype))
+        x = module.lora_dropout[active_adapter](x)
+        hidden = F.linear(x, A.to(x.dtype))
+        noise = self.adapter.bound_noise(self.index)
+        if noise is not None:
+            hidden = hidden + self._noise(noise, x)
         hidden = (hidden * self._align(s, hidden)).to(x.dtype)
         if not result.is_contiguous():
             return result + F.linear(hidden, B.to(x.dtype))
         delta = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), B.to(x.dtype).T)
         return delta.view_as(result)
 
+    def _noise(self, noise: RowNoise, x: Tensor) -> Tensor:
+        if noise.inputs is not None:
+            x = x * self._align(noise.inputs.to(x), x)
+        added = F.linear(x, noise.matrix.to(x))
+        return added if noise.outputs is None else added * self._align(noise.outputs.to(added), added)
+
     def _align(self, s: Tensor, hidden: Tensor) -> Tensor:
-        """(rows, r) latents as (rows, 1, ..., 1, r), against hidden (rows, ..., r)."""
+        """(rows, n) numbers as (rows, 1, ..., 1, n), against activations (rows, ..., n)."""
         if s.dim() == 1:
             return s
         if hidden.shape[0] != s.shape[0]:

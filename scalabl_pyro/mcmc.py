@@ -12,15 +12,21 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
+from ._errors import check_positive
 from ._pyro import local_params
 from ._rng import scoped_seed
 from .data import Batch, encode, read_rows
 from .guides import EmpiricalGuide
+from .guides.mean_field import prior_sites
 from .logdensity import LogLikelihood
 from .posterior import Posterior
 from .priors import Prior
 
 logger = logging.getLogger(__name__)
+
+#: Shorter warm-ups adapt the step size alone. Pyro estimates the mass matrix in the middle of the warm-up and then
+#: starts the step size anew, so that few steps would leave a poor mass, and a step size that is hardly adapted to it.
+MIN_MASS_WARMUP = 50
 
 
 def mcmc(
@@ -47,7 +53,7 @@ def mcmc(
         posterior: gives factors, prior, task, and where chains start.
         data: all training rows; not a minibatch, for which the sampler would not be valid.
         num_samples: draws kept of each chain.
-        warmup_steps: steps that adapt step size and mass, not kept.
+        warmup_steps: steps that adapt step size and, where they are 50 or more, mass; not kept.
         num_chains: run one after the other.
         batch_size: rows a pass through the LLM; bounds memory alone, though what the blocks below the first adapted one
             give is kept for all rows.
@@ -62,14 +68,22 @@ def mcmc(
         ``divergences`` in its provenance. ``to_arviz()`` keeps the chains.
 
     Raises:
-        ValueError: ``data`` yields batches instead of rows, or a count that is not positive.
+        ValueError: ``data`` yields batches instead of rows, a prior with a discrete site, or an option outside its
+            range.
 
     References:
         Hoffman and Gelman, The No-U-Turn Sampler, JMLR 2014.
     """
-    for name, value in {"num_samples": num_samples, "warmup_steps": warmup_steps, "num_chains": num_chains}.items():
-        if value < (4 if name == "num_samples" else 1):  # R-hat needs four
-            raise ValueError(f"{name}={value} must be positive, and num_samples 4 or more.")
+    if num_samples < 4:  # R-hat needs them
+        raise ValueError(f"num_samples={num_samples} must be positive, and num_samples 4 or more.")
+    check_positive(
+        warmup_steps=warmup_steps, num_chains=num_chains, batch_size=batch_size, max_tree_depth=max_tree_depth
+    )
+    if not 0 < target_accept < 1:
+        raise ValueError(f"target_accept={target_accept} must lie between 0 and 1: it is a probability.")
+    if jitter < 0:
+        raise ValueError(f"jitter={jitter}: a standard deviation must be 0 or more.")
+    _check_continuous(posterior.prior)
     rows = read_rows(data)
     if isinstance(rows[0], Batch):
         raise ValueError("data yields batches, but NUTS needs the density of the whole data set: pass its rows.")
@@ -86,6 +100,7 @@ def mcmc(
                     _FullData(posterior.prior, likelihood),
                     init_strategy=init_to_value(values=moved),
                     max_tree_depth=max_tree_depth,
+                    adapt_mass_matrix=warmup_steps >= MIN_MASS_WARMUP,
                     target_accept_prob=target_accept,
                 )
                 sampler = MCMC(kernel, num_samples, warmup_steps=warmup_steps, disable_progbar=not progress)
@@ -93,8 +108,9 @@ def mcmc(
             chains.append({k: v.detach().cpu() for k, v in sampler.get_samples().items()})
             divergences += len(sampler.diagnostics().get("divergences", {}).get("chain 0", []))
     points = {name: torch.cat([chain[name] for chain in chains]) for name in chains[0]}
-    s = points["s"].reshape(num_chains, num_samples, -1).double().numpy()
-    found = {"r_hat": _worst(array_stats.rhat, s, np.nanmax), "ess": _worst(array_stats.ess, s, np.nanmin)}
+    latents = [value.reshape(num_chains, num_samples, -1).double() for value in points.values()]
+    drawn = torch.cat(latents, dim=-1).numpy()
+    found = {"r_hat": _worst(array_stats.rhat, drawn, np.nanmax), "ess": _worst(array_stats.ess, drawn, np.nanmin)}
     if divergences:
         logger.warning("%d of %d transitions diverged: raise target_accept", divergences, num_chains * num_samples)
     return replace(
@@ -127,16 +143,23 @@ def _means(posterior: Posterior) -> dict[str, Tensor]:
         return posterior.guide.mean()
 
 
+def _check_continuous(prior: Prior) -> None:
+    for name, site in prior_sites(prior).items():
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"The site {name!r} of the prior {prior} is discrete, but NUTS follows gradients: use a posterior with "
+                "a continuous prior, or judge this one by diagnose()."
+            )
+
+
 def _jittered(prior: Prior, name: str, value: Tensor, jitter: float) -> Tensor:
     """A start near ``value``; positive sites stay positive."""
-    with torch.no_grad(), scoped_seed(0), local_params():
-        node: Any = pyro.poutine.trace(prior).get_trace().nodes[name]
+    support = prior_sites(prior)[name]["fn"].support
     noise = jitter * torch.randn_like(value)
-    real = bool(node["fn"].support.check(-torch.ones_like(node["value"])).all())
-    return value + noise if real else value * noise.exp()
+    return value + noise if bool(support.check(-torch.ones_like(value)).all()) else value * noise.exp()
 
 
-def _worst(statistic: Any, s: np.ndarray, pick: Any) -> float:
+def _worst(statistic: Any, drawn: np.ndarray, pick: Any) -> float:
     """The worst value over the latents; NaN where one chain cannot tell."""
-    values = [statistic(s[..., d]) for d in range(s.shape[-1])]
+    values = [statistic(drawn[..., d]) for d in range(drawn.shape[-1])]
     return float(pick(values)) if np.isfinite(values).any() else float("nan")

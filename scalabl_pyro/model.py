@@ -7,20 +7,21 @@ from typing import Any, cast
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-from ._pyro import Program
+from ._errors import check_positive
+from ._pyro import KeepPlates, Program
 from .adapted import AdaptedLLM
 from .attach import attach
 from .data import Batch
 from .likelihoods import Task
 from .lora import Adapter
+from .memory import MemoryEstimate, estimate_memory
 from .priors import PriorLike, as_prior
 from .subspace import Subspace
-from .targets import TargetModules
+from .targets import TargetModules, output_head
 
 
 def bayesian_lora(
@@ -141,7 +142,7 @@ class BayesianLoRA(Program):
 
     def sample_latents(self) -> Tensor:
         """Sample s, (..., D), from the prior, or take it from the guide or from conditioned draws in a trace."""
-        with _KeepPlates():
+        with KeepPlates():
             return self.prior()
 
     def init_loc(self, site: Mapping[str, Any]) -> Tensor:
@@ -163,6 +164,14 @@ class BayesianLoRA(Program):
     def num_parameters(self) -> dict[str, int]:
         """Parameters added to the base model: ``lora`` (A and B), ``latents`` (D), ``variational`` (2 D)."""
         return self.adapter.num_parameters()
+
+    def estimate_memory(
+        self, batch: Batch | Mapping[str, Any], *, gradient_checkpointing: bool = False
+    ) -> MemoryEstimate:
+        """Bytes at the peak of a training step on ``batch`` (or on keyword inputs of the LLM); runs two rows."""
+        inputs = batch.inputs if isinstance(batch, Batch) else batch
+        positions = batch.last if isinstance(batch, Batch) and output_head(self.llm) is not None else None
+        return estimate_memory(self.adapter, inputs, positions=positions, gradient_checkpointing=gradient_checkpointing)
 
     def __repr__(self) -> str:
         n = self.num_parameters()
@@ -213,6 +222,9 @@ class TaskModel(nn.Module):
         factor_scale: standard deviation of a normal MAP prior on B (and A, where the gauge leaves it free).
         draws: ``"per_example"`` gives each row of a batch its own s, which makes the ELBO's gradient noise fall
             with the batch size; ``"shared"`` gives all rows one.
+
+    Raises:
+        ValueError: a ``factor_scale`` that is not positive.
     """
 
     def __init__(
@@ -225,13 +237,15 @@ class TaskModel(nn.Module):
         factor_scale: float | None = None,
     ) -> None:
         super().__init__()
+        if factor_scale is not None:
+            check_positive(factor_scale=factor_scale)
         self.blora = blora
         self.task = task
         self.num_data = num_data
         self.draws = draws
         self.factor_scale = factor_scale
 
-    def forward(self, batch: Batch, kl_weight: float = 1.0) -> Tensor:
+    def forward(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Tensor:
         """Sample s and y for a batch; y is observed when the batch has targets.
 
         Args:
@@ -241,23 +255,24 @@ class TaskModel(nn.Module):
         with latent_scope(batch, kl_weight, draws=self.draws):
             s = self.blora.sample_latents()
         if self.factor_scale is not None:
-            pyro.factor("factor_prior", self._log_factor_prior(self.factor_scale))
+            pyro.factor("factor_prior", self.log_factor_prior())
         outputs = self.task.outputs(self.blora, batch, s)
         with pyro.plate("data", self.num_data, subsample=batch.index):
             return pyro.sample("label", self.task(outputs, batch), obs=batch.target)
 
-    def _log_factor_prior(self, scale: float) -> Tensor:
-        """Log density of the factors up to a constant, nats per data set."""
-        pairs = self.blora.adapter.factors()
-        free = [B for _, B in pairs]
-        if self.blora.adapter.gauge == "free":  # else only the directions of A matter, on which it is uniform
-            free += [A for A, _ in pairs]
-        squares = torch.stack([factor.square().sum().to(self.blora.device) for factor in free]).sum()
-        return -0.5 * squares / scale**2
+    def log_factor_prior(self) -> Tensor:
+        """Log density of the factors under their MAP prior up to a constant, (), nats per data set; 0 without one."""
+        adapter, device = self.blora.adapter, self.blora.device
+        if self.factor_scale is None:
+            return torch.zeros((), device=device)
+        # In the other gauge only the directions of A matter, on which the prior is uniform.
+        free = [factor for A, B in adapter.factors() for factor in ((A, B) if adapter.gauge == "free" else (B,))]
+        squares = torch.stack([factor.square().sum().to(device) for factor in free]).sum()
+        return -0.5 * squares / self.factor_scale**2
 
 
 @contextmanager
-def latent_scope(batch: Batch, kl_weight: float = 1.0, *, draws: str) -> Iterator[None]:
+def latent_scope(batch: Batch, kl_weight: float | Tensor = 1.0, *, draws: str) -> Iterator[None]:
     """Where the site s is sampled, in model and guide alike.
 
     With per-example draws, s stands in a plate over the B rows and its log density is scaled by 1 / B: the average
@@ -267,9 +282,9 @@ def latent_scope(batch: Batch, kl_weight: float = 1.0, *, draws: str) -> Iterato
         if draws == "per_example":
             stack.enter_context(pyro.plate("rows", len(batch), dim=-1))
             kl_weight = kl_weight / len(batch)
-        if kl_weight == 0:
+        if not torch.is_tensor(kl_weight) and kl_weight == 0:
             stack.enter_context(poutine.mask(mask=False))  # Pyro refuses a scale of 0
-        elif kl_weight != 1:
+        elif torch.is_tensor(kl_weight) or kl_weight != 1:
             stack.enter_context(poutine.scale(scale=kl_weight))
         yield
 
@@ -284,16 +299,3 @@ def _point_estimates(adapter: Adapter) -> nn.Module:
         for key, parameter in head.named_parameters():
             container[f"{name}/{key}".replace(".", "/")] = parameter
     return container
-
-
-class _KeepPlates(Messenger):
-    """Give a latent the plate dimensions of its site.
-
-    ``Predictive(parallel=True)`` conditions on draws (S, D) in a plate of shape (S, 1), because it cannot know that D
-    is an event dimension; without the 1, draws would be taken for rows.
-    """
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        shape = msg["fn"].shape()
-        if msg["value"].shape != shape and msg["value"].numel() == shape.numel():
-            msg["value"] = msg["value"].reshape(shape)

@@ -4,6 +4,7 @@ elbo = E_q[ sum_n log p(y_n | x_n, s) ] - kl_weight * KL(q || p)         nats pe
 loss = -elbo / N                                                         nats per example, lower is better
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import pyro
@@ -39,7 +40,7 @@ class ScopedGuide(nn.Module):
         self.guide = guide
         self.draws = draws
 
-    def forward(self, batch: Batch, kl_weight: float = 1.0) -> Any:
+    def forward(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Any:
         """Sample the latent sites for a batch."""
         with latent_scope(batch, kl_weight, draws=self.draws):
             return self.guide()
@@ -79,7 +80,7 @@ class Objective(nn.Module):
         self.model = model
         self.guide = guide
 
-    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> Tensor:
+    def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
         """Add ``share`` of the gradient of the loss to ``.grad``.
 
         Returns:
@@ -110,7 +111,7 @@ class Objective(nn.Module):
         """Why the loss of a batch is not finite, in words."""
         return explain_nonfinite(self.model, self.guide, batch)
 
-    def _differentiable(self, batch: Batch, kl_weight: float) -> Tensor | None:
+    def _differentiable(self, batch: Batch, kl_weight: float | Tensor) -> Tensor | None:
         """-ELBO to differentiate; None for RenyiELBO and TraceGraph_ELBO, which have but their own backward pass."""
         if stays_on_device(self.elbo):
             loss = device_loss(self.elbo, self.model, self.guide, batch, kl_weight)
@@ -120,7 +121,7 @@ class Objective(nn.Module):
             return self.elbo.differentiable_loss(self.model, self.guide, batch, kl_weight)
         return None
 
-    def _own_backward(self, batch: Batch, kl_weight: float, *, factor: float) -> Tensor:
+    def _own_backward(self, batch: Batch, kl_weight: float | Tensor, *, factor: float) -> Tensor:
         parameters = [p for p in self.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
         self.zero_grad(set_to_none=True)
@@ -141,7 +142,9 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
     """Traces of guide and prior, after checking that the guide covers exactly the prior's latents.
 
     Raises:
-        ValueError: the guide misses a site, invents one, gives it another shape, or can leave its support.
+        ValueError: the guide misses a site, invents one, gives it another shape, or can leave its support; a site
+            is not declared one event; the prior does not return s; the guide has no mean of s.
+        NotImplementedError: the guide defines no ``mean``.
     """
     with torch.no_grad(), scoped_seed(0), local_params():
         q, p = poutine.trace(guide).get_trace(), poutine.trace(prior).get_trace()
@@ -149,6 +152,7 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
     covered: dict[str, Any] = {name: q.nodes[name] for name in q.stochastic_nodes}
     if "s" not in sites:
         raise ValueError(f"The prior samples {sorted(sites)}, but not the site 's'.")
+    _check_returns_s(p)
     if missing := sorted(set(sites) - set(covered)):
         raise ValueError(f"The guide does not sample {missing}: each latent of the prior needs a pyro.sample in it.")
     extra = [n for n in covered if n not in sites and not covered[n]["infer"].get("is_auxiliary")]
@@ -157,6 +161,8 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
             f"The guide samples {extra}, which the prior lacks: rename them to one of {sorted(sites)}, or mark them "
             "infer={'is_auxiliary': True}."
         )
+    _check_events("prior", p)
+    _check_events("guide", q)
     for name, site in sites.items():
         expected, got = site["value"].shape, covered[name]["value"].shape
         if expected != got:
@@ -166,7 +172,44 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
                 f"The guide puts {name!r} outside the support of its prior ({site['fn'].support}): choose a guide with "
                 "that support, such as a Pyro AutoGuide."
             )
+    _check_mean(guide, sites["s"]["value"].shape)
     return q, p
+
+
+def _check_returns_s(prior: Trace) -> None:
+    """The model computes with what the prior returns, and a posterior with the site: they must be one."""
+    returned, s = (_site(prior, name)["value"] for name in ("_RETURN", "s"))
+    if not torch.is_tensor(returned) or not torch.equal(returned, s):
+        given = f"a tensor of shape {tuple(returned.shape)}" if torch.is_tensor(returned) else repr(returned)
+        raise ValueError(
+            f"The prior must return its draw of s, but returns {given}: end forward() with "
+            "return pyro.sample('s', ...)."
+        )
+
+
+def _check_events(what: str, trace: Trace) -> None:
+    """Latents of one draw are one event, so that whatever stands on the left of them is a plate of draws."""
+    for name in trace.stochastic_nodes:
+        site = _site(trace, name)
+        batch = tuple(site["fn"].batch_shape)
+        if batch and (name == "s" or not site["cond_indep_stack"]):
+            raise ValueError(
+                f"Site {name!r} of the {what} has batch shape {batch}, but its numbers belong to one draw: sample it "
+                f"from dist.Normal(...).to_event({len(batch)}), or the like, outside of any plate."
+            )
+
+
+def _check_mean(guide: Guide, shape: torch.Size) -> None:
+    """Asked for here, because a posterior needs it once the training is over."""
+    with torch.no_grad(), local_params():
+        mean: Any = guide.mean()
+    s = mean.get("s") if isinstance(mean, Mapping) else None
+    if not torch.is_tensor(s) or s.shape != shape:
+        given = f"'s' of shape {tuple(s.shape)}" if torch.is_tensor(s) else repr(mean)
+        raise ValueError(
+            f"{type(guide).__name__}.mean() must return the mean of each site by name, 's' of shape {tuple(shape)} "
+            f"among them, but returns {given}."
+        )
 
 
 def default_elbo(guide: Guide, prior: Prior) -> ELBO:
@@ -182,6 +225,28 @@ def default_elbo(guide: Guide, prior: Prior) -> ELBO:
         return Trace_ELBO()
     closed = [name for name in sites if _has_closed_kl(_site(q, name)["fn"], _site(p, name)["fn"])]
     return TraceMeanField_ELBO() if closed else Trace_ELBO()
+
+
+def elbo_for(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:
+    """The caller's estimator, or the default one, for a guide that was checked against the prior."""
+    if elbo is None:
+        return default_elbo(guide, prior)
+    if not isinstance(elbo, ELBO):
+        raise TypeError(f"elbo={elbo!r}: expected an instance such as pyro.infer.Trace_ELBO().")
+    check_sites(guide, prior)
+    return elbo
+
+
+def weight_at(kl_weight: float | Callable[[int], float], step: int) -> float:
+    """The weight of the KL at a step.
+
+    Raises:
+        ValueError: it is negative, or not finite.
+    """
+    weight = float(kl_weight(step) if callable(kl_weight) else kl_weight)
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"kl_weight={weight} at step {step}: it must be 0 or more; 1 is the ELBO.")
+    return weight
 
 
 def _has_closed_kl(q: Any, p: Any) -> bool:

@@ -11,9 +11,19 @@ from .model import TaskModel
 
 
 def build_optimiser(
-    model: TaskModel, guide: Guide, *, lr: float, loc_lr: float, scale_lr: float, weight_decay: float
+    model: TaskModel,
+    guide: Guide,
+    *,
+    lr: float,
+    loc_lr: float,
+    scale_lr: float,
+    weight_decay: float,
+    capturable: bool = False,
 ) -> torch.optim.AdamW:
-    """One AdamW over named groups; a group without parameters is left out."""
+    """One AdamW over named groups; a group without parameters is left out.
+
+    ``capturable``: step counts and learning rates are tensors on the device, which a CUDA graph reads at each replay.
+    """
     point = list(model.blora.point_estimates.named_parameters())
     scales = [*_named(guide, scale=True), *_named(model.blora.prior, scale=True)]
     groups: list[Mapping[str, Any]] = [
@@ -29,7 +39,10 @@ def build_optimiser(
         {"name": "scale", "params": scales, "lr": scale_lr},
     ]
     trainable = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
-    return torch.optim.AdamW([g for g in trainable if g["params"]], weight_decay=0.0, fused=True)
+    trainable = [g for g in trainable if g["params"]]
+    for group in trainable if capturable else []:
+        group["lr"] = torch.tensor(group["lr"], device=model.blora.device)
+    return torch.optim.AdamW(trainable, weight_decay=0.0, fused=True, capturable=capturable)
 
 
 def _named(module: nn.Module, *, scale: bool) -> list[nn.Parameter]:

@@ -3,9 +3,9 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -14,24 +14,14 @@ import xarray as xr
 from torch import Tensor, nn
 
 from . import arviz_io, serialization
+from ._errors import check_choice, check_positive
 from ._pyro import local_params
-from ._rng import scoped_seed
 from ._version import __version__
 from .adapted import AdaptedLLM
 from .data import encode, read_rows
-from .diagnostics import (
-    LOO,
-    Diagnosis,
-    LogWeights,
-    as_diagnosis,
-    check_chains,
-    check_drift,
-    check_history,
-    check_scales,
-    check_weights,
-)
-from .draws import Draws, log_prior, sample
-from .guides import EmpiricalGuide, Guide, MixtureGuide
+from .diagnostics import LOO, Diagnosis, LogWeights, diagnose
+from .draws import Draws, log_prior, sample, sample_prior
+from .guides import EmpiricalGuide, Guide
 from .likelihoods import Task
 from .linearised import predict_linearised
 from .logdensity import LogLikelihood
@@ -39,7 +29,10 @@ from .lora import Adapter, Factors
 from .model import BayesianLoRA
 from .predictive import NumericPrediction, Prediction, predict
 from .priors import Prior
+from .quasi import DESIGNS, even_draws
 from .subspace import Subspace
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -94,8 +87,11 @@ class Posterior:
         with torch.no_grad(), local_params():
             return self.guide.mean()["s"].detach().clone()
 
-    def sample(self, num_draws: int, *, seed: int = 0) -> Draws:
+    def sample(self, num_draws: int, *, seed: int = 0, design: str = "independent") -> Draws:
         """Draw from the posterior; 0 draws give its mean as the only one.
+
+        ``design="antithetic"`` or ``"sobol"`` spreads the draws of a normal guide more evenly, see
+        :mod:`scalabl_pyro.quasi`.
 
         Draws are made one by one on the CPU, so that draw i depends on the seed alone: not on how many are asked
         for, nor on the device of the LLM.
@@ -105,7 +101,10 @@ class Posterior:
         """
         if num_draws < 0:
             raise ValueError(f"num_draws={num_draws} must be 0 (the posterior mean) or more.")
-        return sample(self.guide, num_draws, seed=seed)
+        check_choice("design", design, DESIGNS)
+        if design == "independent" or num_draws == 0:
+            return sample(self.guide, num_draws, seed=seed)
+        return self._in_local_mode(lambda: even_draws(self.guide, num_draws, seed=seed, design=design))
 
     def predict(
         self,
@@ -113,6 +112,7 @@ class Posterior:
         *,
         num_draws: int = 10,
         seed: int = 0,
+        design: str = "independent",
         batch_size: int = 16,
         draws_per_pass: int | None = None,
         progress: bool = False,
@@ -124,6 +124,8 @@ class Posterior:
                 of which the test split is read); answers are optional.
             num_draws: S; 0 predicts with the posterior mean.
             seed: of the draws.
+            design: ``"antithetic"`` draws of a normal guide come in mirrored pairs: four of them predict about as
+                exactly as ten independent ones; ``"sobol"``: quasi-random.
             batch_size: rows of data a pass.
             draws_per_pass: draws a pass at most; default all, halved when memory runs out.
             progress: show a progress bar.
@@ -135,7 +137,7 @@ class Posterior:
         for name, number in {"batch_size": batch_size, "draws_per_pass": draws_per_pass or 1}.items():
             if number < 1:
                 raise ValueError(f"{name}={number} must be positive.")
-        draws = self.sample(num_draws, seed=seed)
+        draws = self.sample(num_draws, seed=seed, design=design)
         examples = encode(read_rows(data, split="test"), self.task.encode, need_target=False)
         return predict(
             self.llm(),
@@ -178,18 +180,28 @@ class Posterior:
     ) -> Prediction | NumericPrediction:
         """Predict with outputs linear in s around the mean, see :func:`scalabl_pyro.linearised.predict_linearised`.
 
-        One pass and one backward pass a class serve any number of draws. The guide must be normal.
+        One pass and one backward pass an output serve any number of draws, which are those of :meth:`predict`.
+
+        Raises:
+            TypeError: a guide that is not normal, so that the linear outputs would not be normal either.
+            ValueError: no draws.
         """
-        covariance = self._in_local_mode(self.guide.covariance)
-        likelihood = self._log_likelihood(data, batch_size=batch_size, need_target=False)
-        return predict_linearised(likelihood, self.mean(), covariance, num_draws=num_draws, seed=seed)
+        if num_draws < 1:
+            raise ValueError(
+                f"num_draws={num_draws} must be positive: without draws nothing is linearised, and "
+                "predict(num_draws=0) is the prediction at the mean."
+            )
+        self._in_local_mode(self.guide.covariance)  # families that are not normal refuse
+        draws = self.sample(num_draws, seed=seed)
+        likelihood = self.log_likelihood(data, batch_size=batch_size, need_target=False)
+        return predict_linearised(likelihood, self.mean(), draws.s, seed=seed)
 
     def prior_predictive(
         self, data: Any, *, num_draws: int = 100, seed: int = 0, batch_size: int = 16
     ) -> Prediction | NumericPrediction:
         """Predict under draws of the *prior* of s, with the learned factors: what the prior means in probabilities."""
-        with torch.no_grad(), local_params(), scoped_seed(seed):
-            s = torch.stack([self.prior() for _ in range(num_draws)])
+        check_positive(num_draws=num_draws)
+        s = sample_prior(self.prior, num_draws, seed=seed)
         examples = encode(read_rows(data, split="test"), self.task.encode, need_target=False)
         return predict(self.llm(), self.task, s, examples, batch_size=batch_size, seed=seed)
 
@@ -204,9 +216,17 @@ class Posterior:
             num_data: size of the training set, if ``data`` is a part of it.
             seed: of the draws.
             batch_size: rows a pass.
+
+        Raises:
+            ValueError: ``num_data`` smaller than ``data``, rows without an answer.
         """
+        likelihood = self.log_likelihood(data, batch_size=batch_size, need_target=True)
+        if num_data is not None and num_data < likelihood.num_data:
+            raise ValueError(
+                f"num_data={num_data}, but data alone has {likelihood.num_data} rows: num_data is the size of the "
+                "training set that data is a part of. Leave it out where data is all of it."
+            )
         draws = self.sample(num_draws, seed=seed)
-        likelihood = self._log_likelihood(data, batch_size=batch_size, need_target=True)
         return LogWeights(
             log_likelihood=likelihood.by_row(draws.s).numpy(),
             log_prior=self._in_local_mode(lambda: log_prior(self.prior, draws)).numpy(),
@@ -242,37 +262,36 @@ class Posterior:
             num_data: size of the training set, if ``data`` is a part of it.
             seed: of the draws.
             batch_size: rows a pass.
+
+        Raises:
+            ValueError: fewer than 25 draws, ``num_data`` smaller than ``data``.
         """
-        rows = read_rows(data)
-        weights = self.log_weights(rows, num_draws=num_draws, num_data=num_data, seed=seed, batch_size=batch_size)
-        draws = self.sample(num_draws, seed=seed).s.numpy()
-        with torch.no_grad(), local_params(), scoped_seed(seed):
-            prior_draws = torch.stack([self.prior() for _ in range(max(num_draws, 200))]).numpy()
-        findings = [*check_history(history), *check_scales(draws, prior_draws, self.subspace)]
-        if weights.log_q is not None:
-            findings += check_weights(weights.log_weights)
-        if isinstance(self.guide, EmpiricalGuide):
-            chains = self.guide.points("s").detach().reshape(self.guide.num_chains, -1, self.subspace.dim)
-            findings += check_chains(chains.double().numpy(), "chain")
-        elif isinstance(self.guide, MixtureGuide):
-            members = [
-                replace(self, guide=member).sample(num_draws, seed=seed).s for member in self.guide.component_list()
-            ]
-            findings += check_chains(torch.stack(members).double().numpy(), "restart")
-        few = rows[:50]
-        options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
-        findings += check_drift(self.predict(few, num_draws=0, **options), self.predict(few, num_draws=50, **options))
-        return as_diagnosis(findings)
+        return diagnose(
+            self,
+            read_rows(data),
+            history=history,
+            num_draws=num_draws,
+            num_data=num_data,
+            seed=seed,
+            batch_size=batch_size,
+        )
 
     def describe(self) -> str:
         """Guide and prior in two words."""
         return f"{self.guide.options().get('class', type(self.guide).__name__)}, {self.prior}"
 
-    def _log_likelihood(self, data: Any, *, batch_size: int, need_target: bool) -> LogLikelihood:
+    def log_likelihood(self, data: Any, *, batch_size: int = 16, need_target: bool = True) -> LogLikelihood:
+        """Log p(y | s) of all rows as a differentiable function of s (D,), nats: where inference of your own starts.
+
+        Args:
+            data: rows with answers.
+            batch_size: rows a pass.
+            need_target: whether each row must have an answer.
+        """
         examples = encode(read_rows(data), self.task.encode, need_target=need_target)
         return LogLikelihood(self.llm(), self.task, examples, batch_size=batch_size)
 
-    def _in_local_mode(self, function: Callable[[], Tensor]) -> Tensor:
+    def _in_local_mode(self, function: Callable[[], Result]) -> Result:
         """Run a function of guide or prior without touching Pyro's global store."""
         with torch.no_grad(), local_params():
             return function()
@@ -318,8 +337,8 @@ class Posterior:
         return arviz_io.to_arviz(groups, attrs)
 
     def _posterior_group(self, num_draws: int, seed: int) -> xr.Dataset:
-        if isinstance(self.guide, EmpiricalGuide) and self.guide.num_chains > 1:  # MCMC: all draws, chain by chain
-            chains = self.guide.num_chains
+        chains = self.guide.num_chains if isinstance(self.guide, EmpiricalGuide) else None
+        if chains is not None and chains > 1:  # MCMC: all draws, chain by chain
             sites = {n: self.guide.points(n).detach().unflatten(0, (chains, -1)).numpy() for n in self.guide.sites}
         else:
             sites = {k: v.unsqueeze(0).numpy() for k, v in self.sample(num_draws, seed=seed).sites.items()}

@@ -166,18 +166,16 @@ def repeat_rows(x: Any, batch_shape: torch.Size, rows: int, *, min_dim: int = 1)
 def split_blocks(module: nn.Module, names: Sequence[str]) -> tuple[list[nn.Module], list[nn.Module]]:
     """The blocks below the first adapted one and those from it on.
 
-    Both are empty where nothing lies below, where an adapted layer is neither in a block nor the LM head, or where the
-    module has no single stack of blocks (encoder and decoder, several modalities).
+    Both are empty where an adapted layer is neither in a block nor the LM head, or where the module has no single stack
+    of blocks (encoder and decoder, several modalities).
     """
     head = output_head(module)
-    if head is None:
-        return [], []  # classifiers pool by the rows of their input
     inside = [name for name in names if module.get_submodule(name) is not head]
     matches = [re.match(r"(.*?)\.(\d+)\.", name) for name in inside]
     if not inside or None in matches or len({m[1] for m in matches if m}) != 1:
         return [], []
     blocks = module.get_submodule(matches[0][1])  # type: ignore[index]
     first = min(int(m[2]) for m in matches if m)
-    if not isinstance(blocks, nn.ModuleList) or first == 0:
+    if not isinstance(blocks, nn.ModuleList):
         return [], []
     return list(blocks)[:first], list(blocks)[first:]

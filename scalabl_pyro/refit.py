@@ -1,5 +1,6 @@
 """Another guide or prior with the factors of a fitted posterior held fixed: p(s | y, A, B) inferred anew."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +41,8 @@ def refit(
     """
     with held(posterior) as blora:
         if prior is not None:
-            blora.prior = as_prior(prior, blora.subspace).to(blora.device, blora.adapter.loc.dtype)
+            own = copy.deepcopy(as_prior(prior, blora.subspace))  # what it learns is not the caller's
+            blora.prior = own.to(blora.device, blora.adapter.loc.dtype)
         return fit(blora, posterior.task, data, guide=guide, seed=seed, **options)
 
 

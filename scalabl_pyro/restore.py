@@ -20,6 +20,7 @@ from .lora import Adapter, Factors
 from .model import BayesianLoRA
 from .priors import Prior
 from .saved_config import NAME, SavedConfig
+from .tensor_files import check_keys, check_like
 
 ADAPTER = "adapter_model.safetensors"
 POSTERIOR = "posterior.safetensors"
@@ -39,13 +40,6 @@ def check_override(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name}={value!r}: expected an instance of scalabl_pyro's {kind.__name__}.")
 
 
-def check_keys(what: str, found: set[str], expected: set[str]) -> None:
-    """Nothing is missing and nothing unexpected."""
-    if found != expected:
-        missing, surplus = sorted(expected - found)[:5], sorted(found - expected)[:5]
-        raise ValueError(f"{what} does not hold what its configuration says: missing {missing}, unexpected {surplus}.")
-
-
 def check_adapter_keys(config: SavedConfig, tensors: Mapping[str, Tensor]) -> None:
     """Exactly A and B of each layer; keys within a head are checked against the head."""
     of_heads = {k for k in tensors if any(k.startswith(f"heads.{name}.") for name in config.heads)}
@@ -63,20 +57,13 @@ def check_heads(names: list[str], tensors: Mapping[str, Tensor], llm: nn.Module)
             _check_state(f"{ADAPTER}: head {name!r}", own, modules[name].state_dict())
 
 
-def _check_like(what: str, saved: Tensor, own: Tensor) -> None:
-    if saved.shape != own.shape:
-        raise ValueError(f"{what} is {tuple(saved.shape)}, expected {tuple(own.shape)}.")
-    if saved.dtype != own.dtype and not (saved.is_floating_point() and own.is_floating_point()):
-        raise ValueError(f"{what} is {saved.dtype}, expected {own.dtype}.")
-
-
 def saved_factors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Factors:
     """A and B of each layer, on the devices of the layers."""
     factors = []
     for layer, live in zip(adapter.subspace, adapter.factors(), strict=True):
         pair = [tensors[f"{layer.name}.lora_{x}.weight"] for x in "AB"]
         for x, saved, own in zip("AB", pair, live, strict=True):
-            _check_like(f"{ADAPTER}: lora_{x} of {layer.name!r}", saved, own)
+            check_like(f"{ADAPTER}: lora_{x} of {layer.name!r}", saved, own)
         factors.append((pair[0].to(live[0].device), pair[1].to(live[1].device)))
     return tuple(factors)
 
@@ -219,7 +206,7 @@ def load_strict(what: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> 
 def _check_state(what: str, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     check_keys(what, set(saved), set(own))
     for name, tensor in saved.items():
-        _check_like(f"{what}: {name!r}", tensor, own[name])
+        check_like(f"{what}: {name!r}", tensor, own[name])
 
 
 def checked_mean(guide: Guide, dim: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from . import files, strict_json
+from . import files, storage, strict_json
 from ._errors import ScalaBLWarning
 
 #: Raised when an older version would misread the files: it refuses them.
@@ -68,7 +68,7 @@ class SavedConfig:
                     raise ValueError(f"The {part} has the option {name}={value!r}, which JSON cannot hold.") from None
         versions = {"format_version": FORMAT_VERSION, "format_minor": FORMAT_MINOR}
         text = json.dumps({**versions, **asdict(self)}, indent=2)
-        files.write_file(folder / NAME, (text + "\n").encode())
+        storage.write_file(folder / NAME, (text + "\n").encode())
 
 
 FIELDS = ("format_version", "format_minor", *SavedConfig.__dataclass_fields__)

@@ -22,8 +22,8 @@ from . import guides, likelihoods, priors, saved_config
 from ._lock import LOCK
 from ._version import __version__
 from .attach import find_adapter, reattach
-from .files import check_file, describe_files, replaced_directory
-from .fingerprint import check_fingerprint, fingerprint
+from .files import check_file, describe_files
+from .fingerprint import check_fingerprint, describe_layers, fingerprint
 from .guides import Guide
 from .likelihoods import Task
 from .lora import Adapter, Factors
@@ -35,7 +35,6 @@ from .restore import (
     TOKENIZER,
     check_adapter_keys,
     check_heads,
-    check_keys,
     check_override,
     checked_mean,
     load_strict,
@@ -47,7 +46,8 @@ from .restore import (
     write_tokenizer,
 )
 from .saved_config import SavedConfig
-from .tensor_files import read_tensors, write_tensors
+from .storage import staged
+from .tensor_files import check_keys, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -66,7 +66,8 @@ def save(path: str | Path, posterior: "Posterior") -> None:
     path = Path(path).resolve()
     if path.exists() and not (path / saved_config.NAME).exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and holds no posterior: give the path of a new directory.")
-    with replaced_directory(path) as folder:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged(path) as folder:
         write_tensors(folder / ADAPTER, _adapter_tensors(posterior))
         write_tensors(folder / POSTERIOR, _posterior_tensors(posterior.guide, posterior.prior, posterior.task))
         if posterior.task.tokenizer is not None:
@@ -88,7 +89,7 @@ def load(
     check_override("prior", prior, Prior)
     if guide is not None and not isinstance(guide, Guide) and not callable(guide):
         raise TypeError(f"guide={guide!r}: expected a scalabl_pyro.guides.Guide, or a callable blora -> Guide.")
-    with LOCK, _errors_name(path):
+    with LOCK, errors_name(path):
         return _load(path, llm, task, prior, guide)
 
 
@@ -144,7 +145,7 @@ def _load(
 
 
 @contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
+def errors_name(path: Path) -> Iterator[None]:
     """Every error about a posterior says where it lies."""
     try:
         yield
@@ -174,7 +175,7 @@ def copy_task(task: Task) -> Task:
 def _describe(posterior: "Posterior", files: dict[str, dict[str, Any]]) -> SavedConfig:
     return SavedConfig(
         library_version=__version__,
-        layers=_describe_layers(posterior.adapter),
+        layers=describe_layers(posterior.adapter),
         gauge=posterior.adapter.gauge,
         heads=sorted(posterior.heads),
         guide=guides.describe(posterior.guide),
@@ -184,19 +185,6 @@ def _describe(posterior: "Posterior", files: dict[str, dict[str, Any]]) -> Saved
         provenance=dict(posterior.provenance),
         files=files,
     )
-
-
-def _describe_layers(adapter: Adapter) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": layer.name,
-            "rank": layer.rank,
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-            "scaling": float(module.scaling[adapter.adapter_name]),
-        }
-        for layer, module in zip(adapter.subspace, adapter.layers, strict=True)
-    ]
 
 
 def _adapter_tensors(posterior: "Posterior") -> dict[str, Tensor]:
@@ -215,7 +203,7 @@ def _posterior_tensors(guide: Guide, prior: Prior, task: Task) -> dict[str, Tens
 
 
 def _check_carried(carried: Adapter, config: SavedConfig, path: Path) -> None:
-    if _describe_layers(carried) != config.layers:
+    if describe_layers(carried) != config.layers:
         raise ValueError(
             f"The module already carries Bayesian LoRA on {len(carried.subspace)} layers that are not those of "
             f"{path}: call .unload() first, or load into another copy of the model."

@@ -25,7 +25,7 @@ class SteinObjective(nn.Module):
         self.model = model
         self.guide = guide
 
-    def accumulate(self, batch: Batch, kl_weight: float, *, share: float) -> Tensor:
+    def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
         """Add ``share`` of the gradient of the loss to ``.grad``.
 
         Returns:
@@ -35,9 +35,10 @@ class SteinObjective(nn.Module):
         model, s = self.model, self.guide.particles.unsqueeze(1)
         likelihood = model.task(model.task.outputs(model.blora, batch, s), batch)
         nll = -likelihood.log_prob(batch.target).mean()
-        loss = nll - kl_weight * self._log_prior(s) / (len(s) * model.num_data)
+        divergence = -kl_weight * self._log_prior(s) / (len(s) * model.num_data)
+        loss = nll + divergence - model.log_factor_prior() / model.num_data
         (loss * share).backward()
-        return torch.stack([loss, nll.to(loss), loss - nll]).detach()
+        return torch.stack([loss, nll.to(loss), divergence.to(loss)]).detach()
 
     def explain(self, batch: Batch) -> str:
         """Why the loss of a batch is not finite, in words."""

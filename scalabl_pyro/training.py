@@ -4,9 +4,10 @@ A step that is not finite changes no parameter. The check stays on the device, s
 host: a flag keeps the optimiser from updating from that step on, until the host has read it.
 """
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -14,11 +15,17 @@ import pyro
 import torch
 from torch import Tensor
 
-from .data import Batch
+from ._rng import generator_states, set_generator_states
+from .data import Batch, Cycle
+from .faults import Figures, GradientCheck, Recovery, describe, reason
+from .interrupts import StopSignals
 from .objective import Objective
 from .optimiser import clip_gradients, set_rates
 from .prefix import PrefixStore
+from .state import LearnedState
 from .stein import SteinObjective
+
+logger = logging.getLogger(__name__)
 
 Callback = Callable[[dict[str, float]], bool | None]
 
@@ -54,17 +61,20 @@ class EagerStep:
         self.blocked = torch.zeros((), device=device, dtype=torch.float32)  # whatever the default
         # What a GradScaler sets on a fused optimiser: no update while ``found_inf`` is 1.
         optimiser.grad_scale, optimiser.found_inf = None, self.blocked
+        self.check: Callable[[Tensor], None] | None = None  # looks at the gradient before the update
 
-    def __call__(self, batch: Batch, kl_weight: float) -> Tensor:
+    def __call__(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
         """Loss, NLL, weighted KL (nats per example) and gradient norm of the step, (4,) on the device."""
         terms = self.gradient(batch, kl_weight)
+        if self.check is not None:
+            self.check(terms[0])
         norm = clip_gradients(self.optimiser, self.max_grad_norm).to(terms)
         finite = torch.isfinite(terms[0]) & torch.isfinite(norm)
         self.blocked.copy_(torch.maximum(self.blocked, (~finite).to(self.blocked)))
         self.optimiser.step()
         return torch.cat([terms, norm.reshape(1)])
 
-    def gradient(self, batch: Batch, kl_weight: float) -> Tensor:
+    def gradient(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
         """Put the gradient of the loss of a batch into ``.grad``; loss, NLL and weighted KL, (3,).
 
         Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B.
@@ -102,9 +112,14 @@ class Trainer:
         lr: learning rate of the factors, for the history.
         num_data: N.
         read_every: steps after which the host reads the figures; on a GPU each reading waits for it.
+        on_nonfinite: see :class:`~scalabl_pyro.faults.Recovery`.
+        signals: delivered between steps.
 
     Attributes:
-        history: a row for each step that was read.
+        history: a row for each step that was taken and read.
+        next_step: number of the step to come.
+        is_whole: False within a step, when parameters may have moved in part.
+        save: called after every ``save_every`` steps, and before a signal is delivered.
     """
 
     def __init__(
@@ -117,6 +132,8 @@ class Trainer:
         lr: float,
         num_data: int,
         read_every: int = 1,
+        on_nonfinite: str = "raise",
+        signals: StopSignals | None = None,
     ) -> None:
         self.execute = execute
         self.batches = batches
@@ -125,9 +142,21 @@ class Trainer:
         self.lr = lr
         self.num_data = num_data
         self.read_every = read_every
+        self.signals = signals
+        self.learned = LearnedState(execute.objective, execute.optimiser)
+        self.recovery = Recovery(on_nonfinite, self.learned)
         self.history: list[dict[str, float]] = []
+        self.next_step = 0
+        self.is_whole = True
+        self.save: Callable[[], None] = lambda: None
+        self.save_every: int | None = None
         self._pending: list[Pending] = []
         self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time in training, over all runs that it took."""
+        return time.perf_counter() - self._start
 
     def run(self, steps: Sequence[int]) -> Iterator[dict[str, float]]:
         """Go through ``steps`` and yield their history rows, in order, as they are read.
@@ -135,48 +164,113 @@ class Trainer:
         Raises:
             FloatingPointError: a loss or gradient that is not finite, with the reason; no parameter was changed by it
                 or since.
+            RuntimeError: a layer that no gradient reaches.
         """
-        for step in steps:
-            batch, weight, rate = self.batches(step), self.kl_weight(step), self.rate(step)
-            set_rates(self.execute.optimiser, rate)
-            with pyro.validation_enabled(step == steps[0]):
-                figures = self.execute(batch, weight)
-            now = time.perf_counter() - self._start
-            self._pending.append(Pending(step, batch, weight, rate * self.lr, now, figures))
-            if len(self._pending) >= self.read_every or step == steps[-1]:
-                yield from self.read()
+        check = GradientCheck(self.execute.objective.model.blora)
+        self.execute.check = check
+        try:
+            for step in steps:
+                if not self._pending:
+                    self.recovery.remember(step)
+                batch = self.batches(step)
+                with pyro.validation_enabled(step == steps[0]):
+                    self._take(step, batch)
+                is_due = self.save_every is not None and (step + 1) % self.save_every == 0
+                is_stopped = self.signals is not None and self.signals.received is not None
+                if len(self._pending) >= self.read_every or step == steps[-1] or is_due or is_stopped:
+                    yield from self.read()
+                if is_due or is_stopped:
+                    self.save()
+                    self.recovery.remember(step + 1, now=is_due)  # where a run that resumes from here begins
+                if is_stopped:
+                    assert self.signals is not None
+                    self.signals.deliver()
+        finally:
+            self.execute.check = None
+            check.close()
 
     def read(self) -> Iterator[dict[str, float]]:
         """Rows of the steps since the last reading."""
-        pending, self._pending = self._pending, []
-        if not pending:
-            return
-        figures = torch.stack([p.figures for p in pending]).tolist()
-        for one, (loss, nll, divergence, norm) in zip(pending, figures, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise FloatingPointError(self._reason(one, loss))
-            row = {
-                "step": one.step,
-                "loss": loss,
-                "nll": nll,
-                "kl": divergence * self.num_data / one.kl_weight if one.kl_weight else float("nan"),
-                "kl_weight": one.kl_weight,
-                "grad_norm": norm,
-                "lr": one.rate,
-                "seconds": one.seconds,
-            }
-            self.history.append(row)
-            yield row
+        while self._pending:
+            pending, self._pending = self._pending, []
+            figures = torch.stack([p.figures for p in pending]).tolist()
+            for number, (one, told) in enumerate(zip(pending, figures, strict=True)):
+                own = Figures(*told)
+                if not own.is_finite:
+                    self._recover(one, own)
+                    for later in pending[number + 1 :]:  # the flag has kept them from updating, too
+                        self._take(later.step, later.batch)
+                    break
+                self.recovery.good()
+                row = self._row(one, own)
+                self.history.append(row)
+                yield row
 
-    def _reason(self, one: Pending, loss: float) -> str:
-        kept = "Parameters keep their values from before this step."
-        if math.isfinite(loss):
-            return (
-                f"At step {one.step}: the loss is finite, but its gradient is not. {kept} Lower the learning rates, or "
-                "use bfloat16 instead of float16."
-            )
-        where = self.execute.objective.explain(one.batch.to(self.execute.device))
-        return (
-            f"At step {one.step}: the loss is {loss}: {where}. {kept} Lower the learning rates, set max_grad_norm, or "
-            "check these examples."
-        )
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and record of all that going on from here needs; the options of the run are not part of it."""
+        assert self.is_whole and not self._pending
+        columns = list(self.history[0]) if self.history else []
+        rows = {f"history.{c}": torch.tensor([r[c] for r in self.history], dtype=torch.float64) for c in columns}
+        random = {f"random.{name}": state for name, state in generator_states().items()}
+        record: dict[str, Any] = {"step": self.next_step, "seconds": self.seconds, "columns": columns}
+        record["recovery"] = self.recovery.record()
+        record["data"] = self.batches.position() if isinstance(self.batches, Cycle) else None
+        return self.learned.tensors() | rows | random, record
+
+    def load_state(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state`, inside the random scope of the run.
+
+        Raises:
+            ValueError: tensors of another run, or data that does not come again.
+        """
+        if isinstance(self.batches, Cycle):
+            self.batches.replay(record["data"])
+        apart = ("history.", "random.")
+        self.learned.load({k: v for k, v in tensors.items() if not k.startswith(apart)})
+        columns = {c: tensors[f"history.{c}"].tolist() for c in record["columns"]}
+        self.history = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        for row in self.history:
+            row |= {name: int(row[name]) for name in ("step", "skipped")}
+        self.recovery.load_record(record["recovery"])
+        self.next_step = record["step"]
+        self._start = time.perf_counter() - record["seconds"]
+        states = {k.removeprefix("random."): v for k, v in tensors.items() if k.startswith("random.")}
+        if unmatched := set_generator_states(states):
+            logger.warning("no random state for %s: the noise from here on is not what it would have been", unmatched)
+
+    def _take(self, step: int, batch: Batch) -> None:
+        """Do a step; its figures stay on the device."""
+        weight, rate = self.kl_weight(step), self.rate(step)
+        set_rates(self.execute.optimiser, rate)
+        self.is_whole = False
+        figures = self.execute(batch, weight)
+        self.is_whole, self.next_step = True, step + 1
+        self._pending.append(Pending(step, batch, weight, rate * self.lr, self.seconds, figures))
+
+    def _recover(self, one: Pending, figures: Figures) -> None:
+        objective = self.execute.objective
+        facts = describe(one.batch, figures, self._kl(one, figures), objective.guide)
+        self.is_whole = False
+        stop = self.recovery.bad(one.step, facts)
+        if stop is not None:
+            cause = None if math.isfinite(figures.loss) else objective.explain(one.batch.to(self.execute.device))
+            raise FloatingPointError(reason(one.step, figures, facts, cause) + stop)
+        self.execute.blocked.zero_()
+        self.is_whole = True
+
+    def _row(self, one: Pending, figures: Figures) -> dict[str, float]:
+        return {
+            "step": one.step,
+            "loss": figures.loss,
+            "nll": figures.nll,
+            "kl": self._kl(one, figures),
+            "kl_weight": one.kl_weight,
+            "grad_norm": figures.grad_norm,
+            "lr": one.rate,
+            "seconds": one.seconds,
+            "skipped": self.recovery.skipped,
+        }
+
+    def _kl(self, one: Pending, figures: Figures) -> float:
+        """Unweighted, nats per data set."""
+        return figures.weighted_kl * self.num_data / one.kl_weight if one.kl_weight else float("nan")

@@ -37,7 +37,9 @@ def arviz_loo(log_likelihood):
         loo = az.loo(arviz_io.to_arviz(groups, {}), pointwise=True, reff=1.0)
     new = arviz_io.arviz_version() >= (1, 0)
     elpd, p = (loo.elpd, loo.p) if new else (loo.elpd_loo, loo.p_loo)
-    return float(elpd), float(loo.se), float(p), np.asarray(loo.pareto_k)
+    num_rows = log_likelihood.shape[1]
+    se = loo.se * ((num_rows - 1) / num_rows) ** 0.5 if new else loo.se  # 1.x divides by N - 1
+    return float(elpd), float(se), float(p), np.asarray(loo.pareto_k)
 
 
 def pareto_log_weights(k, num_draws, seed=0):
@@ -378,7 +380,8 @@ def test_the_weights_are_the_densities_of_the_joint_model(toy, healthy, exact):
     np.testing.assert_allclose(
         weights.log_likelihood, dist.Normal(s @ toy.features.T, NOISE).log_prob(toy.y).numpy(), rtol=1e-9, atol=1e-9
     )
-    np.testing.assert_allclose(weights.log_prior, dist.Normal(0.0, PRIOR_SCALE).log_prob(s).sum(1), rtol=1e-9)
+    prior = dist.Normal(0.0, s.new_tensor(PRIOR_SCALE))  # a scale that is a float would be float32
+    np.testing.assert_allclose(weights.log_prior, prior.log_prob(s).sum(1), rtol=1e-9)
     np.testing.assert_allclose(weights.log_q, q.log_prob(s), rtol=1e-9)
     np.testing.assert_allclose(weights.log_weights, exact.evidence, rtol=1e-9)  # q is the posterior: p / q is constant
     assert weights.elbo() == pytest.approx(exact.evidence)

@@ -56,11 +56,9 @@ def toy_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_causal_lm)
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load_classifier)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: tiny.question_rows(16))
-    fit = sys.modules["scalabl_pyro.fit"]
-    trange = fit.trange
-    monkeypatch.setattr(
-        fit, "trange", lambda steps, **options: trange(min(steps, STEPS), **{**options, "disable": True})
-    )
+    trainer = sys.modules["scalabl_pyro.training"].Trainer
+    run = trainer.run
+    monkeypatch.setattr(trainer, "run", lambda self, steps: run(self, steps[:STEPS]))
     mcmc, few = sp.mcmc, {"num_samples": 4, "warmup_steps": 4, "max_tree_depth": 2, "progress": False}
     monkeypatch.setattr(sp, "mcmc", lambda *args, **options: mcmc(*args, **{**options, **few}))
     for name, seed in {"train": 0, "test": 1}.items():

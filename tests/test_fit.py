@@ -30,7 +30,7 @@ def test_it_learns(blora, task):
 
 def test_history_has_units_that_add_up(blora, task):
     history = fit(blora, task, kl_weight=0.5).history
-    assert list(history) == ["step", "loss", "nll", "kl", "kl_weight", "grad_norm", "lr", "seconds"]
+    assert list(history) == ["step", "loss", "nll", "kl", "kl_weight", "grad_norm", "lr", "seconds", "skipped"]
     np.testing.assert_allclose(history["loss"], history["nll"] + 0.5 * history["kl"] / len(ROWS), rtol=1e-6)
     assert (history["kl_weight"] == 0.5).all()
     assert history["seconds"].is_monotonic_increasing

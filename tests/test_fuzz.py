@@ -26,6 +26,7 @@ from safetensors import torch as safe
 
 import scalabl_pyro as sp
 from scalabl_pyro import saved_config
+from scalabl_pyro.attach import find_adapter
 from scalabl_pyro.data import encode, read_rows
 from scalabl_pyro.guides import AutoFamily, EmpiricalGuide, MixtureGuide, as_guide
 
@@ -251,6 +252,11 @@ KINDS: dict[str, tuple[Any, Any]] = {
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
+def owners(name: str) -> list[str]:
+    """Where the hash of a file may stand: in the configuration beside it, or of the posterior or baseline above it."""
+    return [(folder / c).as_posix() for folder in Path(name).parents for c in (CONFIG, "baseline.json")]
+
+
 class Place:
     """A model, and a directory for the files of one posterior at a time.
 
@@ -274,17 +280,21 @@ class Place:
         self.bits = [p.detach().clone() for p in llm.parameters()]
         self.loaded = 0
 
+    load = staticmethod(sp.Posterior.from_pretrained)
+
     def put(self, kind: str, changed: Mapping[str, bytes], *, rehash: bool = True) -> None:
         """Write the files of a kind, some of them changed, with hashes that belong to them, or no longer do."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        (self.folder / "tokenizer").mkdir(parents=True)
         contents = {**self.valid[kind], **changed}
-        if rehash and CONFIG not in changed:
-            config = json.loads(contents[CONFIG])
-            for name, content in changed.items():
-                config["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            contents[CONFIG] = json.dumps(config).encode()
+        for name, content in changed.items() if rehash else ():
+            owner = next(o for o in owners(name) if o in contents)
+            if name != owner and owner not in changed:
+                config = json.loads(contents[owner])
+                inside = Path(name).relative_to(Path(owner).parent).as_posix()
+                config["files"][inside] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                contents[owner] = json.dumps(config).encode()
         for name, content in contents.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).write_bytes(content)
 
     def check(self) -> None:
@@ -295,7 +305,7 @@ class Place:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             try:
-                posterior = sp.Posterior.from_pretrained(self.llm, self.folder, **override)
+                posterior = self.load(self.llm, self.folder, **override)
             except (ValueError, FileNotFoundError) as error:
                 assert str(self.folder) in str(error), f"the message does not name the file: {error}"
             if posterior is not None:
@@ -304,16 +314,13 @@ class Place:
                     self.check_works(posterior)
                 finally:
                     if [id(m) for m in self.llm.modules()] != self.modules:
-                        posterior.blora().unload()
+                        find_adapter(self.llm).unload()
         assert [id(m) for m in self.llm.modules()] == self.modules
         assert sorted(p.name for p in self.folder.parent.iterdir()) == around
 
     def check_works(self, posterior: sp.Posterior) -> None:
         """Mean, draws and predictions are what they are of any posterior."""
-        dim = posterior.subspace.dim
-        assert posterior.mean().shape == (dim,) and posterior.mean().isfinite().all()
-        draws = posterior.sample(3, seed=1).s
-        assert draws.shape == (3, dim) and torch.equal(draws, posterior.sample(3, seed=1).s)
+        self.check_draws(posterior)
         try:
             prediction = posterior.predict(self.rows, num_draws=2)
         except FloatingPointError as error:  # finite factors whose products overflow
@@ -323,6 +330,13 @@ class Place:
         else:
             if isinstance(prediction, sp.Prediction):
                 np.testing.assert_allclose(prediction.probs.sum(1), 1, atol=1e-4)
+
+    def check_draws(self, posterior: sp.Posterior) -> None:
+        """The mean and draws are finite, and the same each time."""
+        dim = posterior.subspace.dim
+        assert posterior.mean().shape == (dim,) and posterior.mean().isfinite().all()
+        draws = posterior.sample(3, seed=1).s
+        assert draws.shape == (3, dim) and torch.equal(draws, posterior.sample(3, seed=1).s)
 
     def check_unchanged(self) -> None:
         """The base model is what it was, bit for bit."""
@@ -463,6 +477,106 @@ def test_edited_tokenizer_loads_or_is_refused(place, cases):
         place.check()
 
     run(cases, check, file=st.sampled_from([TOKENIZER, TOKENIZER_CONFIG]), edits=JSON_EDITS)
+
+
+# baselines --------------------------------------------------------------------------------------------------
+
+
+class BaselinePlace(Place):
+    """Directories that hold a baseline, and in it posteriors."""
+
+    load = staticmethod(sp.baselines.load)
+
+    def check_draws(self, posterior) -> None:
+        """A baseline has draws of its own kind."""
+
+
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory):
+    """Baselines of every kind, on a model that carries the layers already."""
+    root, llm, task = tmp_path_factory.mktemp("baselines"), tiny.causal_lm(), sp.MultipleChoice(tiny.tokenizer())
+    options: dict[str, Any] = {"num_steps": 2, "progress": False, "lora": LORA}
+    rows = tiny.question_rows(8)
+    sources, b = {}, sp.baselines
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        point = b.mle(llm, task, rows, **options).posterior
+        made = {
+            "temperature": b.temperature_scaling(point, rows),
+            "laplace": b.laplace_lora(point, rows),
+            "tfb": b.tfb(point, rows, num_draws=2, num_bisections=2),
+        }
+        for name, baseline in made.items():
+            baseline.save_pretrained(root / name)
+        point.blora().unload()
+        for method in (b.blob, b.mc_dropout, b.deep_ensemble):
+            posterior = method(llm, task, rows, **options).posterior
+            posterior.save_pretrained(root / method.__name__)
+            posterior.blora().unload()
+    sources = {path.name: path for path in root.iterdir()}
+    base = tiny.causal_lm()
+    sp.bayesian_lora(base, gauge="free", **LORA)
+    here = BaselinePlace(tmp_path_factory.mktemp("baseline") / "b", base, task, sources, tiny.question_rows(2))
+    yield here
+    here.check_unchanged()
+
+
+def files_of(here: Place, kind: str) -> list[str]:
+    """Those that belong to the baseline itself."""
+    return [name for name in here.valid[kind] if "/" not in name]
+
+
+@pytest.mark.parametrize("kind", ["temperature", "laplace", "tfb", "blob", "mc_dropout", "deep_ensemble"])
+def test_every_baseline_loads_unless_it_is_edited(baselines, kind):
+    baselines.put(kind, {})
+    before = baselines.loaded
+    baselines.check()
+    assert baselines.loaded == before + 1
+
+
+@fuzz(60, 3000)
+def test_edited_baseline_loads_or_is_refused(baselines, cases):
+    kinds = sorted(baselines.valid)
+
+    def check(kind: str, which: int, how: str, edits: Any, tensors: Any, raw: Any) -> None:
+        names = files_of(baselines, kind)
+        name = names[which % len(names)]
+        content = baselines.valid[kind][name]
+        if how == "bytes":
+            content = edit_bytes(content, raw)
+        elif name.endswith(".json"):
+            content = edit_json(content, edits)
+        else:
+            content = edit_tensors(content, tensors) if how == "parts" else edit_header(content, edits)
+        baselines.put(kind, {name: content})
+        baselines.check()
+
+    run(
+        cases,
+        check,
+        kind=st.sampled_from(kinds),
+        which=st.integers(0, 1),
+        how=st.sampled_from(["parts", "parts", "header", "bytes"]),
+        edits=JSON_EDITS,
+        tensors=TENSOR_EDITS,
+        raw=BYTE_EDITS,
+    )
+
+
+def test_baseline_that_holds_itself_is_refused(baselines):
+    baselines.put("temperature", {})
+    shutil.rmtree(baselines.folder / "base")
+    (baselines.folder / "base").symlink_to(baselines.folder)
+    with pytest.raises(ValueError, match="a baseline of baselines deeper than"):
+        sp.baselines.load(baselines.llm, baselines.folder)
+
+
+def test_part_of_a_baseline_that_lies_elsewhere_is_refused(baselines, tmp_path):
+    baselines.put("temperature", {})
+    shutil.move(baselines.folder / "base", tmp_path / "elsewhere")
+    (baselines.folder / "base").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="leads out of its directory"):
+        sp.baselines.load(baselines.llm, baselines.folder)
 
 
 # the configuration alone, and rows --------------------------------------------------------------------------

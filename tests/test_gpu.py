@@ -74,6 +74,65 @@ def test_equal_seeds_are_equal_and_no_random_state_moves():
     torch.testing.assert_close(a.guide.loc, b.guide.loc, rtol=1e-3, atol=1e-4)
 
 
+def history_of(*, seed=0, **options):
+    llm = base(torch.float32).cuda()
+    blora, task = sp.bayesian_lora(llm), sp.MultipleChoice(tiny.tokenizer())
+    settings = {"num_steps": 25, "batch_size": 6, "lr": 1e-2, "progress": False, "seed": seed}
+    return sp.fit(blora, task, ROWS, **settings, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kl_weight": lambda step: step / 10},
+        {"max_grad_norm": 0.5, "micro_batch_size": 4},
+        {"guide": "full_covariance", "factor_scale": 1.0},
+        {"guide": "flow"},
+    ],
+    ids=["plain", "kl schedule", "clipped", "full covariance", "flow"],
+)
+def test_captured_steps_have_the_losses_and_the_result_of_eager_ones(options, caplog):
+    eager, graphed = history_of(cuda_graph=False, **options), history_of(**options)
+    assert "without CUDA graphs" not in caplog.text, caplog.text
+    for name in ("loss", "nll", "kl", "grad_norm", "lr", "kl_weight"):
+        np.testing.assert_allclose(graphed.history[name], eager.history[name], rtol=2e-3, atol=1e-4, err_msg=name)
+    for one, other in zip(graphed.posterior.factors, eager.posterior.factors, strict=True):
+        torch.testing.assert_close(one[1], other[1], rtol=1e-2, atol=1e-3)
+    other_noise = history_of(seed=1, **options)
+    assert not np.allclose(other_noise.history["loss"], graphed.history["loss"], rtol=2e-3)
+
+
+def test_a_nan_inside_a_captured_step_changes_nothing():
+    class Poisoned(sp.MultipleChoice):
+        def likelihood(self, outputs, batch):
+            bad = (batch.index == 3).unsqueeze(-1)  # row 3 is of one batch an epoch
+            return super().likelihood(torch.where(bad, torch.nan, outputs), batch)
+
+    blora = sp.bayesian_lora(base(torch.float32).cuda())
+    with pytest.raises(sp.TrainingError, match=r"the loss is nan: site 'label' of the model .*examples \[3\]"):
+        sp.fit(blora, Poisoned(tiny.tokenizer()), ROWS, num_steps=12, batch_size=6, progress=False)
+    assert all(torch.isfinite(p).all() for p in blora.point_estimates.parameters())
+
+
+def test_what_cannot_be_captured_runs_eagerly_and_says_why(caplog):
+    class OnTheHost(sp.MultipleChoice):
+        def likelihood(self, outputs, batch):
+            assert outputs.mean().item() == outputs.mean().item()  # waits for the GPU, which a capture forbids
+            return super().likelihood(outputs, batch)
+
+    blora = sp.bayesian_lora(base(torch.float32).cuda())
+    result = sp.fit(blora, OnTheHost(tiny.tokenizer()), ROWS, num_steps=12, batch_size=6, progress=False)
+    assert "steps run without CUDA graphs, which this model does not allow" in caplog.text
+    assert len(result.history) == 12 and np.isfinite(result.history["loss"]).all()
+    torch.empty(3, device="cuda").normal_()  # a failed capture leaves a generator that still draws
+
+
+def test_a_guide_that_factorises_matrices_is_not_captured_but_learns_alike(caplog):
+    eager, other = history_of(cuda_graph=False, guide="lowrank"), history_of(guide="lowrank")
+    np.testing.assert_allclose(other.history["loss"], eager.history["loss"], rtol=2e-3)
+
+
 def test_one_batch_and_chunks_agree():
     posterior = fitted()
     whole = posterior.predict(ROWS, num_draws=8)
@@ -100,3 +159,30 @@ def test_a_classifier_with_a_new_head_trains():
     posterior = sp.fit(sp.bayesian_lora(llm), task, tiny.text_rows(24), num_steps=3, progress=False).posterior
     assert posterior.heads["classifier"].weight.dtype == torch.float32
     assert np.isfinite(posterior.predict(tiny.text_rows(6), num_draws=3).log_probs).all()
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_resumed_run_ends_as_the_run_that_was_not_stopped(cuda_graph, tmp_path):
+    """Random states of the GPU come back; bits are promised on a CPU alone."""
+    options = {"num_steps": 24, "batch_size": 8, "cuda_graph": cuda_graph, "checkpoint_every": 6}
+    whole = fitted(**options)
+    fitted(**options, checkpoint_dir=tmp_path, callbacks=[lambda row: row["step"] == 11])
+    resumed = fitted(**options, checkpoint_dir=tmp_path, resume=True)
+    torch.testing.assert_close(resumed.guide.loc, whole.guide.loc, rtol=1e-3, atol=1e-4)
+    for (A, B), (other_A, other_B) in zip(resumed.factors, whole.factors, strict=True):
+        torch.testing.assert_close(A, other_A, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(B, other_B, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["skip", "restore"])
+def test_steps_that_are_not_finite_are_left_out_though_the_host_looks_late(policy, monkeypatch):
+    gradient, calls = sp.training.EagerStep.gradient, []
+
+    def spoiled(self, batch, kl_weight):
+        calls.append(None)
+        return gradient(self, batch, kl_weight) * (torch.nan if len(calls) == 14 else 1.0)
+
+    monkeypatch.setattr(sp.training.EagerStep, "gradient", spoiled)
+    posterior = fitted(on_nonfinite=policy, cuda_graph=False)
+    assert posterior.provenance["num_steps"] == 29
+    assert all(t.isfinite().all() for pair in posterior.factors for t in pair)

@@ -124,6 +124,8 @@ def test_everything_a_posterior_offers_at_once(choice, number):
         lambda: [choice.log_weights(ROWS, num_draws=4).log_likelihood],
         lambda: [number.log_weights(TEXTS, num_draws=4).log_prior],
         lambda: [sp.laplace(number, TEXTS).sample(2).s],
+        lambda: shown(sp.baselines.laplace_lora(choice, ROWS[:4]).predict(ROWS, num_draws=2)),
+        lambda: shown(sp.baselines.temperature_scaling(choice, ROWS, num_draws=2).predict(ROWS, num_draws=2)),
         lambda: [choice.mean(), choice.summary(num_draws=5).to_numpy()],
     ]
     expected = [job() for job in jobs]
@@ -222,7 +224,7 @@ def test_predictions_inside_a_callback_of_a_fit(choice):
 
     def callback(row):
         seen.append(shown(choice.predict(ROWS, num_draws=2)))
-        modes.append([layer.lora_dropout.training for layer in choice.adapter.layers])
+        modes.append([d.training for layer in choice.adapter.layers for d in layer.lora_dropout.values()])
 
     sp.fit(choice.blora(), choice.task, ROWS, num_steps=2, callbacks=[callback], progress=False)
     assert len(seen) == 2 and all(all(m) for m in modes)  # dropout of the factors goes on

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import scalabl_pyro as sp
 from scalabl_pyro.adapted import AdaptedLLM
 from scalabl_pyro.data import Batch, Example
+from scalabl_pyro.graphs import GraphedStep
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.linearised import gauss_newton
 from scalabl_pyro.logdensity import LogLikelihood
@@ -50,10 +51,12 @@ NUM_DATA = 1000
 class AnswerTokens(sp.Task):
     """Categorical over four tokens at the last position."""
 
-    labels = torch.tensor([11, 12, 13, 14])
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("labels", torch.arange(11, 15), persistent=False)
 
     def outputs(self, llm, batch, s):
-        logits = llm(**batch.inputs, s=s, positions=batch.last).logits[..., 0, :]
+        logits = llm(input_ids=batch.inputs["input_ids"], s=s, positions=batch.last).logits[..., 0, :]
         return logits[..., self.labels.to(logits.device)].float()
 
     def likelihood(self, outputs, batch):
@@ -67,6 +70,13 @@ def random_llm(shape: str, device: str, dtype: torch.dtype):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def fuse_elementwise(llm) -> None:
+    """Liger's Triton kernels for what a Qwen2 model does between matrix products, before it is adapted."""
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+
+    apply_liger_kernel_to_qwen2(fused_linear_cross_entropy=False, model=llm)
+
+
 def random_batch(rows: int, tokens: int, device: str) -> Batch:
     ids = torch.randint(20, 400, (rows, tokens), device=device)
     return Batch(
@@ -77,23 +87,24 @@ def random_batch(rows: int, tokens: int, device: str) -> Batch:
     )
 
 
-def measure(fn: Callable[[], object], device: str, steps: int) -> dict[str, float]:
-    """Median milliseconds after two calls of warm-up, and peak memory above what was there before."""
+def measure(fn: Callable[[], object], device: str, steps: int, weights: int = 0) -> dict[str, float]:
+    """Median milliseconds after three calls of warm-up, and peak memory above the bytes of the frozen weights."""
     cuda = device == "cuda"
-    for _ in range(2):
-        fn()
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        fn()
     times = []
     for _ in range(steps):
+        if cuda:
+            torch.cuda.synchronize()
         start = time.perf_counter()
         fn()
         if cuda:
             torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else float("nan")
+    peak = (torch.cuda.max_memory_allocated() - weights) / 2**30 if cuda else float("nan")
     return {"ms": statistics.median(times), "above_weights_gib": peak}
 
 
@@ -109,7 +120,7 @@ def mle_step(llm, batch: Batch):
     """A hand-written maximum-likelihood step of PEFT's LoRA, and the model to unload."""
     model = get_peft_model(llm, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)).eval()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    labels = AnswerTokens.labels.to(batch.index.device)
+    labels = torch.arange(11, 15, device=batch.index.device)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
@@ -122,13 +133,13 @@ def mle_step(llm, batch: Batch):
     return step, model
 
 
-def fit_step(blora, batch: Batch):
-    """A step of ``fit``: its objective, its optimiser, its checks."""
+def fit_step(blora, batch: Batch, *, graph: bool):
+    """A step of ``fit``: its objective, its optimiser, its checks; captured in a CUDA graph or not."""
     guide = as_guide("normal", blora).to(blora.device)
-    model = TaskModel(blora, AnswerTokens(), num_data=NUM_DATA, draws="per_example")
+    model = TaskModel(blora, AnswerTokens().to(blora.device), num_data=NUM_DATA, draws="per_example")
     objective = Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
-    optimiser = build_optimiser(model, guide, lr=1e-4, loc_lr=1e-4, scale_lr=1e-3, weight_decay=0.0)
-    execute = EagerStep(objective, optimiser, device=blora.device)
+    optimiser = build_optimiser(model, guide, lr=1e-4, loc_lr=1e-4, scale_lr=1e-3, weight_decay=0.0, capturable=graph)
+    execute = (GraphedStep if graph else EagerStep)(objective, optimiser, device=blora.device)
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
@@ -170,40 +181,51 @@ def curvature(blora, batch: Batch):
 def run(args: argparse.Namespace) -> dict:
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     llm = random_llm(args.shape, args.device, dtype)
+    if args.liger:
+        fuse_elementwise(llm)
     weights = sum(p.numel() for p in llm.parameters())
+    occupied = torch.cuda.memory_allocated() if args.device == "cuda" else 0
     embedding = llm.get_input_embeddings().weight.numel()
     rate = matmul_rate(args.device, dtype)
     out = {"shape": args.shape, "rows": args.rows, "draws": args.draws, "weights": weights, "tflops": rate / 1e12}
     out["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    out["liger"] = args.liger
+
+    def timed(fn: Callable[[], object], steps: int = args.steps) -> dict[str, float]:
+        return measure(fn, args.device, steps, occupied)
+
     for tokens in args.tokens:
         batch = random_batch(args.rows, tokens, args.device)
         flop = 2 * (weights - 2 * embedding) * args.rows * tokens  # of a forward pass through the blocks
         figures = {"floor step": {"ms": 2 * flop / rate * 1000}, "floor draws": {"ms": args.draws * flop / rate * 1000}}
         with torch.no_grad():
-            figures["frozen forward"] = measure(
-                lambda b=batch: llm(**b.inputs, use_cache=False, logits_to_keep=1), args.device, args.steps
-            )
+            figures["frozen forward"] = timed(lambda b=batch: llm(**b.inputs, use_cache=False, logits_to_keep=1))
         step, model = mle_step(llm, batch)
-        figures["PEFT LoRA step"] = measure(step, args.device, args.steps)
+        figures["PEFT LoRA step"] = timed(step)
         model.unload()
         del step, model
         gc.collect()
         blora = sp.bayesian_lora(llm, target_modules=TARGETS)
-        figures["scalabl_pyro step"] = measure(fit_step(blora, batch), args.device, args.steps)
-        figures["of it Pyro alone"] = measure(pyro_only(blora, batch), args.device, args.steps)
-        figures["Laplace curvature"] = measure(curvature(blora, batch), args.device, 3)
+        figures["scalabl_pyro step, eager"] = timed(fit_step(blora, batch, graph=False))
+        if args.device == "cuda":
+            figures["scalabl_pyro step, eager"] |= {
+                "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+                "estimated_gib": blora.estimate_memory(batch).total / 2**30,
+            }
+        figures["scalabl_pyro step"] = timed(fit_step(blora, batch, graph=args.device == "cuda"))
+        figures["of it Pyro alone"] = timed(pyro_only(blora, batch))
+        figures["Laplace curvature"] = timed(curvature(blora, batch), 3)
         s = torch.randn(args.draws, 1, blora.subspace.dim, device=args.device)
-        task, adapted = AnswerTokens(), AdaptedLLM(blora.adapter, factors=blora.adapter.factors())
+        task, adapted = AnswerTokens().to(args.device), AdaptedLLM(blora.adapter, factors=blora.adapter.factors())
         with torch.no_grad():
-            figures["scalabl_pyro draws"] = measure(
-                lambda b=batch, t=task, a=adapted, s=s: t.outputs(a, b, s), args.device, args.steps
-            )
+            figures["scalabl_pyro draws"] = timed(lambda b=batch, t=task, a=adapted, s=s: t.outputs(a, b, s))
         blora.unload()
+        gc.collect()
         out[f"T={tokens}"] = figures
         print(f"\n{args.shape}, {args.rows} x {tokens} tokens, {out['device']}, {rate / 1e12:.0f} TFLOP/s")
         for name, figure in figures.items():
             memory = figure.get("above_weights_gib", float("nan"))
-            print(f"{name:>20}: {figure['ms']:9.1f} ms {memory:8.2f} GiB above the weights", flush=True)
+            print(f"{name:>25}: {figure['ms']:9.1f} ms {memory:8.2f} GiB above the weights", flush=True)
         if args.out:
             args.out.write_text(json.dumps(out, indent=1))
     return out
@@ -217,6 +239,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[128])
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--steps", type=int, default=10, help="timed repetitions")
+    parser.add_argument("--liger", action="store_true", help="fused norms, rotations and gates (liger-kernel)")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     run(parser.parse_args())
 

@@ -1,9 +1,47 @@
 """Other ways to fine-tune, one file each, with the verbs of :func:`scalabl_pyro.fit`.
 
-Each takes the *base* model, adapts it, and returns a :class:`~scalabl_pyro.fit.FitResult`;
-``result.posterior.blora().unload()`` gives the base model back for the next method.
+Those that train take the *base* model, adapt it, and return a result with ``.posterior`` and ``.history``; the others
+start from a fitted posterior. ``posterior.blora().unload()`` gives the base model back for the next method.
 """
 
+from . import saving
+from .blob import NormalNoise, blob
+from .deep_ensemble import EnsemblePosterior, deep_ensemble
+from .factor_posterior import NOISES, FactorNoise, FactorPosterior
+from .kl_reweighting import KLReweighting
+from .laplace_lora import KroneckerNoise, laplace_lora
+from .map_lora import map_lora
+from .mc_dropout import DropoutNoise, mc_dropout
 from .mle import mle
+from .predictor import BaselineResult, Predictor
+from .saving import load
+from .scalabl_released import scalabl_released
+from .temperature_scaling import TemperatureScaled, temperature_scaling
+from .tfb import SpectralNoise, tfb
 
-__all__ = ["mle"]
+__all__ = [
+    "BaselineResult",
+    "DropoutNoise",
+    "EnsemblePosterior",
+    "FactorNoise",
+    "FactorPosterior",
+    "KLReweighting",
+    "KroneckerNoise",
+    "NormalNoise",
+    "Predictor",
+    "SpectralNoise",
+    "TemperatureScaled",
+    "blob",
+    "deep_ensemble",
+    "laplace_lora",
+    "load",
+    "map_lora",
+    "mc_dropout",
+    "mle",
+    "scalabl_released",
+    "temperature_scaling",
+    "tfb",
+]
+
+NOISES |= {noise.family: noise for noise in (DropoutNoise, KroneckerNoise, NormalNoise, SpectralNoise)}
+saving.KINDS |= {kind.kind: kind.from_saved for kind in (EnsemblePosterior, FactorPosterior, TemperatureScaled)}

@@ -1,6 +1,7 @@
 """Plain LoRA by maximum likelihood: what ScalaBL is compared with (Hu et al., 2022)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from ..fit import FitResult, fit
 from ..guides import DeltaGuide
 from ..likelihoods import Task
-from ..model import bayesian_lora
+from ..model import BayesianLoRA, bayesian_lora
 
 
 def mle(
@@ -27,6 +28,13 @@ def mle(
     Returns:
         A result whose posterior is a point mass.
     """
+    blora = plain_lora(module, lora)
+    with unloaded_on_error(blora):
+        return fit_point(blora, task, train_data, **options)
+
+
+def plain_lora(module: nn.Module, lora: Mapping[str, Any] | None = None) -> BayesianLoRA:
+    """LoRA without latents: s = 1, and A started as PEFT starts it (B = 0)."""
     blora = bayesian_lora(module, **{**(lora or {}), "gauge": "free"})
     adapter = blora.adapter
     with torch.no_grad():
@@ -34,9 +42,21 @@ def mle(
         for (A, _), s in zip(adapter.factors(), adapter.subspace.split(adapter.loc), strict=True):
             A.mul_(s.to(A.device).unsqueeze(1))
     adapter.loc = torch.ones_like(adapter.loc)
+    return blora
+
+
+@contextmanager
+def unloaded_on_error(blora: BayesianLoRA) -> Iterator[None]:
+    """Give the base model back when training fails, unless the error carries a posterior that needs the adapter."""
     try:
-        return fit(blora, task, train_data, guide=DeltaGuide(adapter.loc, learn=False), kl_weight=0.0, **options)
+        yield
     except BaseException as error:
-        if getattr(error, "result", None) is None:  # nothing was learned that needs the layers
+        if getattr(error, "result", None) is None:
             blora.unload()
         raise
+
+
+def fit_point(blora: BayesianLoRA, task: Task, train_data: Any, **options: Any) -> FitResult:
+    """Train A, B and heads with s held at 1."""
+    loc = torch.ones_like(blora.adapter.loc)
+    return fit(blora, task, train_data, guide=DeltaGuide(loc, learn=False), kl_weight=0.0, **options)

@@ -15,7 +15,7 @@ from .covariance import CovarianceGuide, LowRankGuide
 from .delta import DeltaGuide
 from .empirical import EmpiricalGuide
 from .flow import FlowGuide
-from .mean_field import MeanFieldGuide, WithHyperparameters, prior_sites
+from .mean_field import MeanFieldGuide, WithHyperparameters, check_continuous, prior_sites
 from .mixture import MixtureGuide
 from .normal import NormalGuide
 from .particles import ParticleGuide
@@ -92,7 +92,7 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = 0.05,
         takes_scale = "init_scale" in inspect.signature(guide).parameters
         options: dict[str, Any] = {"init_scale": init_scale} if takes_scale else {}
         return AutoFamily(blora.prior, guide, init_loc_fn=blora.init_loc, **options).to(blora.device)
-    built: Any = guide if isinstance(guide, Guide) or not callable(guide) else cast(Any, guide)(blora)
+    built: Any = cast(Any, guide)(blora) if _is_builder(guide) else guide
     if not isinstance(built, Guide):
         raise TypeError(
             f"guide={guide!r}: expected one of {', '.join(NAMES)}, a class of pyro.infer.autoguide, a "
@@ -125,6 +125,17 @@ def from_options(family: str, options: dict[str, Any], blora: BayesianLoRA) -> G
     return FAMILIES[family].from_options(options, blora)
 
 
+def _is_builder(guide: object) -> bool:
+    """Whether ``guide`` is to be called with the LLM: neither a module, nor a class that wants more than an LLM."""
+    if not callable(guide) or isinstance(guide, torch.nn.Module) or guide in FAMILIES.values():
+        return False
+    try:
+        inspect.signature(guide).bind("blora")
+    except (TypeError, ValueError):  # another number of arguments, or a built-in without a signature
+        return False
+    return True
+
+
 def _by_name(name: str, blora: BayesianLoRA, init_scale: float, seed: int) -> Guide:
     sites = prior_sites(blora.prior)
     support = sites["s"]["fn"].support if "s" in sites else None
@@ -132,13 +143,13 @@ def _by_name(name: str, blora: BayesianLoRA, init_scale: float, seed: int) -> Gu
     scale = _initial_scale(init_scale, loc, seed)
     if support is not None and support.is_discrete:
         if name not in ("normal", "rank_mask"):
-            raise ValueError(f"guide={name!r} needs latents on the real line; masks need guide='rank_mask'.")
+            check_continuous(f"guide={name!r}", sites)
         return RankMaskGuide(torch.logit(sites["s"]["fn"].mean.to(loc)))
     if name == "rank_mask":
         raise ValueError("guide='rank_mask' is for masks: use it with prior='rank_mask'.")
-    if name == "delta":
-        return DeltaGuide(loc) if set(sites) == {"s"} else as_guide(autoguide.AutoDelta, blora)
     real = support is None or support.check(torch.tensor([-1.0, 1.0]).to(loc).repeat(len(loc))[: len(loc)]).all()
+    if name == "delta":  # AutoDelta moves a point within the support of its site
+        return DeltaGuide(loc) if real and set(sites) == {"s"} else as_guide(autoguide.AutoDelta, blora)
     if not real:
         if name != "normal":
             limits = getattr(support, "base_constraint", support)

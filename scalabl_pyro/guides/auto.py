@@ -14,6 +14,7 @@ from .._rng import scoped_seed
 from ..model import BayesianLoRA
 from ..priors import Prior
 from .base import Guide
+from .mean_field import check_continuous, prior_sites
 
 #: Need the likelihood, or a discrete site, where a family here is built from the prior alone.
 UNSUPPORTED = (
@@ -44,7 +45,7 @@ class AutoFamily(Guide):
         init_loc_fn: where the sites start.
 
     Raises:
-        ValueError: a class that needs the likelihood.
+        ValueError: a class that needs the likelihood, or a prior of discrete latents.
     """
 
     family = "auto"
@@ -63,6 +64,7 @@ class AutoFamily(Guide):
             raise ValueError(
                 f"{auto_class.__name__} needs more than the prior of s: use it with stock SVI on a model of your own."
             )
+        check_continuous(f"guide={auto_class.__name__}", prior_sites(prior))
         self.has_density = auto_class is not autoguide.AutoDelta
         self._arguments = (prior, auto_class, init_loc_fn, auto_options)
         if not issubclass(auto_class, WITHOUT_INIT_LOC):

@@ -41,7 +41,10 @@ class Guide(Program):
         Raises:
             TypeError: another family.
         """
-        raise TypeError(f"{type(self).__name__} is no normal family: it has draws, but no covariance in closed form.")
+        raise TypeError(
+            f"{type(self).__name__} is no normal family: it has draws, but no covariance in closed form. Fit a normal "
+            "one ('normal', 'layer_covariance', 'lowrank', 'full_covariance'), or put one at the mean by laplace()."
+        )
 
     def options(self) -> dict[str, Any]:
         """JSON-able options that rebuild the family beside its tensors."""
@@ -54,4 +57,4 @@ class Guide(Program):
 
     def snapshot(self) -> "Guide":
         """A copy on the CPU that later training does not change."""
-        return copy.deepcopy(self).cpu().requires_grad_(False)
+        return copy.deepcopy(self).cpu().requires_grad_(False).eval()

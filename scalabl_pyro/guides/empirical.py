@@ -18,17 +18,17 @@ class EmpiricalGuide(Guide):
 
     Args:
         points: latent sites, each (K, ...); chains of MCMC stand one behind the other.
-        num_chains: into how many chains the points divide.
+        num_chains: into how many chains the points divide; None for points that are no chain, such as particles.
     """
 
     family = "empirical"
     per_example = False
     has_density = False
 
-    def __init__(self, points: dict[str, Tensor], *, num_chains: int = 1) -> None:
+    def __init__(self, points: dict[str, Tensor], *, num_chains: int | None = 1) -> None:
         super().__init__()
         sizes = {len(value) for value in points.values()}
-        if "s" not in points or len(sizes) != 1 or next(iter(sizes)) % num_chains:
+        if "s" not in points or len(sizes) != 1 or next(iter(sizes)) % (num_chains or 1):
             raise ValueError(
                 f"points has {sorted(points)} of {sorted(sizes)} points in {num_chains} chains: it needs 's', one "
                 "number of points for all sites, and chains of equal length."

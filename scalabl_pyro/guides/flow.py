@@ -62,8 +62,9 @@ class FlowGuide(Guide):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample s, (..., D)."""
-        base = dist.Normal(torch.zeros_like(self.loc), 1.0).to_event(1)
-        bends = [AffineAutoregressive(network, stable=False) for network in self._modules["networks"]]  # type: ignore[union-attr]
+        base = dist.Normal(torch.zeros_like(self.loc), torch.ones_like(self.loc)).to_event(1)
+        # Read as an attribute, which is what tells Pyro's store about their weights under stock SVI.
+        bends = [AffineAutoregressive(cast(Any, network), stable=False) for network in self.networks]
         # Cached, so that the density of a draw does not invert the flow, one latent after the other.
         place = AffineTransform(self.loc, cast(Tensor, self.scale), event_dim=1, cache_size=1)
         return pyro.sample("s", dist.TransformedDistribution(base, [*bends, place]))

@@ -44,13 +44,9 @@ class MeanFieldGuide(Guide):
     ) -> None:
         super().__init__()
         self.transforms: dict[str, Any] = {}
-        for name, site in prior_sites(prior).items():
-            if name in hide:
-                continue
-            if site["fn"].support.is_discrete:
-                raise ValueError(
-                    f"The site {name!r} is discrete: use guide='rank_mask' for prior='rank_mask', or write a guide."
-                )
+        sites = {name: site for name, site in prior_sites(prior).items() if name not in hide}
+        check_continuous("A factorised guide", sites)
+        for name, site in sites.items():
             transform = biject_to(_event_support(site["fn"]))
             value = (start or {}).get(name, site["median"])
             loc = transform.inv(value)
@@ -118,6 +114,21 @@ def prior_sites(prior: Prior) -> dict[str, dict[str, Any]]:
         median = torch.stack([node["value"].detach() for node in nodes]).median(0).values
         sites[name] = {"fn": nodes[0]["fn"], "median": median}
     return sites
+
+
+def check_continuous(what: str, sites: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse discrete latents, which only a guide of their own can cover.
+
+    Args:
+        what: the family that cannot, as the message calls it.
+        sites: of the prior, by name, see :func:`prior_sites`.
+
+    Raises:
+        ValueError: one of them is discrete.
+    """
+    for name in (name for name, site in sites.items() if site["fn"].support.is_discrete):
+        way_out = "masks need guide='rank_mask'" if name == "s" else f"write a guide for {name!r}, which is discrete"
+        raise ValueError(f"{what} needs latents on the real line; {way_out}.")
 
 
 def _event_support(fn: Any) -> Any:

@@ -26,6 +26,7 @@ class MixtureGuide(Guide):
         if not components:
             raise ValueError("A mixture needs at least one component.")
         self.components = nn.ModuleList(components)
+        self.has_density = all(component.has_density for component in components)
 
     def __len__(self) -> int:
         return len(self.component_list())

@@ -1,5 +1,6 @@
 """Particles that are moved towards the posterior together: Stein variational gradient descent."""
 
+import math
 from typing import Any
 
 import pyro
@@ -26,6 +27,7 @@ class ParticleGuide(Guide):
 
     family = "particles"
     per_example = False
+    has_density = False
 
     def __init__(self, loc: Tensor, scale: Tensor, *, num_particles: int = 8, seed: int = 0) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ class ParticleGuide(Guide):
         self.particles = nn.Parameter((loc + scale * noise.to(loc.device)).detach())
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """All particles at once, (K, 1, D), where K draws are asked for in a plate; else one at random."""
+        """Sample a particle at random; :func:`scalabl_pyro.fit` takes all of them in every step instead."""
         particle = self.particles[int(torch.randint(len(self.particles), ()))]
         return pyro.sample("s", dist.Delta(particle).to_event(1))
 
@@ -45,7 +47,7 @@ class ParticleGuide(Guide):
 
     def snapshot(self) -> Guide:
         """The particles as points."""
-        return EmpiricalGuide({"s": self.particles.detach().cpu()})
+        return EmpiricalGuide({"s": self.particles.detach().cpu()}, num_chains=None)
 
     def stein_gradient(self, score: Tensor) -> Tensor:
         """The direction (K, D) that decreases KL(q || p) fastest in the kernel's space.
@@ -61,7 +63,7 @@ class ParticleGuide(Guide):
         difference = points.unsqueeze(0) - points.unsqueeze(1)  # [j, i] = s_i - s_j
         squares = difference.square().sum(-1)
         off_diagonal = squares[~torch.eye(count, dtype=torch.bool, device=squares.device)]
-        width = (off_diagonal.median() / torch.log(torch.tensor(float(count + 1)))).clamp_min(1e-12)
+        width = (off_diagonal.median() / math.log(count + 1)).clamp_min(1e-12)
         kernel = torch.exp(-squares / width)
         repulsion = (kernel.unsqueeze(-1) * difference).sum(0) * 2 / width
         return (kernel.T @ score + repulsion) / count

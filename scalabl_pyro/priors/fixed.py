@@ -26,7 +26,8 @@ class FixedPrior(Prior):
         self.distribution_class = family
         self.parameter_names = tuple(parameters)
         for name, value in parameters.items():
-            self.register_buffer(name, value)
+            # Contiguous, as a file gives it back: a Cholesky factor of torch is not, and sums in another order.
+            self.register_buffer(name, value.contiguous())
 
     @property
     def family_name(self) -> str:

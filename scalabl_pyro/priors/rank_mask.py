@@ -14,7 +14,7 @@ from .base import Prior
 class RankMaskPrior(Prior):
     """s_i ~ Bernoulli(probability): each rank direction is in or out, and B carries its size.
 
-    The guide's KL is in closed form and its gradient goes through a relaxation
+    The guide's KL is in closed form and its gradient goes straight through the draws
     (:class:`~scalabl_pyro.guides.RankMaskGuide`). The model is that of DALorRA (arXiv 2607.02182).
 
     Args:

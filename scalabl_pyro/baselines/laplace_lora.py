@@ -1,0 +1,228 @@
+"""Laplace-LoRA: a normal posterior of A and B with Kronecker-factored curvature (Yang et al., ICLR 2024).
+
+Written here because laplace-torch 0.3 cannot express it on these layers: its Kronecker backend (curvlinops) finds
+``nn.Linear`` modules by hooks, while a layer here multiplies by factors that are bound for one pass; and it keeps both
+sides of each Kronecker factor whole, of which the one of the LM head's B is vocabulary x vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+
+from .._rng import scoped_seed
+from ..data import encode, evaluation_batches, read_rows
+from ..lora import Factors
+from ..posterior import Posterior
+from ..predictive import NumericPrediction, Prediction, predict_from_outputs
+from .factor_posterior import FactorNoise, FactorPosterior, as_function, plain_factors
+from .kfac import Eigen, kronecker_factors, output_directions, record
+from .predictor import check_positive
+
+
+def laplace_lora(
+    posterior: Posterior,
+    train_data: Any,
+    *,
+    prior_scale: float | str = "evidence",
+    rank: int = 10,
+    exact_up_to: int = 256,
+    linearised: bool = True,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> FactorPosterior:
+    """Put a normal around a trained adapter, with the curvature of the training loss.
+
+    q(W) = Normal(W_trained, (G (x) X + I / prior_scale^2)^-1) for W each A and each B, with G and X the Kronecker
+    factors of :mod:`scalabl_pyro.baselines.kfac`. One pass over the data, with a backward pass for each class.
+
+    Args:
+        posterior: of a trained adapter, such as ``baselines.map_lora(...).posterior``; of others, their mean is taken.
+        train_data: the training rows.
+        prior_scale: standard deviation of the prior of each entry; ``"evidence"`` chooses the one of the largest
+            Laplace evidence in [1e-3, 1e3].
+        rank: eigenvectors that are kept of a Kronecker factor with more than ``exact_up_to`` dimensions.
+        exact_up_to: largest Kronecker factor that is kept whole.
+        linearised: predict with outputs linear in A and B, as the approximation asks for: a draw is then one linear
+            function. Otherwise draws of A and B go through the LLM itself.
+        batch_size: rows a pass.
+        seed: of the randomised eigenvectors.
+
+    Returns:
+        A posterior over factors; its provenance holds the prior's scale.
+
+    Raises:
+        ValueError: a scale that is not positive, or rows without answers.
+    """
+    check_positive(rank=rank, batch_size=batch_size)
+    if isinstance(prior_scale, str):
+        if prior_scale != "evidence":
+            raise ValueError(f"prior_scale={prior_scale!r}: give a number, or 'evidence' to choose it.")
+    else:
+        check_positive(prior_scale=prior_scale)
+    examples = encode(read_rows(train_data), posterior.task.encode, need_target=True)
+    factors = plain_factors(posterior)
+    with scoped_seed(seed), torch.enable_grad():
+        eigen = kronecker_factors(
+            as_function(posterior, factors),
+            posterior.task,
+            examples,
+            factors,
+            rank=rank,
+            exact_up_to=exact_up_to,
+            batch_size=batch_size,
+        )
+    scale = best_prior_scale(eigen, factors) if isinstance(prior_scale, str) else float(prior_scale)
+    noise = KroneckerNoise(tuple(eigen), scale, linearised)
+    provenance = {"method": "Laplace-LoRA", "prior_scale": scale, "num_data": len(examples)}
+    return FactorPosterior(posterior, noise, provenance)
+
+
+@dataclass(frozen=True)
+class KroneckerNoise(FactorNoise):
+    """Normal noise of A and B with Kronecker-factored precision.
+
+    Attributes:
+        eigen: of each factor (A and B of each layer in turn), eigenvectors and values of output and input side.
+        prior_scale: standard deviation of the prior.
+        linearised: whether predictions use outputs that are linear in the factors.
+    """
+
+    family: ClassVar[str] = "kronecker"
+
+    eigen: tuple[tuple[Eigen, Eigen], ...]
+    prior_scale: float
+    linearised: bool = True
+
+    def deviations(self, factors: Factors, generator: Generator) -> Iterator[list[Tensor]]:
+        """Endless draws of the noise of each factor."""
+        like = [factor for pair in factors for factor in pair]
+        while True:
+            yield [
+                correlate(torch.randn(f.shape, generator=generator, dtype=f.dtype), outer, inner, self.prior_scale)
+                for f, (outer, inner) in zip(like, self.eigen, strict=True)
+            ]
+
+    def draws(self, factors: Factors, generator: Generator) -> Iterator[Factors]:
+        """Factors with noise."""
+        for noise in self.deviations(factors, generator):
+            yield tuple((A + noise[2 * i].to(A), B + noise[2 * i + 1].to(B)) for i, (A, B) in enumerate(factors))
+
+    def predict(
+        self, centre: Posterior, data: Any, *, num_draws: int, seed: int, batch_size: int, progress: bool
+    ) -> Prediction | NumericPrediction:
+        """Predict rows, with outputs linear in the factors (see :func:`predict_linear`) or with draws of them."""
+        options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
+        if not self.linearised:
+            return super().predict(centre, data, num_draws=num_draws, **options)
+        factors = plain_factors(centre)
+        noise = self.deviations(factors, torch.Generator().manual_seed(seed))
+        deltas = [next(noise) for _ in range(num_draws)]
+        return predict_linear(centre, factors, deltas, data, **options)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Eigenvectors and values by factor and side."""
+        named: dict[str, Tensor] = {}
+        for i, sides in enumerate(self.eigen):
+            for side, (vectors, values) in zip(("out", "in"), sides, strict=True):
+                named |= {f"{i}.{side}.vectors": vectors, f"{i}.{side}.values": values}
+        return named
+
+    def options(self) -> dict[str, Any]:
+        """The prior's scale, and how predictions are made."""
+        return {"prior_scale": self.prior_scale, "linearised": self.linearised}
+
+    @classmethod
+    def from_saved(
+        cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor], factors: Factors
+    ) -> "KroneckerNoise":
+        """The noise again."""
+        eigen = []
+        for i, factor in enumerate(f for pair in factors for f in pair):
+            sides = []
+            for side, dim in zip(("out", "in"), factor.shape, strict=True):
+                vectors, values = tensors[f"{i}.{side}.vectors"], tensors[f"{i}.{side}.values"]
+                if vectors.shape != (dim, len(values)) or not (values >= 0).all():
+                    raise ValueError(f"The saved curvature of factor {i} does not fit it, or has a negative value.")
+                sides.append((vectors, values))
+            eigen.append((sides[0], sides[1]))
+        return cls(tuple(eigen), **options)
+
+
+def correlate(noise: Tensor, outer: Eigen, inner: Eigen, prior_scale: float) -> Tensor:
+    """Turn standard normal ``noise`` (m, n) into a draw of Normal(0, (G (x) X + I / prior_scale^2)^-1).
+
+    Where the eigenvalues are g and x, the standard deviation is prior_scale / sqrt(1 + prior_scale^2 g x); in all other
+    directions it is prior_scale.
+    """
+    (U, g), (V, x) = outer, inner
+    shrunk = (1 + prior_scale**2 * torch.outer(g, x)).rsqrt() - 1
+    return prior_scale * (noise + U @ (shrunk * (U.T @ noise @ V)) @ V.T)
+
+
+def best_prior_scale(eigen: Sequence[tuple[Eigen, Eigen]], factors: Factors) -> float:
+    """The scale in [1e-3, 1e3] of the largest Laplace evidence at these factors (MacKay, 1992).
+
+    log evidence = const - P log scale - |W|^2 / (2 scale^2) - 1/2 sum log(g x + 1 / scale^2), where the directions
+    without curvature cancel between the first and the last term.
+    """
+    curvature = torch.cat([torch.outer(g, x).flatten().double() for (_, g), (_, x) in eigen])
+    curvature = curvature[curvature > 0]
+    squares = sum(float(factor.double().square().sum()) for pair in factors for factor in pair)
+    grid = np.exp(np.linspace(math.log(1e-3), math.log(1e3), 601))
+    evidence = [
+        -0.5 * squares / scale**2 - 0.5 * float((scale**2 * curvature).log1p().sum()) for scale in grid.tolist()
+    ]
+    return float(grid[int(np.argmax(evidence))])
+
+
+def predict_linear(
+    centre: Posterior,
+    factors: Factors,
+    deltas: Sequence[Sequence[Tensor]],
+    data: Any,
+    *,
+    seed: int = 0,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> Prediction | NumericPrediction:
+    """Predict with outputs f(W) + J (W_s - W), one linear function a draw.
+
+    One forward pass a batch, and one backward pass a class, serve all draws.
+
+    Args:
+        centre: the trained adapter.
+        factors: its plain factors W.
+        deltas: W_s - W of each draw, by factor.
+        data: rows for the task.
+        seed: of the simulated answers of a likelihood over numbers.
+        batch_size: rows a pass.
+        progress: show a progress bar.
+    """
+    start = time.perf_counter()
+    task, device = centre.task, centre.adapter.device
+    function = as_function(centre, factors)
+    examples = encode(read_rows(data, split="test"), task.encode, need_target=False)
+    stacked = [torch.stack([delta[i] for delta in deltas]) for i in range(2 * len(factors))]
+    parts = []
+    batches = list(evaluation_batches(examples, batch_size, task.pad_token_id))
+    for cpu_batch in tqdm(batches, disable=not progress, desc="predict", unit="batch"):
+        batch = cpu_batch.to(device)
+        outputs, kept = record(function, task, batch, factors)
+        draws = outputs.detach().repeat(len(deltas), 1, 1)
+        for k in output_directions(task, batch, outputs):
+            with torch.enable_grad():
+                gradients = kept.gradients(outputs[:, k].sum())
+            for i, gradient in enumerate(gradients):
+                jacobian = torch.einsum("btm,btn->bmn", gradient.float(), kept.inputs[i].float())
+                draws[:, :, k] += torch.einsum("smn,bmn->sb", stacked[i].to(jacobian), jacobian).to(draws)
+        parts.append((batch, draws))
+    with torch.no_grad():
+        prediction = predict_from_outputs(task, examples, parts, seed=seed)
+    return replace(prediction, seconds=time.perf_counter() - start)

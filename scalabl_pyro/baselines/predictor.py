@@ -1,0 +1,124 @@
+"""What every method gives back: something that predicts; and prediction under functions that share no factors."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..adapted import AdaptedLLM, eval_mode
+from ..data import Batch, check_tokens, encode, evaluation_batches, read_rows
+from ..likelihoods import Task
+from ..lora import Adapter
+from ..model import BayesianLoRA
+from ..predictive import NumericPrediction, Prediction, predict_from_outputs
+from ..prefix import Prefix, reuse
+
+Function = tuple[AdaptedLLM, Tensor]
+"""An LLM with factors of its own, and the s (D,) that it is called with."""
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What the methods have in common; :class:`~scalabl_pyro.Posterior` is one."""
+
+    @property
+    def adapter(self) -> Adapter:
+        """The LoRA layers inside the LLM."""
+
+    @property
+    def task(self) -> Task:
+        """The likelihood."""
+
+    def blora(self) -> BayesianLoRA:
+        """The adapted LLM, to unload."""
+
+    def predict(
+        self, data: Any, *, num_draws: int = 10, seed: int = 0, batch_size: int = 16, progress: bool = False
+    ) -> Prediction | NumericPrediction:
+        """Predict rows under fixed draws: draw i of a seed is one function, whatever the batch."""
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write safetensors and JSON to the directory ``path``."""
+
+
+@dataclass(frozen=True)
+class BaselineResult:
+    """What a baseline returns whose draws differ in more than s.
+
+    Attributes:
+        posterior: predicts and saves itself.
+        history: as of :func:`scalabl_pyro.fit`.
+    """
+
+    posterior: Predictor
+    history: pd.DataFrame
+
+
+@torch.no_grad()
+def predict_functions(
+    functions: Sequence[Function],
+    task: Task,
+    data: Any,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    is_mean: bool = False,
+    progress: bool = False,
+) -> Prediction | NumericPrediction:
+    """Predict rows under S functions, one pass a function and batch.
+
+    Args:
+        functions: S functions on one adapter.
+        task: the likelihood.
+        data: rows for the task.
+        seed: of the simulated answers of a likelihood over numbers.
+        batch_size: rows a pass.
+        is_mean: marks the only function as the posterior mean.
+        progress: show a progress bar.
+    """
+    check_positive(batch_size=batch_size)
+    start = time.perf_counter()
+    examples = encode(read_rows(data, split="test"), task.encode, need_target=False)
+    adapter = functions[0][0].adapter
+    check_tokens(examples, adapter.module, task.pad_token_id)
+    outputs: list[tuple[Batch, Tensor]] = []
+    batches = list(evaluation_batches(examples, batch_size, task.pad_token_id))
+    with eval_mode(adapter.module), tqdm(batches, disable=not progress, desc="predict", unit="batch") as bar:
+        for batch in bar:
+            own = batch.to(adapter.device)
+            with reuse(adapter, Prefix() if adapter.has_fixed_prefix else None):
+                draws = torch.stack([task.outputs(llm, own, s.to(adapter.device)) for llm, s in functions])
+            if torch.isnan(draws).any():
+                raise FloatingPointError(
+                    f"The LLM's outputs of some of the rows {batch.index.tolist()} are NaN: check these inputs, and "
+                    "use bfloat16 or float32 instead of float16."
+                )
+            outputs.append((own, draws))
+    prediction = predict_from_outputs(task, examples, outputs, seed=seed)
+    return replace(prediction, is_mean=is_mean, seconds=time.perf_counter() - start)
+
+
+def concatenate(predictions: Sequence[Prediction | NumericPrediction]) -> Prediction | NumericPrediction:
+    """The draws of several predictions of the same rows, one behind the other."""
+    first = predictions[0]
+    per_draw = ("log_probs",) if isinstance(first, Prediction) else ("means", "variances", "replicates", "log_density")
+    joined: dict[str, Any] = {}
+    for name in per_draw:
+        parts = [cast(Any, getattr(p, name)) for p in predictions]
+        joined[name] = None if parts[0] is None else np.concatenate(parts)
+    seconds = sum(p.seconds for p in predictions)
+    return replace(first, is_mean=False, seconds=seconds, **joined)
+
+
+def check_positive(**numbers: float) -> None:
+    """Raise ValueError for a number that is not positive and finite."""
+    for name, value in numbers.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be positive and finite.")

@@ -1,0 +1,182 @@
+"""Checkpoints of a run as folders that are whole or ignored; no pickle is written or read.
+
+    step-00000300/
+        tensors.safetensors   parameters, optimiser state, random states, history
+        record.json           numbers and words: the step, and what the run was asked for
+        manifest.json         size and SHA-256 of the two, written last
+
+A checkpoint is written beside its place, brought to the disk and renamed (:mod:`scalabl_pyro.storage`), so whatever
+stops the writing leaves those before it as they were.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .storage import staged, write_file
+from .tensor_files import read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+TENSORS, RECORD, MANIFEST = "tensors.safetensors", "record.json", "manifest.json"
+NAME = re.compile(r"step-(\d{8,})")
+#: Larger ones are no manifest or record that was written here.
+MAX_BYTES = {MANIFEST: 2**16, RECORD: 2**26}
+MAX_TENSORS = 2**40
+
+
+class Checkpoint(NamedTuple):
+    """What was saved at a step.
+
+    Attributes:
+        path: its folder.
+        step: number of steps taken.
+        tensors: by name.
+        record: numbers and words.
+    """
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        path: created when the first one is written.
+        keep: so many are kept, the newest.
+    """
+
+    def __init__(self, path: str | Path, *, keep: int) -> None:
+        self.path = Path(path).resolve()  # the working directory may change during a run
+        self.keep = keep
+
+    def paths(self) -> list[Path]:
+        """Folders of all checkpoints, whole or not, by step."""
+        if not self.path.is_dir():
+            return []
+        return sorted((p for p in self.path.iterdir() if NAME.fullmatch(p.name)), key=_step)
+
+    def write(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Save a step, then delete all but the last ``keep``.
+
+        Raises:
+            OSError: it could not be written; those before are as they were.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with staged(self.path / f"step-{step:08d}") as staging:
+            write_tensors(staging / TENSORS, tensors)
+            write_file(staging / RECORD, _json(record))
+            files = {name: _describe(staging / name) for name in (TENSORS, RECORD)}
+            manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+            write_file(staging / MANIFEST, _json(manifest))
+        for path in self.paths()[: -self.keep]:
+            _delete(path)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; damaged ones are passed over with a warning.
+
+        Raises:
+            ValueError: it was written by another version of the format.
+        """
+        for path in reversed(self.paths()):
+            try:
+                return read(path)
+            except (OSError, Damaged) as error:
+                logger.warning("the checkpoint %s cannot be used, the one before it is looked at: %s", path, error)
+        return None
+
+    def set_aside(self, above: int) -> None:
+        """Rename what lies above a step, because it could not be used, and delete what was never finished."""
+        if not self.path.is_dir():
+            return
+        with suppress(OSError):
+            for path in self.path.glob(".step-*"):
+                shutil.rmtree(path, ignore_errors=True)
+            for path in self.paths():
+                if _step(path) > above:
+                    os.replace(path, path.with_name(f"damaged-{path.name}-{os.urandom(2).hex()}"))
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what its manifest says."""
+
+
+def read(path: Path) -> Checkpoint:
+    """Read one checkpoint, after checking sizes and sums.
+
+    Raises:
+        Damaged: it is not whole.
+        ValueError: another version of the format.
+    """
+    manifest = _read_json(path / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"The checkpoint {path} has format_version {manifest.get('format_version')!r}; this version of "
+            f"scalabl_pyro reads {FORMAT_VERSION}. Resume with the version that wrote it, or give another "
+            "checkpoint_dir."
+        )
+    files = manifest.get("files")
+    if manifest.get("step") != _step(path) or not isinstance(files, dict) or set(files) != {TENSORS, RECORD}:
+        raise Damaged(f"{MANIFEST} does not describe this checkpoint.")
+    for name, said in files.items():
+        if not (path / name).is_file():
+            raise Damaged(f"{name} is missing.")
+        if _describe(path / name) != said:
+            raise Damaged(f"{name} is not the file that was written (its size or SHA-256 differs).")
+    try:
+        tensors = read_tensors(path, TENSORS, limit=MAX_TENSORS, finite=False)  # a history has NaN
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+    return Checkpoint(path, _step(path), tensors, _read_json(path / RECORD))
+
+
+def _step(path: Path) -> int:
+    match = NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise Damaged(f"{file.name} is missing.")
+    if file.stat().st_size > MAX_BYTES[file.name]:
+        raise Damaged(f"{file.name} has {file.stat().st_size} bytes, more than any has.")
+    try:
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:  # not JSON, not text, nested or endless
+        raise Damaged(f"{file.name} is not JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise Damaged(f"{file.name} is no JSON object.")
+    return value
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as handle:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def _delete(path: Path) -> None:
+    """Take the name away first: a checkpoint deleted by half must not look like one."""
+    try:
+        gone = path.with_name(f".{path.name}-gone")
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    except OSError as error:
+        logger.warning("the old checkpoint %s could not be deleted: %s", path, error)

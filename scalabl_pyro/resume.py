@@ -1,0 +1,263 @@
+"""Checkpoints of a run: when they are written, what a run may resume from, and what must not differ then."""
+
+import hashlib
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+
+from . import guides, likelihoods, priors
+from ._errors import ScalaBLWarning
+from ._version import __version__
+from .checkpoint import Checkpoint, CheckpointFolder
+from .data import Batch, Cycle, TrainingBatches
+from .fingerprint import check_fingerprint, describe_layers, fingerprint
+from .guides import Guide
+from .model import TaskModel
+from .training import Trainer
+
+logger = logging.getLogger(__name__)
+
+#: Options of ``fit`` that make another run of it. Others change the bits at most (``micro_batch_size``), or nothing.
+OF_A_RUN = (
+    *("num_steps", "batch_size", "lr", "loc_lr", "scale_lr", "weight_decay", "factor_scale", "warmup", "schedule"),
+    *("kl_weight", "elbo", "init_scale", "max_grad_norm", "seed"),
+)
+#: Entries that are digests.
+DATA, FIXED = "train_data", "what is held fixed (frozen parameters, numbers of the prior)"
+#: Steps at which a KL schedule is looked at, to tell one from another.
+SCHEDULE_PROBES = 9
+
+
+class Checkpoints:
+    """The checkpoints of one call of ``fit``; without a folder nothing is written or read.
+
+    Args:
+        path: folder, or None.
+        every: steps between two.
+        keep: so many are kept.
+        resume: ``"auto"`` goes on from the newest whole one if there is one, True demands one, False demands that there
+            is none.
+
+    Raises:
+        ValueError: options that make no sense.
+    """
+
+    def __init__(self, path: str | Path | None, *, every: int, keep: int, resume: bool | str) -> None:
+        if resume not in ("auto", True, False):
+            raise ValueError(f"resume={resume!r}: expected 'auto', True or False.")
+        for name, number in {"checkpoint_every": every, "keep_checkpoints": keep}.items():
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name}={number!r} must be a positive whole number.")
+        if path is None and resume is True:
+            raise ValueError("resume=True needs checkpoint_dir=, the directory to resume from.")
+        self.folder = None if path is None else CheckpointFolder(path, keep=keep)
+        self.every = every
+        self.resume = resume
+        self.run: dict[str, Any] = {}
+        self._trainer: Trainer | None = None
+        self._saved_step: int | None = None
+        self._tried_step: int | None = None
+        self._failure: OSError | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a folder."""
+        return self.folder is not None
+
+    def begin(self, trainer: Trainer, run: Callable[[], dict[str, Any]]) -> None:
+        """Bring a trainer to where the run was, or save its start.
+
+        The start is saved so that a folder that cannot be written to is found out before hours of training.
+
+        Args:
+            trainer: at its start, in the random scope of the run.
+            run: gives what the run is, see :func:`describe_run`.
+
+        Raises:
+            FileNotFoundError: ``resume=True`` and nothing to resume from.
+            FileExistsError: ``resume=False``, and checkpoints are there.
+            ValueError: the checkpoint belongs to another run; the message says what differs.
+            OSError: the folder cannot be written to.
+        """
+        if self.folder is None:
+            return
+        if isinstance(trainer.batches, Cycle):
+            trainer.batches.keeps_digest = True
+        self._trainer, self.run = trainer, run()
+        trainer.save, trainer.save_every = self.save, self.every
+        found = self._choose(self.folder)
+        if found is None:
+            self.folder.set_aside(-1)
+            self._write()
+            return
+        self._check(found)
+        trainer.load_state(found.tensors, found.record["state"])
+        self.folder.set_aside(found.step)
+        self._saved_step = self._tried_step = found.step
+        logger.info("resumed from %s, %d of %s steps", found.path, found.step, self.run["num_steps"])
+
+    def save(self) -> None:
+        """Save the present step; on failure the training goes on, and the last checkpoint stays."""
+        if self.folder is None or self._trainer is None or self._trainer.next_step == self._tried_step:
+            return
+        try:
+            self._write()
+        except OSError as error:
+            self._failure, self._tried_step = error, self._trainer.next_step
+            logger.error("the checkpoint of step %d could not be written: %s", self._trainer.next_step, error)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Save the last step when the training inside the context ends, well or by an exception between two steps."""
+        try:
+            yield
+        except FloatingPointError:  # the last checkpoint leads to the same step with the same noise
+            raise
+        except BaseException:
+            if self._trainer is not None and self._trainer.is_whole:
+                list(self._trainer.read())
+                self.save()
+            raise
+        self.save()
+        if self._failure is not None:
+            warnings.warn(
+                f"The last checkpoint is that of step {self._saved_step}, later ones could not be written: "
+                f"{self._failure}. Save the posterior elsewhere.",
+                ScalaBLWarning,
+                stacklevel=4,
+            )
+
+    def _write(self) -> None:
+        assert self.folder is not None and self._trainer is not None
+        tensors, state = self._trainer.state()
+        versions = {"scalabl_pyro": __version__, "torch": torch.__version__}
+        self.folder.write(self._trainer.next_step, tensors, {"run": self.run, "versions": versions, "state": state})
+        self._saved_step = self._tried_step = self._trainer.next_step
+        self._failure = None
+
+    def _choose(self, folder: CheckpointFolder) -> Checkpoint | None:
+        if self.resume is False:
+            if there := [path.name for path in folder.paths()]:
+                raise FileExistsError(
+                    f"resume=False, but {folder.path} holds checkpoints ({', '.join(there)}): give another "
+                    "checkpoint_dir, delete them, or resume."
+                )
+            return None
+        found = folder.newest()
+        if found is None and self.resume is True:
+            raise FileNotFoundError(f"resume=True, but {folder.path} holds no whole checkpoint.")
+        return found
+
+    def _check(self, found: Checkpoint) -> None:
+        """Refuse a checkpoint of another run."""
+        there = f"{found.path} belongs to another run"
+        saved = found.record.get("run")
+        if not isinstance(saved, dict) or not isinstance(found.record.get("state"), dict):
+            raise ValueError(f"{there}: its record does not say which.")
+        if differing := differences(saved, self.run):
+            raise ValueError(
+                f"{there}: {'; '.join(differing)}. Use the same options, or another checkpoint_dir for another run."
+            )
+        try:
+            check_fingerprint(saved["base_model"], self.run["base_model"])
+        except ValueError as error:
+            raise ValueError(f"{there}. {error}") from None
+        before = found.record.get("versions")
+        if not isinstance(before, dict) or before.get("torch") != torch.__version__:
+            logger.warning(
+                "%s was written under %s, this is torch %s: bits may differ", found.path, before, torch.__version__
+            )
+
+
+def describe_run(
+    model: TaskModel, guide: Guide, batches: Callable[[int], Batch], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What makes a run the same run, for JSON: options, program, data, base model, and all that is held fixed.
+
+    Args:
+        model: the joint model.
+        guide: the family.
+        batches: where training reads.
+        options: of ``fit``; callables of the step are told apart by their values, ELBOs by class and draws.
+    """
+    adapter = model.blora.adapter
+    prior = {f"prior.{n}": t for n, t in model.blora.prior.named_buffers()}
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    run = {
+        **{name: _told(value, options["num_steps"]) for name, value in options.items()},
+        "num_data": model.num_data,
+        "draws": model.draws,
+        DATA: _data_digest(batches),
+        "task": likelihoods.describe(model.task),
+        "guide": guides.describe(guide),
+        "prior": priors.describe(model.blora.prior),
+        "layers": describe_layers(adapter),
+        "gauge": adapter.gauge,
+        FIXED: _digest({**prior, **frozen}),
+        "base_model": fingerprint(adapter),
+    }
+    return json.loads(json.dumps(_plain(run)))
+
+
+def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Which entries of two runs differ, in words; base models are compared by :func:`check_fingerprint`."""
+    words = []
+    for name in sorted((set(saved) | set(present)) - {"base_model"}):
+        was, now = saved.get(name), present.get(name)
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            words += [f"{name}: {inner}" for inner in differences(was, now)]
+        elif name in (DATA, FIXED) or len(f"{was}{now}") > 200:
+            words.append(f"{name} differs")
+        else:
+            words.append(f"{name} is {now!r}, was {was!r}")
+    return words
+
+
+def _told(value: Any, num_steps: int) -> Any:
+    if isinstance(value, ELBO):
+        own = {k: getattr(value, k) for k in ("num_particles", "vectorize_particles", "alpha") if hasattr(value, k)}
+        return {"class": type(value).__name__, **own}
+    if callable(value):
+        return [float(value(round(i * (num_steps - 1) / (SCHEDULE_PROBES - 1)))) for i in range(SCHEDULE_PROBES)]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold; of other objects their class."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, torch.Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def _data_digest(batches: Callable[[int], Batch]) -> str:
+    """Of all tokens and targets; a loader's batches are compared when they are gone through again."""
+    if not isinstance(batches, TrainingBatches):
+        return type(batches).__name__
+    digest = hashlib.sha256()
+    for example in batches.examples:
+        digest.update(json.dumps([example.inputs, example.target, example.extras], default=float).encode())
+    return digest.hexdigest()
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
