@@ -9,7 +9,6 @@ A checkpoint is written beside its place, brought to the disk and renamed (:mod:
 stops the writing leaves those before it as they were.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .files import describe
 from .storage import staged, write_file
 from .tensor_files import read_tensors, write_tensors
 
@@ -79,7 +79,7 @@ class CheckpointFolder:
         with staged(self.path / f"step-{step:08d}") as staging:
             write_tensors(staging / TENSORS, tensors)
             write_file(staging / RECORD, _json(record))
-            files = {name: _describe(staging / name) for name in (TENSORS, RECORD)}
+            files = {name: describe(staging / name) for name in (TENSORS, RECORD)}
             manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
             write_file(staging / MANIFEST, _json(manifest))
         for path in self.paths()[: -self.keep]:
@@ -134,7 +134,7 @@ def read(path: Path) -> Checkpoint:
     for name, said in files.items():
         if not (path / name).is_file():
             raise Damaged(f"{name} is missing.")
-        if _describe(path / name) != said:
+        if describe(path / name) != said:
             raise Damaged(f"{name} is not the file that was written (its size or SHA-256 differs).")
     try:
         tensors = read_tensors(path, TENSORS, limit=MAX_TENSORS, finite=False)  # a history has NaN
@@ -165,11 +165,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Damaged(f"{file.name} is no JSON object.")
     return value
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as handle:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
 def _delete(path: Path) -> None:

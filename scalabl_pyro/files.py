@@ -11,8 +11,12 @@ CHUNK = 2**20
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of each file under ``folder``, by path relative to it."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
-    return {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+    return {f.relative_to(folder).as_posix(): describe(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:

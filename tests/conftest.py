@@ -3,11 +3,13 @@
 import warnings
 from pathlib import Path
 
+import gaussians
 import pyro
 import pyro.distributions as dist
 import pytest
 import tiny
 import torch
+import toys
 from pyro import infer, poutine
 
 import scalabl_pyro as sp
@@ -83,6 +85,18 @@ def fitted():
         task = sp.MultipleChoice(tiny.tokenizer())
         blora = sp.bayesian_lora(tiny.causal_lm())
         return sp.fit(blora, task, tiny.question_rows(48), num_steps=60, lr=1e-2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A linear model whose latents are correlated."""
+    return toys.LinearToy(3, correlation=0.3)
+
+
+@pytest.fixture(scope="module")
+def exact(toy):
+    """Its posterior, evidence and leave-one-out densities."""
+    return gaussians.solve(toy.features, toy.y)
 
 
 @pytest.fixture(scope="session")

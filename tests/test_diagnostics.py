@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import tiny
 import torch
-from gaussians import normal_guide, posterior_of, solve
+from gaussians import normal_guide, posterior_of
 from scipy.special import ndtri
 from toys import NOISE, PRIOR_SCALE, LinearToy
 
@@ -45,16 +45,6 @@ def arviz_loo(log_likelihood):
 def pareto_log_weights(k, num_draws, seed=0):
     """Logarithms of Pareto weights, whose tail index k is known."""
     return -k * np.log(np.random.default_rng(seed).uniform(size=num_draws))
-
-
-@pytest.fixture(scope="module")
-def toy():
-    return LinearToy(3, correlation=0.3)
-
-
-@pytest.fixture(scope="module")
-def exact(toy):
-    return solve(toy.features, toy.y)
 
 
 @pytest.fixture(scope="module")

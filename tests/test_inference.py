@@ -28,16 +28,6 @@ from scalabl_pyro.stein import SteinObjective
 QUIET = {"progress": False}
 
 
-@pytest.fixture(scope="module")
-def toy():
-    return LinearToy(3, correlation=0.3)
-
-
-@pytest.fixture(scope="module")
-def exact(toy):
-    return solve(toy.features, toy.y)
-
-
 def seeded(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Generator, Tensor, nn
 
+from .._errors import check_positive
 from ..fit import FitResult, TrainingError, fit
 from ..guides import DeltaGuide, Guide
 from ..likelihoods import Task
@@ -25,7 +26,7 @@ from ..priors import Prior, as_prior
 from .factor_posterior import FactorNoise, FactorPosterior
 from .mle import plain_lora, unloaded_on_error
 from .noisy import NoisyLoRA
-from .predictor import BaselineResult, check_positive
+from .predictor import BaselineResult
 
 
 def blob(

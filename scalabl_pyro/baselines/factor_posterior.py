@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .._errors import check_choice
+from .._errors import check_choice, check_positive
 from ..adapted import AdaptedLLM
 from ..likelihoods import Task
 from ..lora import Adapter, Factors
@@ -18,7 +18,7 @@ from ..posterior import Posterior
 from ..predictive import NumericPrediction, Prediction
 from ..tensor_files import check_keys, check_like
 from . import saving
-from .predictor import Function, check_positive, predict_functions
+from .predictor import Function, predict_functions
 
 
 class FactorNoise:

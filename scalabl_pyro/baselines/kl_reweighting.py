@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from .predictor import check_positive
+from .._errors import check_positive
 
 
 @dataclass(frozen=True)

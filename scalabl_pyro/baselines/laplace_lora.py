@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
+from .._errors import check_positive
 from .._rng import scoped_seed
 from ..data import encode, evaluation_batches, read_rows
 from ..lora import Factors
@@ -23,7 +24,6 @@ from ..posterior import Posterior
 from ..predictive import NumericPrediction, Prediction, predict_from_outputs
 from .factor_posterior import FactorNoise, FactorPosterior, as_function, plain_factors
 from .kfac import Eigen, kronecker_factors, output_directions, record
-from .predictor import check_positive
 
 
 def laplace_lora(

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from .._errors import check_positive
 from ..fit import FitResult
 from ..likelihoods import Task
 from .mle import fit_point, plain_lora, unloaded_on_error
-from .predictor import check_positive
 
 
 def map_lora(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._errors import check_positive
 from ..adapted import AdaptedLLM, eval_mode
 from ..data import Batch, check_tokens, encode, evaluation_batches, read_rows
 from ..likelihoods import Task
@@ -115,10 +116,3 @@ def concatenate(predictions: Sequence[Prediction | NumericPrediction]) -> Predic
         joined[name] = None if parts[0] is None else np.concatenate(parts)
     seconds = sum(p.seconds for p in predictions)
     return replace(first, is_mean=False, seconds=seconds, **joined)
-
-
-def check_positive(**numbers: float) -> None:
-    """Raise ValueError for a number that is not positive and finite."""
-    for name, value in numbers.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value} must be positive and finite.")

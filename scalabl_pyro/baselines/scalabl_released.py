@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .._errors import check_positive
 from .._pyro import local_params
 from .._rng import scoped_seed
 from ..adapted import sole_use
@@ -30,7 +31,6 @@ from ..optimiser import rate_schedule, set_rates
 from ..posterior import Posterior
 from .kl_reweighting import KLReweighting
 from .mle import unloaded_on_error
-from .predictor import check_positive
 
 #: Its mean is stored as a logarithm there, so it cannot be 0.
 PRIOR_LOC, PRIOR_SCALE = 1e-8, 1.0

@@ -18,13 +18,13 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 from torch import Tensor
 
-from .._errors import ScalaBLWarning
+from .._errors import ScalaBLWarning, check_positive
 from ..likelihoods import Task
 from ..lora import Adapter
 from ..model import BayesianLoRA
 from ..predictive import NumericPrediction, Prediction
 from . import saving
-from .predictor import Predictor, check_positive
+from .predictor import Predictor
 
 #: Temperatures that are considered.
 LIMITS = (0.01, 100.0)

@@ -16,13 +16,12 @@ import torch
 from scipy.special import logsumexp
 from torch import Generator, Tensor
 
-from .._errors import ScalaBLWarning
+from .._errors import ScalaBLWarning, check_positive
 from ..data import read_rows
 from ..lora import Factors
 from ..posterior import Posterior
 from ..predictive import NumericPrediction, Prediction
 from .factor_posterior import FactorNoise, FactorPosterior
-from .predictor import check_positive
 
 
 def tfb(
