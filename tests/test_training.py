@@ -132,3 +132,15 @@ def test_nothing_moves_from_a_step_that_is_not_finite_on(read_every):
     for key, state in states[1].items():
         for name, value in state.items():
             assert torch.equal(states[0][key][name], value), name
+
+
+@pytest.mark.parametrize("prior", ["normal", "rank_mask"])
+def test_a_step_traces_s_and_the_answers_and_nothing_of_the_llm(prior):
+    """Sites of each layer would cost hundreds of milliseconds a step."""
+    model, scoped, batches = parts(prior)
+    with pyro.settings.context(module_local_params=True), torch.random.fork_rng():
+        traces = [pyro.poutine.trace(program).get_trace(batches(0)) for program in (model, scoped)]
+    names = [[*t.stochastic_nodes, *t.observation_nodes] for t in traces]
+    plates = {"data", "rows"}
+    assert [set(found) - plates for found in names] == [{"s", "label"}, {"s"}]
+    assert all(len(found) <= 3 for found in ([n for n in found if n not in plates] for found in names))
