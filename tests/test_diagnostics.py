@@ -38,7 +38,9 @@ def arviz_loo(log_likelihood):
     new = arviz_io.arviz_version() >= (1, 0)
     elpd, p = (loo.elpd, loo.p) if new else (loo.elpd_loo, loo.p_loo)
     num_rows = log_likelihood.shape[1]
-    se = loo.se * ((num_rows - 1) / num_rows) ** 0.5 if new else loo.se  # 1.x divides by N - 1
+    pointwise = np.asarray(loo.elpd_i if new else loo.loo_i).ravel()
+    se, other = ((num_rows * pointwise.var(ddof=ddof)) ** 0.5 for ddof in (0, 1))  # ArviZ 1.3 divides by N - 1
+    assert float(loo.se) in (pytest.approx(se, rel=1e-9), pytest.approx(other, rel=1e-9))
     return float(elpd), float(se), float(p), np.asarray(loo.pareto_k)
 
 
