@@ -5,6 +5,7 @@ replay is one launch.
 """
 
 import contextlib
+import gc
 import logging
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ class GraphedStep(EagerStep):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Graphs of earlier passes tie the parameters' gradients to another stream, which a capture must not touch.
+        gc.collect()
         self.stream = torch.cuda.Stream(self.device)
         self.pool = torch.cuda.graph_pool_handle()  # one for all graphs: they never run at the same time
         self.seen: set[tuple[Any, ...]] = set()

@@ -91,7 +91,7 @@ def _saved_bytes(adapter: Adapter, inputs: dict[str, Any], *, again: tuple[nn.Mo
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the node that holds it, and never be freed
 
     s = adapter.loc.to(adapter.device).clone().requires_grad_(True)
     with (
