@@ -79,7 +79,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj", "lm_head"])
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--widths", type=int, default=3, help="widths that prompts are padded to in training")
-    parser.add_argument("--predict-batch", type=int, help="rows of a forward pass (GPU: 64, CPU: 16)")
+    parser.add_argument("--predict-batch", type=int, help="rows of a forward pass (GPU: 256, CPU: 16)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--time-limit", type=float, help="seconds after which no run begins that would not end")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th part of the runs, from the I-th")
@@ -99,7 +99,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         )
         args.batch_size, args.rank, args.draws, args.seeds = 4, 2, 2, args.seeds[:2]
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    args.predict_batch = args.predict_batch or (64 if args.device == "cuda" else 16)
+    args.predict_batch = args.predict_batch or (256 if args.device == "cuda" else 16)
     return args
 
 

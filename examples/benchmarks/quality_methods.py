@@ -124,8 +124,13 @@ class Workbench:
     def predict(self, learned: Learned, rows: Any, *, seed: int) -> sp.predictive.Prediction:
         """Predict rows under the draws of a posterior."""
         draws = 0 if is_point(learned.posterior) else self.budget.num_draws
-        options = {"num_draws": draws, "batch_size": self.predict_batch, **learned.predict}
+        options = {"num_draws": draws, "batch_size": self._predict_batch(learned.posterior), **learned.predict}
         return learned.posterior.predict(rows, seed=seed, **options)
+
+    def _predict_batch(self, posterior: Any) -> int:
+        """Rows a pass; fewer where predictions need a backward pass, and so all activations."""
+        noise = getattr(posterior, "noise", None)
+        return min(self.predict_batch, 32) if getattr(noise, "linearised", False) else self.predict_batch
 
     def clear(self) -> None:
         """Give the base model back."""
