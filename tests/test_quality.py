@@ -279,6 +279,12 @@ def test_methods_are_read_from_the_command_line():
         quality_options.shard_of("3/3")
 
 
+def test_the_defaults_of_the_command_line_are_those_of_the_budget():
+    args = quality_options.arguments(None, ["--set", "mle={}", "--set", "map={}"])
+    assert repr(quality_options.budget_of(args)) == repr(quality_methods.Budget())
+    assert args.set == ["mle={}", "map={}"]
+
+
 def test_weights_of_the_kl_from_json():
     rise = quality_methods.kl_weight({"to": 0.5, "over": 10}, 100, 4)
     assert [rise(step) for step in (0, 4, 9, 50)] == pytest.approx([0.05, 0.25, 0.5, 0.5])

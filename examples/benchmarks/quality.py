@@ -88,13 +88,13 @@ def run_all(args: argparse.Namespace, llm: Any, tokenizer: Any) -> int:
     table = Table(args.out, shard_of(args.shard))
     methods = methods_of(args.methods, args.set, args.variant)
     runs = [Run(d, method, seed) for seed in args.seeds for d in args.datasets for method in methods]
-    loaded: dict[str, DataSet] = {}
+    data = {
+        name: load_data(name, tokenizer, args) for name in args.datasets
+    }  # here, so that a wrong name shows at once
     failed = 0
     for run in open_runs(runs, args, budget, table):
         try:
-            if run.dataset not in loaded:
-                loaded[run.dataset] = load_data(run.dataset, tokenizer, args)
-            row = execute(run, loaded[run.dataset], bench, args)
+            row = execute(run, data[run.dataset], bench, args)
         except FloatingPointError as error:  # a training that diverged is a result
             row = identity(run, args, budget) | {"error": str(error).splitlines()[0], "seconds": 0.0}
             bench.clear()
@@ -138,7 +138,7 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
 
 def main() -> None:
     args = arguments(__doc__)
-    logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # long prompts are cut in every run alike
+    logging.getLogger("scalabl_pyro.data").setLevel(logging.ERROR)  # long prompts are cut in every run alike
     failed = 0
     if not args.report:
         if args.device == "cuda":

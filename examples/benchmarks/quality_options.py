@@ -37,8 +37,12 @@ def arguments(about: str | None, given: Sequence[str] | None = None) -> argparse
     parser.add_argument("--datasets", nargs="+", default=PAPER, help="names, or name=train.jsonl,test.jsonl")
     parser.add_argument("--data-dir", type=Path, help="folder where NAME_train.jsonl and NAME_test.jsonl are found")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--set", nargs="+", default=[], metavar="METHOD=JSON", help="options of a method")
-    parser.add_argument("--variant", nargs="+", default=[], metavar="NAME=METHOD:JSON", help="a line of its own")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="METHOD=JSON", help="options of a method"
+    )
+    parser.add_argument(
+        "--variant", nargs="+", action="extend", default=[], metavar="NAME=METHOD:JSON", help="a line of its own"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--split", choices=("test", "val"), default="test", help="what is scored")
     parser.add_argument("--split-seed", type=int, default=0, help="of the split of the data, one for all runs")
@@ -47,7 +51,7 @@ def arguments(about: str | None, given: Sequence[str] | None = None) -> argparse
     parser.add_argument("--test-rows", type=int, default=0, help="0: all")
     parser.add_argument("--ood-rows", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=16.0)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lora-alpha", type=float, default=16.0)
@@ -65,15 +69,8 @@ def arguments(about: str | None, given: Sequence[str] | None = None) -> argparse
     args = parser.parse_args(given)
     args.start = time.perf_counter()
     if args.tiny:
-        args.model, args.steps, args.train_rows, args.val_rows, args.test_rows, args.ood_rows = (
-            "tiny",
-            3,
-            24,
-            12,
-            12,
-            12,
-        )
-        args.batch_size, args.rank, args.draws, args.seeds = 4, 2, 2, args.seeds[:2]
+        args.model, args.steps, args.batch_size, args.rank, args.draws, args.seeds = "tiny", 3, 4, 2, 2, args.seeds[:2]
+        args.train_rows, args.val_rows, args.test_rows, args.ood_rows = 24, 12, 12, 12
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.predict_batch = args.predict_batch or (256 if args.device == "cuda" else 16)
     return args
