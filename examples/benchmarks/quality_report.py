@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 RANKED = ("nll", "ece", "brier")
+SCALED = ("ts_nll", "ts_ece", "ts_brier")
 #: Columns of the table: heading, column, factor, digits.
 SHOWN = (
     ("accuracy %", "accuracy", 100, 1),
@@ -89,7 +90,9 @@ def write(folder: Path) -> str:
         parts += [f"## Scored on {'validation' if split == 'val' else split}"]
         for name, own in part.groupby("dataset", sort=False):
             parts += [f"### {name}", dataset_table(own)]
-        parts += [f"### Mean rank over {', '.join(RANKED)}", rank_table(ranks(part))]
+        for columns in (RANKED, SCALED):
+            if set(columns) <= set(part) and part[list(columns)].notna().any(axis=None):
+                parts += [f"### Mean rank over {', '.join(columns)}", rank_table(ranks(part, columns), columns)]
         draw(part, folder, str(split))
     text = "\n\n".join(parts) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -113,11 +116,11 @@ def dataset_table(frame: pd.DataFrame) -> str:
     return markdown(lines)
 
 
-def rank_table(table: pd.DataFrame) -> str:
+def rank_table(table: pd.DataFrame, columns: Sequence[str] = RANKED) -> str:
     """Markdown of the ranks."""
     lines = {}
     for line, row in table.iterrows():
-        cells = {column: f"{row[column]:.2f}" for column in RANKED}
+        cells = {column: f"{row[column]:.2f}" for column in columns}
         lines[str(line)] = cells | {"all": cell(row["mean"], row["se"], 2), "blocks": str(int(row["blocks"]))}
     return markdown(lines)
 
