@@ -67,9 +67,12 @@ OF_S: dict[str, Callable[..., Guide]] = {
     "flow": FlowGuide,
 }
 NAMES = (*OF_S, "delta", "rank_mask", "svgd")
+#: Largest initial standard deviation. The paper starts at 0.05; started there, scales are still on their way up when
+#: the training ends, and validation likelihood and calibration are worse (docs/quality.md).
+INIT_SCALE = 0.3
 
 
-def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = 0.05, seed: int = 0) -> Guide:
+def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = INIT_SCALE, seed: int = 0) -> Guide:
     """Build the posterior family that ``guide`` names, started where the paper starts.
 
     Args:
