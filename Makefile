@@ -41,7 +41,7 @@ types: install
 docs: install  ## into site/; warnings are errors
 	$(BIN)/mkdocs build --strict --quiet
 
-notebook: install  ## rebuild and execute the notebooks: one on the posterior of `make demo`, one of a quarter of an hour
+notebook: install  ## rebuild and execute the notebooks: on the posterior of `make demo`, and the ablation (half an hour)
 	$(BIN)/jupytext --to ipynb --execute --output examples/posterior_analysis.ipynb examples/posterior_analysis.py
 	$(BIN)/jupytext --to ipynb --execute --output examples/ablation.ipynb examples/ablation_notebook.py
 

@@ -15,7 +15,7 @@
 
 SmolLM2-135M learns the topic of Reuters news six times: every pair of a prior and a guide, from the same start, on the
 same batches. What differs then comes from the prior, from the guide, or from chance, and the last question of this page
-is which. It takes about a quarter of an hour on two cores.
+is which. It took 23 minutes of processor time.
 
 This notebook is made from `ablation_notebook.py` by `make notebook`. It calls the functions of `ablation.py`, which is
 the same ablation for the command line, over any priors, guides and data.
@@ -82,7 +82,8 @@ print(f"{len(train)} rows to train on, {len(test)} to test, {args.steps} steps o
 - `pareto_k`: how far the guide is from the posterior with the factors held fixed. Above `good_k` it is not close enough
   for weights p / q, and `elpd_loo` is then the guide's and not the posterior's; `bad_rows` is the share of rows of
   which that holds.
-- `parameters` are those of the guide; `seconds` are those of the fit.
+- `parameters` are those of the guide; `seconds` are those of the fit, here on two cores shared with other work, so that
+  they compare nothing.
 """
 
 # %%
@@ -168,3 +169,20 @@ ranks = sorted({int(first), int(second), third})
 for guide in ("full_covariance", "normal"):
     ablation.pair(draws[f"normal / {guide}"], f"guide {guide}", ranks)
     plt.show()
+
+# %% [markdown]
+"""## What this run says
+
+Of 120 training rows, 120 steps of 8 rows, 100 test rows, and one seed each (two for the first pair):
+
+- **The guide hardly matters here.** Within a prior the NLL of the guides differs by 0.007 nats a row at most; another
+  seed makes 0.041. No correlation that `full_covariance` found is above 0.10, so it had little to say that the
+  factorised guide cannot. The pair plots look alike.
+- **The prior does something.** Under the horseshoe the NLL is lower by 0.07 nats a row, four standard errors over rows
+  and more than the seed makes; whether it would be under other seeds this run cannot tell. Its latents are smaller and
+  half as wide. Its ELBO is lower by more than 60 nats, as it pays for the scales it infers, one a latent and two more.
+- **Numbers to mistrust.** `pareto_k` is above its threshold for every pair but two, and for the horseshoe far above:
+  its factorised guide of the scales is not close to the posterior. There `elpd_loo` and `elbo` do not rank anything.
+- **Not finished.** No loss still fell clearly against its noise, but 120 steps are few, and a slope that small batches
+  hide would not be seen.
+"""

@@ -83,7 +83,7 @@ def test_a_notebook_holds_the_code_of_its_source(source, notebook):
     jupytext = pytest.importorskip("jupytext")
     if not (EXAMPLES / notebook).exists():
         pytest.skip(f"examples/{notebook} is not built yet: make notebook")
-    cells = [[cell.source for cell in jupytext.read(EXAMPLES / name).cells] for name in (source, notebook)]
+    cells = [[cell.source.strip() for cell in jupytext.read(EXAMPLES / name).cells] for name in (source, notebook)]
     assert cells[0] == cells[1], f"{source} has changed since the notebook was built: make notebook"
 
 
