@@ -30,6 +30,7 @@ SCRIPTS = {
     "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
     "benchmarks/quality.py": (["--tiny", "--datasets", "r8", "--methods", "mle", "scalabl", "--out", "out"], DATA),
     "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
+    "benchmarks/designs.py": (["--tiny", "--out", "designs.json"], DATA),
     "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
     "benchmarks/large_models.py": (
         ["--runs", "tiny", "tiny:4bit:checkpointing", "--device", "cpu", "--tokens", "8", "--out", "large.json"],
@@ -123,6 +124,13 @@ def test_the_benchmark_of_speed_measures_steps_and_draws(tmp_path):
     for name in ("PEFT LoRA step", "scalabl_pyro step", "scalabl_pyro draws"):
         assert name in output
     assert (tmp_path / "speed.json").stat().st_size > 0
+
+
+def test_the_benchmark_of_designs_measures_the_error_of_each(tmp_path):
+    output = run("benchmarks/designs.py", tmp_path)
+    assert "antithetic" in output and "sobol" in output
+    lines = json.loads((tmp_path / "designs.json").read_text())["lines"]
+    assert len(lines) == 6 and all(line["error"] >= 0 for line in lines)
 
 
 def test_growth_leaves_lines_and_a_picture(tmp_path):
