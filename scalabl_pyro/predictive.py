@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -228,7 +227,7 @@ def predict(
     bar = tqdm(batches, disable=not progress, desc="predict", unit="batch")
     with eval_mode(llm.llm), bar:
         for batch in bar:
-            moments, chunk = _in_chunks(partial(_moments, llm, task, batch.to(device), noise), s, chunk)
+            moments, chunk = _in_chunks(_moments, llm, task, s, batch.to(device), noise, size=chunk)
             parts.append((batch.index, {k: torch.cat([m[k] for m in moments]) for k in moments[0]}))
     return _as_prediction(parts, task, examples, is_mean=is_mean, seconds=time.perf_counter() - start)
 
@@ -244,17 +243,19 @@ def predict_from_outputs(
     return _as_prediction(parts, task, examples, is_mean=False, seconds=float("nan"))
 
 
-def _in_chunks(function: Callable[[Tensor], Result], s: Tensor, chunk: int) -> tuple[list[Result], int]:
-    """A function of ``chunk`` draws at a time, of fewer when memory runs out; how many it was in the end."""
+def _in_chunks(
+    function: Callable[..., Result], llm: AdaptedLLM, task: Task, s: Tensor, *rest: Any, size: int
+) -> tuple[list[Result], int]:
+    """A function of ``size`` draws at a time, of fewer when memory runs out; how many it was in the end."""
     while True:
         try:
-            return [function(part) for part in s.split(chunk)], chunk
+            return [function(llm, task, part, *rest) for part in s.split(size)], size
         except torch.OutOfMemoryError:
-            if chunk == 1:
+            if size == 1 or is_sharded(llm.llm):  # the other processes of a sharded base go on with as many
                 raise
-            chunk = -(-chunk // 2)
+            size = -(-size // 2)
             torch.cuda.empty_cache()
-            logger.warning("out of memory: going on with %d draws a pass", chunk)
+            logger.warning("out of memory: going on with %d draws a pass", size)
 
 
 def _shared_outputs(
@@ -285,7 +286,7 @@ def _shared_outputs(
         outputs, size = [], chunk
         with eval_mode(llm.llm), tqdm(own, disable=not progress, desc="predict", unit="batch") as bar:
             for batch, draws in bar:
-                found, size = _in_chunks(partial(_outputs, llm, task, batch.to(device)), draws, size)
+                found, size = _in_chunks(_outputs, llm, task, draws, batch.to(device), size=size)
                 outputs.append(torch.cat(found).cpu())
         return hashlib.sha256(repr(asked).encode()).hexdigest(), outputs
 
@@ -296,12 +297,12 @@ def _shared_outputs(
     return [torch.cat(pieces[i : i + groups]) for i in range(0, len(work), groups)]
 
 
-def _moments(llm: AdaptedLLM, task: Task, batch: Batch, noise: Stream, s: Tensor) -> dict[str, Tensor]:
+def _moments(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch, noise: Stream) -> dict[str, Tensor]:
     """What is kept of the likelihood of a batch under P draws."""
-    return _keep(task, _outputs(llm, task, batch, s), batch, noise)
+    return _keep(task, _outputs(llm, task, s, batch), batch, noise)
 
 
-def _outputs(llm: AdaptedLLM, task: Task, batch: Batch, s: Tensor) -> Tensor:
+def _outputs(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch) -> Tensor:
     """What the LLM gives for a batch under P draws, (P, B, K)."""
     outputs = task.outputs(llm, batch, s.unsqueeze(1))
     if torch.isnan(outputs).any():

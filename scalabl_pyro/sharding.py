@@ -6,9 +6,9 @@ from .model import BayesianLoRA
 
 def check_shareable(processes: Processes, blora: BayesianLoRA, *, batch_size: int, cache_prefix: bool) -> None:
     """Raise ValueError for a model or an option with which processes cannot share a batch."""
-    if any(is_piece(p) for p in blora.parameters()):
+    if any(is_piece(factor) for pair in blora.adapter.factors() for factor in pair):
         raise ValueError(
-            "fully_shard took factors or heads of the adapter in pieces, but they are trained whole in each process: "
+            "fully_shard took the adapter's factors in pieces, but they are trained whole in each process: "
             "call fully_shard(..., ignored_params=set(blora.parameters())), or shard before bayesian_lora()."
         )
     if not processes.are_several:

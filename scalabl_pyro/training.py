@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._rng import generator_states, set_generator_states
 from .data import Batch, Cycle
-from .distributed import Processes
+from .distributed import Processes, is_sharded
 from .faults import Figures, GradientCheck, Recovery, describe, reason
 from .interrupts import StopSignals
 from .objective import Objective
@@ -183,14 +183,16 @@ class Trainer:
                 or since.
             RuntimeError: a layer that no gradient reaches.
         """
-        check = GradientCheck(self.execute.objective.model.blora)
+        blora = self.execute.objective.model.blora
+        check = GradientCheck(blora)
         self.execute.check = check
+        validates = not is_sharded(blora.llm)  # an error before the backward pass would leave the others alone in it
         try:
             for step in steps:
                 if not self._pending:
                     self.recovery.remember(step)
                 batch = self.batches(step)
-                with pyro.validation_enabled(step == steps[0]):
+                with pyro.validation_enabled(validates and step == steps[0]):
                     self._take(step, batch)
                 is_due = self.save_every is not None and (step + 1) % self.save_every == 0
                 is_stopped = self._is_stopped()

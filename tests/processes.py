@@ -1,0 +1,72 @@
+"""Several processes on this machine that train together, forked so that each need not import everything again."""
+
+import datetime
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class Outcome(NamedTuple):
+    """What became of a process: its result, its error, or the status it ended with."""
+
+    result: Any = None
+    error: str | None = None
+    status: int = 0
+
+
+def run_together(function: Callable[..., Any], folder: Path, *args: Any, size: int = 2, limit: float = 60) -> list:
+    """Call ``function(rank, *args)`` in forked processes of one gloo group, and wait for all.
+
+    Raises:
+        AssertionError: one does not end in time.
+    """
+    store = folder / f"store-{time.monotonic_ns()}"
+    children = [_fork(function, store, rank, size, args) for rank in range(size)]
+    deadline, statuses = time.monotonic() + limit, {}
+    while len(statuses) < size:
+        for rank, pid in enumerate(children):
+            if rank not in statuses and os.waitpid(pid, os.WNOHANG) != (0, 0):
+                statuses[rank] = None
+        if time.monotonic() > deadline:
+            for rank in set(range(size)) - set(statuses):
+                os.kill(children[rank], signal.SIGKILL)
+                os.waitpid(children[rank], 0)
+            raise AssertionError(f"processes {sorted(set(range(size)) - set(statuses))} hang")
+        time.sleep(0.01)
+    return [_read(store, rank) for rank in range(size)]
+
+
+def results(outcomes: list[Outcome]) -> list[Any]:
+    """Of processes that must all have ended well."""
+    for outcome in outcomes:
+        assert outcome.error is None and outcome.status == 0, outcome.error or f"status {outcome.status}"
+    return [outcome.result for outcome in outcomes]
+
+
+def _fork(function: Callable[..., Any], store: Path, rank: int, size: int, args: tuple) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        limit = datetime.timedelta(seconds=40)
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=limit)
+        outcome = Outcome(function(rank, *args))
+    except SystemExit as end:
+        outcome = Outcome(status=int(end.code or 0))
+    except BaseException:
+        outcome = Outcome(error=traceback.format_exc())
+    finally:
+        torch.save(tuple(outcome), f"{store}.{rank}")
+        os._exit(0)
+
+
+def _read(store: Path, rank: int) -> Outcome:
+    file = Path(f"{store}.{rank}")
+    return Outcome(*torch.load(file, weights_only=False)) if file.exists() else Outcome(status=-signal.SIGKILL)

@@ -1,0 +1,363 @@
+"""Two processes are one: gradients, training, predictions; what one of them meets, both deal with; none is waited for.
+
+Processes are forked, and talk through gloo on the CPU.
+"""
+
+import logging
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from processes import results, run_together
+from pyro.infer import RenyiELBO, Trace_ELBO
+
+import scalabl_pyro as sp
+from scalabl_pyro import distributed
+from scalabl_pyro.data import TrainingBatches, encode
+from scalabl_pyro.guides import as_guide
+from scalabl_pyro.model import TaskModel
+from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
+from scalabl_pyro.optimiser import build_optimiser
+from scalabl_pyro.training import EagerStep
+
+ROWS = tiny.question_rows(23)
+TEST = tiny.question_rows(20, seed=1)
+STEPS = 4
+#: Ways to train; an odd number of rows, so that the shares differ.
+WAYS = {
+    "rows of draws": {},
+    "float32": {"dtype": torch.float32},
+    "a shared draw": {"draws": "shared"},
+    "two draws": {"elbo": Trace_ELBO(num_particles=2, vectorize_particles=True)},
+    "low rank": {"guide": "lowrank"},
+    "particles": {"guide": "svgd"},
+    "masks": {"guide": "rank_mask", "prior": "rank_mask"},
+    "horseshoe": {"prior": "horseshoe"},
+    "a prior on the factors": {"factor_scale": 0.5, "max_grad_norm": 0.5, "kl_weight": lambda step: 0.1 * step},
+    "micro-batches": {"micro_batch_size": 1},
+    "batches of one's own": {"batches": True},
+    "a head": {"head": True},
+}
+
+
+def train(*, dtype=torch.float64, prior=1.0, head=False, batches=False, rows=ROWS, blora=None, **options):
+    """A short fit of a tiny model."""
+    task = (sp.SequenceClassification if head else sp.MultipleChoice)(tiny.tokenizer())
+    if head:
+        blora, rows = sp.bayesian_lora(tiny.classifier(dtype=dtype)), tiny.text_rows(23)
+    elif blora is None:
+        blora = sp.bayesian_lora(tiny.causal_lm(dtype=dtype), prior=prior)
+    if batches:
+        examples = encode(rows, task.encode, need_target=True)
+        source = TrainingBatches(examples, 5, task.pad_token_id, seed=7)
+        rows, options = [source(step) for step in range(5)], {**options, "num_data": 23}
+    return sp.fit(blora, task, rows, **{"num_steps": STEPS, "batch_size": 5, "lr": 1e-2, "progress": False, **options})
+
+
+def learned(result):
+    """All that was learned, as one vector."""
+    posterior = result.posterior
+    tensors = [*posterior.guide.state_dict().values(), *(t for pair in posterior.factors for t in pair)]
+    tensors += [p for head in posterior.heads.values() for p in head.parameters()]
+    return torch.cat([t.flatten().double() for t in tensors])
+
+
+def figures(result):
+    return result.history.drop(columns="seconds").to_numpy(float)
+
+
+def assert_close(a, b, within):
+    """Equal up to ``within`` of the largest number."""
+    a, b = np.asarray(a), np.asarray(b)
+    assert np.abs(a - b).max() <= within * np.abs(b).max(), np.abs(a - b).max()
+
+
+def train_and_predict(way):
+    result = train(**way)
+    rows = tiny.text_rows(20) if way.get("head") else TEST
+    posterior = result.posterior
+    predictions = [
+        posterior.predict(rows, num_draws=3, batch_size=4),
+        posterior.predict(rows[:5], num_draws=5, batch_size=16),  # draws are shared out
+        posterior.predict(rows, num_draws=0),
+    ]
+    return learned(result), figures(result), [p.log_probs for p in predictions], result.history
+
+
+def every_way(rank):
+    torch.manual_seed(rank)  # the state of the caller's generator is nobody's business
+    return {name: train_and_predict(way) for name, way in WAYS.items()}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What each of two processes has for each way to train."""
+    return results(run_together(every_way, tmp_path_factory.mktemp("processes")))
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_two_processes_learn_and_predict_what_one_does(both, name):
+    way = WAYS[name]
+    within = 1e-5 if way.get("dtype") == torch.float32 else 1e-10
+    micro = {"micro_batch_size": 2 * way["micro_batch_size"]} if "micro_batch_size" in way else {}
+    parameters, history, predictions, _ = train_and_predict({**way, **micro})
+    (first, its_history, its_predictions, whole), (second, *_, other) = (process[name] for process in both)
+    assert torch.equal(first, second)
+    assert whole.equals(other)
+    assert_close(first, parameters, within)
+    assert_close(its_history, history, within)
+    for ours, one in zip(its_predictions, predictions, strict=True):
+        assert_close(np.exp(ours), np.exp(one), within)
+    for ours, theirs in zip(its_predictions, both[1][name][2], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def gradient(processes, dtype):
+    """Gradients of the first batch by name, and the loss."""
+    task, blora = sp.MultipleChoice(tiny.tokenizer()), sp.bayesian_lora(tiny.causal_lm(dtype=dtype))
+    with torch.no_grad():
+        for _, B in blora.adapter.factors():
+            B.normal_(generator=torch.Generator().manual_seed(0))
+    batches = TrainingBatches(encode(ROWS, task.encode, need_target=True), 7, task.pad_token_id, seed=0)
+    model = TaskModel(blora, task, num_data=23, draws="per_example")
+    scoped = ScopedGuide(as_guide("normal", blora, init_scale=0.3), draws="per_example")
+    objective = Objective(default_elbo(scoped.guide, blora.prior), model, scoped)
+    optimiser = build_optimiser(model, scoped.guide, lr=0.0, loc_lr=0.0, scale_lr=0.0, weight_decay=0.0)
+    step = EagerStep(objective, optimiser, device=torch.device("cpu"), processes=processes)
+    with sp.training.pyro.settings.context(module_local_params=True), torch.random.fork_rng():
+        torch.manual_seed(3)
+        loss = step(batches(0), 1.0)
+    return {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}, loss
+
+
+def gradient_in_both(rank, dtype):
+    return gradient(distributed.processes(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_gradient_is_that_of_the_joint_batch(tmp_path, dtype):
+    slopes, loss = gradient(distributed.Processes(), dtype)
+    for own, terms in results(run_together(gradient_in_both, tmp_path, dtype)):
+        torch.testing.assert_close(terms, loss, rtol=1e-6, atol=1e-6)
+        assert set(own) == set(slopes) and len(own) > 10
+        for name, slope in slopes.items():
+            torch.testing.assert_close(own[name], slope, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def predict_numbers(rank=0):
+    task, rows = sp.Regression(tiny.tokenizer()), [{"text": r["question"], "target": float(r["answer"])} for r in ROWS]
+    blora = sp.bayesian_lora(tiny.classifier(num_labels=1, dtype=torch.float64))
+    posterior = sp.fit(blora, task, rows, num_steps=2, progress=False).posterior
+    prediction = posterior.predict(rows, num_draws=4, batch_size=4, seed=3)
+    return np.stack([prediction.means, prediction.variances, prediction.replicates, prediction.log_density])
+
+
+def test_simulated_answers_are_those_of_one_process(tmp_path):
+    first, second = results(run_together(predict_numbers, tmp_path))
+    np.testing.assert_array_equal(first, second)
+    assert_close(first, predict_numbers(), 1e-10)
+
+
+def with_dropout(rank):
+    blora = sp.bayesian_lora(tiny.causal_lm(), lora_dropout=0.3)
+    result = train(blora=blora)
+    return learned(result)
+
+
+def test_masks_of_dropout_leave_the_processes_alike(tmp_path):
+    first, second = results(run_together(with_dropout, tmp_path))
+    assert torch.equal(first, second) and first.isfinite().all()
+
+
+# what goes wrong ---------------------------------------------------------------------------
+
+
+def killed_at_step_two(rank):
+    def stop(row):
+        if rank == 1 and row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    began = time.monotonic()
+    try:
+        train(num_steps=100, callbacks=[stop])
+    except distributed.LostProcess as error:
+        return str(error), time.monotonic() - began
+    return None
+
+
+def test_a_killed_process_ends_the_others_with_an_error(tmp_path):
+    first, second = run_together(killed_at_step_two, tmp_path)
+    assert second.status == -signal.SIGKILL
+    message, seconds = first.result
+    assert "Process 0 of 2 cannot reach the others" in message and "can be resumed" in message
+    assert seconds < 30
+
+
+def fails_alone(rank):
+    real = EagerStep.gradient
+
+    def fail(self, *args):
+        if rank == 1:
+            raise torch.OutOfMemoryError("pretend")
+        return real(self, *args)
+
+    EagerStep.gradient = fail
+    try:
+        train()
+    except torch.OutOfMemoryError:
+        time.sleep(3)  # goes on, as a notebook does
+        return "memory"
+    except distributed.LostProcess:
+        EagerStep.gradient = real
+        return "lost"
+
+
+def test_an_error_in_one_process_is_not_waited_for(tmp_path):
+    assert results(run_together(fails_alone, tmp_path)) == ["lost", "memory"]
+
+
+def spoiled(rank, policy, bad_row=ROWS[7]["id"]):
+    """A run in which the loss of one row, which lies in one process alone, is NaN at its first time."""
+    task = sp.MultipleChoice(tiny.tokenizer())
+    likelihood, index, left = task.likelihood, [r["id"] for r in ROWS].index(bad_row), [1]
+
+    def poison(outputs, batch):
+        bad = batch.index == index
+        if bad.any() and left:
+            left.clear()
+            outputs = torch.where(bad.view(-1, *[1] * (outputs.dim() - 1)), torch.nan, outputs)
+        return likelihood(outputs, batch)
+
+    task.likelihood = poison
+    options = {"num_steps": 8, "batch_size": 6, "lr": 1e-2, "progress": False, "on_nonfinite": policy}
+    try:
+        result = sp.fit(sp.bayesian_lora(tiny.causal_lm(dtype=torch.float64)), task, ROWS, **options)
+    except sp.TrainingError as error:
+        return str(error), figures(error.result) if error.result else None
+    return learned(result), figures(result)
+
+
+def test_a_loss_that_is_nan_in_one_process_is_left_out_by_both(tmp_path):
+    def every_policy(rank):
+        return {policy: spoiled(rank, policy) for policy in ("raise", "skip", "restore")}
+
+    found = results(run_together(every_policy, tmp_path))
+    for policy in ("skip", "restore"):
+        (first, history), (second, other) = (process[policy] for process in found)
+        assert torch.equal(first, second) and np.array_equal(history, other)
+        assert history[-1, -1] == 1  # skipped
+        parameters, one = spoiled(0, policy)
+        assert_close(first, parameters, 1e-10)
+        assert_close(history, one, 1e-10)
+    (message, _), (other, _) = (process["raise"] for process in found)
+    assert message == other
+    assert "log density not finite for examples [7]" in message
+
+
+# checkpoints and signals -------------------------------------------------------------------
+
+
+def in_two_parts(rank, folder):
+    if rank == 1:  # it need not see the folder
+        distributed_folder = folder / "elsewhere"
+    else:
+        distributed_folder = folder / "run"
+    options = {"checkpoint_dir": distributed_folder, "checkpoint_every": 2, "num_steps": 6}
+    stopped = train(callbacks=[lambda row: rank == 0 and row["step"] == 2], **options)
+    return learned(stopped), learned(train(**options)), figures(train(**options))
+
+
+def test_the_first_process_writes_checkpoints_from_which_all_go_on(tmp_path):
+    whole = train(num_steps=6)
+    (stopped, first, history), (_, second, other) = results(run_together(in_two_parts, tmp_path, tmp_path))
+    assert not (tmp_path / "elsewhere").exists()
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"step-00000004", "step-00000006"}
+    assert not torch.equal(stopped, first)
+    assert torch.equal(first, second) and np.array_equal(history, other)
+    assert_close(first, learned(whole), 1e-10)
+    assert_close(history, figures(whole), 1e-10)
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(tmp_path):
+    def half(rank):
+        stop = [lambda row: row["step"] == 2] if rank == 1 else []  # one that only one process has stops both
+        return len(train(num_steps=6, checkpoint_dir=tmp_path / "run", callbacks=stop).history)
+
+    assert results(run_together(half, tmp_path)) == [3, 3]
+    assert_close(
+        learned(train(num_steps=6, checkpoint_dir=tmp_path / "run", resume=True)), learned(train(num_steps=6)), 1e-10
+    )
+
+
+def told_to_end(rank, folder, signum):
+    def call(row):
+        if rank == 1 and row["step"] == 2:
+            os.kill(os.getpid(), signum)
+
+    return len(train(num_steps=100, checkpoint_dir=folder, callbacks=[call]).history)
+
+
+def test_a_signal_that_one_process_gets_stops_both_with_a_checkpoint(tmp_path):
+    ended = run_together(told_to_end, tmp_path, tmp_path / "run", signal.SIGTERM)
+    assert [outcome.status for outcome in ended] == [143, 143], ended
+    assert "step-00000004" in {p.name for p in (tmp_path / "run").iterdir()}
+    first, second = results(run_together(told_to_end, tmp_path, tmp_path / "interrupted", signal.SIGINT))
+    assert first == second < 10
+
+
+# what is refused ---------------------------------------------------------------------------
+
+
+def refusals(rank):
+    said = {}
+    rows = [*ROWS[:-1], {**ROWS[-1], "answer": (ROWS[-1]["answer"] + rank) % 4}]
+    calls = {
+        "too few rows": lambda: train(batch_size=1),
+        "no sum": lambda: train(elbo=RenyiELBO()),
+        "other options": lambda: train(lr=1e-2 * (1 + rank)),
+        "other rows": lambda: train(rows=rows),
+        "other batches": lambda: train(batches=True, rows=rows),
+        "nothing to resume": lambda: train(resume=True, checkpoint_dir="/nowhere"),
+        "another base": lambda: train(blora=sp.bayesian_lora(tiny.causal_lm(dtype=torch.float64, seed=rank))),
+        "other draws": lambda: train(num_steps=1).posterior.predict(TEST, seed=rank),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    with distributed.alone():
+        said["alone"] = len(train(lr=1e-2 * (1 + rank), batch_size=1).history)
+    return said
+
+
+def test_what_cannot_be_shared_is_refused_by_all(tmp_path):
+    for said in results(run_together(refusals, tmp_path)):
+        assert "use at least 2" in said["too few rows"]
+        assert "RenyiELBO is no sum over rows" in said["no sum"]
+        assert "FileNotFoundError" in said["nothing to resume"]
+        assert "The processes hold different batches" in said["other batches"]
+        assert "different predictions" in said["other draws"]
+        assert said["alone"] == STEPS
+    assert "lr is 0.02, was 0.01" in said["other options"]
+    assert "train_data differs" in said["other rows"]
+    assert "Another base model" in said["another base"]
+
+
+def test_a_launch_without_a_group_is_pointed_out(monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with caplog.at_level(logging.WARNING):
+        assert not distributed.processes().are_several
+    assert "torch.distributed is not initialised" in caplog.text
+
+
+def test_alone_there_is_nobody_to_talk_to(tmp_path):
+    own = distributed.Processes()
+    batch = object()
+    assert own.part(batch) == (batch, 1.0) and own.gather(lambda: 3) == [3] and own.from_first(lambda: 3) == 3
+    assert not dist.is_initialized()
