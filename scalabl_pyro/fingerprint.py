@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .distributed import is_piece, is_sharded
 from .lora import Adapter
@@ -39,7 +39,7 @@ def _fingerprint(adapter: Adapter) -> dict[str, Any]:
         weight = next(p for p in base.parameters() if id(p) not in own and p.is_floating_point())
     layers = zip(adapter.subspace.names, adapter.layers, strict=True)
     return {
-        "class": type(base).__name__,
+        "class": _class_name(base),
         "model_type": getattr(getattr(base, "config", None), "model_type", None),
         "embedding_shape": list(weight.shape),
         "probes": _probe(weight, EMBEDDING_PROBES),
@@ -88,6 +88,11 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Non
             f"Another base model: the shapes are right, but the weights of {where} are not those that the posterior "
             "was learned on (another checkpoint, or a randomly initialised model)."
         )
+
+
+def _class_name(base: nn.Module) -> str:
+    """Of the model, where fully_shard has put a class of its own before it."""
+    return next(c.__name__ for c in type(base).__mro__ if "FSDPModule" not in (parent.__name__ for parent in c.__mro__))
 
 
 def _probe(weight: Tensor | None, count: int) -> list[float]:

@@ -3,6 +3,7 @@
 import datetime
 import os
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -21,14 +22,23 @@ class Outcome(NamedTuple):
     status: int = 0
 
 
-def run_together(function: Callable[..., Any], folder: Path, *args: Any, size: int = 2, limit: float = 60) -> list:
+def run_together(
+    function: Callable[..., Any],
+    folder: Path,
+    *args: Any,
+    size: int = 2,
+    limit: float = 60,
+    starts_group: bool = True,
+) -> list[Outcome]:
     """Call ``function(rank, *args)`` in forked processes of one gloo group, and wait for all.
+
+    ``starts_group=False`` leaves the group to the function; the environment is then what torchrun makes it.
 
     Raises:
         AssertionError: one does not end in time.
     """
-    store = folder / f"store-{time.monotonic_ns()}"
-    children = [_fork(function, store, rank, size, args) for rank in range(size)]
+    store, port = folder / f"store-{time.monotonic_ns()}", None if starts_group else _free_port()
+    children = [_fork(function, store, rank, size, args, port) for rank in range(size)]
     deadline, statuses = time.monotonic() + limit, {}
     while len(statuses) < size:
         for rank, pid in enumerate(children):
@@ -50,13 +60,23 @@ def results(outcomes: list[Outcome]) -> list[Any]:
     return [outcome.result for outcome in outcomes]
 
 
-def _fork(function: Callable[..., Any], store: Path, rank: int, size: int, args: tuple) -> int:
+def _fork(function: Callable[..., Any], store: Path, rank: int, size: int, args: tuple, port: int | None) -> int:
     pid = os.fork()
     if pid:
         return pid
     try:
         limit = datetime.timedelta(seconds=40)
-        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=limit)
+        if port is None:
+            dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=limit)
+        else:
+            said = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            os.environ.update({name: str(value) for name, value in said.items()})
         outcome = Outcome(function(rank, *args))
     except SystemExit as end:
         outcome = Outcome(status=int(end.code or 0))
@@ -65,6 +85,12 @@ def _fork(function: Callable[..., Any], store: Path, rank: int, size: int, args:
     finally:
         torch.save(tuple(outcome), f"{store}.{rank}")
         os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def _read(store: Path, rank: int) -> Outcome:
