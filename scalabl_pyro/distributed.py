@@ -26,6 +26,8 @@ from torch import distributed as dist
 
 from .data import Batch
 
+__all__ = ["LostProcess", "alone"]
+
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")

@@ -75,6 +75,7 @@ def _fork(function: Callable[..., Any], store: Path, rank: int, size: int, args:
                 "WORLD_SIZE": size,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
+                "OMP_NUM_THREADS": 1,
             }
             os.environ.update({name: str(value) for name, value in said.items()})
         outcome = Outcome(function(rank, *args))
