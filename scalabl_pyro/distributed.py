@@ -145,7 +145,7 @@ class Processes:
             own = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.detach().flatten().cpu() for t in own])
             with self._reaching():
-                dist.broadcast(flat, src=0, group=self.control)
+                dist.broadcast(flat.view(torch.uint8), src=0, group=self.control)  # whatever gloo can count with
             for tensor, values in zip(own, flat.split([t.numel() for t in own]), strict=True):
                 tensor.copy_(values.view_as(tensor))
 

@@ -6,14 +6,17 @@ Processes are forked, and talk through gloo on the CPU.
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, dispatch_model
 from processes import results, run_together
 from pyro.infer import RenyiELBO, Trace_ELBO
 
@@ -213,6 +216,56 @@ def test_a_base_may_be_sharded_but_not_the_adapter(tmp_path):
         assert "ignored_params=set(blora.parameters())" in found["in pieces"]
     whole = sp.Posterior.from_pretrained(tiny.causal_lm(dtype=torch.float64), tmp_path / "root")
     assert_close(whole.predict(TEST, num_draws=3, batch_size=8).log_probs, log_probs, 1e-6)
+
+
+def over_devices(places):
+    """A fit of a model whose modules accelerate has put on devices."""
+    llm = tiny.causal_lm(dtype=torch.float64)
+    names = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    dispatch_model(llm, dict(zip(names, places, strict=True)), force_hooks=True)
+    return train(blora=sp.bayesian_lora(llm))
+
+
+def test_the_hooks_of_a_device_map_change_nothing():
+    placed, one = over_devices(["cpu"] * 6), train()
+    assert torch.equal(learned(placed), learned(one))
+    log_probs = [result.posterior.predict(TEST, num_draws=3).log_probs for result in (placed, one)]
+    np.testing.assert_array_equal(*log_probs)
+
+
+@pytest.mark.gpu
+def test_one_model_over_two_gpus():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    placed, one = over_devices([0, 0, 1, 1, 0, 1]), over_devices([0] * 6)
+    assert_close(learned(placed).cpu(), learned(one).cpu(), 1e-8)
+    log_probs = [result.posterior.predict(TEST, num_draws=3).log_probs for result in (placed, one)]
+    assert_close(*log_probs, 1e-8)
+
+
+@pytest.mark.gpu
+def test_two_gpus_learn_what_one_does(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    assert max(differences_of_the_example(tmp_path, "--random")) < 1e-3
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_example(tmp_path):
+    assert max(differences_of_the_example(tmp_path, "--tiny")) < 1e-5
+
+
+def differences_of_the_example(folder, *options):
+    """What ``examples/distributed.py --check`` prints of two processes: differences of parameters, losses, answers."""
+    script = Path(__file__).resolve().parents[1] / "examples" / "distributed.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--check", *options], cwd=folder, capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "2 processes" in done.stdout
+    return [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("largest")]
 
 
 def started_by_accelerate(rank):
