@@ -121,16 +121,17 @@ class Processes:
             return terms
         missing = [i for i, p in enumerate(parameters) if p.grad is None]
         present = terms.new_ones(len(parameters))
-        present[missing] = 0
+        if missing:
+            present[missing] = 0
         pieces = [terms, present, *(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)]
         dtype = functools.reduce(torch.promote_types, {piece.dtype for piece in pieces})
         joint = torch.cat([piece.detach().flatten().to(terms.device, dtype) for piece in pieces])
         with self._reaching():
             dist.all_reduce(joint, group=self._group_of(joint))
         terms_sum, present, *sums = joint.split([piece.numel() for piece in pieces])
-        for parameter, total in zip(parameters, sums, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.copy_(total.view_as(parameter))
+        own = [(p.grad, total.view_as(p)) for p, total in zip(parameters, sums, strict=True) if p.grad is not None]
+        if own:
+            torch._foreach_copy_([grad for grad, _ in own], [total for _, total in own])
         for i in missing:  # asked only here: a GPU would have to be waited for
             if present[i] > 0:
                 parameters[i].grad = sums[i].view_as(parameters[i]).to(parameters[i], copy=True)
@@ -196,8 +197,8 @@ class Processes:
         """The group that adds up where a tensor lies: NCCL for CUDA, if it was initialised."""
         if tensor.device.type == "cpu":
             return self.control
-        backends = dist.get_backend_config() if hasattr(dist, "get_backend_config") else dist.get_backend()
-        return dist.group.WORLD if f"{tensor.device.type}:gloo" not in str(backends) else self.control
+        is_gloo = f"{tensor.device.type}:gloo" in str(dist.get_backend_config())
+        return self.control if is_gloo else dist.group.WORLD
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -251,16 +252,21 @@ def processes() -> Processes:
     if _ALONE.get() or not dist.is_available():
         return Processes()
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            logger.warning(
-                "WORLD_SIZE is %s, but torch.distributed is not initialised: every process works by itself. For one "
-                "training in all of them call torch.distributed.init_process_group() first.",
-                os.environ["WORLD_SIZE"],
-            )
+        _point_out(os.environ.get("WORLD_SIZE", ""))
         return Processes()
     if dist.get_world_size() == 1:
         return Processes()
     return Processes(dist.get_rank(), dist.get_world_size(), _CONTROL.get())
+
+
+@functools.cache  # once is enough
+def _point_out(world_size: str) -> None:
+    if world_size.isdecimal() and int(world_size) > 1:
+        logger.warning(
+            "WORLD_SIZE is %s, but torch.distributed is not initialised: every process works by itself. For one "
+            "training in all of them call torch.distributed.init_process_group() first.",
+            world_size,
+        )
 
 
 def together(function: Callable[P, Result]) -> Callable[P, Result]:

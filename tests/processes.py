@@ -4,6 +4,7 @@ import datetime
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -85,6 +86,8 @@ def _fork(function: Callable[..., Any], store: Path, rank: int, size: int, args:
         outcome = Outcome(error=traceback.format_exc())
     finally:
         torch.save(tuple(outcome), f"{store}.{rank}")
+        if "coverage" in sys.modules and (measured := sys.modules["coverage"].Coverage.current()):
+            measured.save()  # coverage run --parallel-mode
         os._exit(0)
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -168,6 +169,19 @@ def test_simulated_answers_are_those_of_one_process(tmp_path):
     assert_close(first, predict_numbers(), 1e-10)
 
 
+def of_three(rank):
+    result = train(micro_batch_size=1, guide="lowrank")  # of 3 + 2 rows: in the second part one process has none
+    return learned(result), result.posterior.predict(TEST[:2], num_draws=4, batch_size=1).log_probs
+
+
+def test_a_process_without_rows_keeps_up(tmp_path):
+    one = train(micro_batch_size=3, guide="lowrank")
+    log_probs = one.posterior.predict(TEST[:2], num_draws=4, batch_size=1).log_probs
+    for parameters, predicted in results(run_together(of_three, tmp_path, size=3)):
+        assert_close(parameters, learned(one), 1e-10)
+        assert_close(predicted, log_probs, 1e-10)
+
+
 def with_dropout(rank):
     blora = sp.bayesian_lora(tiny.causal_lm(), lora_dropout=0.3)
     result = train(blora=blora)
@@ -192,7 +206,7 @@ def on_a_sharded_base(rank, folder):
         for module in (*llm.model.layers, *([llm] if way == "root" else [])):
             fully_shard(module, mesh=mesh, **kept)
         try:
-            result = train(blora=blora or sp.bayesian_lora(llm))
+            result = train(blora=blora or sp.bayesian_lora(llm), checkpoint_dir=folder / f"run-{way}")
         except ValueError as error:
             found[way] = str(error)
             continue
@@ -200,7 +214,23 @@ def on_a_sharded_base(rank, folder):
         if rank == 0:
             result.posterior.save_pretrained(folder / way)
         found[way] = learned(result), figures(result), prediction.log_probs
+    dist.barrier()
+    llm = tiny.causal_lm(dtype=torch.float64)
+    fully_shard(llm, mesh=mesh)
+    found["loaded"] = sp.Posterior.from_pretrained(llm, folder / "after").predict(TEST, num_draws=3).log_probs
+    llm = tiny.causal_lm(dtype=torch.float64)
+    fully_shard(llm.model.layers[1], mesh=mesh)
+    found["skipped"] = nan_in_the_first_step(rank, sp.bayesian_lora(llm))
     return found
+
+
+def nan_in_the_first_step(rank, blora):
+    """Number of steps left out where one process of two has NaN in its first pass."""
+    task = sp.MultipleChoice(tiny.tokenizer())
+    likelihood, left = task.likelihood, [1] * rank
+    task.likelihood = lambda outputs, batch: likelihood(outputs * (torch.nan if left and left.pop() else 1), batch)
+    options = {"num_steps": 3, "batch_size": 6, "progress": False, "on_nonfinite": "skip"}
+    return int(sp.fit(blora, task, ROWS, **options).history["skipped"].iloc[-1])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -214,6 +244,8 @@ def test_a_base_may_be_sharded_but_not_the_adapter(tmp_path):
             assert_close(history, figures(one), 1e-10)
             assert_close(predicted, log_probs, 1e-10)
         assert "ignored_params=set(blora.parameters())" in found["in pieces"]
+        assert_close(found["loaded"], log_probs, 1e-6)
+        assert found["skipped"] == 1
     whole = sp.Posterior.from_pretrained(tiny.causal_lm(dtype=torch.float64), tmp_path / "root")
     assert_close(whole.predict(TEST, num_draws=3, batch_size=8).log_probs, log_probs, 1e-6)
 
@@ -302,6 +334,34 @@ def test_a_killed_process_ends_the_others_with_an_error(tmp_path):
     message, seconds = first.result
     assert "Process 0 of 2 cannot reach the others" in message and "can be resumed" in message
     assert seconds < 30
+
+
+def killed_any_time(rank, folder, moment):
+    if rank == 1 and moment is not None:
+        threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    began = time.monotonic()
+    try:
+        result = train(num_steps=12, checkpoint_dir=folder, checkpoint_every=2)
+    except distributed.LostProcess:
+        return "lost", time.monotonic() - began
+    return learned(result), time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_are_noticed_and_resumed_from(tmp_path, count=20):
+    (whole, duration), _ = results(run_together(killed_any_time, tmp_path, tmp_path / "whole", None))
+    random, longest, noticed = np.random.default_rng(0), 0.0, 0
+    for number in range(count):
+        folder = tmp_path / f"run-{number}"
+        first, second = run_together(killed_any_time, tmp_path, folder, float(random.uniform(0, 0.9 * duration)))
+        if second.status == -signal.SIGKILL:
+            said, seconds = results([first])[0]
+            noticed += said == "lost"
+            longest = max(longest, seconds)
+        for parameters, _ in results(run_together(killed_any_time, tmp_path, folder, None)):
+            assert torch.equal(parameters, whole)
+    sys.stdout.write(f"\n{noticed} of {count} runs lost a process; {longest:.1f} s at most, whole {duration:.1f} s\n")
+    assert longest < duration + 5
 
 
 def fails_alone(rank):
