@@ -100,7 +100,7 @@ class Processes:
         for tensor in (batch.inputs["input_ids"], batch.target):
             digest = digest if tensor is None else zlib.crc32(tensor.cpu().numpy().tobytes(), digest)
         told = torch.tensor([signal, digest, -digest])
-        with self._reaching():
+        with _reaching():
             dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.control)
         signal, largest, smallest = told.tolist()
         if largest != -smallest:
@@ -126,7 +126,7 @@ class Processes:
         pieces = [terms, present, *(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)]
         dtype = functools.reduce(torch.promote_types, {piece.dtype for piece in pieces})
         joint = torch.cat([piece.detach().flatten().to(terms.device, dtype) for piece in pieces])
-        with self._reaching():
+        with _reaching():
             dist.all_reduce(joint, group=self._group_of(joint))
         terms_sum, present, *sums = joint.split([piece.numel() for piece in pieces])
         own = [(p.grad, total.view_as(p)) for p, total in zip(parameters, sums, strict=True) if p.grad is not None]
@@ -145,7 +145,7 @@ class Processes:
         for dtype in sorted({t.dtype for t in tensors}, key=str):
             own = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.detach().flatten().cpu() for t in own])
-            with self._reaching():
+            with _reaching():
                 dist.broadcast(flat.view(torch.uint8), src=0, group=self.control)  # whatever gloo can count with
             for tensor, values in zip(own, flat.split([t.numel() for t in own]), strict=True):
                 tensor.copy_(values.view_as(tensor))
@@ -171,7 +171,7 @@ class Processes:
             return [function()]
         value, error = _outcome(function)
         found: list[Any] = [None] * self.size
-        with self._reaching():
+        with _reaching():
             dist.all_gather_object(found, (value, _told(error)), group=self.control)
         if error is not None:
             raise error
@@ -185,7 +185,7 @@ class Processes:
             return function()
         value, error = _outcome(function) if self.is_first else (None, None)
         told = [(value, _told(error))]
-        with self._reaching():
+        with _reaching():
             dist.broadcast_object_list(told, src=0, group=self.control)
         if error is not None:
             raise error
@@ -195,22 +195,22 @@ class Processes:
 
     def _group_of(self, tensor: Tensor) -> Any:
         """The group that adds up where a tensor lies: NCCL for CUDA, if it was initialised."""
-        if tensor.device.type == "cpu":
-            return self.control
-        is_gloo = f"{tensor.device.type}:gloo" in str(dist.get_backend_config())
-        return self.control if is_gloo else dist.group.WORLD
+        on_control = tensor.device.type == "cpu" or _is_gloo(tensor.device)
+        return self.control if on_control else dist.group.WORLD
 
-    @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise LostProcess(
-                f"Process {self.rank} of {self.size} cannot reach the others any more. One of them was killed, failed "
-                "(its own output says how), or went on without calling the same function of scalabl_pyro; calls in one "
-                "process alone belong into `with scalabl_pyro.distributed.alone():`. A run with checkpoint_dir= can be "
-                f"resumed. What torch says: {str(error).splitlines()[0] if str(error) else error!r}"
-            ) from error
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """Errors of torch that mean that a process is gone, in other words."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcess(
+            f"Process {dist.get_rank()} of {dist.get_world_size()} cannot reach the others any more. One of them was "
+            "killed, failed (its own output says how), or went on without calling the same function of scalabl_pyro; "
+            "calls in one process alone belong into `with scalabl_pyro.distributed.alone():`. A run with "
+            f"checkpoint_dir= can be resumed. What torch says: {(str(error).splitlines() or [repr(error)])[0]}"
+        ) from error
 
 
 @contextmanager
@@ -234,7 +234,10 @@ class _Control:
         world = dist.group.WORLD
         if self.group is None or self.world is not world:
             self.world = world
-            self.group = dist.new_group(backend="gloo", timeout=_timeout(world))
+            with _reaching():
+                if _is_gloo(torch.device("cpu")):  # its connections tell at once who is gone, the store does not
+                    dist.all_reduce(torch.zeros(1))
+                self.group = dist.new_group(backend="gloo", timeout=_timeout(world))
         return self.group
 
     def close(self) -> None:
@@ -293,6 +296,10 @@ def is_sharded(module: nn.Module) -> bool:
 def is_piece(tensor: object) -> bool:
     """Whether a tensor is a piece of one that several processes hold (a DTensor)."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")
+
+
+def _is_gloo(device: torch.device) -> bool:
+    return f"{device.type}:gloo" in str(dist.get_backend_config())
 
 
 def _timeout(world: Any) -> Any:
