@@ -46,21 +46,21 @@ class Processes:
     Args:
         rank: number of this process.
         size: how many there are.
-        control: their gloo group.
-
-    Attributes:
-        is_first: whether this is process 0, which writes files.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, control: Any = None) -> None:
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
-        self.control = control
 
     @property
     def is_first(self) -> bool:
-        """Whether this is process 0."""
+        """Whether this is process 0, which writes files."""
         return self.rank == 0
+
+    @property
+    def control(self) -> Any:
+        """Their gloo group; kept nowhere else, as an error that is kept would keep its connections open."""
+        return _CONTROL.get()
 
     @property
     def are_several(self) -> bool:
@@ -259,7 +259,8 @@ def processes() -> Processes:
         return Processes()
     if dist.get_world_size() == 1:
         return Processes()
-    return Processes(dist.get_rank(), dist.get_world_size(), _CONTROL.get())
+    _CONTROL.get()  # made here, where all processes pass
+    return Processes(dist.get_rank(), dist.get_world_size())
 
 
 @functools.cache  # once is enough
