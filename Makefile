@@ -41,8 +41,9 @@ types: install
 docs: install  ## into site/; warnings are errors
 	$(BIN)/mkdocs build --strict --quiet
 
-notebook: install  ## rebuild and execute examples/posterior_analysis.ipynb on the posterior of `make demo`
+notebook: install  ## rebuild and execute the notebooks: on the posterior of `make demo`, and the ablation (half an hour)
 	$(BIN)/jupytext --to ipynb --execute --output examples/posterior_analysis.ipynb examples/posterior_analysis.py
+	$(BIN)/jupytext --to ipynb --execute --output examples/ablation.ipynb examples/ablation_notebook.py
 
 clean:
 	rm -rf $(VENV) build dist site runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

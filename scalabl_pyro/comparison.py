@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .diagnostics import LOO, LogWeights
+from .diagnostics import LOO, LogWeights, good_k
 from .posterior import Posterior
 
 
@@ -31,7 +31,8 @@ def compare(
 
     Returns:
         Columns ``elpd_loo`` and ``se`` (nats), ``difference`` to the best and its standard error ``dse``, ``p_loo``,
-        ``elbo``, ``pareto_k``, ``bad_rows`` (share of rows whose LOO is unreliable).
+        ``elbo``, ``pareto_k`` of the weights p / q, its threshold ``good_k`` for this number of draws (as in ArviZ),
+        ``bad_rows`` (share of rows whose own Pareto k is above ``good_k``, so that their LOO is unreliable).
 
     Raises:
         TypeError: something that is no posterior.
@@ -49,6 +50,7 @@ def compare(
             "p_loo": loo.p,
             "elbo": weights.elbo(),
             "pareto_k": k,
+            "good_k": good_k(num_draws),
             "bad_rows": loo.bad_rows,
         }
     frame = pd.DataFrame.from_dict(rows, orient="index").sort_values("elpd_loo", ascending=False)

@@ -138,7 +138,8 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
         if len(example) == 0:
             raise ValueError(f"Row {i}{_row_id(row)} is empty: its text gives no tokens.")
         if need_target and example.target is None:
-            raise ValueError(f"Row {i}{_row_id(row)} has no answer, which training needs; its fields are {list(row)}.")
+            need = "which training and the likelihood need"
+            raise ValueError(f"Row {i}{_row_id(row)} has no answer, {need}; its fields are {list(row)}.")
         if example.target is not None and not isinstance(example.target, numbers.Real):
             raise TypeError(f"Row {i}{_row_id(row)}: the answer {example.target!r} is no number.")
         if example.target is not None and not math.isfinite(example.target):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .guides import Guide, GuideLike, MeanFieldGuide, MixtureGuide, WithHyperparameters, as_guide
+from .guides import INIT_SCALE, Guide, GuideLike, MeanFieldGuide, MixtureGuide, WithHyperparameters, as_guide
 from .model import BayesianLoRA
 from .posterior import Posterior
 from .priors import PriorLike
@@ -61,7 +61,7 @@ def ensemble(
     for own_seed in range(seed, seed + num_members):
 
         def start(blora: BayesianLoRA, own_seed: int = own_seed) -> Guide:
-            family = as_guide(guide, blora, init_scale=options.get("init_scale", 0.05), seed=own_seed)
+            family = as_guide(guide, blora, init_scale=options.get("init_scale", INIT_SCALE), seed=own_seed)
             if family is guide:  # each member is a guide of its own
                 family = copy.deepcopy(family)
             return _moved(family, spread, own_seed)

@@ -20,7 +20,7 @@ from .distributed import together
 from .elbo import stays_on_device
 from .faults import explained
 from .graphs import GraphedStep, why_not
-from .guides import Guide, GuideLike, ParticleGuide, as_guide
+from .guides import INIT_SCALE, Guide, GuideLike, ParticleGuide, as_guide
 from .interrupts import StopSignals
 from .likelihoods import Task
 from .model import BayesianLoRA, TaskModel
@@ -87,7 +87,7 @@ def fit(
     kl_weight: float | Callable[[int], float] = 1.0,
     elbo: ELBO | None = None,
     draws: str = "per_example",
-    init_scale: float = 0.05,
+    init_scale: float = INIT_SCALE,
     max_grad_norm: float | None = None,
     num_data: int | None = None,
     cache_prefix: bool = False,
@@ -124,7 +124,7 @@ def fit(
         kl_weight: weight of KL(q || p); 1 is the ELBO; a callable maps the step to a weight.
         elbo: any Pyro ELBO; default: the analytic-KL one where guide and prior allow, else ``Trace_ELBO``.
         draws: ``"per_example"`` (each row its own s, where the family allows) or ``"shared"``.
-        init_scale: largest initial standard deviation of the guide.
+        init_scale: largest initial standard deviation of the guide (the paper: 0.05).
         max_grad_norm: clip the global gradient norm.
         num_data: N, size of the training set; needed when ``train_data`` yields batches.
         cache_prefix: run the blocks below the first adapted one once for each row, and keep what they give (tokens x

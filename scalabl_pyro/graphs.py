@@ -5,6 +5,7 @@ replay is one launch.
 """
 
 import contextlib
+import gc
 import logging
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ class GraphedStep(EagerStep):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Graphs of earlier passes tie the parameters' gradients to another stream, which a capture must not touch.
+        gc.collect()
         self.stream = torch.cuda.Stream(self.device)
         self.pool = torch.cuda.graph_pool_handle()  # one for all graphs: they never run at the same time
         self.seen: set[tuple[Any, ...]] = set()
@@ -94,7 +97,9 @@ class GraphedStep(EagerStep):
             torch.empty(1, device=self.device).normal_()
 
 
-def why_not(device: torch.device, *, stays_on_device: bool, keeps_prefix: bool, are_several: bool) -> str | None:
+def why_not(
+    device: torch.device, *, stays_on_device: bool, keeps_prefix: bool, are_several: bool = False
+) -> str | None:
     """What speaks against graphs, in words; None if nothing does."""
     if device.type != "cuda":
         return "it runs on the CPU"

@@ -1,6 +1,6 @@
 """How much memory a training step will need, from what autograd keeps of one row and of two."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +66,20 @@ def estimate_memory(
         # The inputs of all blocks, and while one block runs again all that it saves.
         activations = of_all_rows(adapter.blocks) + activations // len(adapter.blocks)
     modules = [adapter.module, *adapter.heads.values()]
-    tensors = {t.data_ptr(): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    own_tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    tensors = {t.data_ptr(): t for held in own_tensors for t in (held, *_of_quantisation(held))}
     trained = sum(t.numel() for t in tensors.values() if t.requires_grad)
     own = sum(t.numel() * t.element_size() for t in tensors.values() if t.requires_grad)
     weights = sum(t.untyped_storage().nbytes() for t in tensors.values()) - own
     return MemoryEstimate(weights, BYTES_A_PARAMETER * trained, activations)
+
+
+def _of_quantisation(weight: Tensor) -> Iterator[Tensor]:
+    """The scales that bitsandbytes keeps beside the codes of a 4-bit weight, nested where they are quantised too."""
+    state = getattr(weight, "quant_state", None)
+    while state is not None:
+        yield from (value for value in vars(state).values() if torch.is_tensor(value))
+        state = getattr(state, "state2", None)
 
 
 def _saved_bytes(adapter: Adapter, inputs: dict[str, Any], *, again: tuple[nn.Module, ...]) -> int:
@@ -82,7 +91,7 @@ def _saved_bytes(adapter: Adapter, inputs: dict[str, Any], *, again: tuple[nn.Mo
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold the node that holds it, and never be freed
 
     s = adapter.loc.to(adapter.device).clone().requires_grad_(True)
     with (

@@ -152,7 +152,7 @@ def saved_guide(
     if isinstance(override, Guide):
         return override.snapshot()
     if override is not None:
-        built = override(blora)
+        built: Any = guides.wrapped(override(blora))
         check_override("guide", built, Guide)
         return built.cpu()
     family = config.guide.get("family")

@@ -33,9 +33,16 @@ if GENERATION == 0:
         warnings.simplefilter("ignore")  # 0.23 announces its own refactoring when it is imported first
         import arviz  # noqa: F401
 
-every_case = pytest.mark.parametrize("case", zoo.CASES, ids=str)
+
+def every(*, but: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """All combinations but those of some guides; those that add no pair and no default are ``slow``."""
+    slow = [pytest.param(case, marks=pytest.mark.slow) for case in zoo.REST if case.guide not in but]
+    return pytest.mark.parametrize("case", [*[c for c in zoo.CASES if c.guide not in but], *slow], ids=str)
+
+
+every_case = every()
 #: SVGD is an objective of its own: it takes no ELBO, and its points are no guide for SVI.
-every_case_with_an_elbo = pytest.mark.parametrize("case", [c for c in zoo.CASES if c.guide != "svgd"], ids=str)
+every_case_with_an_elbo = every(but=("svgd",))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import tiny
 import torch
 from gaussians import normal_guide, posterior_of
 from scipy.special import ndtri
-from toys import NOISE, PRIOR_SCALE, LinearToy
+from toys import NOISE, PRIOR_SCALE, LinearGaussian, LinearToy
 
 import scalabl_pyro as sp
 from scalabl_pyro import arviz_io
@@ -452,6 +452,31 @@ def test_a_posterior_that_is_wrong_is_found_out(toy, exact, change, check, sever
 def test_a_posterior_that_is_not_a_number_is_an_error(toy, exact):
     broken = posterior_of(toy, NormalGuide(exact.mean * torch.nan, exact.mean.abs()))
     assert severities(broken, toy)["draws"] == "error"
+
+
+class NotANumber(LinearGaussian):
+    """A likelihood that gives no number and does not say so."""
+
+    def likelihood(self, outputs, batch):
+        return dist.Normal(outputs[..., 0] * torch.nan, 1.0, validate_args=False)
+
+
+def test_a_likelihood_that_is_not_a_number_is_an_error(toy, healthy):
+    report = replace(healthy, task=NotANumber()).diagnose(toy.rows).to_frame()
+    assert report.loc[["pareto_k", "elbo"], "severity"].eq("error").all()
+    assert report.loc[["importance_share", "mean_vs_draws"], "severity"].ne("ok").all()
+    assert "gives no probability" in report.loc["elbo", "advice"]
+
+
+def test_a_prior_that_is_not_a_number_is_an_error():
+    wide = np.where(np.eye(400, 4) > 0, np.nan, PRIOR)
+    (finding,) = diag.check_scales(0.2 * PRIOR, wide, SUBSPACE)
+    assert (finding.check, finding.severity) == ("prior_draws", "error") and "parameters of the prior" in finding.advice
+
+
+def test_rows_without_an_answer_have_no_loo(toy, healthy):
+    with pytest.raises(ValueError, match=r"Row 0 has no answer"):
+        healthy.loo([{"x": row["x"], "y": None} for row in toy.rows])
 
 
 def test_what_is_checked_depends_on_the_guide_and_on_what_is_given(toy, healthy, exact):

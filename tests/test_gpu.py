@@ -103,6 +103,18 @@ def test_captured_steps_have_the_losses_and_the_result_of_eager_ones(options, ca
     assert not np.allclose(other_noise.history["loss"], graphed.history["loss"], rtol=2e-3)
 
 
+def test_the_released_training_has_the_same_losses_with_captured_gradients(caplog):
+    def history(cuda_graph):
+        llm, task = base(torch.float32).cuda(), sp.MultipleChoice(tiny.tokenizer())
+        options = {"num_steps": 25, "batch_size": 6, "lr": 1e-2, "progress": False, "cuda_graph": cuda_graph}
+        return sp.baselines.scalabl_released(llm, task, ROWS, **options).history
+
+    eager, graphed = history(False), history(True)
+    assert "without CUDA graphs" not in caplog.text, caplog.text
+    for name in ("nll", "kl"):
+        np.testing.assert_allclose(graphed[name], eager[name], rtol=2e-3, atol=1e-4, err_msg=name)
+
+
 def test_a_nan_inside_a_captured_step_changes_nothing():
     class Poisoned(sp.MultipleChoice):
         def likelihood(self, outputs, batch):

@@ -583,8 +583,10 @@ def test_the_best_prediction_stands_first_and_the_gaps_follow_the_formulas(prior
     exact = {name: solve(toy.features, toy.y, float(name.split()[1])) for name in posteriors}
     assert table.index.tolist() == sorted(exact, key=lambda name: -exact[name].loo.sum())
     assert table.columns.tolist() == [
-        *("elpd_loo", "se", "difference", "dse", "p_loo", "elbo", "pareto_k", "bad_rows"),
+        *("elpd_loo", "se", "difference", "dse", "p_loo", "elbo", "pareto_k", "good_k", "bad_rows"),
     ]
+    assert table["good_k"].tolist() == [pytest.approx(1 - 1 / math.log10(400))] * 3
+    assert (table["pareto_k"] < table["good_k"]).all()
     loo = {name: p.loo(rows, num_draws=400, seed=1) for name, p in posteriors.items()}
     best = loo[table.index[0]].elpd_i
     for name, row in table.iterrows():
@@ -606,7 +608,7 @@ def test_a_point_has_no_loo_and_stands_last(priors, toy, exact):
     posteriors, rows = priors
     table = sp.compare({"point": posterior_of(toy, DeltaGuide(exact.mean)), **posteriors}, rows, num_draws=30)
     assert table.index[-1] == "point"
-    assert table.loc["point"].drop("bad_rows").isna().all() and table.loc["point", "bad_rows"] == 1
+    assert table.loc["point"].drop(["bad_rows", "good_k"]).isna().all() and table.loc["point", "bad_rows"] == 1
 
 
 @pytest.mark.parametrize("nothing", [{}, []], ids=repr)

@@ -129,7 +129,9 @@ def test_a_missing_field_is_refused_with_the_nearest(task, row, message):
 @pytest.mark.parametrize("given", ["answerKey", "label"])
 def test_an_answer_in_another_field_is_missed_with_the_fields_there_are(task, given):
     row = {k: v for k, v in QUESTION.items() if k != "answer"} | {given: 1}
-    with pytest.raises(ValueError, match=rf"Row 0 \(id 'q0'\) has no answer, which training needs.*'{given}'"):
+    with pytest.raises(
+        ValueError, match=rf"Row 0 \(id 'q0'\) has no answer, which training and the likelihood need.*'{given}'"
+    ):
         encode_one(task, row, need_target=True)
 
 

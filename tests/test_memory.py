@@ -1,5 +1,8 @@
 """The estimate of a step's memory: linear in rows and tokens, and what is known of its parts."""
 
+import gc
+
+import pytest
 import tiny
 import torch
 
@@ -42,3 +45,18 @@ def test_running_blocks_again_saves_most_of_it():
     plain = blora.estimate_memory(inputs(2, 64))
     again = blora.estimate_memory(inputs(2, 64), gradient_checkpointing=True)
     assert again.weights == plain.weights and again.activations < 0.5 * plain.activations
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_nothing_is_left_of_the_passes_that_were_counted(gradient_checkpointing):
+    """A graph that stays alive holds gigabytes, and keeps a later step from being captured."""
+    blora = sp.bayesian_lora(tiny.causal_lm())
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    blora.estimate_memory(inputs(2, 8), gradient_checkpointing=gradient_checkpointing)
+    before = tensors()
+    blora.estimate_memory(inputs(2, 8), gradient_checkpointing=gradient_checkpointing)
+    assert tensors() == before

@@ -592,3 +592,54 @@ def test_masks_and_particles_say_what_they_are_for():
         start(prior="hierarchical", guide="svgd")
     with pytest.raises(ValueError, match="AutoLaplaceApproximation needs more than the prior"):
         start(guide=autoguide.AutoLaplaceApproximation)
+
+
+# an AutoGuide that was built already --------------------------------------------------------------------------------
+
+
+def built(auto_class):
+    """An instance on the prior, as an AutoGuide of Pyro is built on a model."""
+    return lambda blora: auto_class(blora.prior, init_loc_fn=blora.init_loc)
+
+
+@pytest.mark.parametrize("as_instance", [True, False], ids=["instance", "callable"])
+@pytest.mark.parametrize("prior", ["normal", "empirical", "hierarchical", "lognormal"])
+@pytest.mark.parametrize("auto_class", [autoguide.AutoNormal, autoguide.AutoMultivariateNormal, autoguide.AutoDelta])
+def test_an_autoguide_may_be_an_instance(auto_class, prior, as_instance, tmp_path):
+    rows, task = tiny.question_rows(8), sp.MultipleChoice(tiny.tokenizer())
+    blora = sp.bayesian_lora(tiny.causal_lm(), prior=prior)
+    guide = built(auto_class)(blora) if as_instance else built(auto_class)
+    posterior = sp.fit(blora, task, rows, guide=guide, num_steps=3, lr=1e-2, **QUIET).posterior
+    by_class = sp.bayesian_lora(tiny.causal_lm(), prior=prior)
+    options = {"guide": auto_class, "num_steps": 3, "lr": 1e-2, "init_scale": 0.1, **QUIET}  # Pyro's default scale
+    if auto_class is not autoguide.AutoDelta:
+        torch.testing.assert_close(posterior.mean(), sp.fit(by_class, task, rows, **options).posterior.mean())
+    before = posterior.sample(3, seed=1)
+    assert (before.log_q is None) is (auto_class is autoguide.AutoDelta)
+    sp.fit(blora, task, rows, guide=guide, num_steps=3, lr=1e-2, **QUIET)  # trains an instance on, not its snapshot
+    assert torch.equal(posterior.sample(3, seed=1).s, before.s)
+    assert posterior.describe().startswith(auto_class.__name__)
+    posterior.save_pretrained(tmp_path / "p")
+    with pytest.raises(ValueError, match="guide="):
+        sp.Posterior.from_pretrained(tiny.causal_lm(), tmp_path / "p")
+    loaded = sp.Posterior.from_pretrained(tiny.causal_lm(), tmp_path / "p", guide=built(auto_class))
+    assert torch.equal(loaded.sample(3, seed=1).s, before.s)
+
+
+def test_the_snapshot_of_an_instance_holds_no_second_llm():
+    blora = sp.bayesian_lora(tiny.causal_lm())
+    own = as_guide(built(autoguide.AutoNormal)(blora), blora)
+    assert own.snapshot().auto.init_loc_fn.__self__ is blora and own.auto.model is not None
+
+
+def test_an_instance_on_something_else_than_the_prior_is_told_what_to_build():
+    blora = sp.bayesian_lora(tiny.causal_lm())
+    with pytest.raises(
+        ValueError, match=r"AutoNormal was built on a model that needs arguments.*AutoNormal\(blora.prior\)"
+    ):
+        as_guide(autoguide.AutoNormal(lambda batch: blora(**batch)), blora)
+    with pytest.raises(ValueError, match="AutoLaplaceApproximation needs more than the prior"):
+        as_guide(autoguide.AutoLaplaceApproximation(blora.prior), blora)
+    other = autoguide.AutoNormal(lambda: pyro.sample("z", normal(ZERO)))
+    with pytest.raises(ValueError, match=r"The guide does not sample \['s'\]"):
+        start(guide=other)

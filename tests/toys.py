@@ -27,6 +27,19 @@ class LinearLLM(nn.Module):
         return self.out(self.hidden(input_ids.double()))
 
 
+class SplitLLM(nn.Module):
+    """As :class:`LinearLLM`, but the first half of the features goes through one layer and the rest through another."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.halves = nn.ModuleDict({name: LinearLLM(dim // 2) for name in ("first", "second")})
+        self.weights = torch.cat([half.out.weight.detach()[0] for half in self.halves.values()])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        parts = input_ids.double().chunk(2, dim=-1)
+        return sum(half(part) for half, part in zip(self.halves.values(), parts, strict=True))
+
+
 class LinearGaussian(sp.Task):
     """y ~ Normal(output, NOISE)."""
 
@@ -46,22 +59,34 @@ class LinearToy:
     Args:
         dim: number of latents.
         num_data: N.
-        correlation: between the latents under the posterior; 0 makes it diagonal.
+        correlation: between the latents of a layer under the posterior; 0 makes it diagonal.
+        layers: 1, or 2 with half of the latents each, which makes the posterior block diagonal.
     """
 
-    def __init__(self, dim: int = 5, *, num_data: int = 64, correlation: float = 0.0, prior=PRIOR_SCALE, seed: int = 0):
+    def __init__(
+        self,
+        dim: int = 5,
+        *,
+        num_data: int = 64,
+        correlation: float = 0.0,
+        layers: int = 1,
+        prior=PRIOR_SCALE,
+        seed: int = 0,
+    ):
         generator = torch.Generator().manual_seed(seed)
-        self.blora = sp.bayesian_lora(LinearLLM(dim), r=dim, lora_alpha=dim, target_modules=["hidden"], prior=prior)
+        rank = dim // layers
+        llm = LinearLLM(dim) if layers == 1 else SplitLLM(dim)
+        self.blora = sp.bayesian_lora(llm, r=rank, lora_alpha=rank, target_modules=["hidden"], prior=prior)
         with torch.no_grad():
             for A, B in self.blora.adapter.factors():
-                A.copy_(torch.eye(dim))
-                B.copy_(torch.eye(dim))
+                A.copy_(torch.eye(rank))
+                B.copy_(torch.eye(rank))
         self.blora.point_estimates.requires_grad_(False)
         basis = torch.linalg.qr(torch.randn(num_data, dim, generator=generator, dtype=torch.float64)).Q * 4
-        weights = self.blora.llm.out.weight.detach()[0]
+        weights = llm.out.weight.detach()[0] if layers == 1 else llm.weights
         # (F'F)^-1 proportional to a matrix of equal correlations: F = Q R with R'R its inverse.
-        equal = torch.full((dim, dim), correlation, dtype=torch.float64).fill_diagonal_(1.0)
-        mix = torch.linalg.cholesky(torch.linalg.inv(equal)).T
+        equal = torch.full((rank, rank), correlation, dtype=torch.float64).fill_diagonal_(1.0)
+        mix = torch.linalg.cholesky(torch.linalg.inv(torch.block_diag(*[equal] * layers))).T
         x = (basis @ mix / weights).float().double()  # as the batches will hold it
         self.features = x * weights
         true_s = torch.randn(dim, generator=generator, dtype=torch.float64)

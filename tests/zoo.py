@@ -183,6 +183,8 @@ CASES = [
     *[Case(*pair, "choice") for pair in PAIRS],
     *[Case(*pair, task) for task in ("classification", "regression") for pair in BESIDE_CHOICE],
 ]
+#: All other combinations, for which the default suite has no time.
+REST = [Case(*pair, task) for task in ("classification", "regression") for pair in PAIRS if pair not in BESIDE_CHOICE]
 
 
 @dataclass(frozen=True)

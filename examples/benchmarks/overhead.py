@@ -1,10 +1,11 @@
-"""What scalabl_pyro costs on top of plain PyTorch: a `fit` step against a hand-written step of PEFT's LoRA.
+"""What scalabl_pyro costs on top of plain PyTorch: a `fit` step against one of PEFT, ten draws against ten passes.
 
     python examples/benchmarks/overhead.py                 # SmolLM2-135M, 8 x 64 tokens, CPU
     python examples/benchmarks/overhead.py --tiny          # a random model of two blocks: runs in seconds
 
-Both train the same layers of the same model on the same batches with AdamW. Steps of the two alternate in one process,
-so that a busy machine slows both; the figure is the ratio of medians.
+Both train the same layers of the same model on the same batches with AdamW. Ten draws with the upper half of the blocks
+adapted stand against ten forward passes of the base model. What is compared alternates in one process, so that a busy
+machine slows both; the figures are ratios of medians.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import scalabl_pyro as sp
+from scalabl_pyro.adapted import AdaptedLLM
 from scalabl_pyro.data import Batch
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model import TaskModel
@@ -98,6 +100,32 @@ def scalabl_step(base, batch: Batch):
     return step
 
 
+def ten_passes(base, batch: Batch):
+    """Ten forward passes of the base model, logits of the last token."""
+
+    @torch.no_grad()
+    def passes() -> None:
+        for _ in range(10):
+            base(**batch.inputs, use_cache=False, logits_to_keep=1)
+
+    return passes
+
+
+def ten_draws(base, batch: Batch):
+    """The answers under ten draws, as ``predict`` computes them, with the upper half of the blocks adapted."""
+    depth = base.config.num_hidden_layers
+    blora = sp.bayesian_lora(base, target_modules=TARGETS, layers_to_transform=range(depth // 2, depth))
+    base.eval()
+    task, llm = AnswerTokens(), AdaptedLLM(blora.adapter, factors=blora.adapter.factors())
+    s = torch.randn(10, 1, blora.subspace.dim)
+
+    @torch.no_grad()
+    def draws() -> None:
+        task.outputs(llm, batch, s)
+
+    return draws
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a random model of two blocks")
@@ -107,7 +135,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
 
-    bases = [build(args.tiny) for _ in range(2)]
+    bases = [build(args.tiny) for _ in range(3)]
     vocabulary = bases[0].config.vocab_size
     torch.manual_seed(0)
     ids = torch.randint(3, vocabulary, (args.rows, args.tokens))
@@ -117,23 +145,29 @@ def main() -> None:
         torch.arange(args.rows),
         torch.full((args.rows,), args.tokens - 1),
     )
-    steps = {"peft": peft_step(bases[0], batch), "scalabl_pyro": scalabl_step(bases[1], batch)}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(args.steps + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if i >= 2:  # the first two warm up
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    ratio = medians["scalabl_pyro"] / medians["peft"]
-    for name, seconds in medians.items():
-        print(f"{name:>14}: {1000 * seconds:8.1f} ms a step (median of {args.steps})")
-    print(f"{'ratio':>14}: {ratio:8.3f}")
+    plain = ten_passes(build(args.tiny).eval(), batch)
+    pairs = {
+        "step": {"PEFT": peft_step(bases[0], batch), "scalabl_pyro": scalabl_step(bases[1], batch)},
+        "draws": {"ten passes of the base": plain, "ten draws, upper half": ten_draws(bases[2], batch)},
+    }
+    found: dict[str, dict] = {}
+    for what, pair in pairs.items():
+        times: dict[str, list[float]] = {name: [] for name in pair}
+        for i in range(args.steps + 2):
+            for name, run in pair.items():
+                start = time.perf_counter()
+                run()
+                if i >= 2:  # the first two warm up
+                    times[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(t) for name, t in times.items()}
+        theirs, ours = medians.values()
+        found[what] = {"seconds": medians, "ratio": ours / theirs}
+        for name, seconds in medians.items():
+            print(f"{name:>24}: {1000 * seconds:8.1f} ms (median of {args.steps})")
+        print(f"{'ratio':>24}: {ours / theirs:8.3f}", flush=True)
     if args.out:
-        args.out.write_text(
-            json.dumps({"medians": medians, "ratio": ratio, **{k: str(v) for k, v in vars(args).items()}})
-        )
+        setting = {k: str(v) for k, v in vars(args).items()}
+        args.out.write_text(json.dumps(found | {"setting": setting}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from pathlib import Path
 import pyro
 import torch
 from peft import LoraConfig, get_peft_model
+from random_llms import SHAPES, fuse_elementwise, random_llm
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import scalabl_pyro as sp
 from scalabl_pyro.adapted import AdaptedLLM
@@ -34,16 +34,6 @@ from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.optimiser import build_optimiser
 from scalabl_pyro.training import EagerStep
 
-SHAPES = {
-    "tiny": {"model_type": "llama", "vocab_size": 500, "hidden_size": 64, "intermediate_size": 128,
-             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "qwen2.5-0.5b": {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
-                     "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
-    "qwen2.5-7b": {"model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
-                   "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
-    "qwen2.5-32b": {"model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 5120, "intermediate_size": 27_648,
-                    "num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8},
-}  # fmt: skip
 TARGETS = ["q_proj", "v_proj", "lm_head"]
 NUM_DATA = 1000
 
@@ -61,20 +51,6 @@ class AnswerTokens(sp.Task):
 
     def likelihood(self, outputs, batch):
         return pyro.distributions.Categorical(logits=outputs)
-
-
-def random_llm(shape: str, device: str, dtype: torch.dtype):
-    settings = dict(SHAPES[shape])
-    config = AutoConfig.for_model(settings.pop("model_type"), tie_word_embeddings=False, pad_token_id=0, **settings)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def fuse_elementwise(llm) -> None:
-    """Liger's Triton kernels for what a Qwen2 model does between matrix products, before it is adapted."""
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen2
-
-    apply_liger_kernel_to_qwen2(fused_linear_cross_entropy=False, model=llm)
 
 
 def random_batch(rows: int, tokens: int, device: str) -> Batch:

@@ -23,14 +23,16 @@ from .._pyro import local_params
 from .._rng import scoped_seed
 from ..adapted import sole_use
 from ..data import Batch, training_source
-from ..fit import FitResult, TrainingError
+from ..fit import GRAPH_TOKENS, FitResult, TrainingError
+from ..graphs import why_not
 from ..guides import NormalGuide
 from ..likelihoods import Task
 from ..model import BayesianLoRA, bayesian_lora
-from ..optimiser import rate_schedule, set_rates
+from ..optimiser import rate_schedule
 from ..posterior import Posterior
 from .kl_reweighting import KLReweighting
 from .mle import unloaded_on_error
+from .released_step import AlternatingStep, EagerGradient, GraphedGradient
 
 #: Its mean is stored as a logarithm there, so it cannot be 0.
 PRIOR_LOC, PRIOR_SCALE = 1e-8, 1.0
@@ -50,6 +52,7 @@ def scalabl_released(
     gamma: float = 8.0,
     num_data: int | None = None,
     lora: Mapping[str, Any] | None = None,
+    cuda_graph: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> FitResult:
@@ -71,6 +74,7 @@ def scalabl_released(
         gamma: of :class:`~scalabl_pyro.baselines.KLReweighting`.
         num_data: N; needed when ``train_data`` yields batches.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
+        cuda_graph: on a GPU, replay the gradient of the NLL as a CUDA graph, captured once for each batch shape.
         seed: of the factors, the initial scales, the data order and the noise.
         progress: show a progress bar.
 
@@ -91,8 +95,15 @@ def scalabl_released(
     blora = bayesian_lora(module, **{"seed": seed, **(lora or {}), "gauge": "free", "prior": prior})
     with unloaded_on_error(blora):
         task.to(blora.device)
+        graphed = cuda_graph and why_not(blora.device, stays_on_device=True, keeps_prefix=False) is None
         batches, num_data = training_source(
-            train_data, task.encode, batch_size=batch_size, pad_token_id=task.pad_token_id, num_data=num_data, seed=seed
+            train_data,
+            task.encode,
+            batch_size=batch_size,
+            pad_token_id=task.pad_token_id,
+            num_data=num_data,
+            seed=seed,
+            multiple=GRAPH_TOKENS if graphed else 1,
         )
         latents = LogNormals(blora.adapter.loc, init_scale=init_scale, seed=seed).to(blora.device)
         learned = [p for p in [*blora.point_estimates.parameters(), *task.parameters()] if p.requires_grad]
@@ -104,6 +115,7 @@ def scalabl_released(
             weight=KLReweighting(num_data, batch_size, gamma).share,
             rate=rate_schedule("linear", warmup, num_steps),
             num_steps=num_steps,
+            graphed=graphed,
             seed=seed,
             progress=progress,
         )
@@ -128,22 +140,26 @@ def _train(
     blora: BayesianLoRA,
     task: Task,
     batches: Callable[[int], Batch],
-    step: "AlternatingStep",
+    step: AlternatingStep,
     *,
     weight: Callable[[int], float],
     rate: Callable[[int], float],
     num_steps: int,
+    graphed: bool,
     seed: int,
     progress: bool,
 ) -> tuple[list[dict[str, float]], TrainingError | None]:
     """All steps; what was done of them, and why the rest was not."""
     history: list[dict[str, float]] = []
     start, lr = time.perf_counter(), step.adamw.param_groups[0]["lr"]
+    gradient = (GraphedGradient if graphed else EagerGradient)(
+        step, lambda batch: _nll(blora, task, batch), device=blora.device
+    )
     with _training_scope(blora, seed), tqdm(range(num_steps), disable=not progress, desc="scalabl_released") as bar:
         for i in bar:
-            batch = batches(i).to(blora.device)
+            loss = gradient(batches(i), 1.0)
             try:
-                nll, kl = step(_nll(blora, task, batch), weight=weight(i), rate=rate(i))
+                nll, kl = step.update(loss, weight=weight(i), rate=rate(i))
             except FloatingPointError as failure:
                 return history, TrainingError(f"At step {i}: {failure} Lower lr or kl_lr.")
             seconds = time.perf_counter() - start
@@ -186,49 +202,6 @@ def reversed_kl(loc: Tensor, scale: Tensor) -> Tensor:
     """KL(p || q) = sum of log(scale / sp) + (sp^2 + (mp - loc)^2) / (2 scale^2) - 1/2, the wrong way round."""
     moments = (PRIOR_SCALE**2 + (PRIOR_LOC - loc).square()) / (2 * scale.square())
     return ((scale / PRIOR_SCALE).log() + moments - 0.5).sum()
-
-
-class AlternatingStep:
-    """AdamW on the NLL, then SGD on the weighted KL.
-
-    Args:
-        latents: q(s).
-        learned: A, B, heads, parameters of the task.
-        lr: of AdamW.
-        kl_lr: of SGD.
-    """
-
-    def __init__(self, latents: LogNormals, learned: list[nn.Parameter], *, lr: float, kl_lr: float) -> None:
-        self.latents = latents
-        self.adamw = torch.optim.AdamW([*learned, *latents.parameters()], lr=lr, eps=1e-6, weight_decay=0.0)
-        self.sgd = torch.optim.SGD(latents.parameters(), lr=kl_lr)
-
-    def __call__(self, nll: Callable[[Tensor], Tensor], *, weight: float, rate: float) -> tuple[float, float]:
-        """One step of both; the mean NLL before it and the KL between the two.
-
-        Args:
-            nll: mean NLL of a batch as a function of s.
-            weight: pi_i.
-            rate: factor of both learning rates.
-
-        Raises:
-            FloatingPointError: one of the two is not finite; the step that it belongs to was not made.
-        """
-        set_rates(self.adamw, rate)
-        set_rates(self.sgd, rate)
-        loss = nll(self.latents.draw())
-        _step("NLL", loss, self.adamw)
-        kl = self.latents.kl()
-        _step("KL", weight * kl, self.sgd)
-        return loss.item(), kl.item()
-
-
-def _step(name: str, loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"The {name} is {loss.item()}.")
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
 
 
 def _nll(blora: BayesianLoRA, task: Task, batch: Batch) -> Callable[[Tensor], Tensor]:

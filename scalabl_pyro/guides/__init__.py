@@ -9,7 +9,7 @@ from pyro.infer import autoguide
 
 from .._errors import check_choice
 from ..model import BayesianLoRA
-from .auto import AutoFamily
+from .auto import AutoFamily, AutoInstance
 from .base import Guide
 from .covariance import CovarianceGuide, LowRankGuide
 from .delta import DeltaGuide
@@ -23,6 +23,7 @@ from .rank_mask import RankMaskGuide
 
 __all__ = [
     "AutoFamily",
+    "AutoInstance",
     "CovarianceGuide",
     "DeltaGuide",
     "EmpiricalGuide",
@@ -38,7 +39,7 @@ __all__ = [
     "as_guide",
 ]
 
-GuideLike = str | type[autoguide.AutoGuide] | Guide | Callable[[BayesianLoRA], Guide]
+GuideLike = str | type[autoguide.AutoGuide] | autoguide.AutoGuide | Guide | Callable[[BayesianLoRA], Guide]
 
 #: Families that a saved posterior can name.
 FAMILIES: dict[str, type[Guide]] = {
@@ -67,16 +68,20 @@ OF_S: dict[str, Callable[..., Guide]] = {
     "flow": FlowGuide,
 }
 NAMES = (*OF_S, "delta", "rank_mask", "svgd")
+#: Largest initial standard deviation. The paper starts at 0.05; started there, scales are still on their way up when
+#: the training ends, and validation likelihood and calibration are worse (docs/quality.md).
+INIT_SCALE = 0.3
 
 
-def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = 0.05, seed: int = 0) -> Guide:
+def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = INIT_SCALE, seed: int = 0) -> Guide:
     """Build the posterior family that ``guide`` names, started where the paper starts.
 
     Args:
         guide: ``"normal"`` (factorised, carried to the support of the prior), ``"layer_covariance"`` (a full
             covariance within each layer), ``"lowrank"``, ``"full_covariance"``, ``"flow"``, ``"delta"`` (MAP),
-            ``"svgd"`` (particles) or ``"rank_mask"``; a class of ``pyro.infer.autoguide``; a :class:`Guide`, returned
-            as it is; or a callable ``blora -> Guide``. Other latents of the prior get a factorised guide beside s.
+            ``"svgd"`` (particles) or ``"rank_mask"``; a class of ``pyro.infer.autoguide``, or an instance built on
+            ``blora.prior``; a :class:`Guide`, returned as it is; or a callable ``blora -> Guide``. Other latents of
+            the prior get a factorised guide beside s.
         blora: the LLM whose latents the guide describes.
         init_scale: largest initial standard deviation; scales start uniform on (init_scale / sqrt(2), init_scale).
         seed: of the initial scales.
@@ -92,13 +97,18 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = 0.05,
         takes_scale = "init_scale" in inspect.signature(guide).parameters
         options: dict[str, Any] = {"init_scale": init_scale} if takes_scale else {}
         return AutoFamily(blora.prior, guide, init_loc_fn=blora.init_loc, **options).to(blora.device)
-    built: Any = cast(Any, guide)(blora) if _is_builder(guide) else guide
+    built: Any = wrapped(cast(Any, guide)(blora) if _is_builder(guide) else guide)
     if not isinstance(built, Guide):
         raise TypeError(
-            f"guide={guide!r}: expected one of {', '.join(NAMES)}, a class of pyro.infer.autoguide, a "
-            "scalabl_pyro.guides.Guide, or a callable blora -> Guide."
+            f"guide={guide!r}: expected one of {', '.join(NAMES)}, a class of pyro.infer.autoguide or an instance on "
+            "blora.prior, a scalabl_pyro.guides.Guide, or a callable blora -> Guide."
         )
     return built
+
+
+def wrapped(guide: object) -> object:
+    """An AutoGuide as a :class:`Guide`; anything else as it is."""
+    return AutoInstance(guide) if isinstance(guide, autoguide.AutoGuide) else guide
 
 
 def describe(guide: Guide) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Pyro's AutoGuides as posterior families."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro.infer import autoguide
+from pyro.nn import PyroModule
 from torch import Tensor
 
 from .._errors import nearest
@@ -60,10 +62,7 @@ class AutoFamily(Guide):
         **auto_options: Any,
     ) -> None:
         super().__init__()
-        if auto_class.__name__ in UNSUPPORTED:
-            raise ValueError(
-                f"{auto_class.__name__} needs more than the prior of s: use it with stock SVI on a model of your own."
-            )
+        _check_supported(auto_class)
         check_continuous(f"guide={auto_class.__name__}", prior_sites(prior))
         self.has_density = auto_class is not autoguide.AutoDelta
         self._arguments = (prior, auto_class, init_loc_fn, auto_options)
@@ -79,13 +78,7 @@ class AutoFamily(Guide):
 
     def mean(self) -> dict[str, Tensor]:
         """The median, which is the mean of the symmetric families; of flows the average of MEAN_DRAWS draws."""
-        with local_params():
-            try:
-                return self.auto.median()
-            except NotImplementedError:
-                with torch.no_grad(), scoped_seed(0):
-                    draws = [self.auto() for _ in range(MEAN_DRAWS)]
-                return {name: torch.stack([d[name] for d in draws]).mean(0) for name in draws[0]}
+        return _centre(self.auto)
 
     def options(self) -> dict[str, Any]:
         """Class and keyword arguments."""
@@ -118,3 +111,82 @@ class AutoFamily(Guide):
         other = AutoFamily(prior, auto_class, init_loc_fn=init_loc_fn, **auto_options)
         other.load_state_dict(self.state_dict())
         return other.cpu().requires_grad_(False).eval()
+
+
+class AutoInstance(Guide):
+    """An AutoGuide that was built already, on the prior: ``AutoNormal(blora.prior, init_scale=0.1)``.
+
+    It is trained in place. How it was built is not known, so that a saved posterior of it is loaded with
+    ``from_pretrained(..., guide=lambda blora: AutoNormal(blora.prior, init_scale=0.1))``.
+
+    Args:
+        auto: the instance; where it has not been called yet, its model must need no arguments.
+
+    Raises:
+        ValueError: a class that needs the likelihood, or a model that needs arguments.
+    """
+
+    per_example = False
+
+    def __init__(self, auto: autoguide.AutoGuide) -> None:
+        super().__init__()
+        _check_supported(type(auto))
+        self.has_density = not isinstance(auto, autoguide.AutoDelta)
+        for module in auto.modules():  # it may have been called before, by stock SVI or in another fit
+            if isinstance(module, PyroModule):
+                module._pyro_context.used = False
+        self.auto = auto
+        if auto.prototype_trace is None:
+            name = type(auto).__name__
+            try:
+                with local_params(), scoped_seed(0):
+                    auto()
+            except TypeError as error:
+                raise ValueError(
+                    f"This {name} was built on a model that needs arguments ({error}): build it on the prior, "
+                    f"{name}(blora.prior), or pass the class, guide={name}."
+                ) from error
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sample the latent sites; return s, or what there is without it."""
+        values = self.auto()
+        return values.get("s", values)
+
+    def mean(self) -> dict[str, Tensor]:
+        """As that of :class:`AutoFamily`."""
+        return _centre(self.auto)
+
+    def options(self) -> dict[str, Any]:
+        """The class of Pyro."""
+        return {"class": type(self.auto).__name__}
+
+    def snapshot(self) -> Guide:
+        """A copy that shares model and prototype trace with the original, which a plain copy would break."""
+        auto = self.auto
+        kept = {"_model": auto._model, "master": auto.master}
+        functions = [v for v in vars(auto).values() if callable(v) and not isinstance(v, torch.nn.Module)]
+        shared = [auto.prototype_trace, *functions]  # a bound init_loc_fn would bring the whole LLM
+        try:
+            twin = copy.deepcopy(auto, {id(value): value for value in shared})
+        finally:
+            vars(auto).update(kept)
+        vars(twin).update(kept)
+        return AutoInstance(twin).cpu().requires_grad_(False).eval()
+
+
+def _check_supported(auto_class: type) -> None:
+    if auto_class.__name__ in UNSUPPORTED:
+        raise ValueError(
+            f"{auto_class.__name__} needs more than the prior of s: use it with stock SVI on a model of your own."
+        )
+
+
+def _centre(auto: Any) -> dict[str, Tensor]:
+    """The median of each site; where it has no closed form, the average of MEAN_DRAWS draws."""
+    with local_params():
+        try:
+            return auto.median()
+        except NotImplementedError:
+            with torch.no_grad(), scoped_seed(0):
+                draws = [auto() for _ in range(MEAN_DRAWS)]
+            return {name: torch.stack([d[name] for d in draws]).mean(0) for name in draws[0]}

@@ -1,0 +1,129 @@
+"""How the cost of a step and of draws grows: one knob at a time around 4 rows of 128 tokens, rank 8, 10 draws.
+
+    python examples/benchmarks/growth.py --out growth                  # Qwen2.5-7B shape, random weights; one GPU
+    python examples/benchmarks/growth.py --quick --device cpu --out growth
+
+Steps are those of ``fit``, captured where the device allows it. Each line also has the floor: the arithmetic at the
+matrix rate measured in the same run. ``growth.json`` holds the lines, ``growth.png`` the picture.
+"""
+
+import argparse
+import gc
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+from random_llms import SHAPES, num_weights, random_llm
+from speed import TARGETS, AnswerTokens, fit_step, matmul_rate, measure, random_batch
+
+import scalabl_pyro as sp
+from scalabl_pyro.adapted import AdaptedLLM
+
+GRID = {
+    "rows": [1, 2, 4, 8, 16, 32],
+    "tokens": [32, 64, 128, 256, 512, 1024],
+    "rank": [2, 8, 32, 128],
+    "draws": [1, 2, 5, 10, 20, 40],
+    "blocks": [1, 4, 7, 14, 28],
+    "shape": ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen2.5-14b"],
+}
+CENTRE = {"rows": 4, "tokens": 128, "rank": 8, "draws": 10}
+MEANS = {"rows": "rows", "tokens": "tokens a row", "rank": "rank", "draws": "draws", "blocks": "adapted blocks",
+         "shape": "weights of the blocks (billions)"}  # fmt: skip
+
+
+def cost(llm, rate: float, weights: int, device: str, steps: int, **setting) -> dict:
+    """Milliseconds of a step and of draws at one setting, with the floors of both."""
+    depth = llm.config.num_hidden_layers
+    blocks = setting.get("blocks", depth)
+    blora = sp.bayesian_lora(
+        llm, r=setting["rank"], target_modules=TARGETS, layers_to_transform=range(depth - blocks, depth)
+    )
+    batch = random_batch(setting["rows"], setting["tokens"], device)
+    step = measure(fit_step(blora, batch, graph=device == "cuda"), device, steps)["ms"]
+    task, adapted = AnswerTokens().to(device), AdaptedLLM(blora.adapter, factors=blora.adapter.factors())
+    s = torch.randn(setting["draws"], 1, blora.subspace.dim, device=device)
+    with torch.no_grad():
+        draws = measure(lambda: task.outputs(adapted, batch, s), device, steps)["ms"]
+    blora.unload()
+    forward = 2 * weights * setting["rows"] * setting["tokens"] / rate * 1000
+    above = blocks / depth
+    return {
+        "step_ms": step,
+        "draws_ms": draws,
+        "step_floor_ms": forward * (1 + above),
+        "draws_floor_ms": forward * (1 - above + setting["draws"] * above),
+        "latents": blora.subspace.dim,
+    }
+
+
+def sweep(args: argparse.Namespace) -> dict:
+    """All lines; what was measured is written after each."""
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    rate = matmul_rate(args.device, dtype)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    found = {"device": device, "shape": args.shape, "tflops": rate / 1e12, "centre": args.centre, "lines": []}
+    held = None
+    for knob, values in args.grid.items():
+        for value in values:
+            shape = value if knob == "shape" else args.shape
+            if held is None or held[0] != shape:
+                held = None
+                gc.collect()
+                held = (shape, random_llm(shape, args.device, dtype), num_weights(shape, embeddings=False))
+            setting = args.centre | ({} if knob == "shape" else {knob: value})
+            line = {"knob": knob, "value": value, "weights": held[2]}
+            gc.collect()  # the graphs of the line before
+            line |= cost(held[1], rate, held[2], args.device, args.steps, **setting)
+            found["lines"].append(line)
+            print(
+                f"{knob:>7} {value!s:>13}: step {line['step_ms']:8.1f} ms, draws {line['draws_ms']:8.1f} ms", flush=True
+            )
+            (args.out / "growth.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
+
+
+def picture(found: dict, path: Path) -> None:
+    """A panel for each knob: measured times and floors, both axes logarithmic."""
+    knobs = list(dict.fromkeys(line["knob"] for line in found["lines"]))
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6.2), layout="constrained")
+    for axis, knob in zip(axes.flat, knobs, strict=False):
+        lines = [line for line in found["lines"] if line["knob"] == knob]
+        x = [line["weights"] / 1e9 if knob == "shape" else line["value"] for line in lines]
+        for name, colour in (("step", "tab:blue"), ("draws", "tab:orange")):
+            axis.loglog(x, [line[f"{name}_ms"] for line in lines], "o-", color=colour, label=name, markersize=4)
+            axis.loglog(x, [line[f"{name}_floor_ms"] for line in lines], ":", color=colour, label=f"floor of {name}")
+        axis.set_xlabel(MEANS[knob])
+        axis.grid(alpha=0.3, which="both")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("milliseconds")
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    for axis in list(axes.flat)[len(knobs) :]:
+        axis.set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=7, help="timed repetitions")
+    parser.add_argument("--knobs", nargs="+", choices=GRID, default=list(GRID))
+    parser.add_argument("--out", type=Path, default=Path("growth"), help="a folder")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape and two values a knob, to try that it runs")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.centre, args.grid = CENTRE, {knob: GRID[knob] for knob in args.knobs}
+    if args.quick:
+        args.shape, args.steps, args.centre = "tiny", 2, {"rows": 2, "tokens": 8, "rank": 2, "draws": 2}
+        args.grid = {knob: ["tiny"] if knob == "shape" else [1, 2] for knob in args.knobs}
+    picture(sweep(args), args.out / "growth.png")
+
+
+if __name__ == "__main__":
+    main()

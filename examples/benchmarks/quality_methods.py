@@ -1,0 +1,220 @@
+"""The methods of the quality benchmark on one LLM and one budget: each adapts the LLM, learns, and gives it back.
+
+All of them share steps, batches, learning rate, rank and targets. What a method has besides is its default in the
+library, but for ``EXTRAS``; ``--set`` and ``--variant`` change it.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from quality_data import DataSet, FixedWidthBatches
+from torch import nn
+
+import scalabl_pyro as sp
+from scalabl_pyro import baselines
+from scalabl_pyro.attach import find_adapter
+from scalabl_pyro.guides import DeltaGuide
+
+#: Options that belong to the adapter, and to prediction; the others are the method's own.
+LORA = {"gauge", "lora_alpha", "lora_dropout", "layers_to_transform", "prior", "r", "target_modules"}
+PREDICT = {"design", "num_draws"}
+#: Where a default of the library is not that of the benchmark.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "blob": {"kl_weight": "paper"},  # the schedule of its paper: with weight 1 its KL outweighs little data
+}
+#: Methods that start from another one's result, and the one they start from.
+BASES = {"tfb": "mle", "laplace_lora": "map"}
+TRAINED = ("mle", "map", "mc_dropout", "ensemble", "blob", "scalabl", "scalabl_released")
+METHODS = ("mle", "tfb", "map", "laplace_lora", "mc_dropout", "ensemble", "blob", "scalabl", "scalabl_released")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, or a variant of one, as a line of the table.
+
+    Attributes:
+        name: of the line.
+        kind: one of ``METHODS``.
+        options: its own, beside the shared budget.
+    """
+
+    name: str
+    kind: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all methods have in common.
+
+    Attributes:
+        num_steps: steps of an optimiser, a training.
+        batch_size: rows a step.
+        lr: of the factors.
+        rank: r.
+        lora_alpha: gamma = lora_alpha / r.
+        target_modules: which layers are adapted.
+        num_draws: behind each prediction.
+        num_widths: widths that prompts are padded to.
+    """
+
+    num_steps: int = 400
+    batch_size: int = 16
+    lr: float = 1e-3
+    rank: int = 8
+    lora_alpha: float = 16.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj", "lm_head")
+    num_draws: int = 10
+    num_widths: int = 3
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a training left.
+
+    Attributes:
+        posterior: a predictor.
+        seconds: it took.
+        peak: largest memory of the GPU in use at a time, bytes; None on a CPU.
+        predict: options of its predictions.
+    """
+
+    posterior: Any
+    seconds: float
+    peak: int | None
+    predict: Mapping[str, Any]
+
+
+class Workbench:
+    """One LLM in memory, adapted by one method at a time.
+
+    A point posterior stays until another training begins, so that methods that start from it need not train it again;
+    its cost is counted in theirs.
+
+    Args:
+        llm: the base model.
+        budget: shared by all methods.
+        predict_batch: rows of a forward pass in prediction.
+    """
+
+    def __init__(self, llm: nn.Module, budget: Budget, *, predict_batch: int = 16) -> None:
+        self.llm = llm
+        self.budget = budget
+        self.predict_batch = predict_batch
+        self._held: tuple[str, Learned] | None = None
+
+    def learn(self, method: Method, data: DataSet, seed: int) -> Learned:
+        """Train a method on a data set."""
+        options = {**EXTRAS.get(method.kind, {}), **method.options}
+        predict = {name: options.pop(name) for name in PREDICT & set(options)}
+        if method.kind in BASES:
+            base = self._train(BASES[method.kind], options.pop("base", {}), data, seed)
+            learned = self._measured(lambda: self._from_base(method.kind, base.posterior, options, data, seed))
+            seconds = base.seconds + learned.seconds
+            peak = None if base.peak is None or learned.peak is None else max(base.peak, learned.peak)
+            return Learned(learned.posterior, seconds, peak, predict)
+        learned = self._train(method.kind, options, data, seed)
+        return Learned(learned.posterior, learned.seconds, learned.peak, predict)
+
+    def predict(self, learned: Learned, rows: Any, *, seed: int) -> sp.predictive.Prediction:
+        """Predict rows under the draws of a posterior."""
+        draws = 0 if is_point(learned.posterior) else self.budget.num_draws
+        options = {"num_draws": draws, "batch_size": self._predict_batch(learned.posterior), **learned.predict}
+        return learned.posterior.predict(rows, seed=seed, **options)
+
+    def _predict_batch(self, posterior: Any) -> int:
+        """Rows a pass; fewer where predictions need a backward pass, and so all activations."""
+        noise = getattr(posterior, "noise", None)
+        return min(self.predict_batch, 32) if getattr(noise, "linearised", False) else self.predict_batch
+
+    def clear(self) -> None:
+        """Give the base model back."""
+        self._held = None
+        if (adapter := find_adapter(self.llm)) is not None:
+            adapter.unload()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _train(self, kind: str, options: Mapping[str, Any], data: DataSet, seed: int) -> Learned:
+        key = json.dumps([kind, data.name, seed, options], sort_keys=True, default=str)
+        if self._held is None or self._held[0] != key:
+            self.clear()
+            self._held = (key, self._measured(lambda: self._fit(kind, dict(options), data, seed)))
+        return self._held[1]
+
+    def _measured(self, train: Callable[[], Any]) -> Learned:
+        on_gpu = next(self.llm.parameters()).device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        posterior = train()
+        if on_gpu:
+            torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        return Learned(posterior, time.perf_counter() - start, peak, {})
+
+    def _fit(self, kind: str, options: dict[str, Any], data: DataSet, seed: int) -> Any:
+        budget, num_data = self.budget, len(data.train)
+        lora = {"r": budget.rank, "lora_alpha": budget.lora_alpha, "target_modules": list(budget.target_modules)}
+        lora |= {"seed": seed} | {name: options.pop(name) for name in LORA & set(options)}
+        batches = FixedWidthBatches(data.train, data.task, budget.batch_size, num_widths=budget.num_widths)
+        common = {"num_steps": budget.num_steps, "batch_size": budget.batch_size, "lr": budget.lr}
+        common |= {"num_data": num_data, "seed": seed, "progress": False} | options
+        if "kl_weight" in common:
+            common["kl_weight"] = kl_weight(common["kl_weight"], num_data, common["batch_size"])
+        if kind == "scalabl":
+            refit = common.pop("laplace", None)
+            posterior = sp.fit(sp.bayesian_lora(self.llm, **lora), data.task, batches, **common).posterior
+            return posterior if refit is None else sp.laplace(posterior, data.train, **refit)
+        if kind == "ensemble":
+            common["seed"] = 1000 * seed  # members count on from it: no two runs share one
+        function: Any = {"map": baselines.map_lora, "ensemble": baselines.deep_ensemble}.get(kind)
+        function = getattr(baselines, kind) if function is None else function
+        return function(self.llm, data.task, batches, lora=lora, **common).posterior
+
+    def _from_base(self, kind: str, posterior: Any, options: Mapping[str, Any], data: DataSet, seed: int) -> Any:
+        if kind == "tfb":
+            own = {"num_draws": self.budget.num_draws, "batch_size": self.predict_batch, **options}
+            return baselines.tfb(posterior, data.train, seed=seed, **own)
+        return baselines.laplace_lora(posterior, data.train, seed=seed, **{"batch_size": 16, **options})
+
+
+def kl_weight(given: Any, num_data: int, batch_size: int) -> Any:
+    """The weight of the KL from what JSON can say.
+
+    A number; ``"paper"``, the schedule of BLoB's paper; or ``{"to": w, "over": n}``, a linear rise from 0 to w over n
+    steps.
+    """
+    if given == "paper":
+        return baselines.KLReweighting(num_data=num_data, batch_size=batch_size)
+    if isinstance(given, Mapping):
+        to, over = float(given["to"]), int(given["over"])
+        return lambda step: to * min((step + 1) / over, 1.0)
+    return given
+
+
+def is_point(posterior: Any) -> bool:
+    """Whether all draws would be the same."""
+    return isinstance(posterior, sp.Posterior) and isinstance(posterior.guide, DeltaGuide)
+
+
+def num_parameters(posterior: Any) -> dict[str, int]:
+    """Numbers beside the base model: all that prediction needs, and those of them beside one A and B a layer."""
+    adapter = posterior.adapter
+    lora = sum(A.numel() + B.numel() for A, B in adapter.factors())
+    extra = 0
+    if isinstance(posterior, baselines.EnsemblePosterior):
+        extra = (len(posterior.members) - 1) * lora
+    elif isinstance(posterior, baselines.FactorPosterior):
+        tensors = posterior.noise.tensors().values()
+        extra = sum(t.numel() for t in tensors) or (1 if isinstance(posterior.noise, baselines.SpectralNoise) else 0)
+    elif not (is_point(posterior) and bool((posterior.mean() == 1).all())):  # s = 1 throughout is plain LoRA
+        extra = sum(t.numel() for t in (*posterior.guide.parameters(), *posterior.guide.buffers()))
+    return {"total": lora + extra, "extra": extra}

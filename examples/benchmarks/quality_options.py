@@ -1,0 +1,142 @@
+"""The command line of the quality benchmark, and what identifies a run."""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality_methods import BASES, METHODS, Budget, Method
+
+PAPER = ["winogrande_s", "winogrande_m", "arc_c", "arc_e", "openbookqa", "boolq"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the table to be.
+
+    Attributes:
+        dataset: as it was asked for.
+        method: what is trained.
+        seed: of factors, order and noise.
+    """
+
+    dataset: str
+    method: Method
+    seed: int
+
+
+def arguments(about: str | None, given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; ``about`` is what the script says of itself."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="smollm2, a causal LM of the hub, or a local folder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the frozen LLM (GPU: bfloat16)")
+    parser.add_argument("--datasets", nargs="+", default=PAPER, help="names, or name=train.jsonl,test.jsonl")
+    parser.add_argument("--data-dir", type=Path, help="folder where NAME_train.jsonl and NAME_test.jsonl are found")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="METHOD=JSON", help="options of a method"
+    )
+    parser.add_argument(
+        "--variant", nargs="+", action="extend", default=[], metavar="NAME=METHOD:JSON", help="a line of its own"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="what is scored")
+    parser.add_argument("--split-seed", type=int, default=0, help="of the split of the data, one for all runs")
+    parser.add_argument("--train-rows", type=int, default=500, help="0: all that validation leaves")
+    parser.add_argument("--val-rows", type=int, default=250)
+    parser.add_argument("--test-rows", type=int, default=0, help="0: all")
+    parser.add_argument("--ood-rows", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--lora-alpha", type=float, default=16.0)
+    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj", "lm_head"])
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--widths", type=int, default=3, help="widths that prompts are padded to in training")
+    parser.add_argument("--predict-batch", type=int, help="rows of a forward pass (GPU: 256, CPU: 16)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--time-limit", type=float, help="seconds after which no run begins that would not end")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th part of the runs, from the I-th")
+    parser.add_argument("--no-probs", action="store_true", help="do not keep the probabilities of each run")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--report", action="store_true", help="write tables and pictures of the runs in --out")
+    parser.add_argument("--tiny", action="store_true", help="a random model, few rows and steps: does it run at all?")
+    args = parser.parse_args(given)
+    args.start = time.perf_counter()
+    if args.tiny:
+        args.model, args.steps, args.batch_size, args.rank, args.draws, args.seeds = "tiny", 3, 4, 2, 2, args.seeds[:2]
+        args.train_rows, args.val_rows, args.test_rows, args.ood_rows = 24, 12, 12, 12
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.predict_batch = args.predict_batch or (256 if args.device == "cuda" else 16)
+    return args
+
+
+def methods_of(names: Sequence[str], changes: Sequence[str], variants: Sequence[str]) -> list[Method]:
+    """The lines asked for, those that start from one and the same training next to each other.
+
+    Raises:
+        ValueError: something that cannot be read.
+    """
+    options = {}
+    for change in changes:
+        kind, _, text = change.partition("=")
+        options[_known(kind)] = _json(text, change)
+    found = [Method(name, name, options.get(name, {})) for name in names]
+    for variant in variants:
+        name, _, rest = variant.partition("=")
+        kind, _, text = rest.partition(":")
+        found.append(Method(name, _known(kind), options.get(kind, {}) | _json(text or "{}", variant)))
+    if len({method.name for method in found}) < len(found):
+        raise ValueError(f"Two lines share a name: {', '.join(method.name for method in found)}.")
+    return sorted(found, key=lambda method: METHODS.index(BASES.get(method.kind, method.kind)))
+
+
+def settings_of(args: argparse.Namespace, budget: Budget, method: Method) -> dict[str, Any]:
+    """All that a run depends on beside data set, method, seed and what is scored."""
+    data = {name: getattr(args, name) for name in ("train_rows", "val_rows", "test_rows", "ood_rows", "split_seed")}
+    model = {"model": args.model, "dtype": args.dtype}
+    return model | data | asdict(budget) | {"kind": method.kind, "options": dict(method.options)}
+
+
+def budget_of(args: argparse.Namespace) -> Budget:
+    """What all methods share."""
+    targets = tuple(args.targets)
+    return Budget(args.steps, args.batch_size, args.lr, args.rank, args.lora_alpha, targets, args.draws, args.widths)
+
+
+def identity(run: Run, args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
+    """The columns that tell a run from others."""
+    named = {"dataset": run.dataset.partition("=")[0], "method": run.method.name, "seed": run.seed}
+    return named | {"split": args.split, "settings": settings_of(args, budget, run.method)}
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """(i, n) of ``"i/n"``."""
+    try:
+        i, n = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"--shard {text}: expected I/N, such as 0/3.") from None
+    if not 0 <= i < n:
+        raise ValueError(f"--shard {text}: I counts from 0 to N - 1.")
+    return i, n
+
+
+def _known(kind: str) -> str:
+    if kind not in METHODS:
+        raise ValueError(f"The method {kind!r} is unknown: use {', '.join(METHODS)}.")
+    return kind
+
+
+def _json(text: str, whole: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{whole!r}: the options are not JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{whole!r}: the options must be a JSON object, such as {{"kl_weight": 0.3}}.')
+    return value
