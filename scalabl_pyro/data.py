@@ -56,6 +56,8 @@ class Batch:
         index: (B,) position of each row in its data set.
         last: (B,) index of the last real token of each row.
         extras: further tensors (B, ...) for the likelihood.
+        start: of a part of a joint batch of several processes: its first row there.
+        joint: rows of that joint batch; None where there is no other.
     """
 
     inputs: dict[str, Tensor]
@@ -63,13 +65,16 @@ class Batch:
     index: Tensor
     last: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
+    start: int = 0
+    joint: int | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply ``fn`` to every tensor."""
-        return Batch(
+        return replace(
+            self,
             inputs={k: fn(v) for k, v in self.inputs.items()},
             target=None if self.target is None else fn(self.target),
             index=fn(self.index),

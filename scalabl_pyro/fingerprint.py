@@ -1,11 +1,13 @@
 """Telling base models apart: a posterior means nothing on other weights than those it was learned on."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .distributed import is_piece, is_sharded
 from .lora import Adapter
 
 EMBEDDING_PROBES = 64
@@ -17,8 +19,18 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
     """Class, type, and a few weights of the embeddings and of each adapted layer.
 
     Weights of quantised layers are left out, so that a posterior learned on a 4-bit base loads on the same base in
-    bfloat16, and the other way round.
+    bfloat16, and the other way round. Weights that lie in pieces on several processes are put together the first time,
+    by all of them (``fit`` does so); what was found is kept, so that one process can save a posterior.
     """
+    base = adapter.module
+    if not is_sharded(base):
+        return _fingerprint(adapter)
+    if adapter.kept_fingerprint is None:
+        adapter.kept_fingerprint = _fingerprint(adapter)
+    return copy.deepcopy(adapter.kept_fingerprint)
+
+
+def _fingerprint(adapter: Adapter) -> dict[str, Any]:
     base = adapter.module
     embeddings = getattr(base, "get_input_embeddings", lambda: None)()
     weight = getattr(embeddings, "weight", None)
@@ -27,7 +39,7 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
         weight = next(p for p in base.parameters() if id(p) not in own and p.is_floating_point())
     layers = zip(adapter.subspace.names, adapter.layers, strict=True)
     return {
-        "class": type(base).__name__,
+        "class": _class_name(base),
         "model_type": getattr(getattr(base, "config", None), "model_type", None),
         "embedding_shape": list(weight.shape),
         "probes": _probe(weight, EMBEDDING_PROBES),
@@ -78,10 +90,16 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Non
         )
 
 
+def _class_name(base: nn.Module) -> str:
+    """Of the model, where fully_shard has put a class of its own before it."""
+    return next(c.__name__ for c in type(base).__mro__ if "FSDPModule" not in (parent.__name__ for parent in c.__mro__))
+
+
 def _probe(weight: Tensor | None, count: int) -> list[float]:
     if weight is None or weight.is_meta or weight.dtype not in ORDINARY:
         return []
-    flat = weight.detach().reshape(-1)
+    whole: Any = weight.detach()
+    flat = (whole.full_tensor() if is_piece(whole) else whole).reshape(-1)
     where = torch.linspace(0, flat.numel() - 1, count, device=flat.device, dtype=torch.float64).round().long()
     return flat[where.clamp_max(flat.numel() - 1)].float().cpu().tolist()
 

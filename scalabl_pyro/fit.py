@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tqdm.auto import tqdm
 
 from ._errors import check_choice, check_positive
 from .data import Batch, TrainingBatches, check_tokens, training_source
+from .distributed import processes as current_processes
+from .distributed import together
 from .elbo import stays_on_device
 from .faults import explained
 from .graphs import GraphedStep, why_not
@@ -25,8 +28,9 @@ from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weigh
 from .optimiser import build_optimiser, rate_schedule
 from .posterior import Posterior
 from .prefix import PrefixStore
-from .resume import OF_A_RUN, Checkpoints, describe_run
+from .resume import OF_A_RUN, Checkpoints, begin_alike, describe_run
 from .scope import training_scope
+from .sharding import check_shareable
 from .stein import SteinObjective
 from .training import Callback, EagerStep, Trainer
 
@@ -63,6 +67,7 @@ class TrainingError(FloatingPointError):
     result: FitResult | None = None
 
 
+@together
 def fit(
     blora: BayesianLoRA,
     task: Task,
@@ -106,8 +111,8 @@ def fit(
             :class:`~scalabl_pyro.data.Batch` that can be restarted, such as a DataLoader.
         guide: posterior family, see :func:`scalabl_pyro.guides.as_guide`.
         num_steps: optimiser steps.
-        batch_size: rows a step.
-        micro_batch_size: rows a forward pass; smaller ones accumulate gradients of the same ELBO.
+        batch_size: rows a step, of all processes together; see the how-to page *Several processes*.
+        micro_batch_size: rows a forward pass of a process; smaller ones accumulate gradients of the same ELBO.
         lr: of A, B, heads, and the task's parameters (AdamW).
         loc_lr: of the guide's locations; default ``lr``.
         scale_lr: of the guide's scales (as logarithms).
@@ -150,9 +155,13 @@ def fit(
         ValueError: rows that do not fit the task, unknown options, missing ``num_data``, a checkpoint of another run.
         TrainingError: a loss or gradient that is not finite; its ``result`` holds what was learned before.
         RuntimeError: layers that no gradient reaches, by name; a worker of the data loader that died.
+        LostProcess: another process of this training is gone.
     """
+    processes = current_processes()
     options = {name: value for name, value in locals().items() if name in OF_A_RUN}
-    checkpoints = Checkpoints(checkpoint_dir, every=checkpoint_every, keep=keep_checkpoints, resume=resume)
+    checkpoints = Checkpoints(
+        checkpoint_dir, every=checkpoint_every, keep=keep_checkpoints, resume=resume, processes=processes
+    )
     check_choice("draws", draws, ("per_example", "shared"))
     check_choice("schedule", schedule, ("linear", "constant"))
     if not 0 <= warmup <= 1:
@@ -160,6 +169,7 @@ def fit(
     check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, scale_lr=scale_lr)
     if micro_batch_size is not None:
         check_positive(micro_batch_size=micro_batch_size)
+    check_shareable(processes, blora, batch_size=batch_size, cache_prefix=cache_prefix)
     device = blora.device
     blora.move_own_tensors()  # not the LLM, which may lie on several devices
     task.to(device)
@@ -177,6 +187,11 @@ def fit(
     store = _prefix_store(blora, batches, num_data) if cache_prefix else None
     family = as_guide(guide, blora, init_scale=init_scale, seed=seed).to(device)
     elbo = elbo_for(elbo, family, blora.prior)
+    if processes.are_several and not allows_row_draws(elbo):
+        raise ValueError(
+            f"{type(elbo).__name__} is no sum over rows, so {processes.size} processes cannot share a batch: use "
+            "Trace_ELBO, or train in one process."
+        )
     if not (family.per_example and allows_row_draws(elbo)):
         draws = "shared"
     model = TaskModel(blora, task, num_data=num_data, draws=draws, factor_scale=factor_scale)
@@ -185,7 +200,7 @@ def fit(
         objective = SteinObjective(model, family)
     else:
         objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
-    graphed = _uses_graph(cuda_graph, objective, elbo, device, keeps_prefix=store is not None)
+    graphed = _uses_graph(cuda_graph, objective, elbo, device, store is not None, processes.are_several)
     optimiser = build_optimiser(
         model,
         family,
@@ -196,6 +211,7 @@ def fit(
         capturable=graphed,
     )
     signals = StopSignals(terminate=checkpoints.is_on)
+    has_callbacks = any(processes.gather(lambda: bool(callbacks)))  # some log in the first process only
     trainer = Trainer(
         (GraphedStep if graphed else EagerStep)(
             objective,
@@ -204,19 +220,28 @@ def fit(
             micro_batch_size=micro_batch_size,
             max_grad_norm=max_grad_norm,
             store=store,
+            processes=processes,
         ),
         batches=batches,
         kl_weight=lambda step: weight_at(kl_weight, step),
         rate=rate_schedule(schedule, warmup, num_steps),
         lr=lr,
         num_data=num_data,
-        read_every=1 if callbacks or device.type == "cpu" else READ_EVERY,
+        read_every=1 if has_callbacks or device.type == "cpu" else READ_EVERY,
         on_nonfinite=on_nonfinite,
         signals=signals,
     )
     error: TrainingError | None = None
     bar = tqdm(total=num_steps, disable=not progress, desc="fit", unit="step")
     with training_scope(blora, seed, gradient_checkpointing=gradient_checkpointing), signals, bar:
+        if processes.are_several:
+            also = {
+                "micro_batch_size": micro_batch_size,
+                "on_nonfinite": on_nonfinite,
+                "device": device.type,
+                "checkpoint_every": checkpoint_every if checkpoints.is_on else None,
+            }
+            begin_alike(processes, trainer, describe_run(model, family, batches, options | also))
         checkpoints.begin(trainer, lambda: describe_run(model, family, batches, options))
         bar.update(trainer.next_step)
         try:
@@ -224,7 +249,7 @@ def fit(
                 for row in trainer.run(range(trainer.next_step, num_steps)):
                     bar.update(int(row["step"]) + 1 - bar.n)
                     bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "nll", "kl")}, refresh=False)
-                    if any([callback(row) for callback in callbacks]):
+                    if has_callbacks and any(processes.gather(partial(_stops, callbacks, row))):
                         logger.info("a callback stopped the training at step %d", row["step"])
                         break
         except FloatingPointError as failure:
@@ -236,7 +261,8 @@ def fit(
                 len(trainer.history),
                 num_steps,
             )
-    history = trainer.history
+    history = processes.from_first(lambda: trainer.history)  # the seconds of one clock
+    processes.make_equal(list(trainer.learned.tensors().values()))
     provenance = {
         "num_data": num_data,
         "num_steps": len(history),
@@ -254,6 +280,10 @@ def fit(
     return result
 
 
+def _stops(callbacks: Sequence[Callback], row: dict[str, float]) -> bool:
+    return any([callback(row) for callback in callbacks])  # each of them is called
+
+
 def _prefix_store(blora: BayesianLoRA, batches: Callable[[int], Batch], num_data: int) -> PrefixStore:
     if not blora.adapter.has_fixed_prefix:
         raise ValueError(
@@ -266,13 +296,18 @@ def _prefix_store(blora: BayesianLoRA, batches: Callable[[int], Batch], num_data
 
 
 def _uses_graph(
-    wanted: bool | str, objective: Objective | SteinObjective, elbo: ELBO, device: torch.device, *, keeps_prefix: bool
+    wanted: bool | str,
+    objective: Objective | SteinObjective,
+    elbo: ELBO,
+    device: torch.device,
+    keeps_prefix: bool,
+    are_several: bool,
 ) -> bool:
     """Whether steps are captured; see ``cuda_graph``."""
     if wanted not in (True, False, "auto"):
         raise ValueError(f"cuda_graph={wanted!r}: expected True, False or 'auto'.")
     on_device = isinstance(objective, Objective) and stays_on_device(elbo)
-    reason = why_not(device, stays_on_device=on_device, keeps_prefix=keeps_prefix)
+    reason = why_not(device, stays_on_device=on_device, keeps_prefix=keeps_prefix, are_several=are_several)
     if wanted is True and reason:
         raise ValueError(f"cuda_graph=True, but {reason}: leave it out, or use 'auto'.")
     if wanted and reason and device.type == "cuda":

@@ -97,10 +97,14 @@ class GraphedStep(EagerStep):
             torch.empty(1, device=self.device).normal_()
 
 
-def why_not(device: torch.device, *, stays_on_device: bool, keeps_prefix: bool) -> str | None:
+def why_not(
+    device: torch.device, *, stays_on_device: bool, keeps_prefix: bool, are_several: bool = False
+) -> str | None:
     """What speaks against graphs, in words; None if nothing does."""
     if device.type != "cuda":
         return "it runs on the CPU"
+    if are_several:
+        return "several processes add up their gradients in each step"
     if not stays_on_device:
         return "this ELBO or guide reads its loss on the host"
     if keeps_prefix:

@@ -50,7 +50,7 @@ class StopSignals:
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
         if signum == signal.SIGTERM:
-            handler = self._before[signum]
+            handler = self._before.get(signum)  # None where another process received it
             if not callable(handler):
                 raise SystemExit(128 + signum)
             handler(signum, None)

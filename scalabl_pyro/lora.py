@@ -118,6 +118,7 @@ class Adapter:
         self.blocks: tuple[nn.Module, ...] = ()  # from the first adapted one on, where there is one stack of them
         self.shares_prefix = False  # whether hooks repeat the rows at the first adapted block
         self.has_fixed_prefix = False  # whether blocks lie below it, and nothing that is trained
+        self.kept_fingerprint: dict[str, Any] | None = None  # of a base that lies in pieces on several processes
         self.is_attached = True
         self.undo = Undo()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ._errors import check_positive
 from ._pyro import KeepPlates, Program
+from ._rng import scoped_seed
 from .adapted import AdaptedLLM
 from .attach import attach
 from .data import Batch
@@ -256,7 +257,10 @@ class TaskModel(nn.Module):
             s = self.blora.sample_latents()
         if self.factor_scale is not None:
             pyro.factor("factor_prior", self.log_factor_prior())
-        outputs = self.task.outputs(self.blora, batch, s)
+        if batch.joint is not None and self.draws == "per_example":
+            s = s[..., batch.start : batch.start + len(batch), :]
+        with self._own_masks(batch):
+            outputs = self.task.outputs(self.blora, batch, s)
         with pyro.plate("data", self.num_data, subsample=batch.index):
             return pyro.sample("label", self.task(outputs, batch), obs=batch.target)
 
@@ -270,18 +274,30 @@ class TaskModel(nn.Module):
         squares = torch.stack([factor.square().sum().to(device) for factor in free]).sum()
         return -0.5 * squares / self.factor_scale**2
 
+    @contextmanager
+    def _own_masks(self, batch: Batch) -> Iterator[None]:
+        """Dropout draws as many numbers as a process has rows: from a stream of its own, so that others stay alike."""
+        dropouts = (dropout for layer in self.blora.adapter.layers for dropout in layer.lora_dropout.values())
+        if batch.joint is None or not any(isinstance(dropout, nn.Dropout) for dropout in dropouts):
+            yield
+            return
+        with scoped_seed(int(torch.randint(2**31, ())) + batch.start):
+            yield
+
 
 @contextmanager
 def latent_scope(batch: Batch, kl_weight: float | Tensor = 1.0, *, draws: str) -> Iterator[None]:
     """Where the site s is sampled, in model and guide alike.
 
     With per-example draws, s stands in a plate over the B rows and its log density is scaled by 1 / B: the average
-    over rows of log p(s_b) - log q(s_b) is an unbiased estimate of -KL(q || p).
+    over rows of log p(s_b) - log q(s_b) is an unbiased estimate of -KL(q || p). Of a batch that several processes
+    share, each draws for all rows.
     """
+    rows = len(batch) if batch.joint is None else batch.joint
     with ExitStack() as stack:
         if draws == "per_example":
-            stack.enter_context(pyro.plate("rows", len(batch), dim=-1))
-            kl_weight = kl_weight / len(batch)
+            stack.enter_context(pyro.plate("rows", rows, dim=-1))
+            kl_weight = kl_weight / rows
         if not torch.is_tensor(kl_weight) and kl_weight == 0:
             stack.enter_context(poutine.mask(mask=False))  # Pyro refuses a scale of 0
         elif torch.is_tensor(kl_weight) or kl_weight != 1:

@@ -72,10 +72,15 @@ def set_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:
             group["lr"] = base * factor
 
 
+def parameters_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters, in the order of the groups."""
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
 def clip_gradients(optimiser: torch.optim.Optimizer, limit: float | None) -> Tensor:
     """The global gradient norm (), clipped at ``limit``."""
-    parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    parameters = [p for p in parameters_of(optimiser) if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm

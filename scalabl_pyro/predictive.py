@@ -1,10 +1,11 @@
 """Prediction over fixed draws: draw 3 is the same function of the input on every batch."""
 
+import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -19,11 +20,13 @@ from ._lock import LOCK
 from ._rng import Stream
 from .adapted import AdaptedLLM, eval_mode
 from .data import Batch, Example, check_tokens, evaluation_batches
+from .distributed import Processes, is_sharded, processes, together
 from .likelihoods import Task, at_least_float32
 
 logger = logging.getLogger(__name__)
 
 Array = NDArray[np.floating]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class NumericPrediction:
         return pd.DataFrame([row], index=["value"])
 
 
+@together
 @torch.no_grad()
 def predict(
     llm: AdaptedLLM,
@@ -212,20 +216,18 @@ def predict(
     batches = list(evaluation_batches(examples, batch_size, task.pad_token_id))
     if any(batch.target is None for batch in batches):  # one row without answer: nothing is scored
         batches = [batch.without_target() for batch in batches]
-    bar = tqdm(batches, disable=not progress, desc="predict", unit="batch")
     noise = Stream(seed)
+    joint = processes()
+    if joint.are_several:
+        outputs = _shared_outputs(joint, llm, task, s, batches, chunk=chunk, progress=progress)
+        parts = [
+            (b.index, _keep(task, o.to(device), b.to(device), noise)) for b, o in zip(batches, outputs, strict=True)
+        ]
+        return _as_prediction(parts, task, examples, is_mean=is_mean, seconds=time.perf_counter() - start)
+    bar = tqdm(batches, disable=not progress, desc="predict", unit="batch")
     with eval_mode(llm.llm), bar:
         for batch in bar:
-            while True:
-                try:
-                    moments = [_moments(llm, task, part, batch.to(device), noise) for part in s.split(chunk)]
-                    break
-                except torch.OutOfMemoryError:
-                    if chunk == 1:
-                        raise
-                    chunk = -(-chunk // 2)
-                    torch.cuda.empty_cache()
-                    logger.warning("out of memory: going on with %d draws a pass", chunk)
+            moments, chunk = _in_chunks(_moments, llm, task, s, batch.to(device), noise, size=chunk)
             parts.append((batch.index, {k: torch.cat([m[k] for m in moments]) for k in moments[0]}))
     return _as_prediction(parts, task, examples, is_mean=is_mean, seconds=time.perf_counter() - start)
 
@@ -241,8 +243,67 @@ def predict_from_outputs(
     return _as_prediction(parts, task, examples, is_mean=False, seconds=float("nan"))
 
 
+def _in_chunks(
+    function: Callable[..., Result], llm: AdaptedLLM, task: Task, s: Tensor, *rest: Any, size: int
+) -> tuple[list[Result], int]:
+    """A function of ``size`` draws at a time, of fewer when memory runs out; how many it was in the end."""
+    while True:
+        try:
+            return [function(llm, task, part, *rest) for part in s.split(size)], size
+        except torch.OutOfMemoryError:
+            if size == 1 or is_sharded(llm.llm):  # the other processes of a sharded base go on with as many
+                raise
+            size = -(-size // 2)
+            torch.cuda.empty_cache()
+            logger.warning("out of memory: going on with %d draws a pass", size)
+
+
+def _shared_outputs(
+    joint: Processes,
+    llm: AdaptedLLM,
+    task: Task,
+    s: Tensor,
+    batches: Sequence[Batch],
+    *,
+    chunk: int,
+    progress: bool,
+) -> list[Tensor]:
+    """Outputs (S, B, K) of each batch, on the CPU: each process runs its share of the batches, and all get all.
+
+    Where there are fewer batches than processes, draws are shared out too. The processes of a sharded base run it
+    equally often, some of them once more than they need.
+    """
+    device = llm.adapter.device
+    groups = min(len(s), -(-joint.size // len(batches)))
+    work = [(batch, part) for batch in batches for part in s.tensor_split(groups)]
+    rounds = -(-len(work) // joint.size)
+    own = [work[i % len(work)] for i in range(joint.rank, rounds * joint.size, joint.size)]
+    if not is_sharded(llm.llm):
+        own = work[joint.rank :: joint.size]
+    asked = [s.cpu().tolist(), [batch.index.tolist() for batch in batches], chunk]
+
+    def run() -> tuple[str, list[Tensor]]:
+        outputs, size = [], chunk
+        with eval_mode(llm.llm), tqdm(own, disable=not progress, desc="predict", unit="batch") as bar:
+            for batch, draws in bar:
+                found, size = _in_chunks(_outputs, llm, task, draws, batch.to(device), size=size)
+                outputs.append(torch.cat(found).cpu())
+        return hashlib.sha256(repr(asked).encode()).hexdigest(), outputs
+
+    found = joint.gather(run)
+    if len({digest for digest, _ in found}) > 1:
+        raise ValueError("The processes were asked for different predictions: all need the same rows and draws.")
+    pieces = [found[i % joint.size][1][i // joint.size] for i in range(len(work))]
+    return [torch.cat(pieces[i : i + groups]) for i in range(0, len(work), groups)]
+
+
 def _moments(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch, noise: Stream) -> dict[str, Tensor]:
     """What is kept of the likelihood of a batch under P draws."""
+    return _keep(task, _outputs(llm, task, s, batch), batch, noise)
+
+
+def _outputs(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch) -> Tensor:
+    """What the LLM gives for a batch under P draws, (P, B, K)."""
     outputs = task.outputs(llm, batch, s.unsqueeze(1))
     if torch.isnan(outputs).any():
         bad = torch.isnan(outputs).reshape(*outputs.shape[:2], -1).any(2).any(0)
@@ -250,7 +311,7 @@ def _moments(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch, noise: Stream
             f"The LLM's outputs of rows {batch.index[bad].tolist()} are NaN: check these inputs, and use bfloat16 or "
             "float32 instead of float16."
         )
-    return _keep(task, outputs, batch, noise)
+    return outputs
 
 
 def _keep(task: Task, outputs: Tensor, batch: Batch, noise: Stream) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from ._errors import ScalaBLWarning
 from ._version import __version__
 from .checkpoint import Checkpoint, CheckpointFolder
 from .data import Batch, Cycle, TrainingBatches
+from .distributed import Processes
 from .fingerprint import check_fingerprint, describe_layers, fingerprint
 from .guides import Guide
 from .model import TaskModel
@@ -45,12 +46,22 @@ class Checkpoints:
         keep: so many are kept.
         resume: ``"auto"`` goes on from the newest whole one if there is one, True demands one, False demands that there
             is none.
+        processes: that train together. The first one reads and writes, and tells the others what it read: they need
+            not see the folder.
 
     Raises:
         ValueError: options that make no sense.
     """
 
-    def __init__(self, path: str | Path | None, *, every: int, keep: int, resume: bool | str) -> None:
+    def __init__(
+        self,
+        path: str | Path | None,
+        *,
+        every: int,
+        keep: int,
+        resume: bool | str,
+        processes: Processes | None = None,
+    ) -> None:
         if resume not in ("auto", True, False):
             raise ValueError(f"resume={resume!r}: expected 'auto', True or False.")
         for name, number in {"checkpoint_every": every, "keep_checkpoints": keep}.items():
@@ -61,6 +72,7 @@ class Checkpoints:
         self.folder = None if path is None else CheckpointFolder(path, keep=keep)
         self.every = every
         self.resume = resume
+        self.processes = processes or Processes()
         self.run: dict[str, Any] = {}
         self._trainer: Trainer | None = None
         self._saved_step: int | None = None
@@ -92,21 +104,29 @@ class Checkpoints:
         if isinstance(trainer.batches, Cycle):
             trainer.batches.keeps_digest = True
         self._trainer, self.run = trainer, run()
-        trainer.save, trainer.save_every = self.save, self.every
-        found = self._choose(self.folder)
+        trainer.save, trainer.save_every = self.save_together, self.every
+        folder, together = self.folder, self.processes
+        found = together.from_first(lambda: self._choose(folder))
         if found is None:
-            self.folder.set_aside(-1)
-            self._write()
+            together.from_first(lambda: folder.set_aside(-1))
+            together.from_first(self._write)
             return
         self._check(found)
         trainer.load_state(found.tensors, found.record["state"])
-        self.folder.set_aside(found.step)
+        together.same_noise(trainer.execute.device)
+        together.from_first(lambda: folder.set_aside(found.step))
         self._saved_step = self._tried_step = found.step
         logger.info("resumed from %s, %d of %s steps", found.path, found.step, self.run["num_steps"])
+
+    def save_together(self) -> None:
+        """Save the present step, which all processes have reached: the first one writes, the others wait."""
+        self.processes.from_first(self.save)
 
     def save(self) -> None:
         """Save the present step; on failure the training goes on, and the last checkpoint stays."""
         if self.folder is None or self._trainer is None or self._trainer.next_step == self._tried_step:
+            return
+        if not self.processes.is_first:
             return
         try:
             self._write()
@@ -126,7 +146,8 @@ class Checkpoints:
                 list(self._trainer.read())
                 self.save()
             raise
-        self.save()
+        if self.is_on:
+            self.save_together()
         if self._failure is not None:
             warnings.warn(
                 f"The last checkpoint is that of step {self._saved_step}, later ones could not be written: "
@@ -205,6 +226,31 @@ def describe_run(
         "base_model": fingerprint(adapter),
     }
     return json.loads(json.dumps(_plain(run)))
+
+
+def begin_alike(processes: Processes, trainer: Trainer, run: Mapping[str, Any]) -> None:
+    """Start several processes with the parameters of the first one.
+
+    Args:
+        processes: that train together.
+        trainer: at its start.
+        run: what this process was asked for.
+
+    Raises:
+        ValueError: another process was asked for something else.
+    """
+    for rank, other in enumerate(processes.gather(lambda: run)):
+        words = differences(other, run)
+        try:
+            check_fingerprint(other["base_model"], run["base_model"])
+        except ValueError as error:
+            words.append(str(error))
+        if words:
+            raise ValueError(
+                f"Process {processes.rank} was asked for another training than process {rank}: {'; '.join(words)}. All "
+                "must call fit with the same options, data and base model."
+            )
+    processes.make_equal([tensor.data for tensor in trainer.learned.tensors().values()])
 
 
 def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

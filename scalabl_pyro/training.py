@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ._rng import generator_states, set_generator_states
 from .data import Batch, Cycle
+from .distributed import Processes, is_sharded
 from .faults import Figures, GradientCheck, Recovery, describe, reason
 from .interrupts import StopSignals
 from .objective import Objective
-from .optimiser import clip_gradients, set_rates
+from .optimiser import clip_gradients, parameters_of, set_rates
 from .prefix import PrefixStore
 from .state import LearnedState
 from .stein import SteinObjective
@@ -40,6 +41,12 @@ class EagerStep:
         max_grad_norm: the global gradient norm is clipped at it.
         device: of the first adapted layer.
         store: hidden states below the first adapted block, where they are kept.
+        processes: that share each batch.
+
+    Attributes:
+        check: looks at the gradient before the update.
+        signal: gives the signal that this process has received, or 0.
+        agreed_signal: the largest one of all processes, as of the last step.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class EagerStep:
         micro_batch_size: int | None = None,
         max_grad_norm: float | None = None,
         store: PrefixStore | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.objective = objective
         self.optimiser = optimiser
@@ -58,14 +66,21 @@ class EagerStep:
         self.micro_batch_size = micro_batch_size
         self.max_grad_norm = max_grad_norm
         self.store = store
+        self.processes = processes or Processes()
         self.blocked = torch.zeros((), device=device, dtype=torch.float32)  # whatever the default
         # What a GradScaler sets on a fused optimiser: no update while ``found_inf`` is 1.
         optimiser.grad_scale, optimiser.found_inf = None, self.blocked
-        self.check: Callable[[Tensor], None] | None = None  # looks at the gradient before the update
+        self.check: Callable[[Tensor], None] | None = None
+        self.signal: Callable[[], int] = lambda: 0
+        self.agreed_signal = 0
 
     def __call__(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
         """Loss, NLL, weighted KL (nats per example) and gradient norm of the step, (4,) on the device."""
         terms = self.gradient(batch, kl_weight)
+        if self.processes.are_several:
+            self.agreed_signal = self.processes.meet(batch, self.signal())
+            terms = self.processes.add_up(parameters_of(self.optimiser), terms)
+        self.objective.finish()
         if self.check is not None:
             self.check(terms[0])
         norm = clip_gradients(self.optimiser, self.max_grad_norm).to(terms)
@@ -77,16 +92,17 @@ class EagerStep:
     def gradient(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
         """Put the gradient of the loss of a batch into ``.grad``; loss, NLL and weighted KL, (3,).
 
-        Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B.
+        Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B. Of several
+        processes each has a part of every micro-batch, and what it computes is its part of the sums.
         """
         self.objective.zero_grad(set_to_none=True)
         parts = []
-        for micro in batch.split(self.micro_batch_size or len(batch)):
-            share = len(micro) / len(batch)
+        for joint in batch.split((self.micro_batch_size or len(batch)) * self.processes.size):
+            micro, share = self.processes.part(joint)
+            share *= len(joint) / len(batch)
             width = micro.inputs["input_ids"].shape[1] if self.store else 0
             with self.store.reuse(micro.index, micro.last + 1, width) if self.store else nullcontext():
                 parts.append(share * self.objective.accumulate(micro.to(self.device), kl_weight, share=share))
-        self.objective.finish()
         return torch.stack(parts).sum(0)
 
 
@@ -143,6 +159,7 @@ class Trainer:
         self.num_data = num_data
         self.read_every = read_every
         self.signals = signals
+        execute.signal = lambda: (signals and signals.received) or 0
         self.learned = LearnedState(execute.objective, execute.optimiser)
         self.recovery = Recovery(on_nonfinite, self.learned)
         self.history: list[dict[str, float]] = []
@@ -166,17 +183,19 @@ class Trainer:
                 or since.
             RuntimeError: a layer that no gradient reaches.
         """
-        check = GradientCheck(self.execute.objective.model.blora)
+        blora = self.execute.objective.model.blora
+        check = GradientCheck(blora)
         self.execute.check = check
+        validates = not is_sharded(blora.llm)  # an error before the backward pass would leave the others alone in it
         try:
             for step in steps:
                 if not self._pending:
                     self.recovery.remember(step)
                 batch = self.batches(step)
-                with pyro.validation_enabled(step == steps[0]):
+                with pyro.validation_enabled(validates and step == steps[0]):
                     self._take(step, batch)
                 is_due = self.save_every is not None and (step + 1) % self.save_every == 0
-                is_stopped = self.signals is not None and self.signals.received is not None
+                is_stopped = self._is_stopped()
                 if len(self._pending) >= self.read_every or step == steps[-1] or is_due or is_stopped:
                     yield from self.read()
                 if is_due or is_stopped:
@@ -247,16 +266,30 @@ class Trainer:
         self.is_whole, self.next_step = True, step + 1
         self._pending.append(Pending(step, batch, weight, rate * self.lr, self.seconds, figures))
 
+    def _is_stopped(self) -> bool:
+        """Whether a signal waits; of several processes, whether one was told of in their last step."""
+        if self.signals is None:
+            return False
+        if self.execute.processes.are_several:
+            self.signals.received = self.execute.agreed_signal or self.signals.received
+            return bool(self.execute.agreed_signal)
+        return self.signals.received is not None
+
     def _recover(self, one: Pending, figures: Figures) -> None:
-        objective = self.execute.objective
-        facts = describe(one.batch, figures, self._kl(one, figures), objective.guide)
+        facts = describe(one.batch, figures, self._kl(one, figures), self.execute.objective.guide)
         self.is_whole = False
         stop = self.recovery.bad(one.step, facts)
         if stop is not None:
-            cause = None if math.isfinite(figures.loss) else objective.explain(one.batch.to(self.execute.device))
+            cause = None if math.isfinite(figures.loss) else self._explain(one.batch)
             raise FloatingPointError(reason(one.step, figures, facts, cause) + stop)
         self.execute.blocked.zero_()
         self.is_whole = True
+
+    def _explain(self, batch: Batch) -> str:
+        """Why the loss is not finite: the first process that finds a cause in its rows is believed by all."""
+        own, _ = self.execute.processes.part(batch)
+        found = self.execute.processes.gather(lambda: self.execute.objective.explain(own.to(self.execute.device)))
+        return next((cause for cause in found if cause.startswith("site")), found[0])
 
     def _row(self, one: Pending, figures: Figures) -> dict[str, float]:
         return {

