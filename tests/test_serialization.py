@@ -437,7 +437,8 @@ def test_two_posteriors_share_a_module_and_keep_their_own_predictions(saved, tmp
 
 @pytest.mark.parametrize("guide", [autoguide.AutoDelta, autoguide.AutoNormal, autoguide.AutoMultivariateNormal])
 def test_posteriors_of_one_family_do_not_mix_in_one_process(guide, tmp_path):
-    learned = [Case(guide=guide).learn(seed=seed) for seed in (0, 1)]
+    # The first steps of Adam go by the sign of the gradient, which can be the same for both seeds.
+    learned = [Case(guide=guide).learn(seed=seed, num_steps=6) for seed in (0, 1)]
     shown = [observe(posterior, QUESTIONS) for posterior in learned]
     assert not torch.equal(shown[0]["mean"], shown[1]["mean"])
     for i, posterior in enumerate(learned):
