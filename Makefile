@@ -24,7 +24,9 @@ test: install  ## the whole default suite
 	$(BIN)/python -m pytest --numprocesses 2
 
 coverage: install  ## which lines and branches the default suite runs
-	$(BIN)/python -m pytest --numprocesses 2 --cov --cov-report=term-missing:skip-covered
+	$(BIN)/coverage run -m pytest --numprocesses 2
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --show-missing --skip-covered
 
 test-slow: install  ## long proofs
 	$(BIN)/python -m pytest -m slow

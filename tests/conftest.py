@@ -84,7 +84,7 @@ def fitted():
     with warnings.catch_warnings():
         task = sp.MultipleChoice(tiny.tokenizer())
         blora = sp.bayesian_lora(tiny.causal_lm())
-        return sp.fit(blora, task, tiny.question_rows(48), num_steps=60, lr=1e-2, progress=False)
+        return sp.fit(blora, task, tiny.question_rows(48), num_steps=60, lr=1e-2, init_scale=0.05, progress=False)
 
 
 @pytest.fixture(scope="module")

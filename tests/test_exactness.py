@@ -45,6 +45,9 @@ FAMILIES = {
     "AutoLowRankMultivariateNormal": (AutoLowRankMultivariateNormal, EQUAL, 800),
 }
 
+#: Left to the slow suite: their class is Pyro's, or another row has it too.
+LONG = ("lowrank of rank 1", "AutoNormal", "AutoMultivariateNormal", "AutoLowRankMultivariateNormal")
+
 
 class EvenNoise:
     """Standard normal draws (..., D) whose mean is 0 and covariance I exactly, and not those of the draws before."""
@@ -121,7 +124,10 @@ def moments(posterior, toy):
     return Found(s.mean(0), torch.cov(s.T), float((fit + prior - log_q).mean()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in FAMILIES],
+)
 def test_a_family_that_contains_the_posterior_finds_it_and_its_elbo_is_the_evidence(family):
     guide, options, num_steps = FAMILIES[family]
     toy = LinearToy(**options)
@@ -167,9 +173,9 @@ def test_the_weights_of_the_best_factorised_guide_under_strong_correlations_have
     best = toy.elbo(exact.mean, conditional.square().diag())
     assert all(toy.elbo(exact.mean, (factor * conditional).square().diag()) < best for factor in (0.98, 1.02))
     posterior = posterior_of(toy, NormalGuide(exact.mean, conditional))
-    ks = [posterior.log_weights(toy.rows, num_draws=4000, seed=seed).pareto_k()[0] for seed in range(4)]
+    ks = [posterior.log_weights(toy.rows, num_draws=2000, seed=seed).pareto_k()[0] for seed in range(3)]
     index = 1 - torch.linalg.eigvalsh(precision * conditional.outer(conditional))[0].item()
-    assert index > 0.95 and min(ks) > 0.7 and np.mean(ks) == pytest.approx(index, abs=0.15)
+    assert index > 0.95 and min(ks) > 0.7 and np.mean(ks) == pytest.approx(index, abs=0.3)
     finding = posterior.diagnose(toy.rows, num_draws=4000).to_frame().loc["pareto_k"]
     assert finding.severity in ("warning", "error") and "full_covariance" in finding.advice
-    assert posterior_of(toy).log_weights(toy.rows, num_draws=4000).pareto_k()[0] < 0.5  # the posterior itself
+    assert posterior_of(toy).log_weights(toy.rows, num_draws=1000).pareto_k()[0] < 0.5  # the posterior itself

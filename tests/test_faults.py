@@ -250,7 +250,7 @@ def test_restore_cures_a_scale_that_overflows(blora, task, monkeypatch):
             with torch.no_grad():
                 guide.scale_unconstrained[3] = 1000.0
 
-    guide = as_guide("normal", blora)
+    guide = as_guide("normal", blora, init_scale=0.05)
     result = fit(blora, task, guide=guide, num_steps=6, on_nonfinite="restore", callbacks=[blow_up])
     assert result.history["step"].tolist() == [0, 1, 3, 4, 5]
     assert result.posterior.guide.scale.max() < 0.1

@@ -23,7 +23,7 @@ def fit(blora, task, rows=ROWS, **options):
 
 
 def test_it_learns(blora, task):
-    result = fit(blora, task, tiny.question_rows(48), num_steps=80, lr=1e-2)
+    result = fit(blora, task, tiny.question_rows(48), num_steps=80, lr=1e-2, init_scale=0.05)
     assert result.history["loss"].iloc[-5:].mean() < 0.5 * result.history["loss"].iloc[:5].mean()
     assert result.posterior.predict(tiny.question_rows(20, seed=7)).metrics().loc["value", "accuracy"] > 0.9
 

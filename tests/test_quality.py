@@ -65,6 +65,7 @@ def outcome(args):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in Table(args.out).rows()]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default::scalabl_pyro.ScalaBLWarning")
 def test_a_benchmark_that_was_killed_goes_on_and_ends_with_the_same_table(command, monkeypatch):
     whole, stopped = command("whole"), command("stopped")
