@@ -1,0 +1,164 @@
+"""Questions with a few answers, of which the LLM gives the first token."""
+
+import numbers
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..adapted import LatentLLM
+from ..data import Batch, Example, Row
+from .base import Task, at_least_float32, field_of, is_missing
+
+
+class MultipleChoice(Task):
+    """Answer a question by one token: the label (A, B, C, ...) of a choice.
+
+    Rows are ``{"question": str, "choices": [str, ...], "answer": int}``; the answer may also be a label, and may
+    be missing for prediction. The likelihood is categorical over the labels' logits at the last prompt token.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a pad token.
+        labels: one label a choice, each a single token; default A to Z.
+        template: the prompt, with ``{question}`` and, if wanted, ``{choices}``.
+        chat: wrap the prompt with the tokenizer's chat template; default: if it has one.
+        max_length: longest prompt in tokens; longer questions are cut at their end.
+
+    Raises:
+        ValueError: a label is not one token, or the template lacks ``{question}``.
+    """
+
+    options = ("labels", "template", "chat", "max_length")
+    without_tokenizer = False
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        labels: Sequence[str] = tuple(string.ascii_uppercase),
+        template: str = "{question}\n{choices}\nAnswer:",
+        chat: bool | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__(tokenizer, max_length=max_length)
+        if not isinstance(labels, Sequence) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"labels={labels!r}: expected two or more texts, such as ('A', 'B', 'C', 'D').")
+        if not isinstance(template, str) or "{question}" not in template:
+            raise ValueError(f"template={template!r} must contain '{{question}}'.")
+        if chat and not tokenizer.chat_template:
+            raise ValueError("chat=True, but the tokenizer has no chat template: use chat=False.")
+        self.labels = tuple(labels)
+        self.template = template
+        self.chat = bool(tokenizer.chat_template) if chat is None else chat
+        ids = self._label_ids()
+        self.register_buffer("label_ids", torch.tensor(ids), persistent=False)
+        self._largest_id = max(ids)
+
+    @property
+    def classes(self) -> Sequence[str]:  # type: ignore[override]
+        """The labels."""
+        return self.labels
+
+    def encode(self, row: Row) -> Example:
+        """Prompt tokens, the index of the answer, and the number of choices."""
+        choices = field_of(row, "choices")
+        if isinstance(choices, str | Mapping) or not isinstance(choices, Iterable):
+            raise ValueError(f"choices must be a list of texts, got a {type(choices).__name__}.")
+        choices = list(choices)
+        if any(is_missing(choice) for choice in choices):
+            raise ValueError(f"choices={choices} has a missing one (None).")
+        if not 2 <= len(choices) <= len(self.labels):
+            raise ValueError(f"{len(choices)} choices; this task has labels for 2 to {len(self.labels)}.")
+        prompt = self.prompt(row)
+        ids = self._tokens(prompt)
+        is_cut = self.max_length is not None and len(ids) > self.max_length
+        if is_cut:
+            ids = self._shorten(row)
+        answer = self._answer(row.get("answer"), choices)
+        return Example({"input_ids": ids}, answer, {"num_choices": len(choices)}, is_cut=is_cut)
+
+    def prompt(self, row: Row) -> str:
+        """The text that the LLM is asked to continue with a label."""
+        lines = "\n".join(f"{label}. {choice}" for label, choice in zip(self.labels, row["choices"], strict=False))
+        fill = {"{choices}": lines, "{question}": str(field_of(row, "question"))}
+        text = re.sub(r"\{(choices|question)\}", lambda match: fill[match[0]], self.template)
+        if not self.chat:
+            return text
+        message = [{"role": "user", "content": text}]
+        return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+    def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
+        """Logits of all labels at the last prompt token, (..., B, labels)."""
+        # Padding stands right of the last token, where a causal LM does not look; without a mask, attention takes its
+        # fastest kernel, and nothing on the host waits to read the mask.
+        inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
+        logits = llm(**inputs, s=s, positions=batch.last).logits
+        if logits.dim() < 3 or logits.shape[-1] <= self._largest_id:
+            raise ValueError(
+                f"The model gives {logits.shape[-1]} logits, fewer than the labels need: load a causal LM "
+                "(AutoModelForCausalLM) with its own tokenizer."
+            )
+        logits = logits[..., 0, :]
+        return at_least_float32(logits[..., self.label_ids.to(logits.device)])
+
+    def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Categorical:
+        """Categorical over the choices that a row has."""
+        label = torch.arange(outputs.shape[-1], device=outputs.device)
+        missing = label >= batch.extras["num_choices"].unsqueeze(-1)
+        return dist.Categorical(logits=outputs.masked_fill(missing, -torch.inf))
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=not self.chat).input_ids
+
+    def _label_ids(self) -> list[int]:
+        """The token that each label becomes behind a prompt (a chat starts a line, plain text a word)."""
+        prompt = self.prompt({"question": "?", "choices": []})
+        head = self._tokens(prompt)
+        if not self.chat and self.tokenizer.eos_token_id is not None and head[-1:] == [self.tokenizer.eos_token_id]:
+            raise ValueError(
+                "The tokenizer appends an end-of-text token to prompts, so the LLM would be asked what comes after the "
+                "end: set tokenizer.add_eos_token = False."
+            )
+        ids = []
+        for label in self.labels:
+            tokens = self._tokens(prompt + ("" if self.chat else " ") + label)
+            if tokens[: len(head)] != head or len(tokens) != len(head) + 1:
+                pieces = self.tokenizer.convert_ids_to_tokens(tokens[len(head) :])
+                raise ValueError(
+                    f"The label {label!r} is not one token behind this prompt (it becomes {pieces}): choose labels "
+                    "that are, such as A, B, C, or short words."
+                )
+            if tokens[-1] == self.tokenizer.unk_token_id:
+                raise ValueError(f"The tokenizer does not know the label {label!r}: choose another.")
+            ids.append(tokens[-1])
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"labels={self.labels}: two labels become the same token.")
+        return ids
+
+    def _answer(self, answer: Any, choices: Sequence[str]) -> int | None:
+        if answer is None:
+            return None
+        index = self.labels.index(answer) if isinstance(answer, str) and answer in self.labels else answer
+        if not isinstance(index, numbers.Integral) or int(index) not in range(len(choices)):
+            raise ValueError(
+                f"answer={answer!r} is outside the {len(choices)} choices: give an index from 0 to {len(choices) - 1}"
+                f" or a label from {self.labels[0]} to {self.labels[len(choices) - 1]}."
+            )
+        return int(index)
+
+    def _shorten(self, row: Row) -> list[int]:
+        """Cut the end of the question, never the choices or the cue for the answer."""
+        assert self.max_length is not None
+        question = self.tokenizer(str(row["question"]), add_special_tokens=False).input_ids
+        ids = self._tokens(self.prompt(row))
+        while question and len(ids) > self.max_length:
+            question = question[: self.max_length - len(ids)]
+            ids = self._tokens(self.prompt({**row, "question": self.tokenizer.decode(question)}))
+        if not question:
+            raise ValueError(f"max_length={self.max_length} leaves no room for the question beside the choices.")
+        return ids
