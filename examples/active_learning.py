@@ -6,7 +6,8 @@
 
 From a few labelled rows on, each round fits ScalaBL anew on all labels so far, scores the pool and has the best rows
 labelled: by BALD (mutual information of answer and draw), by entropy, or at random. The strategies share pool, first
-labels and first fit of a seed. Tables and a picture go to runs/active_learning/.
+labels and first fit of a seed. Tables and a picture go to runs/active_learning/; seeds that stand there are not run
+again.
 """
 
 import argparse
@@ -145,19 +146,21 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # that long articles are cut is known here
     args.out.mkdir(parents=True, exist_ok=True)
-    llm, tokenizer = sources.tiny_llm() if args.tiny else sources.smollm2()
-    llm.to("cuda" if torch.cuda.is_available() else "cpu")
-    train, test_rows = load_data(args)
-    task = make_task(args, tokenizer, test_rows)
-    test, lines = KeptRows(test_rows, task), []
-    for seed in args.seeds:
+    lines = sources.earlier_lines(args, args.out / "runs.csv", args.out / "settings.json")
+    if todo := [seed for seed in args.seeds if seed not in {line["seed"] for line in lines}]:
+        llm, tokenizer = sources.tiny_llm() if args.tiny else sources.smollm2()
+        llm.to("cuda" if torch.cuda.is_available() else "cpu")
+        train, test_rows = load_data(args)
+        task = make_task(args, tokenizer, test_rows)
+        test = KeptRows(test_rows, task)
+    for seed in todo:
         lines += run(llm, task, sources.pick(train, args.pool_rows, seed), test, args, seed)
-        runs = pd.DataFrame(lines)
-        table = summary(runs)
-        runs.to_csv(args.out / "runs.csv", index=False)
-        table.to_csv(args.out / "summary.csv")
-        picture(table, args.out / "curves.png")
-        sources.save_settings(args, args.out / "settings.json", seconds=round(time.perf_counter() - start))
+        pd.DataFrame(lines).to_csv(args.out / "runs.csv", index=False)
+        sources.save_settings(args, args.out / "settings.json")
+    runs = pd.DataFrame(lines)
+    table = summary(runs)
+    table.to_csv(args.out / "summary.csv")
+    picture(table, args.out / "curves.png")
     print(f"\n{table.round(3).to_string()}")
     if "random" in args.strategies and len(args.strategies) > 1:
         print(f"\nLess random, over all rounds after the start:\n{against_random(runs).round(3).to_string()}")

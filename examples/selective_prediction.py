@@ -133,7 +133,7 @@ def main() -> None:
         tables = {"plain": pd.DataFrame(plain), "scores": pd.DataFrame(scored), "rules": pd.DataFrame(ruled)}
         for name, table in tables.items():
             table.to_csv(args.out / f"{name}.csv", index=False)
-        sources.save_settings(args, args.out / "settings.json", seconds=round(time.perf_counter() - start))
+        sources.save_settings(args, args.out / "settings.json")
     print(f"\nAll of test is answered:\n{tables['plain'].drop(columns='seed').agg(['mean', 'sem']).round(3)}")
     print(f"\n{mean_and_error(tables['scores'], ['score']).round(3).to_string()}")
     print(f"\n{mean_and_error(tables['rules'], ['target', 'rule']).round(3).to_string()}")

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -126,7 +127,21 @@ def pick(rows: list[dict], count: int, seed: int, *, balance: str | None = None)
     return [{"id": i, **rows[i]} for i in order[:count]]
 
 
-def save_settings(args: argparse.Namespace, path: Path, **more: object) -> None:
-    """Write the command line and what else a reader of the tables must know, as JSON."""
-    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"version": sp.__version__} | more
-    path.write_text(json.dumps(settings, indent=1, default=str) + "\n", encoding="utf-8")
+def settings_of(args: argparse.Namespace) -> dict:
+    """What a reader of the tables must know: the command line, but for where and how often, and the version."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "seeds")} | {"version": sp.__version__}
+    return json.loads(json.dumps(settings, default=lambda path: path.name))
+
+
+def save_settings(args: argparse.Namespace, path: Path) -> None:
+    """Write :func:`settings_of`."""
+    path.write_text(json.dumps(settings_of(args), indent=1) + "\n", encoding="utf-8")
+
+
+def earlier_lines(args: argparse.Namespace, table: Path, settings: Path) -> list[dict]:
+    """Lines of an earlier run with the same settings, none if there was no run."""
+    if not table.exists():
+        return []
+    if json.loads(settings.read_text(encoding="utf-8")) != settings_of(args):
+        raise SystemExit(f"{table} was made with other settings, see {settings}: choose another --out, or remove both.")
+    return pd.read_csv(table, float_precision="round_trip").to_dict("records")

@@ -231,3 +231,16 @@ def test_trec_is_read_from_a_folder_or_the_one_below(tmp_path):
     assert sources.trec(tmp_path, "test")[0]["answer"] == 0
     with pytest.raises(SystemExit, match=r"no trec_train\.jsonl"):
         sources.trec(tmp_path, "train")
+
+
+def test_lines_of_other_settings_are_not_mixed(tmp_path):
+    table, settings = tmp_path / "runs.csv", tmp_path / "settings.json"
+    args = Namespace(steps=2, seeds=[0], out=tmp_path)
+    assert sources.earlier_lines(args, table, settings) == []
+    pd.DataFrame([{"seed": 0, "nll": 1.5}]).to_csv(table, index=False)
+    sources.save_settings(args, settings)
+    assert sources.earlier_lines(Namespace(steps=2, seeds=[0, 1], out="."), table, settings) == [
+        {"seed": 0, "nll": 1.5}
+    ]
+    with pytest.raises(SystemExit, match="made with other settings"):
+        sources.earlier_lines(Namespace(steps=3, seeds=[0], out="."), table, settings)

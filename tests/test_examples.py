@@ -110,6 +110,8 @@ def test_active_learning_holds_its_strategies_against_each_other(tmp_path):
     assert len(table) == 2 * 3 * 4 and table["nll"].notna().all()
     starts = table[table["labels"] == 4].groupby("seed")["nll"]
     assert (starts.nunique() == 1).all()
+    assert "seed 0" not in run("active_learning.py", tmp_path)  # what stands there is not run again
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "runs.csv"), table)
     assert {"summary.csv", "settings.json", "curves.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
