@@ -129,13 +129,13 @@ def picture(table: pd.DataFrame, path: Path) -> None:
     """Curves against the number of labels, with bars of one standard error."""
     _, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for ax, (name, title) in zip(axes, METRICS.items(), strict=True):
-        for strategy, part in table.groupby(level="strategy"):
+        for shift, (strategy, part) in zip((-0.004, 0, 0.004), table.groupby(level="strategy"), strict=False):
             labels, values = part.index.get_level_values("labels"), part[name]
-            ax.errorbar(
-                labels, values["mean"], yerr=values["sem"].fillna(0), color=COLORS[strategy], capsize=2, label=strategy
-            )
+            bars = {"yerr": values["sem"].fillna(0), "capsize": 2, "marker": "o", "markersize": 3}
+            x = labels + shift * labels.max()  # bars side by side
+            ax.errorbar(x, values["mean"], **bars, color=COLORS[strategy], label=strategy.replace("bald", "BALD"))
         ax.set(xlabel="labelled rows", ylabel=title, xticks=sorted(table.index.unique("labels")))
-    axes[0].legend(frameon=False, loc="lower right")
+    axes[0].legend(frameon=False)
     plt.gcf().savefig(path, dpi=150)
     plt.close("all")
 
