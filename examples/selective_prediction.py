@@ -100,6 +100,9 @@ def picture(test: sp.Prediction, ood: sp.Prediction, args: argparse.Namespace) -
         name = score.replace("_", " ")
         plots.risk_coverage(test, uncertainty=doubt(test, score), ax=axes[0], label=name, color=COLORS[score])
     plots.uncertainty_histogram(test, ood, ax=axes[1])
+    axes[1].set_title(f"Entropy: {axes[1].get_title()}")
+    for ax in axes:
+        ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legends
     plt.gcf().savefig(args.out / "selective.png", dpi=150)
     plt.close("all")
 

@@ -165,7 +165,7 @@ def risk_coverage(
     name = f"area {risk.mean():.3f}" if label is None else f"{label}: area {risk.mean():.3f}"
     ax.plot(coverage, risk, color=color, label=name)
     ax.set(xlabel="coverage", ylabel="error among answered", xlim=(0, 1), title="Selective prediction")
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(bottom=0, auto=True)  # a later, higher curve still fits
     ax.legend(frameon=False)
     return ax
 

@@ -197,6 +197,13 @@ def test_risk_coverage_takes_rows_in_the_order_of_a_score():
     np.testing.assert_allclose(curve.get_xydata().T, expected)
 
 
+def test_a_higher_curve_that_comes_later_is_not_cut():
+    ax = plots.risk_coverage(prediction(concentration=0.1))
+    bad = prediction(concentration=0.1)
+    plots.risk_coverage(bad, uncertainty=(bad.labels == bad.target).astype(float), ax=ax)  # wrong rows first
+    assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] > 1
+
+
 def test_risk_coverages_share_axes():
     ax = plots.risk_coverage(prediction(), label="a")
     plots.risk_coverage(prediction(1), ax=ax, label="b", color="red")
