@@ -144,4 +144,4 @@ def earlier_lines(args: argparse.Namespace, table: Path, settings: Path) -> list
         return []
     if json.loads(settings.read_text(encoding="utf-8")) != settings_of(args):
         raise SystemExit(f"{table} was made with other settings, see {settings}: choose another --out, or remove both.")
-    return pd.read_csv(table, float_precision="round_trip").to_dict("records")
+    return pd.read_csv(table).to_dict("records")
