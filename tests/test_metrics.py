@@ -78,6 +78,27 @@ def test_risk_coverage_by_hand():
     assert metrics.aurc(PROBS, LABELS) == pytest.approx(0.25 / 4)
 
 
+def test_risk_coverage_in_the_order_of_another_score():
+    wrong = PROBS.argmax(1) != LABELS
+    worst_first = np.where(wrong, 0.0, 1.0)
+    _, risk = metrics.risk_coverage(PROBS, LABELS, uncertainty=worst_first)
+    np.testing.assert_allclose(risk, [1, 1 / 2, 1 / 3, 1 / 4])
+    assert metrics.aurc(PROBS, LABELS, uncertainty=worst_first) == pytest.approx(np.mean(risk))
+    same = metrics.risk_coverage(PROBS, LABELS, uncertainty=1 - PROBS.max(1))
+    np.testing.assert_array_equal(same, metrics.risk_coverage(PROBS, LABELS))
+
+
+def test_rows_of_one_score_are_answered_in_random_order():
+    _, risk = metrics.risk_coverage(PROBS, LABELS, uncertainty=np.zeros(4))
+    np.testing.assert_allclose(risk, 0.25)
+
+
+@pytest.mark.parametrize("uncertainty", [np.zeros(3), np.zeros((4, 1)), np.array([0, 0, 0, np.nan])])
+def test_an_uncertainty_must_be_a_number_a_row(uncertainty):
+    with pytest.raises(ValueError, match=r"expected \(4,\), a finite number a row"):
+        metrics.risk_coverage(PROBS, LABELS, uncertainty=uncertainty)
+
+
 def test_entropy_by_hand():
     values = metrics.entropy(np.array([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]]))
     np.testing.assert_allclose(values, [math.log(2), 0, -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))])

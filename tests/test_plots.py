@@ -190,6 +190,20 @@ def test_risk_coverage_is_the_curve_with_its_area(label, prefix):
     assert ax.get_xlim() == (0, 1) and ax.get_ylim()[0] == 0
 
 
+def test_risk_coverage_takes_rows_in_the_order_of_a_score():
+    given = prediction()
+    (curve,) = plots.risk_coverage(given, uncertainty=given.epistemic).lines
+    expected = metrics.risk_coverage(given.probs, given.target, uncertainty=given.epistemic)
+    np.testing.assert_allclose(curve.get_xydata().T, expected)
+
+
+def test_a_higher_curve_that_comes_later_is_not_cut():
+    ax = plots.risk_coverage(prediction(concentration=0.1))
+    bad = prediction(concentration=0.1)
+    plots.risk_coverage(bad, uncertainty=(bad.labels == bad.target).astype(float), ax=ax)  # wrong rows first
+    assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] > 1
+
+
 def test_risk_coverages_share_axes():
     ax = plots.risk_coverage(prediction(), label="a")
     plots.risk_coverage(prediction(1), ax=ax, label="b", color="red")
