@@ -21,10 +21,10 @@ demo: install  ## fine-tune SmolLM2 on news, with uncertainty; a few minutes on 
 	$(BIN)/python examples/quickstart.py
 
 test: install  ## the whole default suite
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 coverage: install  ## which lines and branches the default suite runs
-	$(BIN)/coverage run -m pytest --numprocesses 2
+	$(BIN)/coverage run -m pytest --numprocesses 2 --dist worksteal
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --show-missing --skip-covered
 
