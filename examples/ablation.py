@@ -81,8 +81,7 @@ def load(args: argparse.Namespace):
     if args.data is None:
         train = sources.reuters_r8("train", count=args.train_rows, seed=args.seed)
         test = sources.reuters_r8("test", count=args.test_rows, seed=args.seed)
-        words, template = list(sources.R8_TOPICS.values()), "News: {question}\nTopic:"
-        task = sp.MultipleChoice(tokenizer, labels=words, template=template, chat=False, max_length=args.max_length)
+        task = sources.word_task(tokenizer, train, sources.NEWS, args.max_length)
     else:
         train = sources.pick(read_rows(args.data), args.train_rows, args.seed)
         test = sources.pick(read_rows(args.test_data or args.data, split="test"), args.test_rows, args.seed)

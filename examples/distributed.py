@@ -76,10 +76,8 @@ def load(args: argparse.Namespace):
         task = sp.MultipleChoice(tokenizer, labels=WORDS[:4], template="{question} :", chat=False)
         return llm, task, made_up_rows(args.rows, 0), made_up_rows(args.rows // 2, 1)
     llm, tokenizer = sources.smollm2()
-    words = list(sources.R8_TOPICS.values())
-    task = sp.MultipleChoice(tokenizer, labels=words, template="News: {question}\nTopic:", chat=False, max_length=48)
     train, test = (sources.reuters_r8(part, count=args.rows, seed=0) for part in ("train", "test"))
-    return llm, task, train, test
+    return llm, sources.word_task(tokenizer, train, sources.NEWS, 48), train, test
 
 
 def run(args: argparse.Namespace, device: torch.device, **options):

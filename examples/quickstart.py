@@ -58,9 +58,7 @@ def make_task(args: argparse.Namespace, tokenizer) -> sp.MultipleChoice:
     if args.data is not None:
         return sp.MultipleChoice(tokenizer, max_length=args.max_length)
     words = list(sources.R8_TOPICS.values())
-    return sp.MultipleChoice(
-        tokenizer, labels=words, template="News: {question}\nTopic:", chat=False, max_length=args.max_length
-    )
+    return sp.MultipleChoice(tokenizer, labels=words, template=sources.NEWS, chat=False, max_length=args.max_length)
 
 
 def score(name: str, posterior: sp.Posterior, test: list, ood: list, *, num_draws: int, seconds: float) -> tuple:

@@ -50,8 +50,7 @@ def learn(args: argparse.Namespace) -> tuple[sp.Posterior, list[dict]]:
     llm.to("cuda" if torch.cuda.is_available() else "cpu")
     train = sources.reuters_r8("train", count=args.rows, seed=0)
     test = sources.reuters_r8("test", count=args.test_rows, seed=0)
-    words, template = list(sources.R8_TOPICS.values()), "News: {question}\nTopic:"
-    task = sp.MultipleChoice(tokenizer, labels=words, template=template, chat=False, max_length=48)
+    task = sources.word_task(tokenizer, train, sources.NEWS, 48)
     depth = llm.config.get_text_config().num_hidden_layers
     blora = sp.bayesian_lora(llm, layers_to_transform=range(depth - args.blocks, depth))
     options = {"num_steps": args.steps, "lr": 5e-3, "scale_lr": 5e-2, "cache_prefix": True, "progress": False}

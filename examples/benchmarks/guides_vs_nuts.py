@@ -62,9 +62,7 @@ def learn_factors(args: argparse.Namespace):
     llm.to("cuda" if torch.cuda.is_available() else "cpu")
     train = sources.reuters_r8("train", count=args.rows, seed=args.seed, topics=TOPICS)
     test = sources.reuters_r8("test", count=args.test_rows, seed=args.seed, topics=TOPICS)
-    words = [sources.R8_TOPICS[topic] for topic in TOPICS]
-    template = "News: {question}\nTopic:"
-    task = sp.MultipleChoice(tokenizer, labels=words, template=template, chat=False, max_length=args.max_length)
+    task = sources.word_task(tokenizer, train, sources.NEWS, args.max_length)
     depth = llm.config.get_text_config().num_hidden_layers
     blora = sp.bayesian_lora(llm, r=args.rank, layers_to_transform=range(depth - args.blocks, depth))
     options = {"lr": 5e-3, "scale_lr": 5e-2, "init_scale": 0.3, "cache_prefix": True, "progress": False}

@@ -43,7 +43,7 @@ SOURCES = {
     "boolq": Source(("google/boolq", None), "validation", template="{question}\nAnswer:", labels=None, max_length=512),
     "mmlu_chemistry": Source((MMLU, "college_chemistry")),
     "mmlu_physics": Source((MMLU, "college_physics")),
-    "trec": Source(template="Question: {question}\nType of answer:", labels=None, max_length=96, ood=("agnews",)),
+    "trec": Source(template=sources.TREC, labels=None, max_length=96, ood=("agnews",)),
     "sst2": Source(
         ("stanfordnlp/sst2", None),
         "validation",
@@ -63,12 +63,12 @@ SOURCES = {
     "agnews": Source(
         ("fancyzhx/ag_news", None),
         text="{text}",
-        template="News: {question}\nTopic:",
+        template=sources.NEWS,
         labels=("world", "sports", "business", "technology"),
         max_length=128,
     ),
     "r8": Source(
-        template="News: {question}\nTopic:",
+        template=sources.NEWS,
         labels=tuple(sources.R8_TOPICS.values()),
         max_length=96,
         ood=("newsgroups",),
