@@ -124,8 +124,8 @@ class Posterior:
                 of which the test split is read); answers are optional.
             num_draws: S; 0 predicts with the posterior mean.
             seed: of the draws.
-            design: ``"antithetic"`` draws of a normal guide come in mirrored pairs: four of them predict about as
-                exactly as ten independent ones; ``"sobol"``: quasi-random.
+            design: ``"antithetic"`` draws of a normal guide come in mirrored pairs, whose errors cancel where the
+                outputs are nearly linear in s; ``"sobol"``: quasi-random.
             batch_size: rows of data a pass.
             draws_per_pass: draws a pass at most; default all, halved when memory runs out.
             progress: show a progress bar.
