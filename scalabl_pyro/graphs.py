@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .causal_masks import decided_as_in_eager_passes
 from .data import Batch
 from .training import EagerStep
 
@@ -81,7 +82,8 @@ class GraphedStep(EagerStep):
         weight = torch.tensor(kl_weight, device=self.device)
         self.objective.zero_grad(set_to_none=True)  # gradients come to lie in the memory of the graph
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        with decided_as_in_eager_passes(batch.inputs), capture:
             figures = super().__call__(static, weight if kl_weight else 0.0)
         return Captured(graph, static, weight, figures)
 
