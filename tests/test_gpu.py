@@ -32,7 +32,7 @@ def fitted(dtype=torch.bfloat16, family="llama", **options):
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma", "gpt2"])
 def test_it_learns_in_bfloat16(family):
-    posterior = fitted(family=family, num_steps=150)
+    posterior = fitted(family=family, num_steps=150, init_scale=0.05)  # few steps
     prediction = posterior.predict(ROWS, num_draws=8)
     assert prediction.log_probs.dtype == np.float32
     assert prediction.metrics().loc["value", "accuracy"] > 0.8
@@ -101,6 +101,17 @@ def test_captured_steps_have_the_losses_and_the_result_of_eager_ones(options, ca
         torch.testing.assert_close(one[1], other[1], rtol=1e-2, atol=1e-3)
     other_noise = history_of(seed=1, **options)
     assert not np.allclose(other_noise.history["loss"], graphed.history["loss"], rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["blob", "map_lora", "mc_dropout", "mle"])
+def test_baselines_are_captured_with_the_losses_of_eager_steps(name, caplog):
+    def losses(cuda_graph):
+        llm, task = base(torch.float32).cuda(), sp.MultipleChoice(tiny.tokenizer())
+        options = {"num_steps": 25, "batch_size": 6, "lr": 1e-2, "progress": False, "cuda_graph": cuda_graph}
+        return getattr(sp.baselines, name)(llm, task, ROWS, **options).history["loss"]
+
+    np.testing.assert_allclose(losses("auto"), losses(False), rtol=2e-3, atol=1e-4)
+    assert "without CUDA graphs" not in caplog.text, caplog.text
 
 
 def test_the_released_training_has_the_same_losses_with_captured_gradients(caplog):

@@ -163,7 +163,8 @@ class NoisePrior(Prior):
         """Sample the noise."""
         device = self._means[0].device
         mean = torch.cat([A.reshape(-1).to(device) for A in self._means])
-        return pyro.sample("s", dist.Normal(-mean, self.scale_of_A).to_event(1))
+        scale = torch.full_like(mean, self.scale_of_A)  # a number would come from the host, which no capture allows
+        return pyro.sample("s", dist.Normal(-mean, scale).to_event(1))
 
 
 class FlipoutLoRA(NoisyLoRA):
