@@ -32,6 +32,7 @@ from quality_data import DataSet
 from quality_methods import BASES, Budget, Workbench
 from quality_options import Run, arguments, budget_of, identity, methods_of, shard_of
 from quality_table import Table, run_key
+from random_llms import fuse_elementwise
 
 import scalabl_pyro as sp
 
@@ -41,7 +42,7 @@ def open_runs(runs: Sequence[Run], args: argparse.Namespace, budget: Budget, tab
     done = {run_key(row) for row in table.rows()}
     i, n = shard_of(args.shard)
     longest: dict[tuple[str, str], float] = {}
-    groups = [(run.dataset, run.seed, BASES.get(run.method.kind, run.method.kind)) for run in runs]
+    groups = [(run.dataset, run.seed, shared_base(run)) for run in runs]
     order = list(dict.fromkeys(groups))  # a process does whole groups, whose base is trained once
     for run, group in zip(runs, groups, strict=True):
         if order.index(group) % n != i or run_key(identity(run, args, budget)) in done:
@@ -54,6 +55,12 @@ def open_runs(runs: Sequence[Run], args: argparse.Namespace, budget: Budget, tab
         began = time.perf_counter()
         yield run
         longest[kind] = max(longest.get(kind, 0.0), time.perf_counter() - began)
+
+
+def shared_base(run: Run) -> str:
+    """What a run trains or starts from, if others may start from it too; else its own name."""
+    base = BASES.get(run.method.kind, run.method.kind)
+    return base if base in BASES.values() else run.method.name
 
 
 def execute(run: Run, data: DataSet, bench: Workbench, args: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +131,7 @@ def describe(row: Mapping[str, Any]) -> str:
     return f"{named}  {figures}  train {row['train_seconds']:.1f} s  predict {row['predict_seconds']:.1f} s"
 
 
-def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+def load_model(name: str, dtype: str, device: str, *, liger: bool = False) -> tuple[Any, Any]:
     """The LLM and its tokenizer."""
     if name in ("tiny", "smollm2"):
         llm, tokenizer = sources.tiny_llm() if name == "tiny" else sources.smollm2()
@@ -133,7 +140,10 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
 
         llm, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return llm.to(device=device, dtype=getattr(torch, dtype)).eval(), tokenizer
+    llm = llm.to(device=device, dtype=getattr(torch, dtype)).eval()
+    if liger:
+        fuse_elementwise(llm)
+    return llm, tokenizer
 
 
 def main() -> None:
@@ -143,7 +153,7 @@ def main() -> None:
     if not args.report:
         if args.device == "cuda":
             torch.set_float32_matmul_precision("high")
-        failed = run_all(args, *load_model(args.model, args.dtype, args.device))
+        failed = run_all(args, *load_model(args.model, args.dtype, args.device, liger=args.liger))
     if args.report or args.shard == "0/1":
         import quality_report
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from quality_data import DataSet, FixedWidthBatches
 from torch import nn
@@ -164,6 +165,8 @@ class Workbench:
         budget, num_data = self.budget, len(data.train)
         lora = {"r": budget.rank, "lora_alpha": budget.lora_alpha, "target_modules": list(budget.target_modules)}
         lora |= {"seed": seed} | {name: options.pop(name) for name in LORA & set(options)}
+        if "prior" in lora:
+            lora["prior"] = prior(lora["prior"])
         batches = FixedWidthBatches(data.train, data.task, budget.batch_size, num_widths=budget.num_widths)
         common = {"num_steps": budget.num_steps, "batch_size": budget.batch_size, "lr": budget.lr}
         common |= {"num_data": num_data, "seed": seed, "progress": False} | options
@@ -184,6 +187,11 @@ class Workbench:
             own = {"num_draws": self.budget.num_draws, "batch_size": self.predict_batch, **options}
             return baselines.tfb(posterior, data.train, seed=seed, **own)
         return baselines.laplace_lora(posterior, data.train, seed=seed, **{"batch_size": 16, **options})
+
+
+def prior(given: Any) -> Any:
+    """A prior from what JSON can say: a scale, a name, or ``{"loc": m, "scale": t}``, a normal."""
+    return dist.Normal(float(given["loc"]), float(given["scale"])) if isinstance(given, Mapping) else given
 
 
 def kl_weight(given: Any, num_data: int, batch_size: int) -> Any:

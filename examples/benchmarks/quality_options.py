@@ -60,6 +60,7 @@ def arguments(about: str | None, given: Sequence[str] | None = None) -> argparse
     parser.add_argument("--widths", type=int, default=3, help="widths that prompts are padded to in training")
     parser.add_argument("--predict-batch", type=int, help="rows of a forward pass (GPU: 256, CPU: 16)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--liger", action="store_true", help="fused norms, rotations and gates (liger-kernel)")
     parser.add_argument("--time-limit", type=float, help="seconds after which no run begins that would not end")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th part of the runs, from the I-th")
     parser.add_argument("--no-probs", action="store_true", help="do not keep the probabilities of each run")
@@ -99,7 +100,7 @@ def methods_of(names: Sequence[str], changes: Sequence[str], variants: Sequence[
 def settings_of(args: argparse.Namespace, budget: Budget, method: Method) -> dict[str, Any]:
     """All that a run depends on beside data set, method, seed and what is scored."""
     data = {name: getattr(args, name) for name in ("train_rows", "val_rows", "test_rows", "ood_rows", "split_seed")}
-    model = {"model": args.model, "dtype": args.dtype}
+    model = {"model": args.model, "dtype": args.dtype} | ({"liger": True} if args.liger else {})
     return model | data | asdict(budget) | {"kind": method.kind, "options": dict(method.options)}
 
 

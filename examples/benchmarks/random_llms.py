@@ -49,10 +49,11 @@ def num_weights(shape: str, *, embeddings: bool) -> int:
 
 
 def fuse_elementwise(llm: nn.Module) -> None:
-    """Liger's Triton kernels for what a Qwen2 model does between matrix products, before it is adapted."""
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+    """Liger's Triton kernels for what a Llama or Qwen2 model does between matrix products, before it is adapted."""
+    from liger_kernel import transformers as kernels
 
-    apply_liger_kernel_to_qwen2(fused_linear_cross_entropy=False, model=llm)
+    apply = {"llama": kernels.apply_liger_kernel_to_llama, "qwen2": kernels.apply_liger_kernel_to_qwen2}
+    apply[llm.config.model_type](fused_linear_cross_entropy=False, model=llm)
 
 
 def _config(shape: str, blocks: int):
