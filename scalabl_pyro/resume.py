@@ -128,6 +128,10 @@ class Checkpoints:
             return
         if not self.processes.is_first:
             return
+        if names := self._trainer.overflown():
+            self._tried_step = self._trainer.next_step
+            logger.error("step %d is not saved: %s is not finite", self._trainer.next_step, names[0])
+            return
         try:
             self._write()
         except OSError as error:

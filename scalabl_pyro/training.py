@@ -18,7 +18,7 @@ from torch import Tensor
 from ._rng import generator_states, set_generator_states
 from .data import Batch, Cycle
 from .distributed import Processes, is_sharded
-from .faults import Figures, GradientCheck, Recovery, describe, reason
+from .faults import Figures, GradientCheck, Recovery, describe, overflown, reason, where_not_finite
 from .interrupts import StopSignals
 from .objective import Objective
 from .optimiser import clip_gradients, parameters_of, set_rates
@@ -196,7 +196,8 @@ class Trainer:
                     self._take(step, batch)
                 is_due = self.save_every is not None and (step + 1) % self.save_every == 0
                 is_stopped = self._is_stopped()
-                if len(self._pending) >= self.read_every or step == steps[-1] or is_due or is_stopped:
+                is_asked = step in (steps[0], steps[-1]) or is_due or is_stopped  # the first one is waited for anyway
+                if is_asked or len(self._pending) >= self.read_every:
                     yield from self.read()
                 if is_due or is_stopped:
                     self.save()
@@ -224,6 +225,10 @@ class Trainer:
                 row = self._row(one, own)
                 self.history.append(row)
                 yield row
+
+    def overflown(self) -> list[str]:
+        """Names of parameters that the last update left without a finite value."""
+        return overflown(self.execute.objective)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and record of all that going on from here needs; the options of the run are not part of it."""
@@ -281,7 +286,9 @@ class Trainer:
         stop = self.recovery.bad(one.step, facts)
         if stop is not None:
             cause = None if math.isfinite(figures.loss) else self._explain(one.batch)
-            raise FloatingPointError(reason(one.step, figures, facts, cause) + stop)
+            is_last = self.next_step == one.step + 1  # else the gradients that are there belong to a later step
+            where = where_not_finite(self.execute.objective.model.blora.adapter) if is_last else ""
+            raise FloatingPointError(reason(one.step, figures, facts, cause, where) + stop)
         self.execute.blocked.zero_()
         self.is_whole = True
 
