@@ -25,8 +25,12 @@ from .optimiser import clip_gradients, parameters_of, set_rates
 from .prefix import PrefixStore
 from .state import LearnedState
 from .stein import SteinObjective
+from .tensor_files import check_keys
 
 logger = logging.getLogger(__name__)
+
+#: Of the history.
+COLUMNS = ("step", "loss", "nll", "kl", "kl_weight", "grad_norm", "lr", "seconds", "skipped")
 
 Callback = Callable[[dict[str, float]], bool | None]
 
@@ -233,10 +237,10 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and record of all that going on from here needs; the options of the run are not part of it."""
         assert self.is_whole and not self._pending
-        columns = list(self.history[0]) if self.history else []
+        columns = COLUMNS if self.history else ()
         rows = {f"history.{c}": torch.tensor([r[c] for r in self.history], dtype=torch.float64) for c in columns}
         random = {f"random.{name}": state for name, state in generator_states().items()}
-        record: dict[str, Any] = {"step": self.next_step, "seconds": self.seconds, "columns": columns}
+        record: dict[str, Any] = {"step": self.next_step, "seconds": self.seconds, "columns": list(columns)}
         record["recovery"] = self.recovery.record()
         record["data"] = self.batches.position() if isinstance(self.batches, Cycle) else None
         return self.learned.tensors() | rows | random, record
@@ -247,20 +251,23 @@ class Trainer:
         Raises:
             ValueError: tensors of another run, or data that does not come again.
         """
+        history = _rows({k: v for k, v in tensors.items() if k.startswith("history.")}, record["columns"])
         if isinstance(self.batches, Cycle):
+            if record["data"] is None:
+                raise ValueError("it does not say where in the data the run was")
             self.batches.replay(record["data"])
-        apart = ("history.", "random.")
-        self.learned.load({k: v for k, v in tensors.items() if not k.startswith(apart)})
-        columns = {c: tensors[f"history.{c}"].tolist() for c in record["columns"]}
-        self.history = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        for row in self.history:
-            row |= {name: int(row[name]) for name in ("step", "skipped")}
+        states = {k.removeprefix("random."): v for k, v in tensors.items() if k.startswith("random.")}
+        try:
+            unmatched = set_generator_states(states)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"the random states are none of torch's ({error})") from error
+        if unmatched:
+            logger.warning("no random state for %s: the noise from here on is not what it would have been", unmatched)
+        self.learned.load({k: v for k, v in tensors.items() if not k.startswith(("history.", "random."))})
+        self.history = history
         self.recovery.load_record(record["recovery"])
         self.next_step = record["step"]
         self._start = time.perf_counter() - record["seconds"]
-        states = {k.removeprefix("random."): v for k, v in tensors.items() if k.startswith("random.")}
-        if unmatched := set_generator_states(states):
-            logger.warning("no random state for %s: the noise from here on is not what it would have been", unmatched)
 
     def _take(self, step: int, batch: Batch) -> None:
         """Do a step; its figures stay on the device."""
@@ -314,3 +321,20 @@ class Trainer:
     def _kl(self, one: Pending, figures: Figures) -> float:
         """Unweighted, nats per data set."""
         return figures.weighted_kl * self.num_data / one.kl_weight if one.kl_weight else float("nan")
+
+
+def _rows(saved: Mapping[str, Tensor], columns: Sequence[str]) -> list[dict[str, float]]:
+    """A history from its columns.
+
+    Raises:
+        ValueError: they are no table, or count steps in no whole numbers.
+    """
+    check_keys("The saved history", set(saved), {f"history.{name}" for name in columns})
+    table = {name: saved[f"history.{name}"] for name in columns}
+    if any(column.dim() != 1 or len(column) != len(table["step"]) for column in table.values()):
+        raise ValueError("the columns of the saved history differ in length")
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*(c.tolist() for c in table.values()), strict=True)]
+    counted = ("step", "skipped")
+    if not all(torch.isfinite(table[name]).all() for name in counted if table):
+        raise ValueError("the steps of the saved history are no numbers")
+    return [row | {name: int(row[name]) for name in counted} for row in rows]
