@@ -872,6 +872,29 @@ def test_options_that_would_only_fill_memory_are_refused_before_they_do(place, o
     assert peak_megabytes() - start < 50
 
 
+def doubled(text: bytes, key: str) -> bytes:
+    """The same JSON, but for a key that stands once more, before the first, with another value."""
+    assert f'"{key}"'.encode() in text
+    return text.replace(b"{", f'{{"{key}": null, '.encode(), 1)
+
+
+@pytest.mark.parametrize("file", [CONFIG, ADAPTER, TOKENIZER_CONFIG])
+def test_key_that_stands_twice_is_refused(place, file):
+    """Of two readers each could take another one."""
+    content = place.valid["normal"][file]
+    if file == ADAPTER:
+        size = int.from_bytes(content[:8], "little")
+        key = next(name for name in safe.load(content))
+        header = doubled(content[8 : 8 + size], key)
+        content = len(header).to_bytes(8, "little") + header + content[8 + size :]
+    else:
+        key = next(iter(json.loads(content)))
+        content = doubled(content, key)
+    place.put("normal", {file: content})
+    with pytest.raises(ValueError, match=f"the key '{key}' stands twice"):
+        sp.Posterior.from_pretrained(place.llm, place.folder)
+
+
 def test_sparse_file_is_refused_unread(place):
     place.put("normal", {})
     with (place.folder / POSTERIOR).open("r+b") as file:
