@@ -57,6 +57,11 @@ def attach(
         raise TypeError(
             f"Expected a torch.nn.Module such as AutoModelForCausalLM.from_pretrained(...), got {module!r}."
         )
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ValueError(
+            f"The model is wrapped in {type(module).__name__}: give bayesian_lora() the model itself, which is its "
+            ".module. fit() shares each batch over processes, and adds up their gradients, by itself."
+        )
     if isinstance(train_also, str):
         raise TypeError(f"train_also={train_also!r}: give a list of names, [{train_also!r}].")
     if lora_alpha is not None and not (isinstance(lora_alpha, int | float) and 0 < lora_alpha < float("inf")):

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .files import describe
+from . import strict_json
+from .files import check_file, describe, read_file
 from .storage import staged, write_file
 from .tensor_files import read_tensors, write_tensors
 
@@ -131,14 +132,13 @@ def read(path: Path) -> Checkpoint:
     files = manifest.get("files")
     if manifest.get("step") != _step(path) or not isinstance(files, dict) or set(files) != {TENSORS, RECORD}:
         raise Damaged(f"{MANIFEST} does not describe this checkpoint.")
-    for name, said in files.items():
-        if not (path / name).is_file():
-            raise Damaged(f"{name} is missing.")
-        if describe(path / name) != said:
-            raise Damaged(f"{name} is not the file that was written (its size or SHA-256 differs).")
     try:
+        for name, said in files.items():
+            if not isinstance(said, dict) or set(said) != {"bytes", "sha256"}:
+                raise Damaged(f"{MANIFEST} does not describe {name}.")
+            check_file(path, name, said)
         tensors = read_tensors(path, TENSORS, limit=MAX_TENSORS, finite=False)  # a history has NaN
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise Damaged(str(error)) from None
     return Checkpoint(path, _step(path), tensors, _read_json(path / RECORD))
 
@@ -154,14 +154,12 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise Damaged(f"{file.name} is missing.")
-    if file.stat().st_size > MAX_BYTES[file.name]:
-        raise Damaged(f"{file.name} has {file.stat().st_size} bytes, more than any has.")
     try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:  # not JSON, not text, nested or endless
-        raise Damaged(f"{file.name} is not JSON ({error}).") from None
+        value = strict_json.loads(read_file(file.parent, file.name, limit=MAX_BYTES[file.name]))
+    except FileNotFoundError as error:
+        raise Damaged(str(error)) from None
+    except ValueError as error:  # too large, elsewhere, not JSON, not text, nested or endless
+        raise Damaged(f"{file.name} cannot be read ({error}).") from None
     if not isinstance(value, dict):
         raise Damaged(f"{file.name} is no JSON object.")
     return value

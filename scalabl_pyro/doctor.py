@@ -27,6 +27,7 @@ from transformers import (
 from . import likelihoods, saved_config
 from ._rng import scoped_seed
 from ._version import __version__
+from .checkpoint import CheckpointFolder
 from .files import check_file
 from .fit import fit
 from .likelihoods import MultipleChoice
@@ -90,7 +91,9 @@ def examine_posterior(path: Path, model: str | None = None) -> Iterator[Finding]
         healthy = healthy and finding.ok
         yield finding
     if model is not None and not healthy:
-        yield Finding(False, f"not compared with {model}: the files come first")
+        yield Finding(
+            False, f"not compared with {model}, because of what is said above", "mend that first, then ask again"
+        )
     elif model is not None:
         yield _with_model(path, config, model)
     else:
@@ -188,6 +191,8 @@ def _advice_on_configuration(path: Path) -> str:
     if not path.is_dir():
         return "give the directory, not a file in it"
     if not (path / saved_config.NAME).exists():
+        if CheckpointFolder(path, keep=1).paths():
+            return f"these are checkpoints of a run: fit(..., checkpoint_dir={str(path)!r}) goes on with it"
         inside = [p.parent for p in path.glob(f"*/{saved_config.NAME}")]
         return f"did you mean {inside[0]}?" if inside else "copy the whole directory from where it was saved"
     return "copy the directory again from where it was saved, or update scalabl_pyro if a newer version wrote it"
@@ -214,9 +219,8 @@ def _files(path: Path, config: SavedConfig) -> Iterator[Finding]:
     known = {saved_config.NAME, *config.files}
     surplus = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if not f.is_dir())
     if surplus := [name for name in surplus if name not in known]:
-        yield Finding(
-            True, f"{len(surplus)} more files that were not saved with it, such as {surplus[0]!r}: never read"
-        )
+        more = "1 more file that was" if len(surplus) == 1 else f"{len(surplus)} more files that were"
+        yield Finding(True, f"{more} not saved with it, such as {surplus[0]!r}: never read")
 
 
 def _tensors(path: Path, config: SavedConfig) -> Iterator[Finding]:

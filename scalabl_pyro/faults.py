@@ -17,7 +17,9 @@ from .data import Batch
 from .guides.mean_field import prior_sites
 from .lora import Adapter
 from .model import BayesianLoRA
+from .objective import Objective
 from .state import LearnedState
+from .stein import SteinObjective
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ class Recovery:
         """Copy the state from before ``step``, if one is wanted and due (or ``now``)."""
         if self.policy != "restore":
             return
-        if now or self._snapshot is None or step - self._snapshot_step >= SNAPSHOT_EVERY:
+        is_due = now or self._snapshot is None or step - self._snapshot_step >= SNAPSHOT_EVERY
+        if is_due and not overflown(self.learned.objective):  # what it goes back to must be better than what it leaves
             self._snapshot, self._snapshot_step = self.learned.snapshot(), step
 
     def bad(self, step: int, figures: str) -> str | None:
@@ -74,7 +77,8 @@ class Recovery:
         if self.policy == "restore":
             if self._restored_at is not None and step - self._restored_at < SNAPSHOT_EVERY:
                 return f" It is the second time within {SNAPSHOT_EVERY} steps: going back does not help."
-            assert self._snapshot is not None
+            if self._snapshot is None:
+                return " No parameters from before it are finite."
             self.learned.load(self._snapshot)
             self._restored_at = step
         self.skipped += 1
@@ -131,11 +135,8 @@ class GradientCheck:
             cut = asked
         if cut:
             self.close()
-            names = [self.adapter.subspace.names[i] for i in sorted(cut)]
-            shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise RuntimeError(
-                f"No gradient reaches {len(names)} of {len(factors)} adapted layers: {shown}. They would never learn. "
-                f"{CAUSES}"
+                f"No gradient reaches {_layers(self.adapter, sorted(cut))}. They would never learn. {CAUSES}"
             )
         if not asked or self.steps >= MAX_ZERO_STEPS:
             self.close()
@@ -179,6 +180,12 @@ def explained(step: Callable[[], int]) -> Iterator[None]:
     """Put errors of torch that say little in other words; a worker's death is raised wherever the host is just then."""
     try:
         yield
+    except torch.OutOfMemoryError as error:  # a smaller batch would be another training: that is the caller's to say
+        error.add_note(
+            f"At step {step()}, and no row was left out. micro_batch_size= makes the same steps with fewer rows at a "
+            "time, gradient_checkpointing=True with less memory a row."
+        )
+        raise
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise RuntimeError(
@@ -211,18 +218,40 @@ def describe(batch: Batch, figures: Figures, kl: float, guide: nn.Module) -> str
     return f"Examples {_some(batch.index.tolist())}: NLL {figures.nll:.4g} nats per example, KL {kl:.4g} nats{scales}."
 
 
-def reason(step: int, figures: Figures, facts: str, cause: str | None) -> str:
-    """The whole message of a step that is not finite; ``cause`` is why the loss is not."""
+def reason(step: int, figures: Figures, facts: str, cause: str | None, where: str = "") -> str:
+    """The whole message of a step that is not finite.
+
+    ``cause`` is why the loss is not; None if it is, and ``where`` then says whose gradient is not.
+    """
     kept = f"Parameters keep their values from before this step. {facts}"
     if cause is None:
         return (
-            f"At step {step}: the loss is finite, but its gradient is not. {kept} Lower the learning rates, or use "
-            "bfloat16 instead of float16."
+            f"At step {step}: the loss is finite, but its gradient is not{where}. {kept} Lower the learning rates, or "
+            "use bfloat16 instead of float16."
         )
     return (
         f"At step {step}: the loss is {figures.loss}: {cause}. {kept} Lower the learning rates, set max_grad_norm, or "
         "check these examples."
     )
+
+
+@torch.no_grad()
+def where_not_finite(adapter: Adapter) -> str:
+    """Adapted layers with a gradient that is not finite, to be added to a sentence; empty if there are none."""
+    grads = [[p.grad for p in pair if p.grad is not None] for pair in adapter.factors()]
+    bad = [i for i, pair in enumerate(grads) if not all(bool(torch.isfinite(g).all()) for g in pair)]
+    return f" in {_layers(adapter, bad)}" if bad else ""
+
+
+@torch.no_grad()
+def overflown(objective: Objective | SteinObjective) -> list[str]:
+    """Names of trained parameters that are not finite, after an update that was too large."""
+    named = ((name, p) for name, p in objective.named_parameters() if p.requires_grad)
+    names = [name.split("point_estimates.")[-1] for name, p in named if not torch.isfinite(p).all()]
+    scale = largest_scale(objective.guide)  # finite as a logarithm, it may not be as a number
+    if not names and scale is not None and not math.isfinite(scale):
+        names.append("a scale of the guide")
+    return names
 
 
 @torch.no_grad()
@@ -236,6 +265,13 @@ def largest_scale(guide: nn.Module) -> float | None:
         if "scale" in f"{path}.{name}" and value.numel()
     ]
     return float(torch.stack([s.double().cpu() for s in scales]).max()) if scales else None
+
+
+def _layers(adapter: Adapter, which: Sequence[int]) -> str:
+    """How many layers of all, and the first of their names."""
+    names = [adapter.subspace.names[i] for i in which]
+    shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{len(names)} of {len(adapter.subspace.names)} adapted layers: {shown}"
 
 
 def _some(index: Sequence[int]) -> str:

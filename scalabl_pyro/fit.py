@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,10 +59,11 @@ class FitResult:
 
 
 class TrainingError(FloatingPointError):
-    """A loss or gradient that is not finite.
+    """A loss, gradient or parameter that is not finite.
 
     Attributes:
-        result: the :class:`FitResult` of all steps before, from finite parameters; None if it was the first step.
+        result: the :class:`FitResult` of all steps before; None if it was the first step, or if the parameters were no
+            posterior any more.
     """
 
     result: FitResult | None = None
@@ -153,7 +155,7 @@ def fit(
 
     Raises:
         ValueError: rows that do not fit the task, unknown options, missing ``num_data``, a checkpoint of another run.
-        TrainingError: a loss or gradient that is not finite; its ``result`` holds what was learned before.
+        TrainingError: a loss, gradient or parameter that is not finite; its ``result`` holds what was learned before.
         RuntimeError: layers that no gradient reaches, by name; a worker of the data loader that died.
         LostProcess: another process of this training is gone.
     """
@@ -261,6 +263,13 @@ def fit(
                 len(trainer.history),
                 num_steps,
             )
+        lost = trainer.overflown()
+    if lost and error is None:  # a step behind it would have been refused
+        error = TrainingError(
+            f"At step {trainer.next_step - 1}: the update was too large: {lost[0]}"
+            + (f" and {len(lost) - 1} more are" if len(lost) > 1 else " is")
+            + " not finite any more. Lower the learning rates."
+        )
     history = processes.from_first(lambda: trainer.history)  # the seconds of one clock
     processes.make_equal(list(trainer.learned.tensors().values()))
     provenance = {
@@ -273,11 +282,15 @@ def fit(
         "elbo": type(elbo).__name__,
         "seconds": round(trainer.seconds, 3),
     }
-    result = FitResult(_freeze(blora, task, family, provenance), pd.DataFrame(history))
+
+    def result() -> FitResult:
+        return FitResult(_freeze(blora, task, family, provenance), pd.DataFrame(history))
+
     if error is not None:
-        error.result = result if history else None
+        with suppress(ValueError):  # of parameters that are no posterior
+            error.result = result() if history else None
         raise error
-    return result
+    return result()
 
 
 def _stops(callbacks: Sequence[Callback], row: dict[str, float]) -> bool:

@@ -78,9 +78,10 @@ def parameters_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def clip_gradients(optimiser: torch.optim.Optimizer, limit: float | None) -> Tensor:
-    """The global gradient norm (), clipped at ``limit``."""
+    """The global gradient norm (), clipped at ``limit``; where it is not finite, gradients stay as they are."""
     parameters = [p for p in parameters_of(optimiser) if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit is not None:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        # NaN would spread to all of them, and hide where it was; no update follows.
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm.nan_to_num(limit, posinf=limit))
     return norm

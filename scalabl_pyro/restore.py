@@ -87,9 +87,11 @@ def saved_prior(config: SavedConfig, tensors: Mapping[str, Tensor], adapter: Ada
         raise ValueError(_needs_help("prior", config.prior))
     own = {k.removeprefix("prior."): v for k, v in tensors.items() if k.startswith("prior.")}
     try:
-        return priors.from_saved(config.prior, own, adapter.subspace)
+        prior = priors.from_saved(config.prior, own, adapter.subspace)
     except (ValueError, TypeError, RuntimeError) as error:  # of the distribution's own checks
         raise ValueError(f"{POSTERIOR}: prior {config.prior['family']!r}: {error}") from error
+    _check_options("prior", config.prior["options"], priors.describe(prior)["options"])
+    return prior
 
 
 def saved_task(config: SavedConfig, path: Path) -> Task:
@@ -166,9 +168,18 @@ def saved_guide(
             f"{needed} numbers, but {POSTERIOR} holds {numbers}."
         )
     try:
-        return guides.from_options(family, config.guide["options"], blora).cpu()
+        guide = guides.from_options(family, config.guide["options"], blora).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{NAME}: guide: {error}") from error
+    _check_options("guide", config.guide["options"], guides.describe(guide)["options"])
+    return guide
+
+
+def _check_options(part: str, saved: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """An option that is not known here, of a newer format too, would give other numbers were it ignored."""
+    if unknown := sorted(set(saved) - set(known)):
+        names = ", ".join(map(repr, sorted(known))) or "none"
+        raise ValueError(f"{NAME}: unknown options of the {part}: {unknown[:5]}. Known names: {names}.")
 
 
 def _numbers_needed(options: Any, dim: int) -> int:

@@ -22,7 +22,8 @@ from .distributed import Processes
 from .fingerprint import check_fingerprint, describe_layers, fingerprint
 from .guides import Guide
 from .model import TaskModel
-from .training import Trainer
+from .state import check_record
+from .training import COLUMNS, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,11 @@ class Checkpoints:
             together.from_first(self._write)
             return
         self._check(found)
-        trainer.load_state(found.tensors, found.record["state"])
+        try:
+            state = check_record(found.record.get("state"), COLUMNS, step=found.step, num_steps=self.run["num_steps"])
+            trainer.load_state(found.tensors, state)
+        except ValueError as error:
+            raise ValueError(f"{found.path} cannot be resumed from: {error}") from error
         together.same_noise(trainer.execute.device)
         together.from_first(lambda: folder.set_aside(found.step))
         self._saved_step = self._tried_step = found.step
@@ -127,6 +132,10 @@ class Checkpoints:
         if self.folder is None or self._trainer is None or self._trainer.next_step == self._tried_step:
             return
         if not self.processes.is_first:
+            return
+        if names := self._trainer.overflown():
+            self._tried_step = self._trainer.next_step
+            logger.error("step %d is not saved: %s is not finite", self._trainer.next_step, names[0])
             return
         try:
             self._write()
@@ -181,7 +190,7 @@ class Checkpoints:
         """Refuse a checkpoint of another run."""
         there = f"{found.path} belongs to another run"
         saved = found.record.get("run")
-        if not isinstance(saved, dict) or not isinstance(found.record.get("state"), dict):
+        if not isinstance(saved, dict) or not isinstance(saved.get("base_model"), dict):
             raise ValueError(f"{there}: its record does not say which.")
         if differing := differences(saved, self.run):
             raise ValueError(

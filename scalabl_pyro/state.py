@@ -1,6 +1,7 @@
-"""All that training changes, as tensors by name, and back in place."""
+"""All that training changes, as tensors by name, and back in place; what a checkpoint says beside them."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from .objective import Objective
 from .stein import SteinObjective
 from .tensor_files import check_keys
+
+#: What a fused AdamW keeps of a parameter: a number, and two tensors like it.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class LearnedState:
@@ -41,22 +45,26 @@ class LearnedState:
         """Overwrite the live tensors, in place: a captured graph goes on using them.
 
         Raises:
-            ValueError: other names, shapes or types; nothing is overwritten then.
+            ValueError: other names, shapes or types, other numbers of what is held fixed, parameters not finite;
+                nothing is overwritten then.
         """
         modules, parameters = self._modules(), self._parameters()
         mine = tuple(f"optimiser.{number}." for number in range(len(parameters)))
         moments = {k: v for k, v in saved.items() if k.startswith(mine)}
         check_keys("The saved state", set(saved) - set(moments), set(modules))
         for parameter, prefix in zip(parameters, mine, strict=True):
-            for name, tensor in _below(moments, prefix).items():
-                if tensor.shape not in ((), parameter.shape):
-                    raise ValueError(f"{prefix}{name} was saved as {tuple(tensor.shape)}, expected {parameter.shape}.")
+            if own := _below(moments, prefix):
+                check_keys(f"The saved state of {prefix[:-1]}", set(own), set(MOMENTS))
+            for name, tensor in own.items():
+                shape, dtype = (torch.Size(), torch.float32) if name == "step" else (parameter.shape, parameter.dtype)
+                _check(prefix + name, tensor, shape, dtype)
+        learned = {f"module.{name}" for name, _ in self.objective.named_parameters()}
+        fixed = {f"module.{name}" for name, p in self.objective.named_parameters() if not p.requires_grad}
+        fixed |= {f"module.model.blora.prior.{name}" for name, _ in self.objective.model.blora.prior.named_buffers()}
         for name, live in modules.items():
-            if (saved[name].shape, saved[name].dtype) != (live.shape, live.dtype):
-                raise ValueError(
-                    f"{name!r} was saved as {saved[name].dtype} {tuple(saved[name].shape)}, and is {live.dtype} "
-                    f"{tuple(live.shape)} now."
-                )
+            _check(name, saved[name], live.shape, live.dtype, finite=name in learned)
+            if name in fixed and not torch.equal(saved[name].to(live.device), live):
+                raise ValueError(f"{name!r} is held fixed in a run, but was saved with other numbers.")
         for name, live in modules.items():
             live.copy_(saved[name])
         for parameter, prefix in zip(parameters, mine, strict=True):
@@ -80,6 +88,48 @@ class LearnedState:
         for name, head in self.objective.model.blora.adapter.heads.items():  # buffers; parameters are above
             own |= {f"heads.{name}.{k}": v for k, v in head.named_buffers()}
         return own
+
+
+def check_record(record: Any, columns: Sequence[str], *, step: int, num_steps: int) -> dict[str, Any]:
+    """What a checkpoint of a step says beside its tensors, once it is known to be what a run writes.
+
+    Args:
+        record: ``step``, ``seconds``, ``columns``, ``recovery``, ``data``.
+        columns: of the history.
+        step: that of its folder.
+        num_steps: of the run.
+
+    Raises:
+        ValueError: an entry that no run has written.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("its record does not say where the run was")
+    recovery, data = record.get("recovery"), record.get("data")
+    wrong = {
+        "step": not _is_count(record.get("step"), step, step) or step > num_steps,
+        "seconds": not isinstance(record.get("seconds"), float) or not 0 <= record["seconds"] < math.inf,
+        "columns": record.get("columns") not in ([], list(columns)),
+        "recovery": not isinstance(recovery, dict)
+        or not all(_is_count(recovery.get(name), 0, step) for name in ("skipped", "in_a_row"))
+        or not (recovery.get("restored_at", "") is None or _is_count(recovery["restored_at"], 0, step)),
+        # A step reads a batch; one may have been read ahead.
+        "data": data is not None and not (isinstance(data, dict) and _is_count(data.get("count"), 0, step + 1)),
+    }
+    if names := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise ValueError(f"the entries {names} of its record are none that a run writes at step {step}")
+    return record
+
+
+def _is_count(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _check(name: str, saved: Tensor, shape: torch.Size, dtype: torch.dtype, *, finite: bool = True) -> None:
+    if (saved.shape, saved.dtype) != (shape, dtype):
+        was, now = f"{saved.dtype} {tuple(saved.shape)}", f"{dtype} {tuple(shape)}"
+        raise ValueError(f"{name!r} was saved as {was}, and is {now} now.")
+    if finite and saved.is_floating_point() and not torch.isfinite(saved).all():
+        raise ValueError(f"{name!r} was saved with numbers that are not finite.")
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

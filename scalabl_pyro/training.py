@@ -18,15 +18,19 @@ from torch import Tensor
 from ._rng import generator_states, set_generator_states
 from .data import Batch, Cycle
 from .distributed import Processes, is_sharded
-from .faults import Figures, GradientCheck, Recovery, describe, reason
+from .faults import Figures, GradientCheck, Recovery, describe, overflown, reason, where_not_finite
 from .interrupts import StopSignals
 from .objective import Objective
 from .optimiser import clip_gradients, parameters_of, set_rates
 from .prefix import PrefixStore
 from .state import LearnedState
 from .stein import SteinObjective
+from .tensor_files import check_keys
 
 logger = logging.getLogger(__name__)
+
+#: Of the history.
+COLUMNS = ("step", "loss", "nll", "kl", "kl_weight", "grad_norm", "lr", "seconds", "skipped")
 
 Callback = Callable[[dict[str, float]], bool | None]
 
@@ -196,7 +200,8 @@ class Trainer:
                     self._take(step, batch)
                 is_due = self.save_every is not None and (step + 1) % self.save_every == 0
                 is_stopped = self._is_stopped()
-                if len(self._pending) >= self.read_every or step == steps[-1] or is_due or is_stopped:
+                is_asked = step in (steps[0], steps[-1]) or is_due or is_stopped  # the first one is waited for anyway
+                if is_asked or len(self._pending) >= self.read_every:
                     yield from self.read()
                 if is_due or is_stopped:
                     self.save()
@@ -225,13 +230,17 @@ class Trainer:
                 self.history.append(row)
                 yield row
 
+    def overflown(self) -> list[str]:
+        """Names of parameters that the last update left without a finite value."""
+        return overflown(self.execute.objective)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and record of all that going on from here needs; the options of the run are not part of it."""
         assert self.is_whole and not self._pending
-        columns = list(self.history[0]) if self.history else []
+        columns = COLUMNS if self.history else ()
         rows = {f"history.{c}": torch.tensor([r[c] for r in self.history], dtype=torch.float64) for c in columns}
         random = {f"random.{name}": state for name, state in generator_states().items()}
-        record: dict[str, Any] = {"step": self.next_step, "seconds": self.seconds, "columns": columns}
+        record: dict[str, Any] = {"step": self.next_step, "seconds": self.seconds, "columns": list(columns)}
         record["recovery"] = self.recovery.record()
         record["data"] = self.batches.position() if isinstance(self.batches, Cycle) else None
         return self.learned.tensors() | rows | random, record
@@ -242,20 +251,23 @@ class Trainer:
         Raises:
             ValueError: tensors of another run, or data that does not come again.
         """
+        history = _rows({k: v for k, v in tensors.items() if k.startswith("history.")}, record["columns"])
         if isinstance(self.batches, Cycle):
+            if record["data"] is None:
+                raise ValueError("it does not say where in the data the run was")
             self.batches.replay(record["data"])
-        apart = ("history.", "random.")
-        self.learned.load({k: v for k, v in tensors.items() if not k.startswith(apart)})
-        columns = {c: tensors[f"history.{c}"].tolist() for c in record["columns"]}
-        self.history = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        for row in self.history:
-            row |= {name: int(row[name]) for name in ("step", "skipped")}
+        states = {k.removeprefix("random."): v for k, v in tensors.items() if k.startswith("random.")}
+        try:
+            unmatched = set_generator_states(states)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"the random states are none of torch's ({error})") from error
+        if unmatched:
+            logger.warning("no random state for %s: the noise from here on is not what it would have been", unmatched)
+        self.learned.load({k: v for k, v in tensors.items() if not k.startswith(("history.", "random."))})
+        self.history = history
         self.recovery.load_record(record["recovery"])
         self.next_step = record["step"]
         self._start = time.perf_counter() - record["seconds"]
-        states = {k.removeprefix("random."): v for k, v in tensors.items() if k.startswith("random.")}
-        if unmatched := set_generator_states(states):
-            logger.warning("no random state for %s: the noise from here on is not what it would have been", unmatched)
 
     def _take(self, step: int, batch: Batch) -> None:
         """Do a step; its figures stay on the device."""
@@ -281,7 +293,9 @@ class Trainer:
         stop = self.recovery.bad(one.step, facts)
         if stop is not None:
             cause = None if math.isfinite(figures.loss) else self._explain(one.batch)
-            raise FloatingPointError(reason(one.step, figures, facts, cause) + stop)
+            is_last = self.next_step == one.step + 1  # else the gradients that are there belong to a later step
+            where = where_not_finite(self.execute.objective.model.blora.adapter) if is_last else ""
+            raise FloatingPointError(reason(one.step, figures, facts, cause, where) + stop)
         self.execute.blocked.zero_()
         self.is_whole = True
 
@@ -307,3 +321,20 @@ class Trainer:
     def _kl(self, one: Pending, figures: Figures) -> float:
         """Unweighted, nats per data set."""
         return figures.weighted_kl * self.num_data / one.kl_weight if one.kl_weight else float("nan")
+
+
+def _rows(saved: Mapping[str, Tensor], columns: Sequence[str]) -> list[dict[str, float]]:
+    """A history from its columns.
+
+    Raises:
+        ValueError: they are no table, or count steps in no whole numbers.
+    """
+    check_keys("The saved history", set(saved), {f"history.{name}" for name in columns})
+    table = {name: saved[f"history.{name}"] for name in columns}
+    if any(column.dim() != 1 or len(column) != len(table["step"]) for column in table.values()):
+        raise ValueError("the columns of the saved history differ in length")
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*(c.tolist() for c in table.values()), strict=True)]
+    counted = ("step", "skipped")
+    if not all(torch.isfinite(table[name]).all() for name in counted if table):
+        raise ValueError("the steps of the saved history are no numbers")
+    return [row | {name: int(row[name]) for name in counted} for row in rows]

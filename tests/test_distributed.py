@@ -22,7 +22,7 @@ from processes import results, run_together
 from pyro.infer import RenyiELBO, Trace_ELBO
 
 import scalabl_pyro as sp
-from scalabl_pyro import distributed
+from scalabl_pyro import distributed, predictive
 from scalabl_pyro.data import TrainingBatches, encode
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model import TaskModel
@@ -124,12 +124,13 @@ def test_two_processes_learn_and_predict_what_one_does(both, name):
 
 
 def gradient(processes, dtype):
-    """Gradients of the first batch by name, and the loss."""
+    """Gradients of a batch of 7 rows, which two processes share unevenly, by name, and the loss."""
     task, blora = sp.MultipleChoice(tiny.tokenizer()), sp.bayesian_lora(tiny.causal_lm(dtype=dtype))
     with torch.no_grad():
         for _, B in blora.adapter.factors():
             B.normal_(generator=torch.Generator().manual_seed(0))
-    batches = TrainingBatches(encode(ROWS, task.encode, need_target=True), 7, task.pad_token_id, seed=0)
+    batches = TrainingBatches(encode(ROWS, task.encode, need_target=True), 8, task.pad_token_id, seed=0)
+    batch = next(b for b in map(batches, range(3)) if len(b) == 7)  # 23 rows are 8, 8 and 7
     model = TaskModel(blora, task, num_data=23, draws="per_example")
     scoped = ScopedGuide(as_guide("normal", blora, init_scale=0.3), draws="per_example")
     objective = Objective(default_elbo(scoped.guide, blora.prior), model, scoped)
@@ -137,7 +138,7 @@ def gradient(processes, dtype):
     step = EagerStep(objective, optimiser, device=torch.device("cpu"), processes=processes)
     with sp.training.pyro.settings.context(module_local_params=True), torch.random.fork_rng():
         torch.manual_seed(3)
-        loss = step(batches(0), 1.0)
+        loss = step(batch, 1.0)
     return {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}, loss
 
 
@@ -153,6 +154,44 @@ def test_the_gradient_is_that_of_the_joint_batch(tmp_path, dtype):
         assert set(own) == set(slopes) and len(own) > 10
         for name, slope in slopes.items():
             torch.testing.assert_close(own[name], slope, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def what_each_process_runs(rank):
+    posterior, real, ran = train(num_steps=1).posterior, predictive._outputs, []
+
+    def noted(llm, task, s, batch):
+        ran.append((len(s), len(batch)))
+        return real(llm, task, s, batch)
+
+    predictive._outputs = noted
+    posterior.predict(TEST[:6], num_draws=5, batch_size=16)  # one batch
+    posterior.predict(TEST, num_draws=3, batch_size=5)  # four
+    return ran
+
+
+def test_draws_of_one_batch_and_batches_are_shared_out(tmp_path):
+    """That both get all predictions would be true, too, if each process computed all of them."""
+    first, second = results(run_together(what_each_process_runs, tmp_path))
+    assert first == [(3, 6), (3, 5), (3, 5)]
+    assert second == [(2, 6), (3, 5), (3, 5)]
+
+
+def with_little_memory_in_one(rank):
+    posterior, real = train().posterior, predictive._outputs
+
+    def limited(llm, task, s, batch):
+        if rank == 1 and len(s) > 1:
+            raise torch.OutOfMemoryError("pretend")
+        return real(llm, task, s, batch)
+
+    predictive._outputs = limited
+    return posterior.predict(TEST, num_draws=3, batch_size=4).log_probs
+
+
+def test_memory_that_runs_out_in_one_process_is_the_affair_of_that_one(tmp_path):
+    expected = train().posterior.predict(TEST, num_draws=3, batch_size=4).log_probs
+    for found in results(run_together(with_little_memory_in_one, tmp_path)):
+        assert_close(np.exp(found), np.exp(expected), 1e-10)
 
 
 def predict_numbers(rank=0):
@@ -250,11 +289,11 @@ def test_a_base_may_be_sharded_but_not_the_adapter(tmp_path):
     assert_close(whole.predict(TEST, num_draws=3, batch_size=8).log_probs, log_probs, 1e-6)
 
 
-def over_devices(places):
+def over_devices(places, **options):
     """A fit of a model whose modules accelerate has put on devices."""
     llm = tiny.causal_lm(dtype=torch.float64)
     names = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
-    dispatch_model(llm, dict(zip(names, places, strict=True)), force_hooks=True)
+    dispatch_model(llm, dict(zip(names, places, strict=True)), force_hooks=True, **options)
     return train(blora=sp.bayesian_lora(llm))
 
 
@@ -263,6 +302,17 @@ def test_the_hooks_of_a_device_map_change_nothing():
     assert torch.equal(learned(placed), learned(one))
     log_probs = [result.posterior.predict(TEST, num_draws=3).log_probs for result in (placed, one)]
     np.testing.assert_array_equal(*log_probs)
+
+
+@pytest.mark.gpu
+def test_one_model_over_a_gpu_and_the_cpu():
+    """Two devices, of which every machine with a GPU has both; blocks below run on one, blocks above on the other."""
+    for places in (["cpu", "cpu", 0, 0, "cpu", "cpu"], [0, 0, "cpu", "cpu", 0, 0]):
+        placed, one = over_devices(places, main_device="cpu"), train()
+        assert {A.device.type for A, _ in placed.posterior.adapter.factors()} == {"cpu", "cuda"}
+        assert_close(learned(placed).cpu(), learned(one), 1e-8)
+        log_probs = [result.posterior.predict(TEST, num_draws=3).log_probs for result in (placed, one)]
+        assert_close(*log_probs, 1e-8)
 
 
 @pytest.mark.gpu
@@ -282,15 +332,26 @@ def test_two_gpus_learn_what_one_does(tmp_path):
     assert max(differences_of_the_example(tmp_path, "--random")) < 1e-3
 
 
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    # --multi_gpu is how it is told of several processes on one machine; it does not ask for GPUs
+    "accelerate": (
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ),
+}
+
+
 @pytest.mark.slow
-def test_torchrun_starts_the_example(tmp_path):
-    assert max(differences_of_the_example(tmp_path, "--tiny")) < 1e-5
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_torchrun_and_accelerate_launch_start_the_example(tmp_path, launcher):
+    assert max(differences_of_the_example(tmp_path, "--tiny", launcher=launcher)) < 1e-5
 
 
-def differences_of_the_example(folder, *options):
+def differences_of_the_example(folder, *options, launcher="torchrun"):
     """What ``examples/distributed.py --check`` prints of two processes: differences of parameters, losses, answers."""
     script = Path(__file__).resolve().parents[1] / "examples" / "distributed.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--check", *options], cwd=folder, capture_output=True, text=True, env=environment, timeout=300
@@ -515,6 +576,19 @@ def test_what_cannot_be_shared_is_refused_by_all(tmp_path):
     assert "lr is 0.02, was 0.01" in said["other options"]
     assert "train_data differs" in said["other rows"]
     assert "Another base model" in said["another base"]
+
+
+def wrapped_for_another_engine(rank):
+    try:
+        sp.bayesian_lora(Accelerator(cpu=True).prepare(tiny.causal_lm()))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_a_model_in_a_wrapper_that_adds_up_gradients_is_refused(tmp_path):
+    for said in results(run_together(wrapped_for_another_engine, tmp_path, starts_group=False)):
+        assert "wrapped in DistributedDataParallel: give bayesian_lora() the model itself" in said
 
 
 def test_a_launch_without_a_group_is_pointed_out(monkeypatch, caplog):

@@ -1,5 +1,6 @@
 """``python -m scalabl_pyro doctor`` finds what is broken, says what to do, and exits with 1; else with 0."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from test_golden import GOLDEN, base_model
 
 import scalabl_pyro as sp
 from scalabl_pyro import cli, doctor
+from scalabl_pyro.checkpoint import CheckpointFolder
 
 CONFIG, ADAPTER, POSTERIOR = "scalabl_config.json", "adapter_model.safetensors", "posterior.safetensors"
 
@@ -99,7 +101,10 @@ def test_broken_posterior_is_diagnosed(path, run, damage, words):
     assert code == 1
     for word in words:
         assert word in said
-    assert "PROBLEM" in said and "problem" in said.splitlines()[-1]
+    lines = said.splitlines()
+    assert "PROBLEM" in said and "problem" in lines[-1]
+    advised = [after.startswith("         -> ") for line, after in itertools.pairwise(lines) if line.startswith("PROB")]
+    assert all(advised), said  # each of them with what to do about it
 
 
 def test_broken_posterior_ends_a_process_with_1(path):
@@ -141,7 +146,7 @@ def test_posterior_is_compared_with_its_base_model(path, run, tmp_path):
     assert code == 1 and "cannot be read" in said
     flip(path)
     code, said = run("doctor", path, "--model", tmp_path / "base")
-    assert code == 1 and "not compared with" in said
+    assert code == 1 and "not compared with" in said and "-> mend that first" in said
 
 
 def test_classifier_is_compared_with_its_base_model(run, tmp_path):
@@ -157,7 +162,15 @@ def test_classifier_is_compared_with_its_base_model(run, tmp_path):
 def test_files_that_were_not_saved_with_it_are_mentioned(path, run):
     (path / "notes.txt").write_text("mine")
     code, said = run("doctor", path)
-    assert code == 0 and "1 more files that were not saved with it, such as 'notes.txt'" in said
+    assert code == 0 and "1 more file that was not saved with it, such as 'notes.txt'" in said
+    (path / "more.txt").write_text("mine")
+    assert "2 more files that were not saved with it, such as 'more.txt'" in run("doctor", path)[1]
+
+
+def test_checkpoints_are_told_from_posteriors(run, tmp_path):
+    CheckpointFolder(tmp_path / "run", keep=1).write(3, {"a": torch.zeros(1)}, {})
+    code, said = run("doctor", tmp_path / "run")
+    assert code == 1 and "-> these are checkpoints of a run: fit(..., checkpoint_dir=" in said
 
 
 def test_names_in_a_file_cannot_control_the_terminal(path, run):

@@ -99,7 +99,7 @@ def test_steps_behind_a_bad_one_are_taken_again_when_the_host_looks_late(task, m
     result = fit(sp.bayesian_lora(tiny.causal_lm()), task, on_nonfinite="skip")
     assert result.history["step"].tolist() == [0, 1, 3, 4, 5]
     assert all(t.isfinite().all() for t in parameters_after(result))
-    behind = {2: 1, 3: 0, 10: 3}[read_every]
+    behind = {2: 0, 3: 1, 10: 3}[read_every]  # the first step is read at once
     assert len(calls) == 6 + behind
 
 
@@ -229,6 +229,93 @@ def test_a_bad_gradient_tells_the_terms_of_its_finite_loss(blora, task, monkeypa
         sp.TrainingError, match=r"finite, but its gradient is not\. .*NLL 1\.\d+ nats per example, KL \d"
     ):
         fit(blora, task)
+
+
+@pytest.mark.parametrize("limit", [None, 1.0], ids=["", "clipped"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_gradient_that_is_not_finite_from_the_first_backward_pass_on_names_its_layer(blora, task, value, limit):
+    name, before = blora.adapter.subspace.names[1], blora.adapter.factors()[1][1].detach().clone()
+
+    def spoil(module, args, output):
+        output.register_hook(lambda grad: torch.full_like(grad, value))
+
+    hook = blora.adapter.layers[1].register_forward_hook(spoil)
+    message = rf"At step 0: the loss is finite, but its gradient is not in 1 of 5 adapted layers: '{name}'\."
+    with pytest.raises(sp.TrainingError, match=message):
+        fit(blora, task, max_grad_norm=limit)
+    hook.remove()
+    assert torch.equal(blora.adapter.factors()[1][1], before)
+
+
+@pytest.mark.parametrize("name", ["guide.loc", "A", "B", "noise"])
+def test_a_parameter_that_is_nan_moves_no_other(name):
+    """Whatever made it so; here a callback."""
+    task = sp.Regression(tiny.tokenizer())
+    blora = sp.bayesian_lora(tiny.classifier(num_labels=1), gauge="free")  # else A gets unit rows at the end
+    guide = as_guide("normal", blora)
+    A, B = blora.adapter.factors()[0]
+    spoilt = {"guide.loc": guide.loc, "A": A, "B": B, "noise": next(task.parameters())}[name]
+    others = [*guide.parameters(), *blora.point_estimates.parameters(), *task.parameters()]
+    before = []
+
+    def spoil(row):
+        if row["step"] == 1:
+            with torch.no_grad():
+                spoilt.fill_(torch.nan)
+            before[:] = [p.detach().clone() for p in others]
+
+    rows = [{**row, "label": float(row["label"])} for row in tiny.text_rows(8)]
+    with pytest.raises(sp.TrainingError, match="At step 2: the loss is nan"):
+        fit(blora, task, rows, guide=guide, callbacks=[spoil])
+    for parameter, value in zip(others, before, strict=True):
+        assert torch.equal(parameter.nan_to_num(), value.nan_to_num())
+
+
+LAST = {"lr": 1e39, "scale_lr": 1e4}
+
+
+@pytest.mark.parametrize("rate", LAST)
+@pytest.mark.parametrize("policy", ["raise", "skip", "restore"])
+def test_a_last_update_that_overflows_is_neither_returned_nor_saved(task, policy, rate, tmp_path, caplog):
+    """No step comes behind it that would meet its numbers."""
+    blora, options = sp.bayesian_lora(tiny.causal_lm()), {"num_steps": 1, "schedule": "constant", "warmup": 0.0}
+    with pytest.raises(sp.TrainingError, match=r"At step 0: the update was too large: .* not finite any more"):
+        fit(blora, task, on_nonfinite=policy, checkpoint_dir=tmp_path, **{**options, rate: LAST[rate]})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000000"]
+    assert "step 1 is not saved" in caplog.text
+
+
+def test_restore_goes_back_behind_an_update_that_overflowed(blora, task, monkeypatch):
+    """A copy that is due just then is not taken: it would be of no use."""
+    monkeypatch.setattr(faults, "SNAPSHOT_EVERY", 2)
+
+    def blow_up(row):
+        if row["step"] == 1:  # the copy of step 2 is due
+            with torch.no_grad():
+                guide.loc[0] = torch.inf
+
+    guide = as_guide("normal", blora)
+    result = fit(blora, task, guide=guide, on_nonfinite="restore", callbacks=[blow_up])
+    assert result.history["step"].tolist() == [0, 1, 3, 4, 5]
+    assert result.posterior.guide.loc.isfinite().all()
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "restore"])
+def test_memory_that_runs_out_in_a_step_leaves_the_batch_as_it_was_asked_for(blora, task, policy, monkeypatch):
+    gradient, rows = EagerStep.gradient, []
+
+    def limited(self, batch, kl_weight):
+        rows.append(len(batch))
+        if len(rows) == 3:
+            raise torch.OutOfMemoryError("pretend")
+        return gradient(self, batch, kl_weight)
+
+    monkeypatch.setattr(EagerStep, "gradient", limited)
+    with pytest.raises(torch.OutOfMemoryError, match="pretend") as caught:
+        fit(blora, task, on_nonfinite=policy)
+    assert rows == [4, 4, 4]  # the third was not tried again with fewer
+    (note,) = caught.value.__notes__
+    assert "At step 2, and no row was left out. micro_batch_size=" in note
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip"])

@@ -27,7 +27,8 @@ from safetensors import torch as safe
 import scalabl_pyro as sp
 from scalabl_pyro import saved_config
 from scalabl_pyro.attach import find_adapter
-from scalabl_pyro.data import encode, read_rows
+from scalabl_pyro.checkpoint import MANIFEST, RECORD, TENSORS
+from scalabl_pyro.data import TrainingBatches, encode, read_rows
 from scalabl_pyro.guides import AutoFamily, EmpiricalGuide, MixtureGuide, as_guide
 
 CONFIG, ADAPTER, POSTERIOR = "scalabl_config.json", "adapter_model.safetensors", "posterior.safetensors"
@@ -253,8 +254,8 @@ LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
 def owners(name: str) -> list[str]:
-    """Where the hash of a file may stand: in the configuration beside it, or of the posterior or baseline above it."""
-    return [(folder / c).as_posix() for folder in Path(name).parents for c in (CONFIG, "baseline.json")]
+    """Where the hash of a file may stand: in what describes a posterior, baseline or checkpoint, beside it or above."""
+    return [(folder / c).as_posix() for folder in Path(name).parents for c in (CONFIG, "baseline.json", MANIFEST)]
 
 
 class Place:
@@ -579,6 +580,152 @@ def test_part_of_a_baseline_that_lies_elsewhere_is_refused(baselines, tmp_path):
         sp.baselines.load(baselines.llm, baselines.folder)
 
 
+# checkpoints ------------------------------------------------------------------------------------------------
+
+
+class RunPlace(Place):
+    """A run that was stopped after 2 of 3 steps, on rows or on batches, and the model that it goes on with."""
+
+    def __init__(self, root: Path) -> None:
+        llm, task = tiny.causal_lm(), sp.MultipleChoice(tiny.tokenizer())
+        rows = tiny.question_rows(4)
+        plan = TrainingBatches(encode(rows, task.encode, need_target=True), 2, 0, seed=0)
+        self.data: dict[str, Any] = {"rows": rows, "batches": [plan(step) for step in range(2)]}
+        self.blora = sp.bayesian_lora(llm, **LORA)
+        self.task = task
+        for kind in self.data:
+            self.fit(kind, root / kind, callbacks=[lambda row: row["step"] == 1])
+            shutil.rmtree(root / kind / "step-00000000")
+        self.step = "step-00000002"
+        self.start = [p.detach().clone() for p in self.blora.point_estimates.parameters()]
+        self.loc = self.blora.adapter.loc.clone()
+        super().__init__(root / "run", llm, task, {kind: root / kind for kind in self.data}, rows)
+
+    def fit(self, kind: str, folder: Path, **options: Any) -> sp.FitResult:
+        options = {"num_steps": 3, "batch_size": 2, "num_data": 4 if kind == "batches" else None, **options}
+        return sp.fit(self.blora, self.task, self.data[kind], checkpoint_dir=folder, progress=False, **options)
+
+    def check_run(self, kind: str) -> str:
+        """The promise: it goes on from there, or starts anew, and ends; or it is refused in words that say where."""
+        around = sorted(p.name for p in self.folder.parent.iterdir())
+        with torch.no_grad():  # a run before may have left anything
+            for own, start in zip(self.blora.point_estimates.parameters(), self.start, strict=True):
+                own.copy_(start)
+        self.blora.adapter.loc = self.loc.clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            try:
+                result = self.fit(kind, self.folder)
+            except sp.TrainingError as error:  # finite numbers whose products overflow
+                assert "At step 2" in str(error)
+                how = "went on, and overflowed"
+            except ValueError as error:
+                assert str(self.folder) in str(error), f"the message does not name the file: {error}"
+                how = "refused"
+                for own, start in zip(self.blora.point_estimates.parameters(), self.start, strict=True):
+                    torch.testing.assert_close(own, start, rtol=0, atol=1e-6)  # unit rows, once more
+            else:
+                assert all(t.isfinite().all() for pair in result.posterior.factors for t in pair)
+                assert result.posterior.sample(2).s.isfinite().all()
+                assert len(result.history) <= 3 and result.history["step"].iloc[-1] == 2
+                how = "ended"
+        assert sorted(p.name for p in self.folder.parent.iterdir()) == around
+        return how
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return RunPlace(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize("kind", ["rows", "batches"])
+def test_every_run_goes_on_unless_its_checkpoint_is_edited(runs, kind, caplog):
+    runs.put(kind, {})
+    with caplog.at_level("INFO"):
+        assert runs.check_run(kind) == "ended"
+    assert "resumed from" in caplog.text
+
+
+@fuzz(60, 2000)
+def test_edited_checkpoint_is_gone_on_from_or_refused(runs, cases):
+    def check(kind: str, file: str, how: str, edits: Any, tensors: Any, raw: Any, rehash: bool) -> None:
+        name = f"{runs.step}/{file}"
+        content = runs.valid[kind][name]
+        if how == "bytes":
+            content = edit_bytes(content, raw)
+        elif file != TENSORS:
+            content = edit_json(content, edits)
+        else:
+            content = edit_tensors(content, tensors) if how == "parts" else edit_header(content, edits)
+        runs.put(kind, {name: content}, rehash=rehash)
+        runs.check_run(kind)
+
+    run(
+        cases,
+        check,
+        kind=st.sampled_from(["rows", "batches"]),
+        file=st.sampled_from([TENSORS, RECORD, RECORD, MANIFEST]),
+        how=st.sampled_from(["parts", "parts", "header", "bytes"]),
+        edits=JSON_EDITS,
+        tensors=TENSOR_EDITS,
+        raw=BYTE_EDITS,
+        rehash=st.sampled_from([True, True, False]),
+    )
+
+
+#: What somebody may write into the state of a record, or the tensors, by hand.
+FORGED: dict[str, tuple[str, Any, str]] = {
+    "a step before the first": ("step", -5, "'step'"),
+    "a step of another folder": ("step", 1, "'step'"),
+    "endless data": ("data", {"count": 10**12, "sha256": ""}, "'data'"),
+    "no data": ("data", None, "does not say where in the data"),
+    "columns of another table": ("columns", ["step", "hope"], "'columns'"),
+    "no seconds": ("seconds", "long", "'seconds'"),
+    "a text that counts": ("recovery", {"skipped": "2", "in_a_row": 0, "restored_at": None}, "'recovery'"),
+    "no state": ("state", [], "does not say where the run was"),
+    "no base model": ("base_model", None, "does not say which"),
+    "NaN": ("module.guide.guide.loc", torch.nan, "'module.guide.guide.loc' was saved with numbers that are not finite"),
+    "another prior": ("module.model.blora.prior.scale", 9.0, "is held fixed in a run, but was saved with other"),
+    "NaN of the optimiser": ("optimiser.0.exp_avg", torch.nan, "'optimiser.0.exp_avg' was saved with numbers"),
+    "a history that counts nothing": ("history.step", torch.nan, "steps of the saved history are no numbers"),
+    "no random state": ("random.cpu", 0, "the random states are none of torch's"),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "message"), FORGED.values(), ids=FORGED)
+def test_forged_checkpoint_is_refused_by_what_is_wrong_in_it(runs, name, value, message):
+    files = runs.valid["batches"]
+    if "." in name:
+        tensors = dict(safe.load(files[f"{runs.step}/{TENSORS}"]))
+        tensors[name] = torch.full_like(tensors[name], value)
+        changed = {f"{runs.step}/{TENSORS}": safe.save(tensors)}
+    else:
+        record = json.loads(files[f"{runs.step}/{RECORD}"])
+        part = record if name == "state" else record["run"] if name == "base_model" else record["state"]
+        assert name in part
+        part[name] = value
+        changed = {f"{runs.step}/{RECORD}": json.dumps(record).encode()}
+    runs.put("batches", changed)
+    with pytest.raises(ValueError, match=rf"{runs.folder}.*{message}"):
+        runs.fit("batches", runs.folder)
+    runs.check_run("batches")
+
+
+@pytest.mark.parametrize("file", [TENSORS, RECORD, MANIFEST])
+@pytest.mark.parametrize("kind", ["link outside", "pipe", "device"])
+def test_what_is_no_file_of_a_checkpoint_is_passed_over_without_waiting(runs, tmp_path, file, kind, caplog):
+    runs.put("rows", {})
+    path = runs.folder / runs.step / file
+    (tmp_path / file).write_bytes(path.read_bytes())
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / file if kind == "link outside" else "/dev/zero")
+    assert runs.check_run("rows") == "ended"
+    assert f"{runs.step} cannot be used" in caplog.text
+
+
 # the configuration alone, and rows --------------------------------------------------------------------------
 
 
@@ -723,6 +870,29 @@ def test_options_that_would_only_fill_memory_are_refused_before_they_do(place, o
     with pytest.raises(ValueError, match="ask for a guide of at least"):
         sp.Posterior.from_pretrained(place.llm, place.folder)
     assert peak_megabytes() - start < 50
+
+
+def doubled(text: bytes, key: str) -> bytes:
+    """The same JSON, but for a key that stands once more, before the first, with another value."""
+    assert f'"{key}"'.encode() in text
+    return text.replace(b"{", f'{{"{key}": null, '.encode(), 1)
+
+
+@pytest.mark.parametrize("file", [CONFIG, ADAPTER, TOKENIZER_CONFIG])
+def test_key_that_stands_twice_is_refused(place, file):
+    """Of two readers each could take another one."""
+    content = place.valid["normal"][file]
+    if file == ADAPTER:
+        size = int.from_bytes(content[:8], "little")
+        key = next(name for name in safe.load(content))
+        header = doubled(content[8 : 8 + size], key)
+        content = len(header).to_bytes(8, "little") + header + content[8 + size :]
+    else:
+        key = next(iter(json.loads(content)))
+        content = doubled(content, key)
+    place.put("normal", {file: content})
+    with pytest.raises(ValueError, match=f"the key '{key}' stands twice"):
+        sp.Posterior.from_pretrained(place.llm, place.folder)
 
 
 def test_sparse_file_is_refused_unread(place):

@@ -152,6 +152,16 @@ def test_new_field_of_the_present_format_is_damage(path, where):
         sp.Posterior.from_pretrained(base_model(), path)
 
 
+@pytest.mark.parametrize("minor", [FORMAT_MINOR, FORMAT_MINOR + 1])
+@pytest.mark.parametrize("part", ["guide", "prior", "task"])
+def test_new_option_is_refused_whatever_the_format(path, part, minor):
+    """To leave out an option would be to load another posterior."""
+    edit(path, format_minor=minor)
+    edit(path, part, "options", colour="blue")
+    with pytest.raises(ValueError, match=r"unknown options of .*: \['colour'\]\. Known names: "):
+        sp.Posterior.from_pretrained(base_model(), path)
+
+
 def test_newer_minor_format_without_new_fields_is_read_in_silence(path, posterior):
     edit(path, format_minor=FORMAT_MINOR + 1)
     assert torch.equal(sp.Posterior.from_pretrained(base_model(), path).mean(), posterior.mean())
