@@ -83,8 +83,7 @@ class CheckpointFolder:
             files = {name: describe(staging / name) for name in (TENSORS, RECORD)}
             manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
             write_file(staging / MANIFEST, _json(manifest))
-        for path in self.paths()[: -self.keep]:
-            _delete(path)
+        self._prune()
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; damaged ones are passed over with a warning.
@@ -100,7 +99,7 @@ class CheckpointFolder:
         return None
 
     def set_aside(self, above: int) -> None:
-        """Rename what lies above a step, because it could not be used, and delete what was never finished."""
+        """Rename what lies above a step, because it could not be used; delete what was never finished, or left over."""
         if not self.path.is_dir():
             return
         with suppress(OSError):
@@ -109,6 +108,11 @@ class CheckpointFolder:
             for path in self.paths():
                 if _step(path) > above:
                     os.replace(path, path.with_name(f"damaged-{path.name}-{os.urandom(2).hex()}"))
+        self._prune()  # a run killed between its last checkpoint and this left one too many
+
+    def _prune(self) -> None:
+        for path in self.paths()[: -self.keep]:
+            _delete(path)
 
 
 class Damaged(ValueError):

@@ -45,6 +45,12 @@ def test_the_last_ones_are_kept(folder):
     assert names(folder) == ["step-00000020", "step-00000030"]
 
 
+def test_a_run_killed_before_it_deleted_the_oldest_one_leaves_none_too_many(folder):
+    CheckpointFolder(folder.path, keep=3).write(30, TENSOR, {})
+    folder.set_aside(30)
+    assert names(folder) == ["step-00000020", "step-00000030"]
+
+
 def test_steps_are_ordered_as_numbers(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=2)
     for step in (99_999_999, 100_000_000, 100_000_001):
