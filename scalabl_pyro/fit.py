@@ -115,7 +115,7 @@ def fit(
         num_steps: optimiser steps.
         batch_size: rows a step, of all processes together; see the how-to page *Several processes*.
         micro_batch_size: rows a forward pass of a process; smaller ones accumulate gradients of the same ELBO.
-        lr: of A, B, heads, and the task's parameters (AdamW).
+        lr: of A, B, heads, and the task's parameters (AdamW). The first thing to tune, see the page *Quality*.
         loc_lr: of the guide's locations; default ``lr``.
         scale_lr: of the guide's scales (as logarithms).
         weight_decay: on A and B only (decoupled from the loss, as in AdamW).
