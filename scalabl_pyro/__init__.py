@@ -12,7 +12,7 @@ from .likelihoods import MultipleChoice, Regression, SequenceClassification, Tas
 from .mcmc import mcmc
 from .model import BayesianLoRA, bayesian_lora
 from .posterior import Posterior
-from .predictive import NumericPrediction, Prediction
+from .prediction import NumericPrediction, Prediction
 from .refit import refit
 
 __all__ = [

@@ -27,7 +27,8 @@ from .linearised import predict_linearised
 from .logdensity import LogLikelihood
 from .lora import Adapter, Factors
 from .model import BayesianLoRA
-from .predictive import NumericPrediction, Prediction, predict
+from .prediction import NumericPrediction, Prediction
+from .predictive import predict
 from .priors import Prior
 from .quasi import DESIGNS, even_draws
 from .subspace import Subspace
@@ -131,8 +132,8 @@ class Posterior:
             progress: show a progress bar.
 
         Returns:
-            :class:`~scalabl_pyro.predictive.Prediction` for classes, else
-            :class:`~scalabl_pyro.predictive.NumericPrediction`.
+            :class:`~scalabl_pyro.prediction.Prediction` for classes, else
+            :class:`~scalabl_pyro.prediction.NumericPrediction`.
         """
         for name, number in {"batch_size": batch_size, "draws_per_pass": draws_per_pass or 1}.items():
             if number < 1:

@@ -15,7 +15,7 @@ from ..likelihoods import Task
 from ..lora import Adapter, Factors
 from ..model import BayesianLoRA
 from ..posterior import Posterior
-from ..predictive import NumericPrediction, Prediction
+from ..prediction import NumericPrediction, Prediction
 from ..tensor_files import check_keys, check_like
 from . import saving
 from .predictor import Function, predict_functions

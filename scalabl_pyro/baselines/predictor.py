@@ -18,7 +18,8 @@ from ..data import Batch, check_tokens, encode, evaluation_batches, read_rows
 from ..likelihoods import Task
 from ..lora import Adapter
 from ..model import BayesianLoRA
-from ..predictive import NumericPrediction, Prediction, predict_from_outputs
+from ..prediction import NumericPrediction, Prediction
+from ..predictive import predict_from_outputs
 from ..prefix import Prefix, reuse
 
 Function = tuple[AdaptedLLM, Tensor]

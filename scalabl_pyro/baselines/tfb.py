@@ -20,7 +20,7 @@ from .._errors import ScalaBLWarning, check_positive
 from ..data import read_rows
 from ..lora import Factors
 from ..posterior import Posterior
-from ..predictive import NumericPrediction, Prediction
+from ..prediction import NumericPrediction, Prediction
 from .factor_posterior import FactorNoise, FactorPosterior
 
 
