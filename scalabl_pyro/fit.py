@@ -24,7 +24,7 @@ from .graphs import GraphedStep, why_not
 from .guides import INIT_SCALE, Guide, GuideLike, ParticleGuide, as_guide
 from .interrupts import StopSignals
 from .likelihoods import Task
-from .model import BayesianLoRA, TaskModel
+from .model import BayesianLoRA
 from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weight_at
 from .optimiser import build_optimiser, rate_schedule
 from .posterior import Posterior
@@ -33,6 +33,7 @@ from .resume import OF_A_RUN, Checkpoints, begin_alike, describe_run
 from .scope import training_scope
 from .sharding import check_shareable
 from .stein import SteinObjective
+from .task_model import TaskModel
 from .training import Callback, EagerStep, Trainer
 
 logger = logging.getLogger(__name__)

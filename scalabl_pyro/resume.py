@@ -21,8 +21,8 @@ from .data import Batch, Cycle, TrainingBatches
 from .distributed import Processes
 from .fingerprint import check_fingerprint, describe_layers, fingerprint
 from .guides import Guide
-from .model import TaskModel
 from .state import check_record
+from .task_model import TaskModel
 from .training import COLUMNS, Trainer
 
 logger = logging.getLogger(__name__)

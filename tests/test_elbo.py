@@ -14,8 +14,8 @@ from torch.distributions import kl_divergence
 import scalabl_pyro as sp
 from scalabl_pyro.data import Batch, TrainingBatches, encode
 from scalabl_pyro.guides import NormalGuide
-from scalabl_pyro.model import TaskModel
 from scalabl_pyro.objective import RecordNLL, ScopedGuide
+from scalabl_pyro.task_model import TaskModel
 
 N, NOISE, PRIOR_SCALE = 64, 0.5, 1.25
 
