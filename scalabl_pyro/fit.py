@@ -29,7 +29,8 @@ from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weigh
 from .optimiser import build_optimiser, rate_schedule
 from .posterior import Posterior
 from .prefix import PrefixStore
-from .resume import OF_A_RUN, Checkpoints, begin_alike, describe_run
+from .resume import Checkpoints
+from .same_run import OF_A_RUN, begin_alike, describe_run
 from .scope import training_scope
 from .sharding import check_shareable
 from .stein import SteinObjective
