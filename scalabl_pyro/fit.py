@@ -34,8 +34,9 @@ from .same_run import OF_A_RUN, begin_alike, describe_run
 from .scope import training_scope
 from .sharding import check_shareable
 from .stein import SteinObjective
+from .step import EagerStep
 from .task_model import TaskModel
-from .training import Callback, EagerStep, Trainer
+from .training import Callback, Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .causal_masks import decided_as_in_eager_passes
 from .data import Batch
-from .training import EagerStep
+from .step import EagerStep
 
 logger = logging.getLogger(__name__)
 

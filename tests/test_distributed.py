@@ -27,8 +27,8 @@ from scalabl_pyro.data import TrainingBatches, encode
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.optimiser import build_optimiser
+from scalabl_pyro.step import EagerStep
 from scalabl_pyro.task_model import TaskModel
-from scalabl_pyro.training import EagerStep
 
 ROWS = tiny.question_rows(23)
 TEST = tiny.question_rows(20, seed=1)

@@ -20,7 +20,7 @@ from scalabl_pyro import faults
 from scalabl_pyro.data import Example, TrainingBatches, collate, encode
 from scalabl_pyro.faults import GradientCheck, largest_scale
 from scalabl_pyro.guides import as_guide
-from scalabl_pyro.training import EagerStep
+from scalabl_pyro.step import EagerStep
 
 ROWS = tiny.question_rows(16)
 

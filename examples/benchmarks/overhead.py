@@ -83,7 +83,7 @@ def peft_step(base, batch: Batch):
 def scalabl_step(base, batch: Batch):
     """One step of ``fit``: its objective, its optimiser, its checks."""
     from scalabl_pyro.optimiser import build_optimiser
-    from scalabl_pyro.training import EagerStep
+    from scalabl_pyro.step import EagerStep
 
     blora = sp.bayesian_lora(base, target_modules=TARGETS)
     base.eval()

@@ -31,8 +31,8 @@ from scalabl_pyro.linearised import gauss_newton
 from scalabl_pyro.logdensity import LogLikelihood
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.optimiser import build_optimiser
+from scalabl_pyro.step import EagerStep
 from scalabl_pyro.task_model import TaskModel
-from scalabl_pyro.training import EagerStep
 
 TARGETS = ["q_proj", "v_proj", "lm_head"]
 NUM_DATA = 1000
