@@ -15,11 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ._errors import check_choice, nearest
 from ._rng import scoped_seed
-from .lora import Adapter, ReplaceHead, SubspaceVariant, Undo, factors_of
+from .factors import factors_of
+from .lora import Adapter, Undo
 from .positions import AtPosition, ReadPosition, tokenwise_end
 from .prefix import HiddenStates, RepeatRows, SkippableForward, split_blocks
 from .subspace import Layer, Subspace
 from .targets import TargetModules, is_linear, new_heads, output_head, resolve_targets
+from .variant import ReplaceHead, SubspaceVariant
 
 #: PEFT's layers that ask a LoRA variant for their update; the others would ignore the latents silently.
 SUPPORTED_LAYERS = (

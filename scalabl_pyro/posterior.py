@@ -21,11 +21,12 @@ from .adapted import AdaptedLLM
 from .data import encode, read_rows
 from .diagnostics import LOO, Diagnosis, LogWeights, diagnose
 from .draws import Draws, log_prior, sample, sample_prior
+from .factors import Factors
 from .guides import EmpiricalGuide, Guide
 from .likelihoods import Task
 from .linearised import predict_linearised
 from .logdensity import LogLikelihood
-from .lora import Adapter, Factors
+from .lora import Adapter
 from .model import BayesianLoRA
 from .prediction import NumericPrediction, Prediction
 from .predictive import predict

@@ -17,10 +17,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .._errors import check_positive
+from ..factors import Factors
 from ..fit import FitResult, TrainingError, fit
 from ..guides import DeltaGuide, Guide
 from ..likelihoods import Task
-from ..lora import Adapter, Factors, RowNoise
+from ..lora import Adapter, RowNoise
 from ..posterior import Posterior
 from ..priors import Prior, as_prior
 from .factor_posterior import FactorNoise, FactorPosterior

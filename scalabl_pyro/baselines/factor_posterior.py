@@ -11,8 +11,9 @@ from torch import Generator, Tensor
 
 from .._errors import check_choice, check_positive
 from ..adapted import AdaptedLLM
+from ..factors import Factors
 from ..likelihoods import Task
-from ..lora import Adapter, Factors
+from ..lora import Adapter
 from ..model import BayesianLoRA
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction

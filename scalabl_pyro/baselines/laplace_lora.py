@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .._errors import check_positive
 from .._rng import scoped_seed
 from ..data import encode, evaluation_batches, read_rows
-from ..lora import Factors
+from ..factors import Factors
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
 from ..predictive import predict_from_outputs

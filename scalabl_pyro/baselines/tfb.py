@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from .._errors import ScalaBLWarning, check_positive
 from ..data import read_rows
-from ..lora import Factors
+from ..factors import Factors
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
 from .factor_posterior import FactorNoise, FactorPosterior
