@@ -16,9 +16,10 @@ from ._lock import LOCK
 from ._rng import Stream
 from .adapted import AdaptedLLM, eval_mode
 from .data import Batch, Example, check_tokens, evaluation_batches
-from .distributed import Processes, is_sharded, processes, together
+from .distributed import Processes, processes, together
 from .likelihoods import Task, at_least_float32
 from .prediction import NumericPrediction, Prediction
+from .sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ._rng import generator_states, set_generator_states
 from .data import Batch, Cycle
-from .distributed import is_sharded
 from .faults import Figures, GradientCheck, Recovery, describe, overflown, reason, where_not_finite
 from .interrupts import StopSignals
 from .optimiser import set_rates
+from .sharding import is_sharded
 from .state import LearnedState
 from .step import EagerStep
 from .tensor_files import check_keys
