@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ._errors import check_choice, check_positive
-from .data import Batch, TrainingBatches, check_tokens, training_source
+from .data import Batch, check_tokens
 from .distributed import processes as current_processes
 from .distributed import together
 from .elbo import stays_on_device
@@ -37,6 +37,7 @@ from .stein import SteinObjective
 from .step import EagerStep
 from .task_model import TaskModel
 from .training import Callback, Trainer
+from .training_data import TrainingBatches, training_source
 
 logger = logging.getLogger(__name__)
 

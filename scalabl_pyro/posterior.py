@@ -18,7 +18,7 @@ from ._errors import check_choice, check_positive
 from ._pyro import local_params
 from ._version import __version__
 from .adapted import AdaptedLLM
-from .data import encode, read_rows
+from .data import encode
 from .diagnostics import LOO, Diagnosis, LogWeights, diagnose
 from .draws import Draws, log_prior, sample, sample_prior
 from .factors import Factors
@@ -32,6 +32,7 @@ from .prediction import NumericPrediction, Prediction
 from .predictive import predict
 from .priors import Prior
 from .quasi import DESIGNS, even_draws
+from .rows import read_rows
 from .subspace import Subspace
 
 Result = TypeVar("Result")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._rng import generator_states, set_generator_states
-from .data import Batch, Cycle
+from .data import Batch
 from .faults import Figures, GradientCheck, Recovery, describe, overflown, reason, where_not_finite
 from .interrupts import StopSignals
 from .optimiser import set_rates
@@ -19,6 +19,7 @@ from .sharding import is_sharded
 from .state import LearnedState
 from .step import EagerStep
 from .tensor_files import check_keys
+from .training_data import Cycle
 
 logger = logging.getLogger(__name__)
 
