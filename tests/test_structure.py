@@ -18,8 +18,8 @@ _version _errors _lock _rng _pyro storage files strict_json tensor_files interru
 recompute factors lora variant start activate attach adapted memory priors hub_rows rows data training_data control
 distributed likelihoods model task_model sharding guides draws quasi elbo objective stein optimiser state faults scope
 step training causal_masks graphs metrics prediction predictive logdensity linearised arviz_io psis diagnostics
-fingerprint saved_config restore checkpoint serialization posterior comparison laplace mcmc same_run resume result fit
-refit ensemble plots baselines doctor cli __main__
+fingerprint saved_config restore checkpoint serialization arviz_groups posterior comparison laplace mcmc same_run resume
+result fit refit ensemble plots baselines doctor cli __main__
 """.split()
 
 
