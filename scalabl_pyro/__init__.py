@@ -6,14 +6,15 @@ from ._version import __version__
 from .comparison import compare
 from .draws import Draws
 from .ensemble import ensemble
-from .fit import FitResult, TrainingError, fit
+from .fit import fit
 from .laplace import laplace
 from .likelihoods import MultipleChoice, Regression, SequenceClassification, Task
 from .mcmc import mcmc
 from .model import BayesianLoRA, bayesian_lora
 from .posterior import Posterior
-from .predictive import NumericPrediction, Prediction
+from .prediction import NumericPrediction, Prediction
 from .refit import refit
+from .result import FitResult, TrainingError
 
 __all__ = [
     "BayesianLoRA",

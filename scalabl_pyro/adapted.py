@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ._lock import IDLE, LOCK
-from .lora import Adapter, Factors, RowNoise
+from .factors import Factors
+from .lora import Adapter, RowNoise
 from .prefix import repeat_rows
 
 

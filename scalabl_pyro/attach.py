@@ -1,9 +1,8 @@
 """Put a Bayesian LoRA adapter into a module, or make a LoRA adapter that is already there Bayesian."""
 
-import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,11 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ._errors import check_choice, nearest
 from ._rng import scoped_seed
-from .lora import Adapter, ReplaceHead, SubspaceVariant, Undo, factors_of
-from .positions import AtPosition, ReadPosition, tokenwise_end
-from .prefix import HiddenStates, RepeatRows, SkippableForward, split_blocks
+from .activate import activate
+from .factors import factors_of
+from .lora import Adapter, Undo
+from .start import factorise, initialise
 from .subspace import Layer, Subspace
-from .targets import TargetModules, is_linear, new_heads, output_head, resolve_targets
+from .targets import TargetModules, is_linear, new_heads, resolve_targets
+from .variant import SubspaceVariant
 
 #: PEFT's layers that ask a LoRA variant for their update; the others would ignore the latents silently.
 SUPPORTED_LAYERS = (
@@ -160,7 +161,7 @@ def _inject(
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # matters for merging only
         inject_adapter_in_model(config, module, ADAPTER_NAME)
     layers = [cast(LoraLayer, module.get_submodule(name)) for name in names]
-    locs = [_initialise(layer, ADAPTER_NAME) for layer in layers]
+    locs = [initialise(layer, ADAPTER_NAME) for layer in layers]
     for layer, original in zip(layers, originals.values(), strict=True):
         cast(nn.Module, layer).train(original.training)
     adapter = _assemble(module, names, layers, ADAPTER_NAME, torch.cat(locs), gauge=gauge, undo=undo)
@@ -169,7 +170,7 @@ def _inject(
     except TypeError:
         adapter.unload()
         raise
-    _activate(adapter, heads)
+    activate(adapter, heads)
     return adapter
 
 
@@ -198,11 +199,11 @@ def _adopt(module: nn.Module, found: Mapping[str, BaseTunerLayer], *, gauge: str
         weights=[(weight, weight.detach().clone()) for weight in weights],
         casts=[(layer, layer.cast_input_dtype_enabled) for layer in layers.values()],
     )
-    locs = [_factorise(layer, adapter_name) for layer in layers.values()]
+    locs = [factorise(layer, adapter_name) for layer in layers.values()]
     adapter = _assemble(
         module, list(layers), list(layers.values()), adapter_name, torch.cat(locs), gauge=gauge, undo=undo
     )
-    _activate(adapter, heads)
+    activate(adapter, heads)
     return adapter
 
 
@@ -227,91 +228,11 @@ def _assemble(
     return adapter
 
 
-def _activate(adapter: Adapter, heads: Sequence[str]) -> None:
-    """Send the layers through the latents, freeze everything but factors and heads, and add the hooks."""
-    module, hooks = adapter.module, adapter.undo.hooks
-    for index, layer in enumerate(adapter.layers):
-        layer.lora_variant[adapter.adapter_name] = SubspaceVariant(adapter, index)
-        layer.cast_input_dtype_enabled = False  # no float32 copy of the activations
-    module.requires_grad_(False)
-    for pair in adapter.factors():
-        for factor in pair:
-            factor.requires_grad_(True)
-    for name in heads:
-        original = module.get_submodule(name)
-        adapter.heads[name] = copy.deepcopy(original).to(_master_dtype(original)).requires_grad_(True)
-        hooks.append(original.register_forward_hook(ReplaceHead(adapter, name)))
-    lower, upper = split_blocks(module, adapter.subspace.names)
-    adapter.blocks = tuple(upper)
-    head = output_head(module)
-    if head is None:  # classifiers pool by the rows of their input
-        return
-    hooks.append(head.register_forward_pre_hook(ReadPosition(adapter.positions)))
-    if (mlp := tokenwise_end(upper)) is not None:
-        _replace_forward(adapter, mlp, AtPosition(adapter.positions, mlp.forward))
-    if not lower:
-        return
-    adapter.shares_prefix = True
-    adapter.has_fixed_prefix = all(module.get_submodule(name) is head for name in heads)
-    hooks.append(upper[0].register_forward_pre_hook(HiddenStates(adapter), with_kwargs=True))
-    for block in lower:
-        _replace_forward(adapter, block, SkippableForward(adapter, block.forward))
-    for block in upper:
-        hooks.append(block.register_forward_pre_hook(RepeatRows(adapter.fan_out), with_kwargs=True))
-
-
-def _replace_forward(adapter: Adapter, module: nn.Module, forward: Callable[..., Any]) -> None:
-    adapter.undo.forwards.append((module, module.__dict__.get("forward")))
-    module.forward = forward
-
-
-def _initialise(layer: LoraLayer, adapter_name: str) -> Tensor:
-    """The paper's start: Z = the default nn.Linear init, ``_, s0, Vh = svd(Z)``, A = Vh, B = 0; returns s0 (r,)."""
-    A, B = _master_factors(layer, adapter_name)
-    if A.is_meta:  # shapes only
-        return torch.full((A.shape[0],), 3**-0.5)
-    with torch.no_grad():
-        _, s0, Vh = torch.linalg.svd(A, full_matrices=False)
-        A.copy_(Vh)
-        B.zero_()
-    return s0.cpu()
-
-
-def _factorise(layer: LoraLayer, adapter_name: str) -> Tensor:
-    """Rewrite trained factors as B' diag(s) A' = B A with orthonormal rows of A'; returns s (r,).
-
-    The singular values of the update go into B', and s starts near where a fresh adapter's does, so that one prior
-    scale means the same for both.
-    """
-    A, B = _master_factors(layer, adapter_name)
-    with torch.no_grad():
-        Q_b, R_b = torch.linalg.qr(B.double())
-        Q_a, R_a = torch.linalg.qr(A.double().T)
-        U, S, Vh = torch.linalg.svd(R_b @ R_a.T)
-        s = torch.full_like(S, 3**-0.5)
-        A.copy_(Vh @ Q_a.T)
-        B.copy_(Q_b @ U * (S / s))
-    return s.to(A.dtype).cpu()
-
-
-def _master_factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """A and B in at least float32: updates of half-precision factors would be rounded away."""
-    pair = factors_of(layer, adapter_name)
-    for factor in pair:
-        factor.data = factor.data.to(torch.promote_types(factor.dtype, torch.float32))
-    return pair
-
-
 def _shape(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     return layer.out_features, layer.in_features  # type: ignore[return-value]
-
-
-def _master_dtype(module: nn.Module) -> torch.dtype:
-    """At least float32, so that small updates are not rounded away."""
-    return torch.promote_types(next(module.parameters()).dtype, torch.float32)
 
 
 def _check_rank(module: nn.Module, names: Sequence[str], r: int) -> None:

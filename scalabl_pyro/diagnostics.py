@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from .data import Row, encode
 from .draws import sample, sample_prior
 from .guides import EmpiricalGuide, MixtureGuide
-from .predictive import NumericPrediction, Prediction, predict
+from .prediction import NumericPrediction, Prediction
+from .predictive import predict
 from .psis import LOO, LogWeights, check_num_draws, good_k, pareto_k, psis_loo
 from .subspace import Subspace
 

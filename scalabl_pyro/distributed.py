@@ -4,9 +4,6 @@ Every process holds the whole program: model, data, and the generators of noise,
 batch of a step and draws the noise of all its rows, but runs the LLM on rows of its own only. With b of the B rows a
 process computes the ELBO of its rows scaled to N, and counts b / B of it, as a micro-batch does: the shares add up to
 1, the KL is counted once, and one sum of gradients over processes is the gradient of one process on the joint batch.
-
-A second, small group of processes (gloo, on the CPU) carries what the host must know: whether all are there, with the
-same batch; signals; results of ``predict``. It is closed when a call fails, so that the others learn of it at once.
 """
 
 import builtins
@@ -21,9 +18,10 @@ from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
+from .control import CONTROL, LostProcess, is_gloo, reaching
 from .data import Batch
 
 __all__ = ["LostProcess", "alone"]
@@ -34,10 +32,6 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 _ALONE: ContextVar[bool] = ContextVar("scalabl_pyro_alone", default=False)
-
-
-class LostProcess(RuntimeError):
-    """The other processes cannot be reached any more."""
 
 
 class Processes:
@@ -60,7 +54,7 @@ class Processes:
     @property
     def control(self) -> Any:
         """Their gloo group; kept nowhere else, as an error that is kept would keep its connections open."""
-        return _CONTROL.get()
+        return CONTROL.get()
 
     @property
     def are_several(self) -> bool:
@@ -100,7 +94,7 @@ class Processes:
         for tensor in (batch.inputs["input_ids"], batch.target):
             digest = digest if tensor is None else zlib.crc32(tensor.cpu().numpy().tobytes(), digest)
         told = torch.tensor([signal, digest, -digest])
-        with _reaching():
+        with reaching():
             dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.control)
         signal, largest, smallest = told.tolist()
         if largest != -smallest:
@@ -126,7 +120,7 @@ class Processes:
         pieces = [terms, present, *(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)]
         dtype = functools.reduce(torch.promote_types, {piece.dtype for piece in pieces})
         joint = torch.cat([piece.detach().flatten().to(terms.device, dtype) for piece in pieces])
-        with _reaching():
+        with reaching():
             dist.all_reduce(joint, group=self._group_of(joint))
         terms_sum, present, *sums = joint.split([piece.numel() for piece in pieces])
         own = [(p.grad, total.view_as(p)) for p, total in zip(parameters, sums, strict=True) if p.grad is not None]
@@ -145,7 +139,7 @@ class Processes:
         for dtype in sorted({t.dtype for t in tensors}, key=str):
             own = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.detach().flatten().cpu() for t in own])
-            with _reaching():
+            with reaching():
                 dist.broadcast(flat.view(torch.uint8), src=0, group=self.control)  # whatever gloo can count with
             for tensor, values in zip(own, flat.split([t.numel() for t in own]), strict=True):
                 tensor.copy_(values.view_as(tensor))
@@ -171,7 +165,7 @@ class Processes:
             return [function()]
         value, error = _outcome(function)
         found: list[Any] = [None] * self.size
-        with _reaching():
+        with reaching():
             dist.all_gather_object(found, (value, _told(error)), group=self.control)
         if error is not None:
             raise error
@@ -185,7 +179,7 @@ class Processes:
             return function()
         value, error = _outcome(function) if self.is_first else (None, None)
         told = [(value, _told(error))]
-        with _reaching():
+        with reaching():
             dist.broadcast_object_list(told, src=0, group=self.control)
         if error is not None:
             raise error
@@ -195,22 +189,8 @@ class Processes:
 
     def _group_of(self, tensor: Tensor) -> Any:
         """The group that adds up where a tensor lies: NCCL for CUDA, if it was initialised."""
-        on_control = tensor.device.type == "cpu" or _is_gloo(tensor.device)
+        on_control = tensor.device.type == "cpu" or is_gloo(tensor.device)
         return self.control if on_control else dist.group.WORLD
-
-
-@contextmanager
-def _reaching() -> Iterator[None]:
-    """Errors of torch that mean that a process is gone, in other words."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostProcess(
-            f"Process {dist.get_rank()} of {dist.get_world_size()} cannot reach the others any more. One of them was "
-            "killed, failed (its own output says how), or went on without calling the same function of scalabl_pyro; "
-            "calls in one process alone belong into `with scalabl_pyro.distributed.alone():`. A run with "
-            f"checkpoint_dir= can be resumed. What torch says: {(str(error).splitlines() or [repr(error)])[0]}"
-        ) from error
 
 
 @contextmanager
@@ -223,33 +203,6 @@ def alone() -> Iterator[None]:
         _ALONE.reset(token)
 
 
-class _Control:
-    """The gloo group of the present default group; made when first needed, by all processes together."""
-
-    def __init__(self) -> None:
-        self.world: Any = None
-        self.group: Any = None
-
-    def get(self) -> Any:
-        world = dist.group.WORLD
-        if self.group is None or self.world is not world:
-            self.world = world
-            with _reaching():
-                if _is_gloo(torch.device("cpu")):  # its connections tell at once who is gone, the store does not
-                    dist.all_reduce(torch.zeros(1))
-                self.group = dist.new_group(backend="gloo", timeout=_timeout(world))
-        return self.group
-
-    def close(self) -> None:
-        """Let the others see that this process will not answer."""
-        group, self.group = self.group, None
-        if group is not None and dist.is_initialized():
-            dist.destroy_process_group(group)
-
-
-_CONTROL = _Control()
-
-
 def processes() -> Processes:
     """The processes that work together now: those of torch.distributed, if it is initialised."""
     if _ALONE.get() or not dist.is_available():
@@ -259,7 +212,7 @@ def processes() -> Processes:
         return Processes()
     if dist.get_world_size() == 1:
         return Processes()
-    _CONTROL.get()  # made here, where all processes pass
+    CONTROL.get()  # made here, where all processes pass
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
@@ -283,34 +236,10 @@ def together(function: Callable[P, Result]) -> Callable[P, Result]:
         try:
             return function(*args, **kwargs)
         except BaseException:
-            _CONTROL.close()
+            CONTROL.close()
             raise
 
     return call
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether weights of a module lie in pieces on several processes, which then must run it in step."""
-    return any(is_piece(p) for p in module.parameters())
-
-
-def is_piece(tensor: object) -> bool:
-    """Whether a tensor is a piece of one that several processes hold (a DTensor)."""
-    return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")
-
-
-def _is_gloo(device: torch.device) -> bool:
-    return f"{device.type}:gloo" in str(dist.get_backend_config())
-
-
-def _timeout(world: Any) -> Any:
-    """That of the group which the caller initialised, None for torch's default."""
-    for device in ("cpu", "cuda"):
-        try:
-            return world._get_backend(torch.device(device)).options._timeout
-        except (RuntimeError, AttributeError):
-            continue
-    return None
 
 
 def _outcome(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:

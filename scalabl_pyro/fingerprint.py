@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import is_piece, is_sharded
 from .lora import Adapter
+from .sharding import is_piece, is_sharded
 
 EMBEDDING_PROBES = 64
 LAYER_PROBES = 4

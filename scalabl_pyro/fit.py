@@ -3,70 +3,42 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from pyro.infer import ELBO
-from torch import nn
 from tqdm.auto import tqdm
 
 from ._errors import check_choice, check_positive
-from .data import Batch, TrainingBatches, check_tokens, training_source
+from .data import Batch, check_tokens
 from .distributed import processes as current_processes
 from .distributed import together
-from .elbo import stays_on_device
 from .faults import explained
-from .graphs import GraphedStep, why_not
-from .guides import INIT_SCALE, Guide, GuideLike, ParticleGuide, as_guide
+from .graphs import GRAPH_TOKENS, GraphedStep, uses_graph
+from .guides import INIT_SCALE, GuideLike, ParticleGuide, as_guide
 from .interrupts import StopSignals
 from .likelihoods import Task
-from .model import BayesianLoRA, TaskModel
+from .model import BayesianLoRA
 from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weight_at
 from .optimiser import build_optimiser, rate_schedule
-from .posterior import Posterior
 from .prefix import PrefixStore
-from .resume import OF_A_RUN, Checkpoints, begin_alike, describe_run
+from .result import FitResult, TrainingError, freeze
+from .resume import Checkpoints
+from .same_run import OF_A_RUN, begin_alike, describe_run
 from .scope import training_scope
 from .sharding import check_shareable
 from .stein import SteinObjective
-from .training import Callback, EagerStep, Trainer
+from .step import EagerStep
+from .task_model import TaskModel
+from .training import Callback, Trainer
+from .training_data import TrainingBatches, training_source
 
 logger = logging.getLogger(__name__)
 
-#: Batches are padded to multiples of so many tokens where steps are captured.
-GRAPH_TOKENS = 16
 #: Steps after which a GPU's losses are read: each reading waits for it.
 READ_EVERY = 10
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What :func:`fit` returns.
-
-    Attributes:
-        posterior: frozen; later training does not change it.
-        history: one row a step: ``step``, ``loss`` and ``nll`` (nats per example), ``kl`` (nats per data set,
-            unweighted), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` of the factors, ``seconds`` since the
-            start, and ``skipped``, the number of steps left out so far because they were not finite.
-    """
-
-    posterior: Posterior
-    history: pd.DataFrame
-
-
-class TrainingError(FloatingPointError):
-    """A loss, gradient or parameter that is not finite.
-
-    Attributes:
-        result: the :class:`FitResult` of all steps before; None if it was the first step, or if the parameters were no
-            posterior any more.
-    """
-
-    result: FitResult | None = None
 
 
 @together
@@ -202,7 +174,7 @@ def fit(
         objective = SteinObjective(model, family)
     else:
         objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
-    graphed = _uses_graph(cuda_graph, objective, elbo, device, store is not None, processes.are_several)
+    graphed = uses_graph(cuda_graph, objective, elbo, device, store is not None, processes.are_several)
     optimiser = build_optimiser(
         model,
         family,
@@ -284,7 +256,7 @@ def fit(
     }
 
     def result() -> FitResult:
-        return FitResult(_freeze(blora, task, family, provenance), pd.DataFrame(history))
+        return FitResult(freeze(blora, task, family, provenance), pd.DataFrame(history))
 
     if error is not None:
         with suppress(ValueError):  # of parameters that are no posterior
@@ -306,36 +278,3 @@ def _prefix_store(blora: BayesianLoRA, batches: Callable[[int], Batch], num_data
     if not isinstance(batches, TrainingBatches):
         raise ValueError("cache_prefix=True needs rows that can be told apart: pass rows as train_data, not batches.")
     return PrefixStore(blora.adapter, num_data)
-
-
-def _uses_graph(
-    wanted: bool | str,
-    objective: Objective | SteinObjective,
-    elbo: ELBO,
-    device: torch.device,
-    keeps_prefix: bool,
-    are_several: bool,
-) -> bool:
-    """Whether steps are captured; see ``cuda_graph``."""
-    if wanted not in (True, False, "auto"):
-        raise ValueError(f"cuda_graph={wanted!r}: expected True, False or 'auto'.")
-    on_device = isinstance(objective, Objective) and stays_on_device(elbo)
-    reason = why_not(device, stays_on_device=on_device, keeps_prefix=keeps_prefix, are_several=are_several)
-    if wanted is True and reason:
-        raise ValueError(f"cuda_graph=True, but {reason}: leave it out, or use 'auto'.")
-    if wanted and reason and device.type == "cuda":
-        logger.info("steps run without CUDA graphs: %s", reason)
-    return bool(wanted) and reason is None
-
-
-@torch.no_grad()
-def _freeze(blora: BayesianLoRA, task: Task, guide: Guide, provenance: dict[str, Any]) -> Posterior:
-    """Copy what was learned into a posterior; the module itself rests at the posterior mean."""
-    adapter = blora.adapter
-    if adapter.gauge == "unit_rows":
-        for A, _ in adapter.factors():
-            if A.requires_grad:  # factors held fixed have unit rows already, and stay as they are to the last bit
-                A.copy_(nn.functional.normalize(A, dim=-1))
-    posterior = Posterior.capture(blora, task, guide, provenance=provenance)
-    adapter.loc = posterior.mean()
-    return posterior

@@ -10,13 +10,20 @@ import logging
 from typing import Any, NamedTuple
 
 import torch
+from pyro.infer import ELBO
 from torch import Tensor
 
 from .causal_masks import decided_as_in_eager_passes
 from .data import Batch
-from .training import EagerStep
+from .elbo import stays_on_device
+from .objective import Objective
+from .stein import SteinObjective
+from .step import EagerStep
 
 logger = logging.getLogger(__name__)
+
+#: Batches are padded to multiples of so many tokens where steps are captured.
+GRAPH_TOKENS = 16
 
 
 class Captured(NamedTuple):
@@ -97,6 +104,26 @@ class GraphedStep(EagerStep):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"):
             torch.empty(1, device=self.device).normal_()
+
+
+def uses_graph(
+    wanted: bool | str,
+    objective: Objective | SteinObjective,
+    elbo: ELBO,
+    device: torch.device,
+    keeps_prefix: bool,
+    are_several: bool,
+) -> bool:
+    """Whether steps are captured; see ``cuda_graph`` of :func:`scalabl_pyro.fit`."""
+    if wanted not in (True, False, "auto"):
+        raise ValueError(f"cuda_graph={wanted!r}: expected True, False or 'auto'.")
+    on_device = isinstance(objective, Objective) and stays_on_device(elbo)
+    reason = why_not(device, stays_on_device=on_device, keeps_prefix=keeps_prefix, are_several=are_several)
+    if wanted is True and reason:
+        raise ValueError(f"cuda_graph=True, but {reason}: leave it out, or use 'auto'.")
+    if wanted and reason and device.type == "cuda":
+        logger.info("steps run without CUDA graphs: %s", reason)
+    return bool(wanted) and reason is None
 
 
 def why_not(

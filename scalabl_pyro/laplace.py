@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from ._errors import check_positive
-from .data import encode, read_rows
+from .data import encode
 from .guides import CovarianceGuide
 from .guides.mean_field import prior_sites
 from .linearised import gauss_newton
 from .logdensity import LogLikelihood
 from .posterior import Posterior
 from .priors import Prior, as_prior
+from .rows import read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from ._lock import LOCK
 from .data import Batch
 from .likelihoods import Task
 from .logdensity import LogLikelihood
-from .predictive import NumericPrediction, Prediction, predict_from_outputs
+from .prediction import NumericPrediction, Prediction
+from .predictive import predict_from_outputs
 
 
 @torch.no_grad()

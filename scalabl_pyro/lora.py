@@ -1,33 +1,25 @@
-"""LoRA layers whose bottleneck is scaled by a latent vector (torch and peft only).
+"""The LoRA layers inside one module, and what a forward pass computes with them (torch and peft only).
 
-For a layer with frozen weight W0 (out x in), factors A (r x in), B (out x r) and gamma = lora_alpha / r,
-
-    y = W0 x + gamma * B (s * (A x))                      (Samplawski et al., UAI 2025, section 3)
-
-PEFT injects the layers and calls W0; a LoRA *variant* computes the second term. What a forward pass
-computes with (s, and for a frozen posterior also A, B and trained heads) is bound for the duration of
-that pass in a context variable, so that no draw is ever written into a shared module.
+That (s, and for a frozen posterior also A, B and trained heads) is bound for the duration of the pass in a context
+variable, so that no draw is ever written into a shared module.
 """
 
 import itertools
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .factors import Factors, cast_stacked, compute_dtype, factors_of, map_stacked
 from .subspace import Subspace
-
-Factors = tuple[tuple[Tensor, Tensor], ...]
-"""(A, B) of each layer, in the order of the subspace."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +57,7 @@ _BOUND: ContextVar[Mapping["Adapter", Bound | None]] = ContextVar(
     "scalabl_pyro_bound",
     default=MappingProxyType({}),
 )
+_UNBOUND = Bound((), (), None, None, None)
 
 
 @dataclass
@@ -136,11 +129,11 @@ class Adapter:
 
         Layers of one shape are stacked, because a step with two small kernels a layer is bound by launches.
         """
-        dtypes = [_compute_dtype(layer, A) for layer, (A, _) in zip(self.layers, factors, strict=True)]
+        dtypes = [compute_dtype(layer, A) for layer, (A, _) in zip(self.layers, factors, strict=True)]
         rows = [A for A, _ in factors]
         if self.gauge == "unit_rows":
-            rows = _map_stacked(lambda A: F.normalize(A, dim=-1), rows)
-        return tuple(zip(_cast_stacked(rows, dtypes), _cast_stacked([B for _, B in factors], dtypes), strict=True))
+            rows = map_stacked(lambda A: F.normalize(A, dim=-1), rows)
+        return tuple(zip(cast_stacked(rows, dtypes), cast_stacked([B for _, B in factors], dtypes), strict=True))
 
     @contextmanager
     def bind(
@@ -258,119 +251,3 @@ class Adapter:
         if bound is None:
             return None
         return (bound.heads or self.heads)[name]
-
-
-class ReplaceHead:
-    """Forward hook of a new head: answer with the trained copy, in its own (float32) precision."""
-
-    def __init__(self, adapter: Adapter, name: str) -> None:
-        self.adapter = adapter
-        self.name = name
-
-    def __call__(self, original: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Replace the output of the original head."""
-        head = self.adapter.head(self.name)
-        if head is None:
-            return output
-        dtype = next(head.parameters()).dtype
-        return head(*(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args))
-
-
-_UNBOUND = Bound((), (), None, None, None)
-
-
-class SubspaceVariant(LoraVariant):
-    """PEFT LoRA variant that scales the bottleneck A x by the bound latents."""
-
-    def __init__(self, adapter: Adapter, index: int) -> None:
-        self.adapter = adapter
-        self.index = index
-
-    def supports_lora_conversion(self) -> bool:
-        """A distribution over updates is no single update."""
-        return False
-
-    def forward(  # type: ignore[override]  # PEFT calls it on the instance
-        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
-    ) -> Tensor:
-        """Add gamma * B (s * (A x)) to ``result`` = W0 x."""
-        bound = self.adapter.bound_layer(self.index)
-        if bound is None:
-            return result
-        A, B, s = bound
-        x = module.lora_dropout[active_adapter](x)
-        hidden = F.linear(x, A.to(x.dtype))
-        noise = self.adapter.bound_noise(self.index)
-        if noise is not None:
-            hidden = hidden + self._noise(noise, x)
-        hidden = (hidden * self._align(s, hidden)).to(x.dtype)
-        if not result.is_contiguous():
-            return result + F.linear(hidden, B.to(x.dtype))
-        delta = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), B.to(x.dtype).T)
-        return delta.view_as(result)
-
-    def _noise(self, noise: RowNoise, x: Tensor) -> Tensor:
-        if noise.inputs is not None:
-            x = x * self._align(noise.inputs.to(x), x)
-        added = F.linear(x, noise.matrix.to(x))
-        return added if noise.outputs is None else added * self._align(noise.outputs.to(added), added)
-
-    def _align(self, s: Tensor, hidden: Tensor) -> Tensor:
-        """(rows, n) numbers as (rows, 1, ..., 1, n), against activations (rows, ..., n)."""
-        if s.dim() == 1:
-            return s
-        if hidden.shape[0] != s.shape[0]:
-            name = self.adapter.subspace.names[self.index]
-            raise ValueError(
-                f"Layer {name!r} sees {hidden.shape[0]} rows where the batch has {s.shape[0]}: it mixes or "
-                "flattens the rows (mixture of experts, packed sequences), so that rows cannot carry draws of "
-                "their own. Train with draws='shared' and predict with draws_per_pass=1, or leave this layer out of "
-                "target_modules."
-            )
-        return s.view(s.shape[0], *([1] * (hidden.dim() - 2)), s.shape[1])
-
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """Nothing to add: the latents live outside of the module."""
-
-    @staticmethod
-    def _refuse_merge(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            "A Bayesian LoRA layer holds a distribution over weights and cannot be merged into one weight. "
-            "Predict with posterior.predict(...), or call blora.unload() for the original module."
-        )
-
-    merge_safe = merge_unsafe = unmerge = _refuse_merge
-
-
-def factors_of(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """The parameters A (r, in) and B (out, r) of a PEFT layer."""
-    return cast(nn.Linear, layer.lora_A[adapter_name]).weight, cast(nn.Linear, layer.lora_B[adapter_name]).weight
-
-
-def _compute_dtype(layer: LoraLayer, A: Tensor) -> torch.dtype:
-    """The dtype of an ordinary base weight; quantised layers (int8, float8, ...) decide when they see x."""
-    dtype = getattr(getattr(layer.get_base_layer(), "weight", None), "dtype", None)
-    return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64) else A.dtype
-
-
-def _cast_stacked(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    out = list(tensors)
-    for dtype in set(dtypes):
-        todo = [i for i, t in enumerate(tensors) if dtypes[i] == dtype and t.dtype != dtype]
-        cast_all = _map_stacked(operator.methodcaller("to", dtype), [tensors[i] for i in todo])
-        for i, t in zip(todo, cast_all, strict=True):
-            out[i] = t
-    return out
-
-
-def _map_stacked(fn: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """``[fn(t) for t in tensors]`` for a batched ``fn``, with one call for all tensors of one shape."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for i, t in enumerate(tensors):
-        groups.setdefault((t.shape, t.dtype, t.device), []).append(i)
-    out: list[Tensor] = list(tensors)
-    for members in groups.values():
-        for i, value in zip(members, fn(torch.stack([tensors[i] for i in members])).unbind(0), strict=True):
-            out[i] = value
-    return out

@@ -15,12 +15,13 @@ from torch import Tensor
 from ._errors import check_positive
 from ._pyro import local_params
 from ._rng import scoped_seed
-from .data import Batch, encode, read_rows
+from .data import Batch, encode
 from .guides import EmpiricalGuide
 from .guides.mean_field import prior_sites
 from .logdensity import LogLikelihood
 from .posterior import Posterior
 from .priors import Prior
+from .rows import read_rows
 
 logger = logging.getLogger(__name__)
 

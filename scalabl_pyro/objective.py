@@ -28,8 +28,8 @@ from ._rng import scoped_seed
 from .data import Batch
 from .elbo import device_loss, stays_on_device
 from .guides import Guide
-from .model import TaskModel, latent_scope
 from .priors import Prior
+from .task_model import TaskModel, latent_scope
 
 
 class ScopedGuide(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .guides import Guide
-from .model import TaskModel
+from .task_model import TaskModel
 
 
 def build_optimiser(

@@ -1,4 +1,4 @@
-"""What training leaves: a frozen posterior that draws, predicts, saves itself and speaks to ArviZ."""
+"""What training leaves: a frozen posterior, and all that is asked of it."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -7,29 +7,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 import torch
-import xarray as xr
 from torch import Tensor, nn
 
-from . import arviz_io, serialization
+from . import serialization
 from ._errors import check_choice, check_positive
 from ._pyro import local_params
-from ._version import __version__
 from .adapted import AdaptedLLM
-from .data import encode, read_rows
+from .arviz_groups import as_arviz
+from .data import encode
 from .diagnostics import LOO, Diagnosis, LogWeights, diagnose
 from .draws import Draws, log_prior, sample, sample_prior
-from .guides import EmpiricalGuide, Guide
+from .factors import Factors
+from .guides import Guide
 from .likelihoods import Task
 from .linearised import predict_linearised
 from .logdensity import LogLikelihood
-from .lora import Adapter, Factors
+from .lora import Adapter
 from .model import BayesianLoRA
-from .predictive import NumericPrediction, Prediction, predict
+from .prediction import NumericPrediction, Prediction
+from .predictive import predict
 from .priors import Prior
 from .quasi import DESIGNS, even_draws
+from .rows import read_rows
 from .subspace import Subspace
 
 Result = TypeVar("Result")
@@ -131,8 +132,8 @@ class Posterior:
             progress: show a progress bar.
 
         Returns:
-            :class:`~scalabl_pyro.predictive.Prediction` for classes, else
-            :class:`~scalabl_pyro.predictive.NumericPrediction`.
+            :class:`~scalabl_pyro.prediction.Prediction` for classes, else
+            :class:`~scalabl_pyro.prediction.NumericPrediction`.
         """
         for name, number in {"batch_size": batch_size, "draws_per_pass": draws_per_pass or 1}.items():
             if number < 1:
@@ -316,33 +317,7 @@ class Posterior:
             prediction: adds, for its rows and draws, the groups ``posterior_predictive``, and where the answers are
                 known ``log_likelihood`` and ``observed_data``.
         """
-        groups = {"posterior": self._posterior_group(num_draws, seed)}
-        if prediction is not None:
-            groups["posterior_predictive"] = arviz_io.per_row_group("label", _replicate(prediction, seed))
-            if prediction.target is not None:
-                groups["log_likelihood"] = arviz_io.per_row_group("label", prediction.log_likelihood)
-                groups["observed_data"] = arviz_io.observed_group("label", prediction.target)
-        attrs = {
-            "inference_library": "scalabl_pyro",
-            "inference_library_version": __version__,
-            "inference_method": self.provenance.get("method", "SVI"),
-            "guide": self.guide.options().get("class", type(self.guide).__name__),
-            "sampling_seed": seed,
-            **{
-                k: int(v) if isinstance(v, bool) else v
-                for k, v in self.provenance.items()
-                if isinstance(v, str | int | float)
-            },
-        }
-        return arviz_io.to_arviz(groups, attrs)
-
-    def _posterior_group(self, num_draws: int, seed: int) -> xr.Dataset:
-        chains = self.guide.num_chains if isinstance(self.guide, EmpiricalGuide) else None
-        if chains is not None and chains > 1:  # MCMC: all draws, chain by chain
-            sites = {n: self.guide.points(n).detach().unflatten(0, (chains, -1)).numpy() for n in self.guide.sites}
-        else:
-            sites = {k: v.unsqueeze(0).numpy() for k, v in self.sample(num_draws, seed=seed).sites.items()}
-        return arviz_io.posterior_group(sites, self.subspace)
+        return as_arviz(self, num_draws=num_draws, seed=seed, prediction=prediction)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write safetensors and JSON to the directory ``path``; see :mod:`scalabl_pyro.serialization`."""
@@ -361,11 +336,3 @@ class Posterior:
             ValueError: another base model, missing or surplus tensors, wrong shapes, or a damaged file.
         """
         return cls(**serialization.load(path, llm, **overrides))
-
-
-def _replicate(prediction: Prediction | NumericPrediction, seed: int) -> np.ndarray:
-    """One simulated answer a draw and row, (S, N)."""
-    if isinstance(prediction, NumericPrediction):
-        return prediction.replicates
-    gumbel = np.random.default_rng(seed).gumbel(size=prediction.log_probs.shape)  # Gumbel-max trick
-    return (prediction.log_probs + gumbel).argmax(-1)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from .fit import FitResult, fit
+from .fit import fit
 from .guides import GuideLike
 from .model import BayesianLoRA
 from .posterior import Posterior
 from .priors import PriorLike, as_prior
+from .result import FitResult
 
 
 def refit(

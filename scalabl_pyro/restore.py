@@ -13,10 +13,11 @@ from transformers import AutoTokenizer
 
 from . import guides, likelihoods, priors, strict_json
 from .draws import sample
+from .factors import Factors
 from .files import check_tree, read_file
 from .guides import Guide
 from .likelihoods import Task
-from .lora import Adapter, Factors
+from .lora import Adapter
 from .model import BayesianLoRA
 from .priors import Prior
 from .saved_config import NAME, SavedConfig

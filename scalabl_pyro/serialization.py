@@ -22,11 +22,12 @@ from . import guides, likelihoods, priors, saved_config
 from ._lock import LOCK
 from ._version import __version__
 from .attach import find_adapter, reattach
+from .factors import Factors
 from .files import check_file, describe_files
 from .fingerprint import check_fingerprint, describe_layers, fingerprint
 from .guides import Guide
 from .likelihoods import Task
-from .lora import Adapter, Factors
+from .lora import Adapter
 from .model import BayesianLoRA
 from .priors import Prior
 from .restore import (

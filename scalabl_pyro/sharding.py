@@ -1,6 +1,8 @@
 """Bases that lie in pieces on several processes (FSDP2), and what of it cannot be trained."""
 
-from .distributed import Processes, is_piece, is_sharded
+from torch import nn
+
+from .distributed import Processes
 from .model import BayesianLoRA
 
 
@@ -25,3 +27,13 @@ def check_shareable(processes: Processes, blora: BayesianLoRA, *, batch_size: in
         )
     if is_sharded(blora.llm) and cache_prefix:
         raise ValueError("cache_prefix=True: the processes of a sharded base must run all blocks. Leave it out.")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether weights of a module lie in pieces on several processes, which then must run it in step."""
+    return any(is_piece(p) for p in module.parameters())
+
+
+def is_piece(tensor: object) -> bool:
+    """Whether a tensor is a piece of one that several processes hold (a DTensor)."""
+    return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")

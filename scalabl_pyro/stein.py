@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .data import Batch
 from .guides.particles import ParticleGuide
-from .model import TaskModel
+from .task_model import TaskModel
 
 
 class SteinObjective(nn.Module):

@@ -12,10 +12,11 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 import scalabl_pyro as sp
-from scalabl_pyro.data import Batch, TrainingBatches, encode
+from scalabl_pyro.data import Batch, encode
 from scalabl_pyro.guides import NormalGuide
-from scalabl_pyro.model import TaskModel
 from scalabl_pyro.objective import RecordNLL, ScopedGuide
+from scalabl_pyro.task_model import TaskModel
+from scalabl_pyro.training_data import TrainingBatches
 
 N, NOISE, PRIOR_SCALE = 64, 0.5, 1.25
 

@@ -12,8 +12,9 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoLowRankMultivariateNormal, A
 from torch.utils.data import DataLoader
 
 import scalabl_pyro as sp
-from scalabl_pyro.data import TrainingBatches, collate, encode
+from scalabl_pyro.data import collate, encode
 from scalabl_pyro.guides import Guide
+from scalabl_pyro.training_data import TrainingBatches
 
 ROWS = tiny.question_rows(16)
 

@@ -22,8 +22,8 @@ from scalabl_pyro.guides import DeltaGuide, EmpiricalGuide, FlowGuide, MixtureGu
 from scalabl_pyro.linearised import gauss_newton
 from scalabl_pyro.logdensity import LogLikelihood
 from scalabl_pyro.mcmc import _FullData
-from scalabl_pyro.model import TaskModel
 from scalabl_pyro.stein import SteinObjective
+from scalabl_pyro.task_model import TaskModel
 
 QUIET = {"progress": False}
 

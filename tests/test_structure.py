@@ -15,10 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: A file imports only what stands above it.
 ORDER = """
 _version _errors _lock _rng _pyro storage files strict_json tensor_files interrupts subspace targets prefix positions
-recompute lora attach adapted memory priors hub_rows rows data distributed likelihoods model sharding guides draws quasi
-elbo objective stein optimiser state faults scope training causal_masks graphs metrics predictive logdensity linearised
-arviz_io psis diagnostics fingerprint saved_config restore checkpoint serialization posterior comparison laplace mcmc
-resume fit refit ensemble plots baselines doctor cli __main__
+recompute factors lora variant start activate attach adapted memory priors hub_rows rows data training_data control
+distributed likelihoods model task_model sharding guides draws quasi elbo objective stein optimiser state faults scope
+step training causal_masks graphs metrics prediction predictive logdensity linearised arviz_io psis diagnostics
+fingerprint saved_config restore checkpoint serialization arviz_groups posterior comparison laplace mcmc same_run resume
+result fit refit ensemble plots baselines doctor cli __main__
 """.split()
 
 

@@ -17,12 +17,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .._errors import check_positive
-from ..fit import FitResult, TrainingError, fit
+from ..factors import Factors
+from ..fit import fit
 from ..guides import DeltaGuide, Guide
 from ..likelihoods import Task
-from ..lora import Adapter, Factors, RowNoise
+from ..lora import Adapter, RowNoise
 from ..posterior import Posterior
 from ..priors import Prior, as_prior
+from ..result import FitResult, TrainingError
 from .factor_posterior import FactorNoise, FactorPosterior
 from .mle import plain_lora, unloaded_on_error
 from .noisy import NoisyLoRA

@@ -15,7 +15,7 @@ from ..likelihoods import Task
 from ..lora import Adapter
 from ..model import BayesianLoRA
 from ..posterior import Posterior
-from ..predictive import NumericPrediction, Prediction
+from ..prediction import NumericPrediction, Prediction
 from ..serialization import copy_task
 from . import saving
 from .mle import fit_point, plain_lora, unloaded_on_error

@@ -11,11 +11,12 @@ from torch import Generator, Tensor
 
 from .._errors import check_choice, check_positive
 from ..adapted import AdaptedLLM
+from ..factors import Factors
 from ..likelihoods import Task
-from ..lora import Adapter, Factors
+from ..lora import Adapter
 from ..model import BayesianLoRA
 from ..posterior import Posterior
-from ..predictive import NumericPrediction, Prediction
+from ..prediction import NumericPrediction, Prediction
 from ..tensor_files import check_keys, check_like
 from . import saving
 from .predictor import Function, predict_functions

@@ -17,9 +17,11 @@ from torch.distributions import Categorical
 
 from ..adapted import sole_use
 from ..data import Batch, Example, evaluation_batches
+from ..factors import Factors
 from ..likelihoods import Task
 from ..linearised import output_hessian
-from ..lora import Adapter, Factors, SubspaceVariant
+from ..lora import Adapter
+from ..variant import SubspaceVariant
 from .predictor import Function
 
 #: Directions that are kept between batches beyond those wanted.

@@ -18,10 +18,12 @@ from tqdm.auto import tqdm
 
 from .._errors import check_positive
 from .._rng import scoped_seed
-from ..data import encode, evaluation_batches, read_rows
-from ..lora import Factors
+from ..data import encode, evaluation_batches
+from ..factors import Factors
 from ..posterior import Posterior
-from ..predictive import NumericPrediction, Prediction, predict_from_outputs
+from ..prediction import NumericPrediction, Prediction
+from ..predictive import predict_from_outputs
+from ..rows import read_rows
 from .factor_posterior import FactorNoise, FactorPosterior, as_function, plain_factors
 from .kfac import Eigen, kronecker_factors, output_directions, record
 

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
+from ..factors import Factors
 from ..likelihoods import Task
-from ..lora import Factors, RowNoise
+from ..lora import RowNoise
 from .factor_posterior import FactorNoise, FactorPosterior
 from .mle import fit_point, plain_lora, unloaded_on_error
 from .noisy import NoisyLoRA

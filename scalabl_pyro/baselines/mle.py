@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..fit import FitResult, fit
+from ..fit import fit
 from ..guides import DeltaGuide
 from ..likelihoods import Task
 from ..model import BayesianLoRA, bayesian_lora
+from ..result import FitResult
 
 
 def mle(

@@ -14,12 +14,14 @@ from tqdm.auto import tqdm
 
 from .._errors import check_positive
 from ..adapted import AdaptedLLM, eval_mode
-from ..data import Batch, check_tokens, encode, evaluation_batches, read_rows
+from ..data import Batch, check_tokens, encode, evaluation_batches
 from ..likelihoods import Task
 from ..lora import Adapter
 from ..model import BayesianLoRA
-from ..predictive import NumericPrediction, Prediction, predict_from_outputs
+from ..prediction import NumericPrediction, Prediction
+from ..predictive import predict_from_outputs
 from ..prefix import Prefix, reuse
+from ..rows import read_rows
 
 Function = tuple[AdaptedLLM, Tensor]
 """An LLM with factors of its own, and the s (D,) that it is called with."""

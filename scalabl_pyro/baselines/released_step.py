@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..graphs import GraphedStep
 from ..optimiser import set_rates
-from ..training import EagerStep
+from ..step import EagerStep
 
 
 class Latents(Protocol):

@@ -22,14 +22,15 @@ from .._errors import check_positive
 from .._pyro import local_params
 from .._rng import scoped_seed
 from ..adapted import sole_use
-from ..data import Batch, training_source
-from ..fit import GRAPH_TOKENS, FitResult, TrainingError
-from ..graphs import why_not
+from ..data import Batch
+from ..graphs import GRAPH_TOKENS, why_not
 from ..guides import NormalGuide
 from ..likelihoods import Task
 from ..model import BayesianLoRA, bayesian_lora
 from ..optimiser import rate_schedule
 from ..posterior import Posterior
+from ..result import FitResult, TrainingError
+from ..training_data import training_source
 from .kl_reweighting import KLReweighting
 from .mle import unloaded_on_error
 from .released_step import AlternatingStep, EagerGradient, GraphedGradient

@@ -22,7 +22,7 @@ from .._errors import ScalaBLWarning, check_positive
 from ..likelihoods import Task
 from ..lora import Adapter
 from ..model import BayesianLoRA
-from ..predictive import NumericPrediction, Prediction
+from ..prediction import NumericPrediction, Prediction
 from . import saving
 from .predictor import Predictor
 

@@ -1,0 +1,58 @@
+"""A posterior, and a prediction of it, as the groups that ArviZ reads."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from . import arviz_io
+from ._version import __version__
+from .guides import EmpiricalGuide
+from .prediction import NumericPrediction, Prediction
+
+if TYPE_CHECKING:
+    from .posterior import Posterior
+
+
+def as_arviz(
+    posterior: "Posterior", *, num_draws: int, seed: int, prediction: Prediction | NumericPrediction | None
+) -> Any:
+    """See :meth:`scalabl_pyro.Posterior.to_arviz`."""
+    groups = {"posterior": _posterior_group(posterior, num_draws, seed)}
+    if prediction is not None:
+        groups["posterior_predictive"] = arviz_io.per_row_group("label", _replicate(prediction, seed))
+        if prediction.target is not None:
+            groups["log_likelihood"] = arviz_io.per_row_group("label", prediction.log_likelihood)
+            groups["observed_data"] = arviz_io.observed_group("label", prediction.target)
+    attrs = {
+        "inference_library": "scalabl_pyro",
+        "inference_library_version": __version__,
+        "inference_method": posterior.provenance.get("method", "SVI"),
+        "guide": posterior.guide.options().get("class", type(posterior.guide).__name__),
+        "sampling_seed": seed,
+        **{
+            k: int(v) if isinstance(v, bool) else v
+            for k, v in posterior.provenance.items()
+            if isinstance(v, str | int | float)
+        },
+    }
+    return arviz_io.to_arviz(groups, attrs)
+
+
+def _posterior_group(posterior: "Posterior", num_draws: int, seed: int) -> xr.Dataset:
+    chains = posterior.guide.num_chains if isinstance(posterior.guide, EmpiricalGuide) else None
+    if chains is not None and chains > 1:  # MCMC: all draws, chain by chain
+        sites = {
+            n: posterior.guide.points(n).detach().unflatten(0, (chains, -1)).numpy() for n in posterior.guide.sites
+        }
+    else:
+        sites = {k: v.unsqueeze(0).numpy() for k, v in posterior.sample(num_draws, seed=seed).sites.items()}
+    return arviz_io.posterior_group(sites, posterior.subspace)
+
+
+def _replicate(prediction: Prediction | NumericPrediction, seed: int) -> np.ndarray:
+    """One simulated answer a draw and row, (S, N)."""
+    if isinstance(prediction, NumericPrediction):
+        return prediction.replicates
+    gumbel = np.random.default_rng(seed).gumbel(size=prediction.log_probs.shape)  # Gumbel-max trick
+    return (prediction.log_probs + gumbel).argmax(-1)

@@ -1,0 +1,46 @@
+"""The factors (A, B) of LoRA layers: where PEFT keeps them, and one kernel for all of a shape instead of one each."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+Factors = tuple[tuple[Tensor, Tensor], ...]
+"""(A, B) of each layer, in the order of the subspace."""
+
+
+def factors_of(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """The parameters A (r, in) and B (out, r) of a PEFT layer."""
+    return cast(nn.Linear, layer.lora_A[adapter_name]).weight, cast(nn.Linear, layer.lora_B[adapter_name]).weight
+
+
+def compute_dtype(layer: LoraLayer, A: Tensor) -> torch.dtype:
+    """The dtype of an ordinary base weight; quantised layers (int8, float8, ...) decide when they see x."""
+    dtype = getattr(getattr(layer.get_base_layer(), "weight", None), "dtype", None)
+    return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64) else A.dtype
+
+
+def cast_stacked(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Each tensor in its dtype."""
+    out = list(tensors)
+    for dtype in set(dtypes):
+        todo = [i for i, t in enumerate(tensors) if dtypes[i] == dtype and t.dtype != dtype]
+        cast_all = map_stacked(operator.methodcaller("to", dtype), [tensors[i] for i in todo])
+        for i, t in zip(todo, cast_all, strict=True):
+            out[i] = t
+    return out
+
+
+def map_stacked(fn: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``[fn(t) for t in tensors]`` for a batched ``fn``, with one call for all tensors of one shape."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, t in enumerate(tensors):
+        groups.setdefault((t.shape, t.dtype, t.device), []).append(i)
+    out: list[Tensor] = list(tensors)
+    for members in groups.values():
+        for i, value in zip(members, fn(torch.stack([tensors[i] for i in members])).unbind(0), strict=True):
+            out[i] = value
+    return out

@@ -1,0 +1,140 @@
+"""What makes a run the same run: told in JSON, compared in words, for checkpoints and between processes."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+
+from . import guides, likelihoods, priors
+from .data import Batch
+from .distributed import Processes
+from .fingerprint import check_fingerprint, describe_layers, fingerprint
+from .guides import Guide
+from .task_model import TaskModel
+from .training import Trainer
+from .training_data import TrainingBatches
+
+#: Options of ``fit`` that make another run of it. Others change the bits at most (``micro_batch_size``), or nothing.
+OF_A_RUN = (
+    *("num_steps", "batch_size", "lr", "loc_lr", "scale_lr", "weight_decay", "factor_scale", "warmup", "schedule"),
+    *("kl_weight", "elbo", "init_scale", "max_grad_norm", "seed"),
+)
+#: Entries that are digests.
+DATA, FIXED = "train_data", "what is held fixed (frozen parameters, numbers of the prior)"
+#: Steps at which a KL schedule is looked at, to tell one from another.
+SCHEDULE_PROBES = 9
+
+
+def describe_run(
+    model: TaskModel, guide: Guide, batches: Callable[[int], Batch], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What makes a run the same run, for JSON: options, program, data, base model, and all that is held fixed.
+
+    Args:
+        model: the joint model.
+        guide: the family.
+        batches: where training reads.
+        options: of ``fit``; callables of the step are told apart by their values, ELBOs by class and draws.
+    """
+    adapter = model.blora.adapter
+    prior = {f"prior.{n}": t for n, t in model.blora.prior.named_buffers()}
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    run = {
+        **{name: _told(value, options["num_steps"]) for name, value in options.items()},
+        "num_data": model.num_data,
+        "draws": model.draws,
+        DATA: _data_digest(batches),
+        "task": likelihoods.describe(model.task),
+        "guide": guides.describe(guide),
+        "prior": priors.describe(model.blora.prior),
+        "layers": describe_layers(adapter),
+        "gauge": adapter.gauge,
+        FIXED: _digest({**prior, **frozen}),
+        "base_model": fingerprint(adapter),
+    }
+    return json.loads(json.dumps(_plain(run)))
+
+
+def begin_alike(processes: Processes, trainer: Trainer, run: Mapping[str, Any]) -> None:
+    """Start several processes with the parameters of the first one.
+
+    Args:
+        processes: that train together.
+        trainer: at its start.
+        run: what this process was asked for.
+
+    Raises:
+        ValueError: another process was asked for something else.
+    """
+    for rank, other in enumerate(processes.gather(lambda: run)):
+        words = differences(other, run)
+        try:
+            check_fingerprint(other["base_model"], run["base_model"])
+        except ValueError as error:
+            words.append(str(error))
+        if words:
+            raise ValueError(
+                f"Process {processes.rank} was asked for another training than process {rank}: {'; '.join(words)}. All "
+                "must call fit with the same options, data and base model."
+            )
+    processes.make_equal([tensor.data for tensor in trainer.learned.tensors().values()])
+
+
+def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Which entries of two runs differ, in words; base models are compared by :func:`check_fingerprint`."""
+    words = []
+    for name in sorted((set(saved) | set(present)) - {"base_model"}):
+        was, now = saved.get(name), present.get(name)
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            words += [f"{name}: {inner}" for inner in differences(was, now)]
+        elif name in (DATA, FIXED) or len(f"{was}{now}") > 200:
+            words.append(f"{name} differs")
+        else:
+            words.append(f"{name} is {now!r}, was {was!r}")
+    return words
+
+
+def _told(value: Any, num_steps: int) -> Any:
+    if isinstance(value, ELBO):
+        own = {k: getattr(value, k) for k in ("num_particles", "vectorize_particles", "alpha") if hasattr(value, k)}
+        return {"class": type(value).__name__, **own}
+    if callable(value):
+        return [float(value(round(i * (num_steps - 1) / (SCHEDULE_PROBES - 1)))) for i in range(SCHEDULE_PROBES)]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold; of other objects their class."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, torch.Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def _data_digest(batches: Callable[[int], Batch]) -> str:
+    """Of all tokens and targets; a loader's batches are compared when they are gone through again."""
+    if not isinstance(batches, TrainingBatches):
+        return type(batches).__name__
+    digest = hashlib.sha256()
+    for example in batches.examples:
+        digest.update(json.dumps([example.inputs, example.target, example.extras], default=float).encode())
+    return digest.hexdigest()
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

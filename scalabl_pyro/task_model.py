@@ -1,0 +1,107 @@
+"""The joint Pyro model of a data set: s from the prior, each answer from the likelihood of the LLM under s."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from ._errors import check_positive
+from ._rng import scoped_seed
+from .data import Batch
+from .likelihoods import Task
+from .model import BayesianLoRA
+
+
+class TaskModel(nn.Module):
+    """The joint model of a data set: s ~ prior, y_n ~ likelihood(LLM(x_n; s)).
+
+    Args:
+        blora: the LLM.
+        task: the likelihood.
+        num_data: N, the size of the whole training set, by which minibatches are scaled.
+        factor_scale: standard deviation of a normal MAP prior on B (and A, where the gauge leaves it free).
+        draws: ``"per_example"`` gives each row of a batch its own s, which makes the ELBO's gradient noise fall
+            with the batch size; ``"shared"`` gives all rows one.
+
+    Raises:
+        ValueError: a ``factor_scale`` that is not positive.
+    """
+
+    def __init__(
+        self,
+        blora: BayesianLoRA,
+        task: Task,
+        *,
+        num_data: int,
+        draws: str = "shared",
+        factor_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        if factor_scale is not None:
+            check_positive(factor_scale=factor_scale)
+        self.blora = blora
+        self.task = task
+        self.num_data = num_data
+        self.draws = draws
+        self.factor_scale = factor_scale
+
+    def forward(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Tensor:
+        """Sample s and y for a batch; y is observed when the batch has targets.
+
+        Args:
+            batch: B rows of the data set.
+            kl_weight: weight of the log prior; the guide must carry the same, see :func:`latent_scope`.
+        """
+        with latent_scope(batch, kl_weight, draws=self.draws):
+            s = self.blora.sample_latents()
+        if self.factor_scale is not None:
+            pyro.factor("factor_prior", self.log_factor_prior())
+        if batch.joint is not None and self.draws == "per_example":
+            s = s[..., batch.start : batch.start + len(batch), :]
+        with self._own_masks(batch):
+            outputs = self.task.outputs(self.blora, batch, s)
+        with pyro.plate("data", self.num_data, subsample=batch.index):
+            return pyro.sample("label", self.task(outputs, batch), obs=batch.target)
+
+    def log_factor_prior(self) -> Tensor:
+        """Log density of the factors under their MAP prior up to a constant, (), nats per data set; 0 without one."""
+        adapter, device = self.blora.adapter, self.blora.device
+        if self.factor_scale is None:
+            return torch.zeros((), device=device)
+        # In the other gauge only the directions of A matter, on which the prior is uniform.
+        free = [factor for A, B in adapter.factors() for factor in ((A, B) if adapter.gauge == "free" else (B,))]
+        squares = torch.stack([factor.square().sum().to(device) for factor in free]).sum()
+        return -0.5 * squares / self.factor_scale**2
+
+    @contextmanager
+    def _own_masks(self, batch: Batch) -> Iterator[None]:
+        """Dropout draws as many numbers as a process has rows: from a stream of its own, so that others stay alike."""
+        dropouts = (dropout for layer in self.blora.adapter.layers for dropout in layer.lora_dropout.values())
+        if batch.joint is None or not any(isinstance(dropout, nn.Dropout) for dropout in dropouts):
+            yield
+            return
+        with scoped_seed(int(torch.randint(2**31, ())) + batch.start):
+            yield
+
+
+@contextmanager
+def latent_scope(batch: Batch, kl_weight: float | Tensor = 1.0, *, draws: str) -> Iterator[None]:
+    """Where the site s is sampled, in model and guide alike.
+
+    With per-example draws, s stands in a plate over the B rows and its log density is scaled by 1 / B: the average
+    over rows of log p(s_b) - log q(s_b) is an unbiased estimate of -KL(q || p). Of a batch that several processes
+    share, each draws for all rows.
+    """
+    rows = len(batch) if batch.joint is None else batch.joint
+    with ExitStack() as stack:
+        if draws == "per_example":
+            stack.enter_context(pyro.plate("rows", rows, dim=-1))
+            kl_weight = kl_weight / rows
+        if not torch.is_tensor(kl_weight) and kl_weight == 0:
+            stack.enter_context(poutine.mask(mask=False))  # Pyro refuses a scale of 0
+        elif torch.is_tensor(kl_weight) or kl_weight != 1:
+            stack.enter_context(poutine.scale(scale=kl_weight))
+        yield

@@ -1,0 +1,97 @@
+"""What is computed in a pass in place of the module's own: by adapted layers, and by new heads (torch and peft only).
+
+For a layer with frozen weight W0 (out x in), factors A (r x in), B (out x r) and gamma = lora_alpha / r,
+
+    y = W0 x + gamma * B (s * (A x))                      (Samplawski et al., UAI 2025, section 3)
+
+PEFT injects the layers and calls W0; a LoRA *variant* computes the second term.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+
+from .lora import Adapter, RowNoise
+
+
+class ReplaceHead:
+    """Forward hook of a new head: answer with the trained copy, in its own (float32) precision."""
+
+    def __init__(self, adapter: Adapter, name: str) -> None:
+        self.adapter = adapter
+        self.name = name
+
+    def __call__(self, original: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Replace the output of the original head."""
+        head = self.adapter.head(self.name)
+        if head is None:
+            return output
+        dtype = next(head.parameters()).dtype
+        return head(*(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args))
+
+
+class SubspaceVariant(LoraVariant):
+    """PEFT LoRA variant that scales the bottleneck A x by the bound latents."""
+
+    def __init__(self, adapter: Adapter, index: int) -> None:
+        self.adapter = adapter
+        self.index = index
+
+    def supports_lora_conversion(self) -> bool:
+        """A distribution over updates is no single update."""
+        return False
+
+    def forward(  # type: ignore[override]  # PEFT calls it on the instance
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Add gamma * B (s * (A x)) to ``result`` = W0 x."""
+        bound = self.adapter.bound_layer(self.index)
+        if bound is None:
+            return result
+        A, B, s = bound
+        x = module.lora_dropout[active_adapter](x)
+        hidden = F.linear(x, A.to(x.dtype))
+        noise = self.adapter.bound_noise(self.index)
+        if noise is not None:
+            hidden = hidden + self._noise(noise, x)
+        hidden = (hidden * self._align(s, hidden)).to(x.dtype)
+        if not result.is_contiguous():
+            return result + F.linear(hidden, B.to(x.dtype))
+        delta = torch.addmm(result.flatten(0, -2), hidden.flatten(0, -2), B.to(x.dtype).T)
+        return delta.view_as(result)
+
+    def _noise(self, noise: RowNoise, x: Tensor) -> Tensor:
+        if noise.inputs is not None:
+            x = x * self._align(noise.inputs.to(x), x)
+        added = F.linear(x, noise.matrix.to(x))
+        return added if noise.outputs is None else added * self._align(noise.outputs.to(added), added)
+
+    def _align(self, s: Tensor, hidden: Tensor) -> Tensor:
+        """(rows, n) numbers as (rows, 1, ..., 1, n), against activations (rows, ..., n)."""
+        if s.dim() == 1:
+            return s
+        if hidden.shape[0] != s.shape[0]:
+            name = self.adapter.subspace.names[self.index]
+            raise ValueError(
+                f"Layer {name!r} sees {hidden.shape[0]} rows where the batch has {s.shape[0]}: it mixes or "
+                "flattens the rows (mixture of experts, packed sequences), so that rows cannot carry draws of "
+                "their own. Train with draws='shared' and predict with draws_per_pass=1, or leave this layer out of "
+                "target_modules."
+            )
+        return s.view(s.shape[0], *([1] * (hidden.dim() - 2)), s.shape[1])
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to add: the latents live outside of the module."""
+
+    @staticmethod
+    def _refuse_merge(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "A Bayesian LoRA layer holds a distribution over weights and cannot be merged into one weight. "
+            "Predict with posterior.predict(...), or call blora.unload() for the original module."
+        )
+
+    merge_safe = merge_unsafe = unmerge = _refuse_merge
