@@ -36,7 +36,7 @@ class Captured(NamedTuple):
 
 
 class GraphedStep(EagerStep):
-    """An :class:`~scalabl_pyro.training.EagerStep` that is replayed where it was captured.
+    """An :class:`~scalabl_pyro.step.EagerStep` that is replayed where it was captured.
 
     The first batch of a shape runs eagerly (lazily created state must exist before a capture), the second is captured,
     later ones are copied into the captured batch. All of it runs on one stream of its own, as captures demand. Noise

@@ -217,8 +217,14 @@ def load_strict(what: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> 
 
 def _check_state(what: str, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     check_keys(what, set(saved), set(own))
+    first: dict[torch.dtype, tuple[str, torch.dtype]] = {}
     for name, tensor in saved.items():
         check_like(f"{what}: {name!r}", tensor, own[name])
+        like, dtype = first.setdefault(own[name].dtype, (name, tensor.dtype))
+        if tensor.dtype != dtype:  # a matrix product of both would fail, perhaps in the draws of one component alone
+            raise ValueError(
+                f"{what}: {name!r} is {tensor.dtype} and {like!r} {dtype}: they are saved in one precision."
+            )
 
 
 def checked_mean(guide: Guide, dim: int) -> Tensor:

@@ -715,6 +715,11 @@ TENSORS = {
     "loc shape": (POSTERIOR, {"guide.loc": torch.zeros(39)}, r"guide: 'loc' is \(39,\), expected \(40,\)"),
     "loc integers": (POSTERIOR, {"guide.loc": lambda t: t.long()}, "guide.*'loc'"),
     "loc infinite": (POSTERIOR, {"guide.loc": lambda t: t + INF}, "'guide.loc' holds values that are not finite"),
+    "loc in half precision": (
+        POSTERIOR,
+        {"guide.loc": lambda t: t.half()},
+        r"guide: '\w+' is torch\.float\w+ and '\w+' torch\.float\w+: they are saved in one precision",
+    ),
     "guide surplus": (POSTERIOR, {"guide.extra": torch.zeros(1)}, r"guide does not hold .*unexpected \['extra'\]"),
     "foreign part": (POSTERIOR, {"optimizer.step": torch.zeros(1)}, r"unexpected \['optimizer\.step'\]"),
     "task surplus": (
