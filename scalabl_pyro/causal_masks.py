@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import masking_utils
+from transformers.utils import import_utils
 
 from ._lock import LOCK
 
@@ -28,11 +29,16 @@ def decided_as_in_eager_passes(inputs: Mapping[str, Any]) -> Iterator[None]:
     if len(known) < len(NAMES) or "position_ids" in inputs:
         yield
         return
-    is_tracing = known["is_tracing"]
-    plain = {
-        "is_tracing": lambda tensor=None: tensor is not None and is_tracing(tensor),
-        "find_packed_sequence_indices": lambda position_ids: None,
-    }
+    is_tracing, find_packed = (known[name] for name in NAMES)
+    captures = import_utils.is_cuda_stream_capturing  # asks for this thread: others may be in passes of their own
+
+    def is_tracing_unless_nothing_is_read(tensor: Any = None) -> bool:
+        return is_tracing(tensor) and not (tensor is None and captures())
+
+    def packed_unless_captured(position_ids: Any) -> Any:
+        return None if captures() else find_packed(position_ids)
+
+    plain = dict(zip(NAMES, (is_tracing_unless_nothing_is_read, packed_unless_captured), strict=True))
     with LOCK:
         try:
             for name, function in plain.items():

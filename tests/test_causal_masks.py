@@ -64,6 +64,14 @@ def test_padding_and_packed_rows_keep_their_masks(capturing):
     assert packed[0, 0, 5].tolist() == [False, False, False, True, True, True]
 
 
+def test_passes_that_are_not_captured_find_packed_rows_as_ever():
+    """Those of another thread, say."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, 6)
+    with decided_as_in_eager_passes({"input_ids": IDS}):
+        packed = masks_of(tiny.causal_lm(), position_ids=positions)[0][0]
+    assert packed[0, 0, 5].tolist() == [False, False, False, True, True, True]
+
+
 def test_transformers_is_as_before_afterwards():
     before = [getattr(masking_utils, name) for name in NAMES]
     with pytest.raises(ZeroDivisionError), decided_as_in_eager_passes({"input_ids": IDS}):

@@ -100,7 +100,9 @@ def methods_of(names: Sequence[str], changes: Sequence[str], variants: Sequence[
 def settings_of(args: argparse.Namespace, budget: Budget, method: Method) -> dict[str, Any]:
     """All that a run depends on beside data set, method, seed and what is scored."""
     data = {name: getattr(args, name) for name in ("train_rows", "val_rows", "test_rows", "ood_rows", "split_seed")}
-    model = {"model": args.model, "dtype": args.dtype} | ({"liger": True} if args.liger else {})
+    model = {"model": args.model, "dtype": args.dtype}
+    if args.liger:  # else not named, so that runs of older tables keep their identity
+        model["liger"] = True
     return model | data | asdict(budget) | {"kind": method.kind, "options": dict(method.options)}
 
 

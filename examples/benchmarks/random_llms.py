@@ -53,7 +53,9 @@ def fuse_elementwise(llm: nn.Module) -> None:
     from liger_kernel import transformers as kernels
 
     apply = {"llama": kernels.apply_liger_kernel_to_llama, "qwen2": kernels.apply_liger_kernel_to_qwen2}
-    apply[llm.config.model_type](fused_linear_cross_entropy=False, model=llm)
+    if (kind := llm.config.model_type) not in apply:
+        raise SystemExit(f"--liger knows {' and '.join(apply)} models, this one is {kind!r}: leave it out.")
+    apply[kind](fused_linear_cross_entropy=False, model=llm)
 
 
 def _config(shape: str, blocks: int):
