@@ -51,7 +51,8 @@ def fit(
     num_steps: int = 1000,
     batch_size: int = 16,
     micro_batch_size: int | None = None,
-    lr: float = 1e-3,
+    lr: float = 4e-3,
+    A_lr: float = 2.5e-4,
     loc_lr: float | None = None,
     scale_lr: float = 3e-2,
     weight_decay: float = 0.0,
@@ -87,7 +88,9 @@ def fit(
         num_steps: optimiser steps.
         batch_size: rows a step, of all processes together; see the how-to page *Several processes*.
         micro_batch_size: rows a forward pass of a process; smaller ones accumulate gradients of the same ELBO.
-        lr: of A, B, heads, and the task's parameters (AdamW). The first thing to tune, see the page *Quality*.
+        lr: of B, heads, and the task's parameters (AdamW). The first thing to tune, see the page *Quality*.
+        A_lr: of A, which learns more slowly (LoRA+, Hayou et al., 2024, ratio 16): with ``A_lr=lr`` it overfits where
+            data are few and hard, and steps of this size can diverge.
         loc_lr: of the guide's locations; default ``lr``.
         scale_lr: of the guide's scales (as logarithms).
         weight_decay: on A and B only (decoupled from the loss, as in AdamW).
@@ -140,7 +143,7 @@ def fit(
     check_choice("schedule", schedule, ("linear", "constant"))
     if not 0 <= warmup <= 1:
         raise ValueError(f"warmup={warmup} must lie between 0 and 1: it is a share of the steps.")
-    check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, scale_lr=scale_lr)
+    check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, A_lr=A_lr, scale_lr=scale_lr)
     if micro_batch_size is not None:
         check_positive(micro_batch_size=micro_batch_size)
     check_shareable(processes, blora, batch_size=batch_size, cache_prefix=cache_prefix)
@@ -179,6 +182,7 @@ def fit(
         model,
         family,
         lr=lr,
+        A_lr=A_lr,
         loc_lr=lr if loc_lr is None else loc_lr,
         scale_lr=scale_lr,
         weight_decay=weight_decay,

@@ -15,6 +15,7 @@ def build_optimiser(
     guide: Guide,
     *,
     lr: float,
+    A_lr: float,
     loc_lr: float,
     scale_lr: float,
     weight_decay: float,
@@ -28,11 +29,12 @@ def build_optimiser(
     scales = [*_named(guide, scale=True), *_named(model.blora.prior, scale=True)]
     groups: list[Mapping[str, Any]] = [
         {
-            "name": "factors",
-            "params": [p for n, p in point if n.endswith(("/A", "/B"))],
-            "lr": lr,
+            "name": "A",
+            "params": [p for n, p in point if n.endswith("/A")],
+            "lr": A_lr,
             "weight_decay": weight_decay,
         },
+        {"name": "B", "params": [p for n, p in point if n.endswith("/B")], "lr": lr, "weight_decay": weight_decay},
         {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": lr},
         {"name": "task", "params": [*model.task.parameters(), *_named(model.blora.prior, scale=False)], "lr": lr},
         {"name": "loc", "params": _named(guide, scale=False), "lr": loc_lr},

@@ -20,8 +20,8 @@ from .training_data import TrainingBatches
 
 #: Options of ``fit`` that make another run of it. Others change the bits at most (``micro_batch_size``), or nothing.
 OF_A_RUN = (
-    *("num_steps", "batch_size", "lr", "loc_lr", "scale_lr", "weight_decay", "factor_scale", "warmup", "schedule"),
-    *("kl_weight", "elbo", "init_scale", "max_grad_norm", "seed"),
+    *("num_steps", "batch_size", "lr", "A_lr", "loc_lr", "scale_lr", "weight_decay", "factor_scale", "warmup"),
+    *("schedule", "kl_weight", "elbo", "init_scale", "max_grad_norm", "seed"),
 )
 #: Entries that are digests.
 DATA, FIXED = "train_data", "what is held fixed (frozen parameters, numbers of the prior)"

@@ -1,4 +1,8 @@
-"""Where s and the factors of a layer start: as in the paper, or at what a trained LoRA computes."""
+"""Where s and the factors of a layer start: as in the paper, or at what a trained LoRA computes.
+
+Factorisations run on the CPU: the signs of singular vectors differ between libraries, and a seed is to start alike on
+every device.
+"""
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -13,10 +17,10 @@ def initialise(layer: LoraLayer, adapter_name: str) -> Tensor:
     if A.is_meta:  # shapes only
         return torch.full((A.shape[0],), 3**-0.5)
     with torch.no_grad():
-        _, s0, Vh = torch.linalg.svd(A, full_matrices=False)
+        _, s0, Vh = torch.linalg.svd(A.cpu(), full_matrices=False)
         A.copy_(Vh)
         B.zero_()
-    return s0.cpu()
+    return s0
 
 
 def factorise(layer: LoraLayer, adapter_name: str) -> Tensor:
@@ -27,13 +31,13 @@ def factorise(layer: LoraLayer, adapter_name: str) -> Tensor:
     """
     A, B = _master_factors(layer, adapter_name)
     with torch.no_grad():
-        Q_b, R_b = torch.linalg.qr(B.double())
-        Q_a, R_a = torch.linalg.qr(A.double().T)
+        Q_b, R_b = torch.linalg.qr(B.cpu().double())
+        Q_a, R_a = torch.linalg.qr(A.cpu().double().T)
         U, S, Vh = torch.linalg.svd(R_b @ R_a.T)
         s = torch.full_like(S, 3**-0.5)
         A.copy_(Vh @ Q_a.T)
         B.copy_(Q_b @ U * (S / s))
-    return s.to(A.dtype).cpu()
+    return s.to(A.dtype)
 
 
 def _master_factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class SubspaceVariant(LoraVariant):
         if bound is None:
             return result
         A, B, s = bound
-        x = module.lora_dropout[active_adapter](x)
+        x = module.lora_dropout[active_adapter](x).to(result.device)  # a device map moves the base layer's copy alone
         hidden = F.linear(x, A.to(x.dtype))
         noise = self.adapter.bound_noise(self.index)
         if noise is not None:

@@ -222,6 +222,25 @@ def test_blocks_below_the_first_adapted_one_run_once_for_all_draws():
         np.testing.assert_allclose(draws[i], alone, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "lr"), [("mle", 2.5e-4), ("map_lora", 2.5e-4), ("mc_dropout", 2.5e-4), ("blob", 4e-3)]
+)
+def test_each_learns_at_its_own_rate_unless_told_otherwise(name, lr):
+    fit = getattr(baselines, name)
+    rates = [fit(tiny.causal_lm(), task(), ROWS, **FIT, **own).history["lr"].max() for own in ({}, {"lr": 1e-5})]
+    assert rates == pytest.approx([lr, 1e-5])
+
+
+def test_a_point_estimate_learns_both_factors_at_one_rate():
+    alike, apart = (
+        baselines.mle(tiny.causal_lm(), task(), ROWS, **MLE, **own).posterior.factors
+        for own in ({"A_lr": MLE["lr"]}, {"A_lr": 1e-12})
+    )
+    default = baselines.mle(tiny.causal_lm(), task(), ROWS, **MLE).posterior.factors
+    assert all(torch.equal(A, B) for pair in zip(default, alike, strict=True) for A, B in zip(*pair, strict=True))
+    assert not torch.equal(default[0][0], apart[0][0])
+
+
 # MAP --------------------------------------------------------------------------------------------------------
 
 

@@ -71,7 +71,7 @@ def learned(result):
     posterior = result.posterior
     tensors = [*posterior.guide.state_dict().values(), *(t for pair in posterior.factors for t in pair)]
     tensors += [p for head in posterior.heads.values() for p in head.parameters()]
-    return torch.cat([t.flatten().double() for t in tensors])
+    return torch.cat([t.flatten().double().cpu() for t in tensors])
 
 
 def figures(result):
@@ -135,7 +135,7 @@ def gradient(processes, dtype):
     model = TaskModel(blora, task, num_data=23, draws="per_example")
     scoped = ScopedGuide(as_guide("normal", blora, init_scale=0.3), draws="per_example")
     objective = Objective(default_elbo(scoped.guide, blora.prior), model, scoped)
-    optimiser = build_optimiser(model, scoped.guide, lr=0.0, loc_lr=0.0, scale_lr=0.0, weight_decay=0.0)
+    optimiser = build_optimiser(model, scoped.guide, lr=0.0, A_lr=0.0, loc_lr=0.0, scale_lr=0.0, weight_decay=0.0)
     step = EagerStep(objective, optimiser, device=torch.device("cpu"), processes=processes)
     with sp.training.pyro.settings.context(module_local_params=True), torch.random.fork_rng():
         torch.manual_seed(3)
@@ -309,11 +309,12 @@ def test_the_hooks_of_a_device_map_change_nothing():
 def test_one_model_over_a_gpu_and_the_cpu():
     """Two devices, of which every machine with a GPU has both; blocks below run on one, blocks above on the other."""
     for places in (["cpu", "cpu", 0, 0, "cpu", "cpu"], [0, 0, "cpu", "cpu", 0, 0]):
-        placed, one = over_devices(places, main_device="cpu"), train()
+        first = [places[1]] * 6  # noise is drawn where the first adapted block is
+        placed, one = (over_devices(devices, main_device="cpu") for devices in (places, first))
         assert {A.device.type for A, _ in placed.posterior.adapter.factors()} == {"cpu", "cuda"}
-        assert_close(learned(placed).cpu(), learned(one), 1e-8)
+        assert_close(learned(placed), learned(one), 1e-5)  # factors are float32, which devices round in their own ways
         log_probs = [result.posterior.predict(TEST, num_draws=3).log_probs for result in (placed, one)]
-        assert_close(*log_probs, 1e-8)
+        assert_close(*log_probs, 1e-5)
 
 
 @pytest.mark.gpu
@@ -321,7 +322,7 @@ def test_one_model_over_two_gpus():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     placed, one = over_devices([0, 0, 1, 1, 0, 1]), over_devices([0] * 6)
-    assert_close(learned(placed).cpu(), learned(one).cpu(), 1e-8)
+    assert_close(learned(placed), learned(one), 1e-8)
     log_probs = [result.posterior.predict(TEST, num_draws=3).log_probs for result in (placed, one)]
     assert_close(*log_probs, 1e-8)
 

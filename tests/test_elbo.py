@@ -160,6 +160,7 @@ def test_stock_svi_and_fit_reach_equal_parameters_from_equal_seeds(stock_pyro, t
         num_steps=steps,
         batch_size=size,
         lr=1e-2,
+        A_lr=1e-2,
         scale_lr=1e-2,
         schedule="constant",
         warmup=0.0,

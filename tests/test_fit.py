@@ -24,7 +24,7 @@ def fit(blora, task, rows=ROWS, **options):
 
 
 def test_it_learns(blora, task):
-    result = fit(blora, task, tiny.question_rows(48), num_steps=80, lr=1e-2, init_scale=0.05)
+    result = fit(blora, task, tiny.question_rows(48), num_steps=80, lr=1e-2, A_lr=1e-2, init_scale=0.05)
     assert result.history["loss"].iloc[-5:].mean() < 0.5 * result.history["loss"].iloc[:5].mean()
     assert result.posterior.predict(tiny.question_rows(20, seed=7)).metrics().loc["value", "accuracy"] > 0.9
 
@@ -74,6 +74,24 @@ def test_scales_have_a_learning_rate_of_their_own(task):
     for scale_lr in (1e-2, 1e-1):
         moved = (scale_after(scale_lr) / start).log().abs()  # Adam's first step is the learning rate
         torch.testing.assert_close(moved, torch.full_like(moved, scale_lr), rtol=1e-2, atol=0)
+
+
+def test_A_and_B_have_learning_rates_of_their_own(task):
+    blora = sp.bayesian_lora(tiny.causal_lm(), gauge="free")  # where A is what is learned, not its directions
+    with torch.no_grad():
+        for _, B in blora.adapter.factors():
+            B.fill_(0.1)  # at B = 0 no gradient reaches A
+    start = [(A.clone(), B.clone()) for A, B in blora.adapter.factors()]
+    fit(blora, task, num_steps=1, warmup=0.0, lr=1e-2, A_lr=1e-4)
+    for which, rate in enumerate((1e-4, 1e-2)):
+        pairs = zip(start, blora.adapter.factors(), strict=True)
+        moved = max((after[which] - before[which]).abs().max().item() for before, after in pairs)
+        assert moved == pytest.approx(rate, rel=1e-2)  # Adam's first step is the learning rate
+
+
+def test_a_learning_rate_must_be_positive(blora, task):
+    with pytest.raises(ValueError, match="A_lr=0"):
+        fit(blora, task, A_lr=0)
 
 
 def test_weight_decay_shrinks_factors_only(task):

@@ -55,6 +55,13 @@ def test_draws_are_those_of_the_cpu_and_predictions_agree():
     np.testing.assert_allclose(twin.predict(ROWS, num_draws=4).log_probs, on_gpu.log_probs, atol=2e-3)
 
 
+def test_a_seed_starts_alike_on_every_device():
+    on_gpu, on_cpu = sp.bayesian_lora(base().cuda(), seed=3), sp.bayesian_lora(base(), seed=3)
+    for found, expected in zip(on_gpu.adapter.factors(), on_cpu.adapter.factors(), strict=True):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(on_gpu.adapter.loc.cpu(), on_cpu.adapter.loc)
+
+
 def test_it_saves_and_loads_across_devices(tmp_path):
     posterior = fitted()
     before = posterior.predict(ROWS, num_draws=4)

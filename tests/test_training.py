@@ -82,7 +82,7 @@ def trainer(*, read_every=1, poison=None, max_grad_norm=None):
     """A trainer whose batch of step ``poison`` has NaN logits, and the module it trains."""
     model, scoped, batches = parts()
     objective = Objective(default_elbo(scoped.guide, model.blora.prior), model, scoped)
-    optimiser = build_optimiser(model, scoped.guide, lr=1e-2, loc_lr=1e-2, scale_lr=1e-2, weight_decay=0.0)
+    optimiser = build_optimiser(model, scoped.guide, lr=1e-2, A_lr=1e-2, loc_lr=1e-2, scale_lr=1e-2, weight_decay=0.0)
     step = EagerStep(objective, optimiser, device=torch.device("cpu"), max_grad_norm=max_grad_norm)
     likelihood = model.task.likelihood
 

@@ -90,7 +90,7 @@ def scalabl_step(base, batch: Batch):
     guide = as_guide("normal", blora)
     model = TaskModel(blora, AnswerTokens(), num_data=NUM_DATA, draws="per_example")
     objective = Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
-    optimiser = build_optimiser(model, guide, lr=1e-3, loc_lr=1e-3, scale_lr=1e-3, weight_decay=0.0)
+    optimiser = build_optimiser(model, guide, lr=1e-3, A_lr=1e-3, loc_lr=1e-3, scale_lr=1e-3, weight_decay=0.0)
     execute = EagerStep(objective, optimiser, device=blora.device)
 
     def step() -> None:

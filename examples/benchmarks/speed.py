@@ -114,7 +114,8 @@ def fit_step(blora, batch: Batch, *, graph: bool):
     guide = as_guide("normal", blora).to(blora.device)
     model = TaskModel(blora, AnswerTokens().to(blora.device), num_data=NUM_DATA, draws="per_example")
     objective = Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
-    optimiser = build_optimiser(model, guide, lr=1e-4, loc_lr=1e-4, scale_lr=1e-3, weight_decay=0.0, capturable=graph)
+    rates = {"lr": 1e-4, "A_lr": 1e-4, "loc_lr": 1e-4, "scale_lr": 1e-3}
+    optimiser = build_optimiser(model, guide, **rates, weight_decay=0.0, capturable=graph)
     execute = (GraphedStep if graph else EagerStep)(objective, optimiser, device=blora.device)
 
     def step() -> None:
@@ -176,6 +177,8 @@ def run(args: argparse.Namespace) -> dict:
         figures = {"floor step": {"ms": 2 * flop / rate * 1000}, "floor draws": {"ms": args.draws * flop / rate * 1000}}
         with torch.no_grad():
             figures["frozen forward"] = timed(lambda b=batch: llm(**b.inputs, use_cache=False, logits_to_keep=1))
+            many = random_batch(args.draws * args.rows, tokens, args.device)  # what ten draws cost without an adapter
+            figures["frozen draws"] = timed(lambda b=many: llm(**b.inputs, use_cache=False, logits_to_keep=1))
         step, model = mle_step(llm, batch)
         figures["PEFT LoRA step"] = timed(step)
         model.unload()

@@ -39,6 +39,7 @@ def blob(
     prior_scale: float = 0.2,
     init_root_scale: float = 0.05,
     kl_weight: float | Callable[[int], float] = 1.0,
+    lr: float = 4e-3,
     lora: Mapping[str, Any] | None = None,
     seed: int = 0,
     **options: Any,
@@ -58,10 +59,11 @@ def blob(
             (init_root_scale / sqrt(2), init_root_scale).
         kl_weight: weight of KL(q || p), 1 is the ELBO; the paper's schedule is
             ``KLReweighting(num_data=N, batch_size=B)``.
+        lr: of A's means, B and heads.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
         seed: of the initial roots, the data order and the noise.
-        options: options of :func:`scalabl_pyro.fit` (steps, learning rates, ...); ``scale_lr``, of the roots, is
-            ``lr`` by default.
+        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``A_lr`` and ``scale_lr``, of the roots, are ``lr``
+            by default.
 
     Returns:
         A result whose posterior draws A.
@@ -74,7 +76,7 @@ def blob(
     adapter = plain_lora(module, lora).adapter
     guide = NoiseGuide(adapter, init_root_scale=init_root_scale, seed=seed)
     blora = FlipoutLoRA(adapter, prior=NoisePrior(adapter, prior_scale))
-    options = {"scale_lr": options.get("lr", 1e-3), **options}
+    options = {"lr": lr, "A_lr": lr, "scale_lr": lr, **options}
     try:
         with unloaded_on_error(blora):
             result = fit(blora, task, train_data, guide=guide, kl_weight=kl_weight, seed=seed, **options)

@@ -43,8 +43,8 @@ def deep_ensemble(
         num_members: number of fine-tunings; 3 in the ScalaBL paper.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...); its ``seed`` is that of the ensemble.
         seed: of the first member; the others count on from it.
-        options: options of :func:`scalabl_pyro.fit` (steps, learning rate, ``factor_scale`` for members at the mode,
-            ...).
+        options: options of :func:`scalabl_pyro.fit` (steps, ``factor_scale`` for members at the mode, ...); ``lr`` is
+            2.5e-4 by default, and ``A_lr`` is ``lr``.
 
     Returns:
         A result whose posterior is an :class:`EnsemblePosterior`; the history has a column ``member``.

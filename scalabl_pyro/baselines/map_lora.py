@@ -31,7 +31,7 @@ def map_lora(
         train_data: as for :func:`scalabl_pyro.fit`.
         scale: standard deviation of the prior.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
-        options: options of :func:`scalabl_pyro.fit` (steps, learning rate, ...).
+        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``lr`` is 2.5e-4 by default, and ``A_lr`` is ``lr``.
 
     Returns:
         A result whose posterior is a point mass.

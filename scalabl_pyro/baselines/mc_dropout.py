@@ -43,7 +43,7 @@ def mc_dropout(
         train_data: as for :func:`scalabl_pyro.fit`.
         p: probability that a feature is dropped.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
-        options: options of :func:`scalabl_pyro.fit` (steps, learning rate, ...).
+        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``lr`` is 2.5e-4 by default, and ``A_lr`` is ``lr``.
 
     Returns:
         A result whose posterior draws masks.
