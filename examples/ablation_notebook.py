@@ -22,10 +22,13 @@ the same ablation for the command line, over any priors, guides and data.
 """
 
 # %%
+import os
+
+os.environ["TQDM_DISABLE"] = "1"  # progress bars read badly in a file; read when torch imports tqdm
+
 import argparse
 import itertools
 import logging
-import os
 import sys
 import warnings
 
@@ -35,7 +38,6 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-os.environ["TQDM_DISABLE"] = "1"  # progress bars read badly in a file
 with warnings.catch_warnings(action="ignore"):  # of the next ArviZ, at import
     import transformers
 

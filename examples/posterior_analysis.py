@@ -20,8 +20,11 @@ This notebook is made from `posterior_analysis.py` by `make notebook`.
 """
 
 # %%
-import logging
 import os
+
+os.environ["TQDM_DISABLE"] = "1"  # progress bars read badly in a file; read when torch imports tqdm
+
+import logging
 import sys
 import tempfile
 import warnings
@@ -33,8 +36,8 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-os.environ["TQDM_DISABLE"] = "1"  # progress bars read badly in a file
 with warnings.catch_warnings(action="ignore"):  # of progress bars and of the next ArviZ, at import
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # and of kernels that some CPUs lack
     import arviz as az
     import transformers
 
@@ -127,7 +130,7 @@ plt.show()
 A latent that the data say nothing about goes back to the prior: mean 0, sd 1. Three views of how far each layer is
 from that:
 
-- `sd / prior sd`: the size of the posterior noise. In a short run it stays near where it started.
+- `sd / prior sd`: the size of the posterior noise. It starts at 0.3 or below; in a very short run it stays there.
 - `signal / noise`: |mean| / sd. It does not depend on how a layer splits its size between `s` and `B`, so it is the one
   to compare layers by.
 - `KL`: the nats that the layer pays for leaving the prior, from the moments of its draws.

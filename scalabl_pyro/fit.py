@@ -1,4 +1,4 @@
-"""Stochastic variational inference: one ELBO, one torch optimiser, three learning rates."""
+"""Stochastic variational inference: one ELBO, one torch optimiser, four learning rates."""
 
 import logging
 from collections.abc import Callable, Sequence

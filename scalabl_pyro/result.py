@@ -20,8 +20,8 @@ class FitResult:
     Attributes:
         posterior: frozen; later training does not change it.
         history: one row a step: ``step``, ``loss`` and ``nll`` (nats per example), ``kl`` (nats per data set,
-            unweighted), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` of the factors, ``seconds`` since the
-            start, and ``skipped``, the number of steps left out so far because they were not finite.
+            unweighted), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` of B, ``seconds`` since the start, and
+            ``skipped``, the number of steps left out so far because they were not finite.
     """
 
     posterior: Posterior

@@ -48,7 +48,7 @@ class Trainer:
         batches: step -> batch.
         kl_weight: step -> weight of the KL.
         rate: step -> factor of the learning rates.
-        lr: learning rate of the factors, for the history.
+        lr: learning rate of B, for the history.
         num_data: N.
         read_every: steps after which the host reads the figures; on a GPU each reading waits for it.
         on_nonfinite: see :class:`~scalabl_pyro.faults.Recovery`.
