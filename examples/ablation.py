@@ -103,7 +103,7 @@ def run(llm, task, train: list, test: list, prior: str, guide: str, args: argpar
             num_steps=args.steps,
             batch_size=args.batch_size,
             lr=5e-3,
-            A_lr=5e-3,
+            A_lr=5e-3,  # as the results kept were made
             scale_lr=5e-2,
             init_scale=0.3,
             seed=args.seed,

@@ -51,7 +51,7 @@ def fit(
     num_steps: int = 1000,
     batch_size: int = 16,
     micro_batch_size: int | None = None,
-    lr: float = 4e-3,
+    lr: float = 8e-3,
     A_lr: float = 2.5e-4,
     loc_lr: float | None = None,
     scale_lr: float = 3e-2,
@@ -88,12 +88,12 @@ def fit(
         num_steps: optimiser steps.
         batch_size: rows a step, of all processes together; see the how-to page *Several processes*.
         micro_batch_size: rows a forward pass of a process; smaller ones accumulate gradients of the same ELBO.
-        lr: of B, heads, and the task's parameters (AdamW). The first thing to tune, see the page *Quality*.
-        A_lr: of A, which learns more slowly (LoRA+, Hayou et al., 2024, ratio 16): with ``A_lr=lr`` it overfits where
-            data are few and hard, and steps of this size can diverge.
+        lr: of B and the task's parameters (AdamW). The first thing to tune, see the page *Quality*.
+        A_lr: of A and new heads, whose inputs are as many as the model is wide: they need smaller steps (LoRA+, Hayou
+            et al., 2024). With an A as fast as B, runs on hard data overfitted, ended at chance or diverged.
         loc_lr: of the guide's locations; default ``lr``.
         scale_lr: of the guide's scales (as logarithms).
-        weight_decay: on A and B only (decoupled from the loss, as in AdamW).
+        weight_decay: on A and B only, decoupled from the loss: a step shrinks each by its learning rate times this.
         factor_scale: standard deviation of a normal MAP prior on B (and A, where the gauge leaves it free), which
             enters the loss.
         warmup: share of the steps over which learning rates rise from 0.

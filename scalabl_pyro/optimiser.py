@@ -35,7 +35,7 @@ def build_optimiser(
             "weight_decay": weight_decay,
         },
         {"name": "B", "params": [p for n, p in point if n.endswith("/B")], "lr": lr, "weight_decay": weight_decay},
-        {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": lr},
+        {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": A_lr},
         {"name": "task", "params": [*model.task.parameters(), *_named(model.blora.prior, scale=False)], "lr": lr},
         {"name": "loc", "params": _named(guide, scale=False), "lr": loc_lr},
         {"name": "scale", "params": scales, "lr": scale_lr},

@@ -1,7 +1,7 @@
 """Where s and the factors of a layer start: as in the paper, or at what a trained LoRA computes.
 
 Factorisations run on the CPU: the signs of singular vectors differ between libraries, and a seed is to start alike on
-every device.
+every device of a machine.
 """
 
 import torch

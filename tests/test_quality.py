@@ -117,6 +117,23 @@ def test_other_settings_are_other_runs_and_lines(command):
     assert quality_report.frame_of(found)["line"].nunique() == 2
 
 
+@pytest.mark.parametrize(("given", "expected"), [([], [None, 1e-3, None]), (["--lr=0.01"], [0.01, 0.01, 0.5])])
+def test_each_method_learns_at_its_own_rate_unless_told_otherwise(command, monkeypatch, given, expected):
+    rates = []
+    for owner, name in (
+        (quality_methods.baselines, "mle"),
+        (quality_methods.baselines, "scalabl_released"),
+        (sp, "fit"),
+    ):
+        train = getattr(owner, name)
+        spy = lambda *args, train=train, **options: rates.append(options.get("lr")) or train(*args, **options)  # noqa: E731
+        monkeypatch.setattr(owner, name, spy)
+    own = ["--set", 'scalabl={"lr": 0.5}'] if given else []
+    names = ["--methods", "mle", "scalabl", "scalabl_released", "--seeds", "0"]
+    assert run(command("rates", *names, *given, *own)) == 0
+    assert sorted(rates, key=str) == sorted(expected, key=str)
+
+
 def test_on_validation_test_rows_are_never_predicted_and_on_test_once(command, monkeypatch):
     seen = []
     predict = quality_methods.Workbench.predict

@@ -65,8 +65,9 @@ def learn_factors(args: argparse.Namespace):
     task = sources.word_task(tokenizer, train, sources.NEWS, args.max_length)
     depth = llm.config.get_text_config().num_hidden_layers
     blora = sp.bayesian_lora(llm, r=args.rank, layers_to_transform=range(depth - args.blocks, depth))
-    options = {"lr": 5e-3, "scale_lr": 5e-2, "init_scale": 0.3, "cache_prefix": True, "progress": False}
-    return sp.fit(blora, task, train, num_steps=args.fit_steps, seed=args.seed, **options).posterior, train, test
+    options = {"lr": 5e-3, "A_lr": 5e-3, "scale_lr": 5e-2, "init_scale": 0.3}  # as the results kept were made
+    options |= {"num_steps": args.fit_steps, "seed": args.seed, "cache_prefix": True, "progress": False}
+    return sp.fit(blora, task, train, **options).posterior, train, test
 
 
 def against(posterior: sp.Posterior, reference: dict, train: list, test: list, args: argparse.Namespace) -> dict:

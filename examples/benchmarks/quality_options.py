@@ -52,7 +52,7 @@ def arguments(about: str | None, given: Sequence[str] | None = None) -> argparse
     parser.add_argument("--ood-rows", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, help="one for all methods (default: each method's own)")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lora-alpha", type=float, default=16.0)
     parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj", "lm_head"])

@@ -18,7 +18,7 @@ from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
 from ..serialization import copy_task
 from . import saving
-from .mle import fit_point, plain_lora, unloaded_on_error
+from .mle import POINT_LR, fit_point, plain_lora, unloaded_on_error
 from .predictor import BaselineResult, Predictor, concatenate
 
 
@@ -28,6 +28,7 @@ def deep_ensemble(
     train_data: Any,
     *,
     num_members: int = 3,
+    lr: float = POINT_LR,
     lora: Mapping[str, Any] | None = None,
     seed: int = 0,
     **options: Any,
@@ -41,10 +42,11 @@ def deep_ensemble(
         task: the likelihood.
         train_data: as for :func:`scalabl_pyro.fit`.
         num_members: number of fine-tunings; 3 in the ScalaBL paper.
+        lr: of both factors, heads, and the task's parameters.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...); its ``seed`` is that of the ensemble.
         seed: of the first member; the others count on from it.
-        options: options of :func:`scalabl_pyro.fit` (steps, ``factor_scale`` for members at the mode, ...); ``lr`` is
-            2.5e-4 by default, and ``A_lr`` is ``lr``.
+        options: options of :func:`scalabl_pyro.fit` (steps, ``factor_scale`` for members at the mode, ...); ``A_lr`` is
+            ``lr`` by default.
 
     Returns:
         A result whose posterior is an :class:`EnsemblePosterior`; the history has a column ``member``.
@@ -63,7 +65,7 @@ def deep_ensemble(
             _restart(blora, start, seed + member)
             task.load_state_dict(task_start)
         with unloaded_on_error(blora):
-            result = fit_point(blora, task, train_data, seed=seed + member, **options)
+            result = fit_point(blora, task, train_data, seed=seed + member, lr=lr, **options)
         members.append(result.posterior)
         histories.append(result.history.assign(member=member))
     provenance = {"method": "deep ensemble", "seed": seed}

@@ -8,7 +8,7 @@ from torch import nn
 from .._errors import check_positive
 from ..likelihoods import Task
 from ..result import FitResult
-from .mle import fit_point, plain_lora, unloaded_on_error
+from .mle import POINT_LR, fit_point, plain_lora, unloaded_on_error
 
 
 def map_lora(
@@ -17,6 +17,7 @@ def map_lora(
     train_data: Any,
     *,
     scale: float = 1.0,
+    lr: float = POINT_LR,
     lora: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> FitResult:
@@ -30,8 +31,9 @@ def map_lora(
         task: the likelihood.
         train_data: as for :func:`scalabl_pyro.fit`.
         scale: standard deviation of the prior.
+        lr: of both factors, heads, and the task's parameters.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
-        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``lr`` is 2.5e-4 by default, and ``A_lr`` is ``lr``.
+        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``A_lr`` is ``lr`` by default.
 
     Returns:
         A result whose posterior is a point mass.
@@ -42,4 +44,4 @@ def map_lora(
     check_positive(scale=scale)
     blora = plain_lora(module, lora)
     with unloaded_on_error(blora):
-        return fit_point(blora, task, train_data, factor_scale=scale, **options)
+        return fit_point(blora, task, train_data, factor_scale=scale, lr=lr, **options)

@@ -17,7 +17,7 @@ from ..factors import Factors
 from ..likelihoods import Task
 from ..lora import RowNoise
 from .factor_posterior import FactorNoise, FactorPosterior
-from .mle import fit_point, plain_lora, unloaded_on_error
+from .mle import POINT_LR, fit_point, plain_lora, unloaded_on_error
 from .noisy import NoisyLoRA
 from .predictor import BaselineResult
 
@@ -28,6 +28,7 @@ def mc_dropout(
     train_data: Any,
     *,
     p: float = 0.1,
+    lr: float = POINT_LR,
     lora: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> BaselineResult:
@@ -42,8 +43,9 @@ def mc_dropout(
         task: the likelihood.
         train_data: as for :func:`scalabl_pyro.fit`.
         p: probability that a feature is dropped.
+        lr: of both factors, heads, and the task's parameters.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
-        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``lr`` is 2.5e-4 by default, and ``A_lr`` is ``lr``.
+        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``A_lr`` is ``lr`` by default.
 
     Returns:
         A result whose posterior draws masks.
@@ -54,7 +56,7 @@ def mc_dropout(
     noise = DropoutNoise(p)
     blora = DropoutLoRA(plain_lora(module, lora).adapter, p)
     with unloaded_on_error(blora):
-        result = fit_point(blora, task, train_data, **options)
+        result = fit_point(blora, task, train_data, lr=lr, **options)
     provenance = {"method": "MC dropout", "p": p}
     return BaselineResult(FactorPosterior(result.posterior, noise, provenance), result.history)
 
