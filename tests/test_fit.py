@@ -89,6 +89,15 @@ def test_A_and_B_have_learning_rates_of_their_own(task):
         assert moved == pytest.approx(rate, rel=1e-2)  # Adam's first step is the learning rate
 
 
+def test_a_new_head_learns_at_the_rate_of_A():
+    blora = sp.bayesian_lora(tiny.classifier())
+    (head,) = blora.adapter.heads.values()
+    start = head.weight.detach().clone()
+    classes = sp.SequenceClassification(tiny.tokenizer(), classes=["a", "b", "c"])
+    fit(blora, classes, tiny.text_rows(16), num_steps=1, warmup=0.0, lr=1e-2, A_lr=1e-4)
+    assert (head.weight - start).abs().max().item() == pytest.approx(1e-4, rel=1e-2)
+
+
 def test_a_learning_rate_must_be_positive(blora, task):
     with pytest.raises(ValueError, match="A_lr=0"):
         fit(blora, task, A_lr=0)
