@@ -28,12 +28,7 @@ def build_optimiser(
     point = list(model.blora.point_estimates.named_parameters())
     scales = [*_named(guide, scale=True), *_named(model.blora.prior, scale=True)]
     groups: list[Mapping[str, Any]] = [
-        {
-            "name": "A",
-            "params": [p for n, p in point if n.endswith("/A")],
-            "lr": A_lr,
-            "weight_decay": weight_decay,
-        },
+        {"name": "A", "params": [p for n, p in point if n.endswith("/A")], "lr": A_lr, "weight_decay": weight_decay},
         {"name": "B", "params": [p for n, p in point if n.endswith("/B")], "lr": lr, "weight_decay": weight_decay},
         {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": A_lr},
         {"name": "task", "params": [*model.task.parameters(), *_named(model.blora.prior, scale=False)], "lr": lr},

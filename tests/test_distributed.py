@@ -312,9 +312,9 @@ def test_one_model_over_a_gpu_and_the_cpu():
         first = [places[1]] * 6  # noise is drawn where the first adapted block is
         placed, one = (over_devices(devices, main_device="cpu") for devices in (places, first))
         assert {A.device.type for A, _ in placed.posterior.adapter.factors()} == {"cpu", "cuda"}
-        assert_close(learned(placed), learned(one), 1e-5)  # factors are float32, which devices round in their own ways
+        assert_close(learned(placed), learned(one), 1e-8)
         log_probs = [result.posterior.predict(TEST, num_draws=3).log_probs for result in (placed, one)]
-        assert_close(*log_probs, 1e-5)
+        assert_close(*log_probs, 1e-8)
 
 
 @pytest.mark.gpu

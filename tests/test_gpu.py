@@ -11,6 +11,7 @@ import scalabl_pyro as sp
 
 pytestmark = pytest.mark.gpu
 ROWS = tiny.question_rows(24)
+RATES = {"lr": 1e-2, "A_lr": 1e-2}  # a random model needs a fast A
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def fitted(dtype=torch.bfloat16, family="llama", **options):
     llm = base(dtype, family).cuda()
     blora = sp.bayesian_lora(llm)
     task = sp.MultipleChoice(tiny.tokenizer())
-    return sp.fit(blora, task, ROWS, **{"num_steps": 30, "lr": 1e-2, "progress": False, **options}).posterior
+    return sp.fit(blora, task, ROWS, **{"num_steps": 30, **RATES, "progress": False, **options}).posterior
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma", "gpt2"])
@@ -84,7 +85,7 @@ def test_equal_seeds_are_equal_and_no_random_state_moves():
 def history_of(*, seed=0, **options):
     llm = base(torch.float32).cuda()
     blora, task = sp.bayesian_lora(llm), sp.MultipleChoice(tiny.tokenizer())
-    settings = {"num_steps": 25, "batch_size": 6, "lr": 1e-2, "progress": False, "seed": seed}
+    settings = {"num_steps": 25, "batch_size": 6, **RATES, "progress": False, "seed": seed}
     return sp.fit(blora, task, ROWS, **settings, **options)
 
 
