@@ -1,6 +1,6 @@
 """A posterior, and a prediction of it, as the groups that ArviZ reads."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -8,14 +8,12 @@ import xarray as xr
 from . import arviz_io
 from ._version import __version__
 from .guides import EmpiricalGuide
+from .posterior_state import PosteriorState
 from .prediction import NumericPrediction, Prediction
-
-if TYPE_CHECKING:
-    from .posterior import Posterior
 
 
 def as_arviz(
-    posterior: "Posterior", *, num_draws: int, seed: int, prediction: Prediction | NumericPrediction | None
+    posterior: PosteriorState, *, num_draws: int, seed: int, prediction: Prediction | NumericPrediction | None
 ) -> Any:
     """See :meth:`scalabl_pyro.Posterior.to_arviz`."""
     groups = {"posterior": _posterior_group(posterior, num_draws, seed)}
@@ -39,7 +37,7 @@ def as_arviz(
     return arviz_io.to_arviz(groups, attrs)
 
 
-def _posterior_group(posterior: "Posterior", num_draws: int, seed: int) -> xr.Dataset:
+def _posterior_group(posterior: PosteriorState, num_draws: int, seed: int) -> xr.Dataset:
     chains = posterior.guide.num_chains if isinstance(posterior.guide, EmpiricalGuide) else None
     if chains is not None and chains > 1:  # MCMC: all draws, chain by chain
         sites = {

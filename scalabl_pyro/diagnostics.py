@@ -2,24 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from arviz_stats.base import array_stats
 from numpy.typing import NDArray
 
-from .data import Row, encode
-from .draws import sample, sample_prior
-from .guides import EmpiricalGuide, MixtureGuide
 from .prediction import NumericPrediction, Prediction
-from .predictive import predict
-from .psis import LOO, LogWeights, check_num_draws, good_k, pareto_k, psis_loo
+from .psis import LOO, LogWeights, good_k, pareto_k, psis_loo
 from .subspace import Subspace
-
-if TYPE_CHECKING:
-    from .posterior import Posterior
 
 __all__ = [
     "LOO",
@@ -32,18 +24,12 @@ __all__ = [
     "check_history",
     "check_scales",
     "check_weights",
-    "diagnose",
     "good_k",
     "pareto_k",
     "psis_loo",
 ]
 
 Array = NDArray[Any]
-
-#: Draws behind widths and means, which cost no pass through the LLM.
-MANY_DRAWS = 1000
-#: Rows and draws of the predictions that are held against those at the mean.
-DRIFT_ROWS = DRIFT_DRAWS = 50
 
 
 @dataclass(frozen=True)
@@ -85,42 +71,6 @@ class Diagnosis:
     def __str__(self) -> str:
         lines = [f"{f.severity.upper():>7}  {f.check} = {f.value:.3g}: {f.cause} {f.advice}" for f in self.findings]
         return "\n".join(line.rstrip() for line in lines)
-
-
-def diagnose(
-    posterior: "Posterior",
-    rows: Sequence[Row],
-    *,
-    history: pd.DataFrame | None,
-    num_draws: int,
-    num_data: int | None,
-    seed: int,
-    batch_size: int,
-) -> Diagnosis:
-    """All checks that apply to a posterior, see :meth:`scalabl_pyro.Posterior.diagnose`."""
-    check_num_draws("diagnose()", num_draws)
-    guide = posterior.guide
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
-    s = posterior.sample(max(num_draws, MANY_DRAWS), seed=seed).s
-    prior_s = sample_prior(posterior.prior, len(s), seed=seed)
-    findings = [*check_history(history), *check_scales(s.numpy(), prior_s.numpy(), posterior.subspace)]
-    if not torch.isfinite(s).all():  # a finding by now, and all that can be said
-        return as_diagnosis(findings)
-    weights = posterior.log_weights(rows, num_draws=num_draws, num_data=num_data, **options)
-    if weights.log_q is not None:
-        findings += check_weights(weights.log_weights)
-    if isinstance(guide, EmpiricalGuide) and guide.num_chains is not None:
-        chains = guide.points("s").detach().unflatten(0, (guide.num_chains, -1))
-        findings += check_chains(chains.double().numpy(), "chain")
-    elif isinstance(guide, MixtureGuide):
-        members = [sample(member, num_draws, seed=seed).s for member in guide.component_list()]
-        findings += check_chains(torch.stack(members).double().numpy(), "restart")
-    # Moved onto the mean of many, the first draws lose their Monte Carlo error of first order, which is no drift.
-    centred = s[:DRIFT_DRAWS] - s[:DRIFT_DRAWS].mean(0) + s.mean(0)
-    examples = encode(rows[:DRIFT_ROWS], posterior.task.encode, need_target=False)
-    llm, mean = posterior.llm(), posterior.mean().unsqueeze(0)
-    at_mean, over_draws = (predict(llm, posterior.task, part, examples, **options) for part in (mean, centred))
-    return as_diagnosis([*findings, *check_drift(at_mean, over_draws)])
 
 
 def check_weights(log_weights: Array) -> list[Finding]:

@@ -14,10 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ._errors import check_choice
 from .data import Batch
-from .guides.mean_field import prior_sites
 from .lora import Adapter
 from .model import BayesianLoRA
 from .objective import Objective
+from .priors.sites import prior_sites
 from .state import LearnedState
 from .stein import SteinObjective
 

@@ -28,7 +28,7 @@ from .result import FitResult, TrainingError, freeze
 from .resume import Checkpoints
 from .same_run import OF_A_RUN, begin_alike, describe_run
 from .scope import training_scope
-from .sharding import check_shareable
+from .shared_batches import check_shareable
 from .stein import SteinObjective
 from .step import EagerStep
 from .task_model import TaskModel

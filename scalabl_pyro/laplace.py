@@ -18,11 +18,11 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 from ._errors import check_positive
 from .data import encode
 from .guides import CovarianceGuide
-from .guides.mean_field import prior_sites
 from .linearised import gauss_newton
 from .logdensity import LogLikelihood
 from .posterior import Posterior
 from .priors import Prior, as_prior
+from .priors.sites import prior_sites
 from .rows import read_rows
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""First and second derivatives of the outputs and the likelihood in s: Gauss-Newton matrices, linearised prediction."""
+"""First and second derivatives of the outputs and the likelihood in s, and the Gauss-Newton matrix of a data set."""
 
 from collections.abc import Iterator
 from typing import cast
@@ -10,8 +10,6 @@ from ._lock import LOCK
 from .data import Batch
 from .likelihoods import Task
 from .logdensity import LogLikelihood
-from .prediction import NumericPrediction, Prediction
-from .predictive import predict_from_outputs
 
 
 @torch.no_grad()
@@ -42,33 +40,6 @@ def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
     return total
 
 
-def predict_linearised(
-    likelihood: LogLikelihood, mean: Tensor, s: Tensor, *, seed: int
-) -> Prediction | NumericPrediction:
-    """Predict with outputs linear in s: f(x, s) = f(x, mean) + J (s - mean), so that no draw needs a pass of its own.
-
-    For s ~ Normal(mean, V) the K outputs of a row are normal with covariance J V J'. Draw i is the same s for every
-    row, so that the outputs of all rows vary together as they do under the posterior.
-
-    Args:
-        likelihood: of the rows.
-        mean: (D,) of the posterior.
-        s: (S, D) draws of it.
-        seed: of the simulated answers of a likelihood over numbers.
-
-    References:
-        Immer et al., Improving predictions of Bayesian neural nets via local linearization, AISTATS 2021.
-    """
-    shift = (s - mean).double()
-    parts: list[tuple[Batch, Tensor]] = []
-    for batch, own, outputs in likelihood.rows_with_own_s(mean):
-        every = torch.arange(outputs.shape[1], device=outputs.device)
-        jacobian = _jacobian(outputs, own, every).cpu().double()
-        change = torch.einsum("bkd,sd->sbk", jacobian, shift)
-        parts.append((batch, outputs.detach().cpu() + change.to(outputs.dtype)))
-    return predict_from_outputs(likelihood.task, likelihood.examples, parts, seed=seed)
-
-
 def _curvatures(likelihood: LogLikelihood, s: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """For each batch with curvature: Jacobians (B, K, D) and Hessians (B, K, K) of -log p(y | outputs), float64."""
     dtype = likelihood.llm.adapter.loc.dtype
@@ -77,7 +48,7 @@ def _curvatures(likelihood: LogLikelihood, s: Tensor) -> Iterator[tuple[Tensor, 
         active = hessian.abs().amax(dim=(0, 1)).nonzero()[:, 0]  # labels that no row has do not matter
         if not len(active):
             continue
-        jacobian = _jacobian(outputs, own, active)
+        jacobian = jacobian_of(outputs, own, active)
         yield jacobian.double(), hessian[:, active][:, :, active].double()
 
 
@@ -98,7 +69,7 @@ def output_hessian(task: Task, batch: Batch, outputs: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(point) if c is None else c for c in columns], dim=1).detach()
 
 
-def _jacobian(outputs: Tensor, own: Tensor, active: Tensor) -> Tensor:
+def jacobian_of(outputs: Tensor, own: Tensor, active: Tensor) -> Tensor:
     """(B, K, D) gradients of the ``active`` outputs of each row, one backward pass an output."""
     with torch.enable_grad():
         rows = [torch.autograd.grad(outputs[:, k].sum(), own, retain_graph=True)[0] for k in active.tolist()]

@@ -17,10 +17,10 @@ from ._pyro import local_params
 from ._rng import scoped_seed
 from .data import Batch, encode
 from .guides import EmpiricalGuide
-from .guides.mean_field import prior_sites
 from .logdensity import LogLikelihood
 from .posterior import Posterior
 from .priors import Prior
+from .priors.sites import prior_sites
 from .rows import read_rows
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,10 @@ from .factors import Factors
 from .files import check_file, describe_files
 from .fingerprint import check_fingerprint, describe_layers, fingerprint
 from .guides import Guide
-from .likelihoods import Task
+from .likelihoods import Task, copy_task
 from .lora import Adapter
 from .model import BayesianLoRA
+from .posterior_state import PosteriorState
 from .priors import Prior
 from .restore import (
     ADAPTER,
@@ -50,14 +51,11 @@ from .saved_config import SavedConfig
 from .storage import staged
 from .tensor_files import check_keys, read_tensors, write_tensors
 
-if TYPE_CHECKING:
-    from .posterior import Posterior
-
 #: Tensor files may be this large, or as large as the base model in double precision.
 MIN_LIMIT = 2**30
 
 
-def save(path: str | Path, posterior: "Posterior") -> None:
+def save(path: str | Path, posterior: PosteriorState) -> None:
     """Write ``posterior`` to the directory ``path``; a posterior that was there is replaced whole, or kept whole.
 
     Raises:
@@ -165,15 +163,10 @@ def _check_unchanged(path: Path, config: SavedConfig, *, with_tokenizer: bool) -
             check_file(path, name, expected)
 
 
-def copy_task(task: Task) -> Task:
-    """A copy of a task and its parameters that shares the tokenizer."""
-    return copy.deepcopy(task, {id(task.tokenizer): task.tokenizer})
-
-
 # what is written ------------------------------------------------------------------------------------------
 
 
-def _describe(posterior: "Posterior", files: dict[str, dict[str, Any]]) -> SavedConfig:
+def _describe(posterior: PosteriorState, files: dict[str, dict[str, Any]]) -> SavedConfig:
     return SavedConfig(
         library_version=__version__,
         layers=describe_layers(posterior.adapter),
@@ -188,7 +181,7 @@ def _describe(posterior: "Posterior", files: dict[str, dict[str, Any]]) -> Saved
     )
 
 
-def _adapter_tensors(posterior: "Posterior") -> dict[str, Tensor]:
+def _adapter_tensors(posterior: PosteriorState) -> dict[str, Tensor]:
     tensors = {}
     for layer, (A, B) in zip(posterior.subspace, posterior.factors, strict=True):
         tensors[f"{layer.name}.lora_A.weight"] = A

@@ -11,12 +11,11 @@ from torch import nn
 
 from .._rng import scoped_seed
 from ..guides import DeltaGuide
-from ..likelihoods import Task
+from ..likelihoods import Task, copy_task
 from ..lora import Adapter
 from ..model import BayesianLoRA
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
-from ..serialization import copy_task
 from . import saving
 from .mle import POINT_LR, fit_point, plain_lora, unloaded_on_error
 from .predictor import BaselineResult, Predictor, concatenate

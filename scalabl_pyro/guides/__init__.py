@@ -9,13 +9,14 @@ from pyro.infer import autoguide
 
 from .._errors import check_choice
 from ..model import BayesianLoRA
+from ..priors.sites import check_continuous, prior_sites
 from .auto import AutoFamily, AutoInstance
 from .base import Guide
 from .covariance import CovarianceGuide, LowRankGuide
 from .delta import DeltaGuide
 from .empirical import EmpiricalGuide
 from .flow import FlowGuide
-from .mean_field import MeanFieldGuide, WithHyperparameters, check_continuous, prior_sites
+from .mean_field import MeanFieldGuide, WithHyperparameters
 from .mixture import MixtureGuide
 from .normal import NormalGuide
 from .particles import ParticleGuide

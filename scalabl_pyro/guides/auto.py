@@ -15,8 +15,8 @@ from .._pyro import local_params
 from .._rng import scoped_seed
 from ..model import BayesianLoRA
 from ..priors import Prior
+from ..priors.sites import check_continuous, prior_sites
 from .base import Guide
-from .mean_field import check_continuous, prior_sites
 
 #: Need the likelihood, or a discrete site, where a family here is built from the prior alone.
 UNSUPPORTED = (

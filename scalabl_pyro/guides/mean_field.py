@@ -6,16 +6,14 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ExpTransform
 
-from .._pyro import local_params
-from .._rng import scoped_seed
 from ..model import BayesianLoRA
 from ..priors import Prior
+from ..priors.sites import check_continuous, prior_sites
 from .base import Guide
 
 
@@ -102,33 +100,6 @@ class WithHyperparameters(Guide):
     def options(self) -> dict[str, Any]:
         """The family of s and its options."""
         return {"of_s": self.of_s.family, **self.of_s.options()}
-
-
-def prior_sites(prior: Prior) -> dict[str, dict[str, Any]]:
-    """Latent sites of a prior in its order, each with its distribution ``fn`` and the ``median`` of 101 draws."""
-    with torch.no_grad(), scoped_seed(0), local_params():
-        traces = [poutine.trace(prior).get_trace() for _ in range(101)]
-    sites: dict[str, dict[str, Any]] = {}
-    for name in traces[0].stochastic_nodes:
-        nodes: list[Any] = [trace.nodes[name] for trace in traces]
-        median = torch.stack([node["value"].detach() for node in nodes]).median(0).values
-        sites[name] = {"fn": nodes[0]["fn"], "median": median}
-    return sites
-
-
-def check_continuous(what: str, sites: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse discrete latents, which only a guide of their own can cover.
-
-    Args:
-        what: the family that cannot, as the message calls it.
-        sites: of the prior, by name, see :func:`prior_sites`.
-
-    Raises:
-        ValueError: one of them is discrete.
-    """
-    for name in (name for name, site in sites.items() if site["fn"].support.is_discrete):
-        way_out = "masks need guide='rank_mask'" if name == "s" else f"write a guide for {name!r}, which is discrete"
-        raise ValueError(f"{what} needs latents on the real line; {way_out}.")
 
 
 def _event_support(fn: Any) -> Any:

@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .._errors import nearest
-from .base import Task, at_least_float32
+from .base import Task, at_least_float32, copy_task
 from .multiple_choice import MultipleChoice
 from .text import Regression, SequenceClassification
 
-__all__ = ["MultipleChoice", "Regression", "SequenceClassification", "Task", "at_least_float32"]
+__all__ = ["MultipleChoice", "Regression", "SequenceClassification", "Task", "at_least_float32", "copy_task"]
 
 #: Tasks that a saved posterior can name.
 TASKS: dict[str, type[Task]] = {task.__name__: task for task in (MultipleChoice, SequenceClassification, Regression)}

@@ -1,5 +1,6 @@
 """What all tasks share: a row becomes tokens, and the LLM's output a distribution over the answer."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -67,6 +68,11 @@ class Task(Program):
     def forward(self, outputs: Tensor, batch: Batch) -> dist.TorchDistribution:
         """:meth:`likelihood` as a Pyro program, in which the task's PyroParams are param sites."""
         return self.likelihood(outputs, batch)
+
+
+def copy_task(task: Task) -> Task:
+    """A copy of a task and its parameters that shares the tokenizer."""
+    return copy.deepcopy(task, {id(task.tokenizer): task.tokenizer})
 
 
 def at_least_float32(x: Tensor) -> Tensor:

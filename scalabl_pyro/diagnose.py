@@ -1,0 +1,64 @@
+"""The diagnosis of a posterior: its draws, its densities and two predictions of it, passed to each check."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+
+from .data import Row, encode
+from .diagnostics import (
+    Diagnosis,
+    as_diagnosis,
+    check_chains,
+    check_drift,
+    check_history,
+    check_scales,
+    check_weights,
+)
+from .draws import sample, sample_prior
+from .guides import EmpiricalGuide, MixtureGuide
+from .posterior_state import PosteriorState
+from .predictive import predict
+from .psis import check_num_draws
+
+#: Draws behind widths and means, which cost no pass through the LLM.
+MANY_DRAWS = 1000
+#: Rows and draws of the predictions that are held against those at the mean.
+DRIFT_ROWS = DRIFT_DRAWS = 50
+
+
+def diagnose(
+    posterior: PosteriorState,
+    rows: Sequence[Row],
+    *,
+    history: pd.DataFrame | None,
+    num_draws: int,
+    num_data: int | None,
+    seed: int,
+    batch_size: int,
+) -> Diagnosis:
+    """All checks that apply to a posterior, see :meth:`scalabl_pyro.Posterior.diagnose`."""
+    check_num_draws("diagnose()", num_draws)
+    guide = posterior.guide
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    s = posterior.sample(max(num_draws, MANY_DRAWS), seed=seed).s
+    prior_s = sample_prior(posterior.prior, len(s), seed=seed)
+    findings = [*check_history(history), *check_scales(s.numpy(), prior_s.numpy(), posterior.subspace)]
+    if not torch.isfinite(s).all():  # a finding by now, and all that can be said
+        return as_diagnosis(findings)
+    weights = posterior.log_weights(rows, num_draws=num_draws, num_data=num_data, **options)
+    if weights.log_q is not None:
+        findings += check_weights(weights.log_weights)
+    if isinstance(guide, EmpiricalGuide) and guide.num_chains is not None:
+        chains = guide.points("s").detach().unflatten(0, (guide.num_chains, -1))
+        findings += check_chains(chains.double().numpy(), "chain")
+    elif isinstance(guide, MixtureGuide):
+        members = [sample(member, num_draws, seed=seed).s for member in guide.component_list()]
+        findings += check_chains(torch.stack(members).double().numpy(), "restart")
+    # Moved onto the mean of many, the first draws lose their Monte Carlo error of first order, which is no drift.
+    centred = s[:DRIFT_DRAWS] - s[:DRIFT_DRAWS].mean(0) + s.mean(0)
+    examples = encode(rows[:DRIFT_ROWS], posterior.task.encode, need_target=False)
+    llm, mean = posterior.llm(), posterior.mean().unsqueeze(0)
+    at_mean, over_draws = (predict(llm, posterior.task, part, examples, **options) for part in (mean, centred))
+    return as_diagnosis([*findings, *check_drift(at_mean, over_draws)])
