@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ._lock import IDLE, LOCK
+from ._process.lock import IDLE, LOCK
 from .factors import Factors
 from .lora import Adapter, RowNoise
 from .prefix import repeat_rows

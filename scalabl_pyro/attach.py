@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ._errors import check_choice, nearest
-from ._rng import scoped_seed
+from ._process.random_state import scoped_seed
 from .activate import activate
 from .factors import factors_of
 from .lora import Adapter, Undo

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from . import likelihoods, saved_config
-from ._rng import scoped_seed
+from ._process.random_state import scoped_seed
 from ._version import __version__
 from .checkpoint import CheckpointFolder
 from .files import check_file

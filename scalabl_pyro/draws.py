@@ -9,8 +9,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ._pyro import local_params
-from ._rng import scoped_seed
+from ._process.pyro_modes import local_params
+from ._process.random_state import scoped_seed
 from .guides import EmpiricalGuide, Guide, MixtureGuide
 from .priors import Prior
 

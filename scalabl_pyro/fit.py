@@ -12,13 +12,13 @@ from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
 from ._errors import check_choice, check_positive
+from ._process.stop_signals import StopSignals
 from .data import Batch, check_tokens
 from .distributed import processes as current_processes
 from .distributed import together
 from .faults import explained
 from .graphs import GRAPH_TOKENS, GraphedStep, uses_graph
 from .guides import INIT_SCALE, GuideLike, ParticleGuide, as_guide
-from .interrupts import StopSignals
 from .likelihoods import Task
 from .model import BayesianLoRA
 from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weight_at

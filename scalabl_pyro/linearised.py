@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ._lock import LOCK
+from ._process.lock import LOCK
 from .data import Batch
 from .likelihoods import Task
 from .logdensity import LogLikelihood

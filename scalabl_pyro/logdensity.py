@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._lock import LOCK
+from ._process.lock import LOCK
 from .adapted import AdaptedLLM, eval_mode
 from .data import Batch, Example, check_tokens, evaluation_batches
 from .likelihoods import Task, at_least_float32

@@ -13,8 +13,8 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from ._errors import check_positive
-from ._pyro import local_params
-from ._rng import scoped_seed
+from ._process.pyro_modes import local_params
+from ._process.random_state import scoped_seed
 from .data import Batch, encode
 from .guides import EmpiricalGuide
 from .logdensity import LogLikelihood

@@ -10,7 +10,7 @@ from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-from ._pyro import KeepPlates, Program
+from ._process.pyro_modes import KeepPlates, Program
 from .adapted import AdaptedLLM
 from .attach import attach
 from .data import Batch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._errors import check_choice
-from ._pyro import local_params
+from ._process.pyro_modes import local_params
 from .adapted import AdaptedLLM
 from .data import encode
 from .draws import Draws, log_prior, sample

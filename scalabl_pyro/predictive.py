@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._lock import LOCK
-from ._rng import Stream
+from ._process.lock import LOCK
+from ._process.random_state import Stream
 from .adapted import AdaptedLLM, eval_mode
 from .data import Batch, Example, check_tokens, evaluation_batches
 from .distributed import Processes, processes, together

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ._pyro import local_params
-from ._rng import scoped_seed
+from ._process.pyro_modes import local_params
+from ._process.random_state import scoped_seed
 from .adapted import sole_use
 from .model import BayesianLoRA
 from .recompute import recompute

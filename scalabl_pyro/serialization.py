@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import guides, likelihoods, priors, saved_config
-from ._lock import LOCK
+from ._process.lock import LOCK
 from ._version import __version__
 from .attach import find_adapter, reattach
 from .factors import Factors

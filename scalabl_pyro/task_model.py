@@ -9,7 +9,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from ._errors import check_positive
-from ._rng import scoped_seed
+from ._process.random_state import scoped_seed
 from .data import Batch
 from .likelihoods import Task
 from .model import BayesianLoRA

@@ -10,10 +10,10 @@ import pyro
 import torch
 from torch import Tensor
 
-from ._rng import generator_states, set_generator_states
+from ._process.random_state import generator_states, set_generator_states
+from ._process.stop_signals import StopSignals
 from .data import Batch
 from .faults import Figures, GradientCheck, Recovery, describe, overflown, reason, where_not_finite
-from .interrupts import StopSignals
 from .optimiser import set_rates
 from .sharding import is_sharded
 from .state import LearnedState

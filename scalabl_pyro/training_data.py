@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ._rng import scoped_seed
+from ._process.random_state import scoped_seed
 from .data import Batch, Example, collate, encode
 from .hub_rows import Row
 from .rows import read_rows

@@ -12,7 +12,7 @@ from torch import nn
 
 import scalabl_pyro as sp
 from scalabl_pyro import baselines
-from scalabl_pyro._rng import scoped_seed
+from scalabl_pyro._process.random_state import scoped_seed
 from scalabl_pyro.baselines.factor_posterior import as_function, plain_factors
 from scalabl_pyro.baselines.mc_dropout import DropoutLoRA
 from scalabl_pyro.baselines.predictor import predict_functions

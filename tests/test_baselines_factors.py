@@ -15,7 +15,7 @@ from torch.distributions import kl_divergence
 
 import scalabl_pyro as sp
 from scalabl_pyro import baselines
-from scalabl_pyro._rng import scoped_seed
+from scalabl_pyro._process.random_state import scoped_seed
 from scalabl_pyro.baselines.blob import FlipoutLoRA, NoiseGuide, NoisePrior, flat
 from scalabl_pyro.baselines.factor_posterior import FactorPosterior, as_function, plain_factors
 from scalabl_pyro.baselines.kfac import SecondMoment, kronecker_factors, record

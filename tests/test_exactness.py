@@ -99,7 +99,7 @@ def fitted(toy, guide, *, num_steps):
 
 def moments(posterior, toy):
     """Of Sobol points, carried to the posterior by the transforms of its guide."""
-    with torch.no_grad(), sp._pyro.local_params():
+    with torch.no_grad(), sp._process.pyro_modes.local_params():
         trace = poutine.trace(posterior.guide).get_trace()
     sites = [trace.nodes[name]["fn"] for name in trace.stochastic_nodes]
     (q,) = [fn for fn in sites if type(fn).__name__ != "Delta"]  # where an AutoGuide draws all sites at once

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .._rng import scoped_seed
+from .._process.random_state import scoped_seed
 from ..guides import DeltaGuide
 from ..likelihoods import Task, copy_task
 from ..lora import Adapter

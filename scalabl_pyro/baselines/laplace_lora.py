@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from .._errors import check_positive
-from .._rng import scoped_seed
+from .._process.random_state import scoped_seed
 from ..data import encode, evaluation_batches
 from ..factors import Factors
 from ..posterior import Posterior

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import saved_config, strict_json
 from .._errors import nearest
-from .._lock import LOCK
+from .._process.lock import LOCK
 from ..attach import find_adapter
 from ..files import check_file, describe_files, find_file, find_folder, read_file
 from ..posterior import Posterior

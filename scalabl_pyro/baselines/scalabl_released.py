@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._errors import check_positive
-from .._pyro import local_params
-from .._rng import scoped_seed
+from .._process.pyro_modes import local_params
+from .._process.random_state import scoped_seed
 from ..adapted import sole_use
 from ..data import Batch
 from ..graphs import GRAPH_TOKENS, why_not

@@ -11,8 +11,8 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from .._errors import nearest
-from .._pyro import local_params
-from .._rng import scoped_seed
+from .._process.pyro_modes import local_params
+from .._process.random_state import scoped_seed
 from ..model import BayesianLoRA
 from ..priors import Prior
 from ..priors.sites import check_continuous, prior_sites

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._pyro import Program
+from .._process.pyro_modes import Program
 from ..model import BayesianLoRA
 
 

@@ -7,8 +7,8 @@ import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 
-from .._pyro import local_params
-from .._rng import scoped_seed
+from .._process.pyro_modes import local_params
+from .._process.random_state import scoped_seed
 from ..priors import Prior
 from .base import Guide
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import AffineTransform
 
-from .._rng import scoped_seed
+from .._process.random_state import scoped_seed
 from ..model import BayesianLoRA
 from .base import Guide
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .._errors import nearest
-from .._pyro import Program
+from .._process.pyro_modes import Program
 from ..adapted import LatentLLM
 from ..data import Batch, Example, Row
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._pyro import Program
+from .._process.pyro_modes import Program
 from ..subspace import Subspace
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from pyro import poutine
 
-from .._pyro import local_params
-from .._rng import scoped_seed
+from .._process.pyro_modes import local_params
+from .._process.random_state import scoped_seed
 from .base import Prior
 
 

@@ -8,7 +8,7 @@ import pyro
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 
-from ._lock import LOCK
+from .lock import LOCK
 
 
 @contextmanager

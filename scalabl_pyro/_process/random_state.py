@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ._lock import LOCK
+from .lock import LOCK
 
 
 class Stream:
