@@ -5,7 +5,7 @@
         record.json           numbers and words: the step, and what the run was asked for
         manifest.json         size and SHA-256 of the two, written last
 
-A checkpoint is written beside its place, brought to the disk and renamed (:mod:`scalabl_pyro.storage`), so whatever
+A checkpoint is written beside its place, brought to the disk and renamed (:mod:`scalabl_pyro.storage.directories`), so whatever
 stops the writing leaves those before it as they were.
 """
 
@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import strict_json
-from .files import check_file, describe, read_file
-from .storage import staged, write_file
-from .tensor_files import read_tensors, write_tensors
+from .storage import json_reader as strict_json
+from .storage.directories import staged, write_file
+from .storage.tensor_files import read_tensors, write_tensors
+from .storage.untrusted_files import check_file, describe, read_file
 
 logger = logging.getLogger(__name__)
 

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from . import guides, likelihoods, priors, strict_json
+from . import guides, likelihoods, priors
 from .draws import sample
 from .factors import Factors
-from .files import check_tree, read_file
 from .guides import Guide
 from .likelihoods import Task
 from .lora import Adapter
 from .model import BayesianLoRA
 from .priors import Prior
 from .saved_config import NAME, SavedConfig
-from .tensor_files import check_keys, check_like
+from .storage import json_reader as strict_json
+from .storage.tensor_files import check_keys, check_like
+from .storage.untrusted_files import check_tree, read_file
 
 ADAPTER = "adapter_model.safetensors"
 POSTERIOR = "posterior.safetensors"

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import strict_json
 from .hub_rows import Row, as_question
+from .storage import json_reader as strict_json
 
 #: Bytes of a line of a JSONL file; longer ones are no rows, and would fill the memory.
 MAX_LINE = 2**26

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from . import files, storage, strict_json
 from ._errors import ScalaBLWarning
+from .storage import directories as storage
+from .storage import json_reader as strict_json
+from .storage import untrusted_files as files
 
 #: Raised when an older version would misread the files: it refuses them.
 FORMAT_VERSION = 1

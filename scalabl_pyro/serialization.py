@@ -23,7 +23,6 @@ from ._process.lock import LOCK
 from ._version import __version__
 from .attach import find_adapter, reattach
 from .factors import Factors
-from .files import check_file, describe_files
 from .fingerprint import check_fingerprint, describe_layers, fingerprint
 from .guides import Guide
 from .likelihoods import Task, copy_task
@@ -48,8 +47,9 @@ from .restore import (
     write_tokenizer,
 )
 from .saved_config import SavedConfig
-from .storage import staged
-from .tensor_files import check_keys, read_tensors, write_tensors
+from .storage.directories import staged
+from .storage.tensor_files import check_keys, read_tensors, write_tensors
+from .storage.untrusted_files import check_file, describe_files
 
 #: Tensor files may be this large, or as large as the base model in double precision.
 MIN_LIMIT = 2**30

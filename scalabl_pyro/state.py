@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .objective import Objective
 from .stein import SteinObjective
-from .tensor_files import check_keys
+from .storage.tensor_files import check_keys
 
 #: What a fused AdamW keeps of a parameter: a number, and two tensors like it.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")

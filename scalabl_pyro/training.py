@@ -18,7 +18,7 @@ from .optimiser import set_rates
 from .sharding import is_sharded
 from .state import LearnedState
 from .step import EagerStep
-from .tensor_files import check_keys
+from .storage.tensor_files import check_keys
 from .training_data import Cycle
 
 logger = logging.getLogger(__name__)

@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import scalabl_pyro as sp
-from scalabl_pyro import storage
 from scalabl_pyro.data import Example
 from scalabl_pyro.guides import AutoFamily, Guide, NormalGuide
 from scalabl_pyro.priors import Prior
+from scalabl_pyro.storage import directories as storage
 
 CONFIG, ADAPTER, POSTERIOR = "scalabl_config.json", "adapter_model.safetensors", "posterior.safetensors"
 QUESTIONS = tiny.question_rows(8)

@@ -17,7 +17,7 @@ from ..lora import Adapter
 from ..model import BayesianLoRA
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
-from ..tensor_files import check_keys, check_like
+from ..storage.tensor_files import check_keys, check_like
 from . import saving
 from .predictor import Function, predict_functions
 

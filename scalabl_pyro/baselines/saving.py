@@ -12,15 +12,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import saved_config, strict_json
+from .. import saved_config
 from .._errors import nearest
 from .._process.lock import LOCK
 from ..attach import find_adapter
-from ..files import check_file, describe_files, find_file, find_folder, read_file
 from ..posterior import Posterior
 from ..serialization import MIN_LIMIT, errors_name
-from ..storage import staged, write_file
-from ..tensor_files import read_tensors, write_tensors
+from ..storage import json_reader as strict_json
+from ..storage.directories import staged, write_file
+from ..storage.tensor_files import read_tensors, write_tensors
+from ..storage.untrusted_files import check_file, describe_files, find_file, find_folder, read_file
 from .predictor import Predictor
 
 CONFIG = "baseline.json"

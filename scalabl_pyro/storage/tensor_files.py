@@ -9,7 +9,9 @@ from safetensors import SafetensorError
 from safetensors import torch as safe
 from torch import Tensor
 
-from . import files, storage, strict_json
+from . import directories as storage
+from . import json_reader as strict_json
+from . import untrusted_files as files
 
 #: Bytes of the list of tensors; thousands of layers need less than one MiB.
 MAX_HEADER = 4 * 2**20

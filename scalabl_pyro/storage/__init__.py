@@ -1,0 +1,1 @@
+"""Files: directories written whole, and untrusted files read within limits."""
