@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 
 import scalabl_pyro as sp
-from scalabl_pyro.adapted import eval_mode
 from scalabl_pyro.data import check_tokens, encode, evaluation_batches
+from scalabl_pyro.lora.forward import eval_mode
+from scalabl_pyro.lora.shared_prefix import Prefix, reuse
 from scalabl_pyro.predictive import predict_from_outputs
-from scalabl_pyro.prefix import Prefix, reuse
 
 
 class KeptRows:

@@ -9,9 +9,9 @@ import pandas as pd
 from arviz_stats.base import array_stats
 from numpy.typing import NDArray
 
+from .lora.subspace import Subspace
 from .prediction import NumericPrediction, Prediction
 from .psis import LOO, LogWeights, good_k, pareto_k, psis_loo
-from .subspace import Subspace
 
 __all__ = [
     "LOO",

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._errors import check_choice
 from .data import Batch
-from .lora import Adapter
+from .lora.adapter import Adapter
 from .model import BayesianLoRA
 from .objective import Objective
 from .priors.sites import prior_sites

@@ -20,10 +20,10 @@ from .faults import explained
 from .graphs import GRAPH_TOKENS, GraphedStep, uses_graph
 from .guides import INIT_SCALE, GuideLike, ParticleGuide, as_guide
 from .likelihoods import Task
+from .lora.shared_prefix import PrefixStore
 from .model import BayesianLoRA
 from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weight_at
 from .optimiser import build_optimiser, rate_schedule
-from .prefix import PrefixStore
 from .result import FitResult, TrainingError, freeze
 from .resume import Checkpoints
 from .same_run import OF_A_RUN, begin_alike, describe_run

@@ -13,9 +13,9 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from .causal_masks import decided_as_in_eager_passes
 from .data import Batch
 from .elbo import stays_on_device
+from .lora.causal_masks import decided_as_in_eager_passes
 from .objective import Objective
 from .stein import SteinObjective
 from .step import EagerStep

@@ -8,10 +8,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._process.lock import LOCK
-from .adapted import AdaptedLLM, eval_mode
 from .data import Batch, Example, check_tokens, evaluation_batches
 from .likelihoods import Task, at_least_float32
-from .prefix import Prefix, reuse
+from .lora.forward import AdaptedLLM, eval_mode
+from .lora.shared_prefix import Prefix, reuse
 
 
 class LogLikelihood:

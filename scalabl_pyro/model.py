@@ -11,14 +11,14 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 from ._process.pyro_modes import KeepPlates, Program
-from .adapted import AdaptedLLM
-from .attach import attach
 from .data import Batch
-from .lora import Adapter
-from .memory import MemoryEstimate, estimate_memory
+from .lora.adapter import Adapter
+from .lora.attach import attach
+from .lora.forward import AdaptedLLM
+from .lora.memory import MemoryEstimate, estimate_memory
+from .lora.subspace import Subspace
+from .lora.targets import TargetModules, output_head
 from .priors import PriorLike, as_prior
-from .subspace import Subspace
-from .targets import TargetModules, output_head
 
 
 def bayesian_lora(
@@ -122,7 +122,7 @@ class BayesianLoRA(Program):
         return self.adapter.device
 
     def forward(self, *args: Any, s: Tensor | None = None, positions: Tensor | None = None, **kwargs: Any) -> Any:
-        """Run the LLM with latents s, by default sampled from the prior; see :class:`~scalabl_pyro.adapted.AdaptedLLM`.
+        """Run the LLM with latents s, by default sampled from the prior; see :class:`~scalabl_pyro.lora.forward.AdaptedLLM`.
 
         Args:
             args: positional inputs of the LLM, rows first.

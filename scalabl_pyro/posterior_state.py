@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from ._errors import check_choice
 from ._process.pyro_modes import local_params
-from .adapted import AdaptedLLM
 from .data import encode
 from .draws import Draws, log_prior, sample
-from .factors import Factors
 from .guides import Guide
 from .likelihoods import Task, copy_task
 from .logdensity import LogLikelihood
-from .lora import Adapter
+from .lora.adapter import Adapter
+from .lora.factors import Factors
+from .lora.forward import AdaptedLLM
+from .lora.subspace import Subspace
 from .model import BayesianLoRA
 from .priors import Prior
 from .psis import LogWeights
 from .quasi import DESIGNS, even_draws
 from .rows import read_rows
-from .subspace import Subspace
 
 Result = TypeVar("Result")
 

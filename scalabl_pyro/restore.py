@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from . import guides, likelihoods, priors
 from .draws import sample
-from .factors import Factors
 from .guides import Guide
 from .likelihoods import Task
-from .lora import Adapter
+from .lora.adapter import Adapter
+from .lora.factors import Factors
 from .model import BayesianLoRA
 from .priors import Prior
 from .saved_config import NAME, SavedConfig

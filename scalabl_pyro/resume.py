@@ -13,7 +13,7 @@ from ._errors import ScalaBLWarning
 from ._version import __version__
 from .checkpoint import Checkpoint, CheckpointFolder
 from .distributed import Processes
-from .fingerprint import check_fingerprint
+from .lora.fingerprint import check_fingerprint
 from .same_run import differences
 from .state import check_record
 from .training import COLUMNS, Trainer

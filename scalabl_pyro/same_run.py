@@ -12,8 +12,8 @@ from pyro.infer import ELBO
 from . import guides, likelihoods, priors
 from .data import Batch
 from .distributed import Processes
-from .fingerprint import check_fingerprint, describe_layers, fingerprint
 from .guides import Guide
+from .lora.fingerprint import check_fingerprint, describe_layers, fingerprint
 from .task_model import TaskModel
 from .training import Trainer
 from .training_data import TrainingBatches

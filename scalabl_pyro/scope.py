@@ -9,9 +9,9 @@ from torch import nn
 
 from ._process.pyro_modes import local_params
 from ._process.random_state import scoped_seed
-from .adapted import sole_use
+from .lora.forward import sole_use
+from .lora.gradient_checkpointing import recompute
 from .model import BayesianLoRA
-from .recompute import recompute
 
 
 @contextmanager

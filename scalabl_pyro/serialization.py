@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from . import guides, likelihoods, priors, saved_config
 from ._process.lock import LOCK
 from ._version import __version__
-from .attach import find_adapter, reattach
-from .factors import Factors
-from .fingerprint import check_fingerprint, describe_layers, fingerprint
 from .guides import Guide
 from .likelihoods import Task, copy_task
-from .lora import Adapter
+from .lora.adapter import Adapter
+from .lora.attach import find_adapter, reattach
+from .lora.factors import Factors
+from .lora.fingerprint import check_fingerprint, describe_layers, fingerprint
 from .model import BayesianLoRA
 from .posterior_state import PosteriorState
 from .priors import Prior

@@ -1,8 +1,8 @@
 """Checks that several processes can share the batches of one training."""
 
 from .distributed import Processes
+from .lora.sharding import is_piece, is_sharded
 from .model import BayesianLoRA
-from .sharding import is_piece, is_sharded
 
 
 def check_shareable(processes: Processes, blora: BayesianLoRA, *, batch_size: int, cache_prefix: bool) -> None:

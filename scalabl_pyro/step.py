@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .data import Batch
 from .distributed import Processes
+from .lora.shared_prefix import PrefixStore
 from .objective import Objective
 from .optimiser import clip_gradients, parameters_of
-from .prefix import PrefixStore
 from .stein import SteinObjective
 
 

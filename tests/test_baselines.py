@@ -18,7 +18,7 @@ from scalabl_pyro.baselines.mc_dropout import DropoutLoRA
 from scalabl_pyro.baselines.predictor import predict_functions
 from scalabl_pyro.baselines.scalabl_released import AlternatingStep, LogNormals, reversed_kl
 from scalabl_pyro.baselines.temperature_scaling import apply_temperature, fit_temperature
-from scalabl_pyro.lora import RowNoise
+from scalabl_pyro.lora.adapter import RowNoise
 from scalabl_pyro.predictive import NumericPrediction, Prediction
 
 ROWS, TEST = tiny.question_rows(24), tiny.question_rows(11, seed=1)
@@ -155,11 +155,11 @@ def test_rows_that_do_not_fit_leave_the_base_model_as_it_was(llm, task, train):
     before = {k: v.clone() for k, v in llm.state_dict().items()}
     with pytest.raises(ValueError, match="Row 0"):
         train(llm, task, [{"question": "what ?"}])
-    assert sp.attach.find_adapter(llm) is None
+    assert sp.lora.attach.find_adapter(llm) is None
     assert all(torch.equal(llm.state_dict()[k], v) for k, v in before.items())
     with pytest.raises(ValueError, match="num_members=0" if train is baselines.deep_ensemble else "must be positive"):
         train(llm, task, ROWS, **({"num_members": 0} if train is baselines.deep_ensemble else {"batch_size": 0}))
-    assert sp.attach.find_adapter(llm) is None
+    assert sp.lora.attach.find_adapter(llm) is None
 
 
 def test_training_leaves_the_global_random_state_alone(unchanged_rng):
@@ -196,7 +196,7 @@ def test_row_noise_is_a_matrix_of_its_own_for_each_row(llm, task):
                 (A + n.outputs[b][:, None] * n.matrix * n.inputs[b], B)
                 for (A, B), n in zip(blora.adapter.factors(), noise, strict=True)
             )
-            alone = sp.adapted.AdaptedLLM(blora.adapter, factors=twin)(input_ids=ids[b : b + 1], s=s).logits
+            alone = sp.lora.forward.AdaptedLLM(blora.adapter, factors=twin)(input_ids=ids[b : b + 1], s=s).logits
             torch.testing.assert_close(noisy[b : b + 1], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -268,7 +268,7 @@ def test_a_narrow_prior_keeps_the_factors_small():
 def test_map_refuses_a_scale_that_is_none(llm, task, scale):
     with pytest.raises(ValueError, match="must be positive and finite"):
         baselines.map_lora(llm, task, ROWS, scale=scale)
-    assert sp.attach.find_adapter(llm) is None
+    assert sp.lora.attach.find_adapter(llm) is None
 
 
 # MC dropout -------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_dropout_in_training_gives_each_row_one_mask_for_all_its_tokens(llm):
         logits = blora(input_ids=ids, s=torch.ones(adapter.subspace.dim)).logits
     for b in range(4):
         masked = tuple((A * (n.inputs[b] + 1), B) for (A, B), n in zip(adapter.factors(), noise, strict=True))
-        function = sp.adapted.AdaptedLLM(adapter, factors=masked)
+        function = sp.lora.forward.AdaptedLLM(adapter, factors=masked)
         with torch.no_grad():
             alone = function(input_ids=ids[b : b + 1], s=torch.ones(adapter.subspace.dim)).logits
         torch.testing.assert_close(logits[b : b + 1], alone, atol=1e-5, rtol=1e-5)
@@ -310,7 +310,7 @@ def test_dropout_in_training_gives_each_row_one_mask_for_all_its_tokens(llm):
 def test_dropout_refuses_a_p_that_is_no_probability(llm, task, p):
     with pytest.raises(ValueError, match="must lie between 0 and 1"):
         baselines.mc_dropout(llm, task, ROWS, p=p)
-    assert sp.attach.find_adapter(llm) is None
+    assert sp.lora.attach.find_adapter(llm) is None
 
 
 # deep ensemble ----------------------------------------------------------------------------------------------
@@ -554,7 +554,7 @@ def test_load_reads_posteriors_too_and_leaves_the_model_alone_when_it_fails(trai
     module = tiny.causal_lm()
     with pytest.raises(ValueError, match="damaged"):
         baselines.load(module, path)
-    assert sp.attach.find_adapter(module) is None
+    assert sp.lora.attach.find_adapter(module) is None
 
 
 @pytest.mark.parametrize(

@@ -124,14 +124,14 @@ def test_blob_that_diverges_returns_what_was_learned(llm):
     with pytest.raises(TrainingError) as caught:
         baselines.blob(llm, task_, ROWS, **OPTIONS)
     assert isinstance(caught.value.result.posterior, FactorPosterior)
-    assert len(sp.attach.find_adapter(llm).loc) == sp.attach.find_adapter(llm).subspace.dim
+    assert len(sp.lora.attach.find_adapter(llm).loc) == sp.lora.attach.find_adapter(llm).subspace.dim
 
 
 def test_blob_refuses_scales_that_are_none(llm):
     for name in ("prior_scale", "init_root_scale"):
         with pytest.raises(ValueError, match=f"{name}=-1"):
             baselines.blob(llm, task(), ROWS, **{name: -1})
-    assert sp.attach.find_adapter(llm) is None
+    assert sp.lora.attach.find_adapter(llm) is None
 
 
 def test_flat_is_the_order_of_the_noise(llm):

@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import masking_utils
 
-from scalabl_pyro.causal_masks import NAMES, decided_as_in_eager_passes
+from scalabl_pyro.lora.causal_masks import NAMES, decided_as_in_eager_passes
 
 IDS = torch.arange(2, 14).view(2, 6)
 

@@ -19,7 +19,7 @@ from scalabl_pyro import arviz_io
 from scalabl_pyro import diagnostics as diag
 from scalabl_pyro.diagnostics import Finding
 from scalabl_pyro.guides import DeltaGuide, EmpiricalGuide, MixtureGuide, NormalGuide
-from scalabl_pyro.subspace import Layer, Subspace
+from scalabl_pyro.lora.subspace import Layer, Subspace
 
 SUBSPACE = Subspace((Layer("low.q_proj", 2, 7, 6), Layer("high.v_proj", 2, 7, 6)))
 GRID = ndtri((np.arange(400) + 0.5) / 400)[:, None]  # a standard normal without Monte Carlo error

@@ -51,7 +51,7 @@ def test_draws_are_those_of_the_cpu_and_predictions_agree():
     posterior = fitted(dtype=torch.float32)
     on_gpu = posterior.predict(ROWS, num_draws=4)
     on_cpu = copy.deepcopy(posterior.adapter.module).cpu()
-    adapter = sp.attach.find_adapter(on_cpu)
+    adapter = sp.lora.attach.find_adapter(on_cpu)
     twin = sp.Posterior(adapter, posterior.task.cpu(), posterior.prior, posterior.guide, posterior.factors)
     np.testing.assert_allclose(twin.predict(ROWS, num_draws=4).log_probs, on_gpu.log_probs, atol=2e-3)
 

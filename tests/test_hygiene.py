@@ -23,8 +23,9 @@ from matplotlib import pyplot as plt
 from pyro import infer, poutine
 
 import scalabl_pyro as sp
-from scalabl_pyro import lora, prefix
 from scalabl_pyro.data import read_rows
+from scalabl_pyro.lora import adapter as lora
+from scalabl_pyro.lora import shared_prefix as prefix
 
 ROWS = tiny.question_rows(8)
 TEXTS = [{**row, "label": float(row["label"])} for row in tiny.text_rows(8)]

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import scalabl_pyro as sp
-from scalabl_pyro import adapted
+from scalabl_pyro.lora import forward as adapted
 
 ROWS = tiny.question_rows(4)
 #: MB that the process may grow by over a thousand cycles: fragmentation, not one adapter of 40 kB each.

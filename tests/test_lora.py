@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import scalabl_pyro as sp
-from scalabl_pyro import attach
+from scalabl_pyro.lora import attach
 
 
 def random_factors(blora, *, seed=0):

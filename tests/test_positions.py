@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import scalabl_pyro as sp
-from scalabl_pyro.positions import AtPosition, tokenwise_end
+from scalabl_pyro.lora.last_token import AtPosition, tokenwise_end
 
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gpt2"]
 IDS = torch.randint(2, 40, (3, 7), generator=torch.Generator().manual_seed(0))

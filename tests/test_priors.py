@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 import scalabl_pyro as sp
+from scalabl_pyro.lora.subspace import Layer, Subspace
 from scalabl_pyro.priors import FixedPrior, Prior, as_prior
-from scalabl_pyro.subspace import Layer, Subspace
 
 SUBSPACE = Subspace((Layer("low.q_proj", 2, 7, 6), Layer("high.v_proj", 3, 7, 6)))
 D = 5

@@ -22,9 +22,9 @@ import scalabl_pyro as sp
 from scalabl_pyro.data import encode
 from scalabl_pyro.guides import Guide, NormalGuide, RankMaskGuide, as_guide
 from scalabl_pyro.guides.rank_mask import StraightThroughBernoulli
+from scalabl_pyro.lora.subspace import Layer, Subspace
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.priors import EmpiricalBayesPrior, HierarchicalPrior, HorseshoePrior, Prior, RankMaskPrior, as_prior
-from scalabl_pyro.subspace import Layer, Subspace
 from scalabl_pyro.task_model import TaskModel
 from scalabl_pyro.training_data import TrainingBatches
 

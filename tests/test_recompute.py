@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import scalabl_pyro as sp
-from scalabl_pyro.recompute import recompute
+from scalabl_pyro.lora.gradient_checkpointing import recompute
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma", "gpt2"]
 ROWS = tiny.question_rows(16)

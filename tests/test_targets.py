@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import scalabl_pyro as sp
-from scalabl_pyro.targets import is_linear, new_heads, output_head, resolve_targets
+from scalabl_pyro.lora.targets import is_linear, new_heads, output_head, resolve_targets
 
 
 class TwoLayers(nn.Module):

@@ -21,7 +21,7 @@ from random_llms import SHAPES, num_weights, random_llm
 from speed import TARGETS, AnswerTokens, fit_step, matmul_rate, measure, random_batch
 
 import scalabl_pyro as sp
-from scalabl_pyro.adapted import AdaptedLLM
+from scalabl_pyro.lora.forward import AdaptedLLM
 
 GRID = {
     "rows": [1, 2, 4, 8, 16, 32],

@@ -22,9 +22,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import scalabl_pyro as sp
-from scalabl_pyro.adapted import AdaptedLLM
 from scalabl_pyro.data import Batch
 from scalabl_pyro.guides import as_guide
+from scalabl_pyro.lora.forward import AdaptedLLM
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.task_model import TaskModel
 

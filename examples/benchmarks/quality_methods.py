@@ -18,8 +18,8 @@ from torch import nn
 
 import scalabl_pyro as sp
 from scalabl_pyro import baselines
-from scalabl_pyro.attach import find_adapter
 from scalabl_pyro.guides import DeltaGuide
+from scalabl_pyro.lora.attach import find_adapter
 
 #: Options that belong to the adapter, and to prediction; the others are the method's own.
 LORA = {"gauge", "lora_alpha", "lora_dropout", "layers_to_transform", "prior", "r", "target_modules"}

@@ -23,12 +23,12 @@ from random_llms import SHAPES, fuse_elementwise, random_llm
 from torch.nn.functional import cross_entropy
 
 import scalabl_pyro as sp
-from scalabl_pyro.adapted import AdaptedLLM
 from scalabl_pyro.data import Batch, Example
 from scalabl_pyro.graphs import GraphedStep
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.linearised import gauss_newton
 from scalabl_pyro.logdensity import LogLikelihood
+from scalabl_pyro.lora.forward import AdaptedLLM
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.optimiser import build_optimiser
 from scalabl_pyro.step import EagerStep

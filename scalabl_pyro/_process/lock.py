@@ -2,7 +2,7 @@
 
 torch's default generators, Pyro's handler stack and settings, and fast tokenizers belong to the process, not to a
 thread. Whoever changes or needs them holds :data:`LOCK` for that while. Passes through an LLM run without it; the
-train modes they depend on are counted in :mod:`scalabl_pyro.adapted`.
+train modes they depend on are counted in :mod:`scalabl_pyro.lora.forward`.
 """
 
 import threading

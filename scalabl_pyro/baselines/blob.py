@@ -17,11 +17,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .._errors import check_positive
-from ..factors import Factors
 from ..fit import fit
 from ..guides import DeltaGuide, Guide
 from ..likelihoods import Task
-from ..lora import Adapter, RowNoise
+from ..lora.adapter import Adapter, RowNoise
+from ..lora.factors import Factors
 from ..posterior import Posterior
 from ..priors import Prior, as_prior
 from ..result import FitResult, TrainingError

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .._errors import check_choice, check_positive
-from ..adapted import AdaptedLLM
-from ..factors import Factors
 from ..likelihoods import Task
-from ..lora import Adapter
+from ..lora.adapter import Adapter
+from ..lora.factors import Factors
+from ..lora.forward import AdaptedLLM
 from ..model import BayesianLoRA
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..adapted import sole_use
 from ..data import Batch, Example, evaluation_batches
-from ..factors import Factors
 from ..likelihoods import Task
 from ..linearised import output_hessian
-from ..lora import Adapter
-from ..variant import SubspaceVariant
+from ..lora.adapter import Adapter
+from ..lora.factors import Factors
+from ..lora.forward import sole_use
+from ..lora.layers import SubspaceVariant
 from .predictor import Function
 
 #: Directions that are kept between batches beyond those wanted.

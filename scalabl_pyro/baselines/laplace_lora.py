@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .._errors import check_positive
 from .._process.random_state import scoped_seed
 from ..data import encode, evaluation_batches
-from ..factors import Factors
+from ..lora.factors import Factors
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
 from ..predictive import predict_from_outputs

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapted import num_rows
-from ..lora import RowNoise
+from ..lora.adapter import RowNoise
+from ..lora.forward import num_rows
 from ..model import BayesianLoRA
 
 

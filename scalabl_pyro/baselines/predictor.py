@@ -13,14 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import check_positive
-from ..adapted import AdaptedLLM, eval_mode
 from ..data import Batch, check_tokens, encode, evaluation_batches
 from ..likelihoods import Task
-from ..lora import Adapter
+from ..lora.adapter import Adapter
+from ..lora.forward import AdaptedLLM, eval_mode
+from ..lora.shared_prefix import Prefix, reuse
 from ..model import BayesianLoRA
 from ..prediction import NumericPrediction, Prediction
 from ..predictive import predict_from_outputs
-from ..prefix import Prefix, reuse
 from ..rows import read_rows
 
 Function = tuple[AdaptedLLM, Tensor]

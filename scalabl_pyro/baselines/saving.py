@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import saved_config
 from .._errors import nearest
 from .._process.lock import LOCK
-from ..attach import find_adapter
+from ..lora.attach import find_adapter
 from ..posterior import Posterior
 from ..serialization import MIN_LIMIT, errors_name
 from ..storage import json_reader as strict_json

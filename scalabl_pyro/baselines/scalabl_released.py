@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from .._errors import check_positive
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
-from ..adapted import sole_use
 from ..data import Batch
 from ..graphs import GRAPH_TOKENS, why_not
 from ..guides import NormalGuide
 from ..likelihoods import Task
+from ..lora.forward import sole_use
 from ..model import BayesianLoRA, bayesian_lora
 from ..optimiser import rate_schedule
 from ..posterior import Posterior

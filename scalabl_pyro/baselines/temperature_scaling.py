@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._errors import ScalaBLWarning, check_positive
 from ..likelihoods import Task
-from ..lora import Adapter
+from ..lora.adapter import Adapter
 from ..model import BayesianLoRA
 from ..prediction import NumericPrediction, Prediction
 from . import saving

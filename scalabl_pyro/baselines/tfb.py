@@ -17,7 +17,7 @@ from scipy.special import logsumexp
 from torch import Generator, Tensor
 
 from .._errors import ScalaBLWarning, check_positive
-from ..factors import Factors
+from ..lora.factors import Factors
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
 from ..rows import read_rows

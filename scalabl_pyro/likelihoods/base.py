@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .._errors import nearest
 from .._process.pyro_modes import Program
-from ..adapted import LatentLLM
 from ..data import Batch, Example, Row
+from ..lora.forward import LatentLLM
 
 
 class Task(Program):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..adapted import LatentLLM
 from ..data import Batch, Example, Row
+from ..lora.forward import LatentLLM
 from .base import Task, at_least_float32, field_of, is_missing
 
 

@@ -12,8 +12,8 @@ from torch.distributions import constraints
 from transformers import PreTrainedTokenizerBase
 
 from .._errors import nearest
-from ..adapted import LatentLLM
 from ..data import Batch, Example, Row
+from ..lora.forward import LatentLLM
 from .base import Task, field_of
 
 

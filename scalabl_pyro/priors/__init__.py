@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from .._errors import check_choice
-from ..subspace import Layer, Subspace
+from ..lora.subspace import Layer, Subspace
 from .base import Prior
 from .empirical import EmpiricalBayesPrior
 from .fixed import FixedPrior, from_distribution, from_layers, from_parameters, known_family

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._process.pyro_modes import Program
-from ..subspace import Subspace
+from ..lora.subspace import Subspace
 
 
 class Prior(Program):

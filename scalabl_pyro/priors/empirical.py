@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from .._errors import check_choice
-from ..subspace import Subspace
+from ..lora.subspace import Subspace
 from .base import Prior, layer_of_latent
 from .hierarchical import positive
 

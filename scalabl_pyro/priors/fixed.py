@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal
 
-from ..subspace import Layer, Subspace
+from ..lora.subspace import Layer, Subspace
 from .base import Prior
 
 

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..subspace import Subspace
+from ..lora.subspace import Subspace
 from .base import Prior
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ._errors import ScalaBLWarning, nearest
+from .._errors import ScalaBLWarning, nearest
 
 TargetModules = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 

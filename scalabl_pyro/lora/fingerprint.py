@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lora import Adapter
+from .adapter import Adapter
 from .sharding import is_piece, is_sharded
 
 EMBEDDING_PROBES = 64

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .lora import Adapter
-from .positions import AtPosition, ReadPosition, tokenwise_end
-from .prefix import HiddenStates, RepeatRows, SkippableForward, split_blocks
+from .adapter import Adapter
+from .last_token import AtPosition, ReadPosition, tokenwise_end
+from .layers import ReplaceHead, SubspaceVariant
+from .shared_prefix import HiddenStates, RepeatRows, SkippableForward, split_blocks
 from .targets import output_head
-from .variant import ReplaceHead, SubspaceVariant
 
 
 def activate(adapter: Adapter, heads: Sequence[str]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLLM, sole_use
-from .lora import Adapter
-from .recompute import recompute
+from .adapter import Adapter
+from .forward import AdaptedLLM, sole_use
+from .gradient_checkpointing import recompute
 
 #: float32 value, gradient and the two moments of AdamW.
 BYTES_A_PARAMETER = 16

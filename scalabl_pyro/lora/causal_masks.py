@@ -12,7 +12,7 @@ from typing import Any
 from transformers import masking_utils
 from transformers.utils import import_utils
 
-from ._process.lock import LOCK
+from .._process.lock import LOCK
 
 #: What asks whether tensors can be read, and what reads whether rows are packed; the same since transformers 5.0.
 NAMES = ("is_tracing", "find_packed_sequence_indices")

@@ -12,15 +12,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ._errors import check_choice, nearest
-from ._process.random_state import scoped_seed
-from .activate import activate
+from .._errors import check_choice, nearest
+from .._process.random_state import scoped_seed
+from .adapter import Adapter, Undo
 from .factors import factors_of
-from .lora import Adapter, Undo
-from .start import factorise, initialise
+from .hooks import activate
+from .initialization import factorise, initialise
+from .layers import SubspaceVariant
 from .subspace import Layer, Subspace
 from .targets import TargetModules, is_linear, new_heads, resolve_targets
-from .variant import SubspaceVariant
 
 #: PEFT's layers that ask a LoRA variant for their update; the others would ignore the latents silently.
 SUPPORTED_LAYERS = (

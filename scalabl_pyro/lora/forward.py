@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ._process.lock import IDLE, LOCK
+from .._process.lock import IDLE, LOCK
+from .adapter import Adapter, RowNoise
 from .factors import Factors
-from .lora import Adapter, RowNoise
-from .prefix import repeat_rows
+from .shared_prefix import repeat_rows
 
 
 class LatentLLM(Protocol):

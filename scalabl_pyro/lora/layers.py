@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-from .lora import Adapter, RowNoise
+from .adapter import Adapter, RowNoise
 
 
 class ReplaceHead:
