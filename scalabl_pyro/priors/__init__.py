@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from .._errors import check_choice
 from ..lora.subspace import Layer, Subspace
 from .base import Prior
-from .empirical import EmpiricalBayesPrior
+from .empirical_bayes import EmpiricalBayesPrior
 from .fixed import FixedPrior, from_distribution, from_layers, from_parameters, known_family
 from .hierarchical import HierarchicalPrior
 from .horseshoe import HorseshoePrior
