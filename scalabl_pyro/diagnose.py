@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .data import Row, encode
+from .data.batch import Row, encode
 from .diagnostics import Diagnosis, as_diagnosis, check_chains, check_drift, check_history, check_scales, check_weights
 from .draws import sample, sample_prior
 from .guides import EmpiricalGuide, MixtureGuide

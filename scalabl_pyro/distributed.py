@@ -22,7 +22,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .control import CONTROL, LostProcess, is_gloo, reaching
-from .data import Batch
+from .data.batch import Batch
 
 __all__ = ["LostProcess", "alone"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ._errors import check_choice
-from .data import Batch
+from .data.batch import Batch
 from .lora.adapter import Adapter
 from .model import BayesianLoRA
 from .objective import Objective

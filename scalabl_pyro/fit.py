@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from ._errors import check_choice, check_positive
 from ._process.stop_signals import StopSignals
-from .data import Batch, check_tokens
+from .data.batch import Batch, check_tokens
+from .data.training_batches import TrainingBatches, training_source
 from .distributed import processes as current_processes
 from .distributed import together
 from .faults import explained
@@ -33,7 +34,6 @@ from .stein import SteinObjective
 from .step import EagerStep
 from .task_model import TaskModel
 from .training import Callback, Trainer
-from .training_data import TrainingBatches, training_source
 
 logger = logging.getLogger(__name__)
 

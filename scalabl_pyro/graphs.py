@@ -13,7 +13,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from .data import Batch
+from .data.batch import Batch
 from .elbo import stays_on_device
 from .lora.causal_masks import decided_as_in_eager_passes
 from .objective import Objective

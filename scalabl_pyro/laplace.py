@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from ._errors import check_positive
-from .data import encode
+from .data.batch import encode
+from .data.rows import read_rows
 from .guides import CovarianceGuide
 from .linearised import gauss_newton
 from .logdensity import LogLikelihood
 from .posterior import Posterior
 from .priors import Prior, as_prior
 from .priors.sites import prior_sites
-from .rows import read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._process.lock import LOCK
-from .data import Batch
+from .data.batch import Batch
 from .likelihoods import Task
 from .logdensity import LogLikelihood
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .data import Batch
+from .data.batch import Batch
 from .linearised import jacobian_of
 from .logdensity import LogLikelihood
 from .prediction import NumericPrediction, Prediction

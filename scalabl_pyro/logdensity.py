@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._process.lock import LOCK
-from .data import Batch, Example, check_tokens, evaluation_batches
+from .data.batch import Batch, Example, check_tokens, evaluation_batches
 from .likelihoods import Task, at_least_float32
 from .lora.forward import AdaptedLLM, eval_mode
 from .lora.shared_prefix import Prefix, reuse

@@ -15,13 +15,13 @@ from torch import Tensor
 from ._errors import check_positive
 from ._process.pyro_modes import local_params
 from ._process.random_state import scoped_seed
-from .data import Batch, encode
+from .data.batch import Batch, encode
+from .data.rows import read_rows
 from .guides import EmpiricalGuide
 from .logdensity import LogLikelihood
 from .posterior import Posterior
 from .priors import Prior
 from .priors.sites import prior_sites
-from .rows import read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 from ._process.pyro_modes import KeepPlates, Program
-from .data import Batch
+from .data.batch import Batch
 from .lora.adapter import Adapter
 from .lora.attach import attach
 from .lora.forward import AdaptedLLM

@@ -23,7 +23,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from .data import Batch
+from .data.batch import Batch
 from .elbo import device_loss, stays_on_device
 from .guides import Guide
 from .guides.checks import check_sites

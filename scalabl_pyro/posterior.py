@@ -12,7 +12,8 @@ from torch import nn
 from . import serialization
 from ._errors import check_positive
 from .arviz_groups import as_arviz
-from .data import encode
+from .data.batch import encode
+from .data.rows import read_rows
 from .diagnose import diagnose
 from .diagnostics import LOO, Diagnosis
 from .draws import sample_prior
@@ -20,7 +21,6 @@ from .linearised_prediction import predict_linearised
 from .posterior_state import PosteriorState
 from .prediction import NumericPrediction, Prediction
 from .predictive import predict
-from .rows import read_rows
 
 
 @dataclass(frozen=True)

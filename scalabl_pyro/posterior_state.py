@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ._errors import check_choice
 from ._process.pyro_modes import local_params
-from .data import encode
+from .data.batch import encode
+from .data.rows import read_rows
 from .draws import Draws, log_prior, sample
 from .guides import Guide
 from .likelihoods import Task, copy_task
@@ -23,7 +24,6 @@ from .model import BayesianLoRA
 from .priors import Prior
 from .psis import LogWeights
 from .quasi import DESIGNS, even_draws
-from .rows import read_rows
 
 Result = TypeVar("Result")
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ._process.lock import LOCK
 from ._process.random_state import Stream
-from .data import Batch, Example, check_tokens, evaluation_batches
+from .data.batch import Batch, Example, check_tokens, evaluation_batches
 from .distributed import Processes, processes, together
 from .likelihoods import Task, at_least_float32
 from .lora.forward import AdaptedLLM, eval_mode

@@ -12,12 +12,12 @@ import torch
 from ._errors import ScalaBLWarning
 from ._version import __version__
 from .checkpoint import Checkpoint, CheckpointFolder
+from .data.training_batches import Cycle
 from .distributed import Processes
 from .lora.fingerprint import check_fingerprint
 from .same_run import differences
 from .state import check_record
 from .training import COLUMNS, Trainer
-from .training_data import Cycle
 
 logger = logging.getLogger(__name__)
 

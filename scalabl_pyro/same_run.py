@@ -10,13 +10,13 @@ import torch
 from pyro.infer import ELBO
 
 from . import guides, likelihoods, priors
-from .data import Batch
+from .data.batch import Batch
+from .data.training_batches import TrainingBatches
 from .distributed import Processes
 from .guides import Guide
 from .lora.fingerprint import check_fingerprint, describe_layers, fingerprint
 from .task_model import TaskModel
 from .training import Trainer
-from .training_data import TrainingBatches
 
 #: Options of ``fit`` that make another run of it. Others change the bits at most (``micro_batch_size``), or nothing.
 OF_A_RUN = (

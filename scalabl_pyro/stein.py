@@ -5,7 +5,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from .data import Batch
+from .data.batch import Batch
 from .guides.particles import ParticleGuide
 from .task_model import TaskModel
 

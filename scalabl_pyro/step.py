@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Batch
+from .data.batch import Batch
 from .distributed import Processes
 from .lora.shared_prefix import PrefixStore
 from .objective import Objective

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._errors import check_positive
 from ._process.random_state import scoped_seed
-from .data import Batch
+from .data.batch import Batch
 from .likelihoods import Task
 from .model import BayesianLoRA
 

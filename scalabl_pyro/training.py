@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ._process.random_state import generator_states, set_generator_states
 from ._process.stop_signals import StopSignals
-from .data import Batch
+from .data.batch import Batch
+from .data.training_batches import Cycle
 from .faults import Figures, GradientCheck, Recovery, describe, overflown, reason, where_not_finite
 from .lora.sharding import is_sharded
 from .optimiser import set_rates
 from .state import LearnedState
 from .step import EagerStep
 from .storage.tensor_files import check_keys
-from .training_data import Cycle
 
 logger = logging.getLogger(__name__)
 

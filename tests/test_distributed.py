@@ -24,12 +24,12 @@ from pyro.infer import RenyiELBO, Trace_ELBO
 import scalabl_pyro as sp
 from scalabl_pyro import distributed, predictive
 from scalabl_pyro.data import encode
+from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.optimiser import build_optimiser
 from scalabl_pyro.step import EagerStep
 from scalabl_pyro.task_model import TaskModel
-from scalabl_pyro.training_data import TrainingBatches
 
 ROWS = tiny.question_rows(23)
 TEST = tiny.question_rows(20, seed=1)

@@ -13,10 +13,10 @@ from torch.distributions import kl_divergence
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import Batch, encode
+from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import NormalGuide
 from scalabl_pyro.objective import RecordNLL, ScopedGuide
 from scalabl_pyro.task_model import TaskModel
-from scalabl_pyro.training_data import TrainingBatches
 
 N, NOISE, PRIOR_SCALE = 64, 0.5, 1.25
 

@@ -18,10 +18,10 @@ from toys import LinearToy
 import scalabl_pyro as sp
 from scalabl_pyro import faults
 from scalabl_pyro.data import Example, collate, encode
+from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.faults import GradientCheck, largest_scale
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.step import EagerStep
-from scalabl_pyro.training_data import TrainingBatches
 
 ROWS = tiny.question_rows(16)
 

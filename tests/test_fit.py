@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import collate, encode
+from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import Guide
-from scalabl_pyro.training_data import TrainingBatches
 
 ROWS = tiny.question_rows(16)
 

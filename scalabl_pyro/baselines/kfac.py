@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..data import Batch, Example, evaluation_batches
+from ..data.batch import Batch, Example, evaluation_batches
 from ..likelihoods import Task
 from ..linearised import output_hessian
 from ..lora.adapter import Adapter

@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from .._errors import check_positive
 from .._process.random_state import scoped_seed
-from ..data import encode, evaluation_batches
+from ..data.batch import encode, evaluation_batches
+from ..data.rows import read_rows
 from ..lora.factors import Factors
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
 from ..predictive import predict_from_outputs
-from ..rows import read_rows
 from .factor_posterior import FactorNoise, FactorPosterior, as_function, plain_factors
 from .kfac import Eigen, kronecker_factors, output_directions, record
 

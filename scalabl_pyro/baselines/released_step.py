@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch
+from ..data.batch import Batch
 from ..graphs import GraphedStep
 from ..optimiser import set_rates
 from ..step import EagerStep

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from .._errors import check_positive
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
-from ..data import Batch
+from ..data.batch import Batch
+from ..data.training_batches import training_source
 from ..graphs import GRAPH_TOKENS, why_not
 from ..guides import NormalGuide
 from ..likelihoods import Task
@@ -30,7 +31,6 @@ from ..model import BayesianLoRA, bayesian_lora
 from ..optimiser import rate_schedule
 from ..posterior import Posterior
 from ..result import FitResult, TrainingError
-from ..training_data import training_source
 from .kl_reweighting import KLReweighting
 from .mle import unloaded_on_error
 from .released_step import AlternatingStep, EagerGradient, GraphedGradient

@@ -17,10 +17,10 @@ from scipy.special import logsumexp
 from torch import Generator, Tensor
 
 from .._errors import ScalaBLWarning, check_positive
+from ..data.rows import read_rows
 from ..lora.factors import Factors
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
-from ..rows import read_rows
 from .factor_posterior import FactorNoise, FactorPosterior
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._errors import nearest
 from .._process.pyro_modes import Program
-from ..data import Batch, Example, Row
+from ..data.batch import Batch, Example, Row
 from ..lora.forward import LatentLLM
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data import Batch, Example, Row
+from ..data.batch import Batch, Example, Row
 from ..lora.forward import LatentLLM
 from .base import Task, at_least_float32, field_of, is_missing
 

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from transformers import PreTrainedTokenizerBase
 
 from .._errors import nearest
-from ..data import Batch, Example, Row
+from ..data.batch import Batch, Example, Row
 from ..lora.forward import LatentLLM
 from .base import Task, field_of
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ._process.random_state import scoped_seed
-from .data import Batch, Example, collate, encode
+from .._process.random_state import scoped_seed
+from .batch import Batch, Example, collate, encode
 from .hub_rows import Row
 from .rows import read_rows
 

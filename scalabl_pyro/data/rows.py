@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..storage import json_reader as strict_json
 from .hub_rows import Row, as_question
-from .storage import json_reader as strict_json
 
 #: Bytes of a line of a JSONL file; longer ones are no rows, and would fill the memory.
 MAX_LINE = 2**26
@@ -14,7 +14,7 @@ MAX_LINE = 2**26
 def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **load_options: Any) -> list[Row]:
     """Rows of a JSONL file, of a Hugging Face data set by name, or of anything that iterates over dicts.
 
-    Known multiple-choice data sets of the hub are brought to one form, see :mod:`scalabl_pyro.hub_rows`.
+    Known multiple-choice data sets of the hub are brought to one form, see :mod:`scalabl_pyro.data.hub_rows`.
 
     Args:
         source: path of a ``.jsonl`` file, hub name such as ``"allenai/openbookqa"``, or the rows themselves.

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._errors import check_positive
-from ._process.lock import LOCK
+from .._errors import check_positive
+from .._process.lock import LOCK
 from .hub_rows import Row
 from .rows import read_rows as read_rows  # public as scalabl_pyro.data.read_rows
 
