@@ -8,13 +8,13 @@ from .draws import Draws
 from .ensemble import ensemble
 from .fit import fit
 from .laplace import laplace
-from .likelihoods import MultipleChoice, Regression, SequenceClassification, Task
 from .mcmc import mcmc
 from .model import BayesianLoRA, bayesian_lora
 from .posterior import Posterior
 from .prediction import NumericPrediction, Prediction
 from .refit import refit
 from .result import FitResult, TrainingError
+from .tasks import MultipleChoice, Regression, SequenceClassification, Task
 
 __all__ = [
     "BayesianLoRA",

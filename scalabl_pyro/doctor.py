@@ -24,18 +24,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import likelihoods, saved_config
+from . import saved_config
+from . import tasks as likelihoods
 from ._process.random_state import scoped_seed
 from ._version import __version__
 from .checkpoint import CheckpointFolder
 from .fit import fit
-from .likelihoods import MultipleChoice
 from .model import bayesian_lora
 from .posterior import Posterior
 from .restore import ADAPTER, POSTERIOR, TOKENIZER, check_adapter_keys, read_tokenizer
 from .saved_config import SavedConfig
 from .storage.tensor_files import read_tensors
 from .storage.untrusted_files import check_file
+from .tasks import MultipleChoice
 
 DISTRIBUTION = "scalabl-pyro"
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"

@@ -20,7 +20,6 @@ from .distributed import together
 from .faults import explained
 from .graphs import GRAPH_TOKENS, GraphedStep, uses_graph
 from .guides import INIT_SCALE, GuideLike, ParticleGuide, as_guide
-from .likelihoods import Task
 from .lora.shared_prefix import PrefixStore
 from .model import BayesianLoRA
 from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weight_at
@@ -33,6 +32,7 @@ from .shared_batches import check_shareable
 from .stein import SteinObjective
 from .step import EagerStep
 from .task_model import TaskModel
+from .tasks import Task
 from .training import Callback, Trainer
 
 logger = logging.getLogger(__name__)

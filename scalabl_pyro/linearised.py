@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ._process.lock import LOCK
 from .data.batch import Batch
-from .likelihoods import Task
 from .logdensity import LogLikelihood
+from .tasks import Task
 
 
 @torch.no_grad()

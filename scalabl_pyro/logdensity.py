@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 
 from ._process.lock import LOCK
 from .data.batch import Batch, Example, check_tokens, evaluation_batches
-from .likelihoods import Task, at_least_float32
 from .lora.forward import AdaptedLLM, eval_mode
 from .lora.shared_prefix import Prefix, reuse
+from .tasks import Task, at_least_float32
 
 
 class LogLikelihood:

@@ -14,7 +14,6 @@ from .data.batch import encode
 from .data.rows import read_rows
 from .draws import Draws, log_prior, sample
 from .guides import Guide
-from .likelihoods import Task, copy_task
 from .logdensity import LogLikelihood
 from .lora.adapter import Adapter
 from .lora.factors import Factors
@@ -24,6 +23,7 @@ from .model import BayesianLoRA
 from .priors import Prior
 from .psis import LogWeights
 from .quasi import DESIGNS, even_draws
+from .tasks import Task, copy_task
 
 Result = TypeVar("Result")
 

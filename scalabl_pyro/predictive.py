@@ -16,10 +16,10 @@ from ._process.lock import LOCK
 from ._process.random_state import Stream
 from .data.batch import Batch, Example, check_tokens, evaluation_batches
 from .distributed import Processes, processes, together
-from .likelihoods import Task, at_least_float32
 from .lora.forward import AdaptedLLM, eval_mode
 from .lora.sharding import is_sharded
 from .prediction import NumericPrediction, Prediction
+from .tasks import Task, at_least_float32
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from . import guides, likelihoods, priors
+from . import guides, priors
+from . import tasks as likelihoods
 from .draws import sample
 from .guides import Guide
-from .likelihoods import Task
 from .lora.adapter import Adapter
 from .lora.factors import Factors
 from .model import BayesianLoRA
@@ -23,6 +23,7 @@ from .saved_config import NAME, SavedConfig
 from .storage import json_reader as strict_json
 from .storage.tensor_files import check_keys, check_like
 from .storage.untrusted_files import check_tree, read_file
+from .tasks import Task
 
 ADAPTER = "adapter_model.safetensors"
 POSTERIOR = "posterior.safetensors"

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from .guides import Guide
-from .likelihoods import Task
 from .model import BayesianLoRA
 from .posterior import Posterior
+from .tasks import Task
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 
-from . import guides, likelihoods, priors
+from . import guides, priors
+from . import tasks as likelihoods
 from .data.batch import Batch
 from .data.training_batches import TrainingBatches
 from .distributed import Processes

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import guides, likelihoods, priors, saved_config
+from . import guides, priors, saved_config
+from . import tasks as likelihoods
 from ._process.lock import LOCK
 from ._version import __version__
 from .guides import Guide
-from .likelihoods import Task, copy_task
 from .lora.adapter import Adapter
 from .lora.attach import find_adapter, reattach
 from .lora.factors import Factors
@@ -50,6 +50,7 @@ from .saved_config import SavedConfig
 from .storage.directories import staged
 from .storage.tensor_files import check_keys, read_tensors, write_tensors
 from .storage.untrusted_files import check_file, describe_files
+from .tasks import Task, copy_task
 
 #: Tensor files may be this large, or as large as the base model in double precision.
 MIN_LIMIT = 2**30

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ._errors import check_positive
 from ._process.random_state import scoped_seed
 from .data.batch import Batch
-from .likelihoods import Task
 from .model import BayesianLoRA
+from .tasks import Task
 
 
 class TaskModel(nn.Module):

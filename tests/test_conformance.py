@@ -234,7 +234,7 @@ def test_the_zoo_is_the_whole_library():
     words = {prior for prior in zoo.PRIORS.values() if isinstance(prior, str)}
     assert words == {*sp.priors.DISTRIBUTIONS, *sp.priors.FAMILIES}
     assert {guide for guide in zoo.GUIDES.values() if isinstance(guide, str)} == set(sp.guides.NAMES)
-    assert {type(kind.make()).__name__ for kind in zoo.TASKS.values()} == set(sp.likelihoods.TASKS)
+    assert {type(kind.make()).__name__ for kind in zoo.TASKS.values()} == set(sp.tasks.TASKS)
 
 
 def check_stock_svi(case: zoo.Case, build: Callable[..., Any]) -> None:

@@ -11,11 +11,11 @@ from torch import nn
 
 from .._process.random_state import scoped_seed
 from ..guides import DeltaGuide
-from ..likelihoods import Task, copy_task
 from ..lora.adapter import Adapter
 from ..model import BayesianLoRA
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
+from ..tasks import Task, copy_task
 from . import saving
 from .mle import POINT_LR, fit_point, plain_lora, unloaded_on_error
 from .predictor import BaselineResult, Predictor, concatenate

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .._errors import check_choice, check_positive
-from ..likelihoods import Task
 from ..lora.adapter import Adapter
 from ..lora.factors import Factors
 from ..lora.forward import AdaptedLLM
@@ -18,6 +17,7 @@ from ..model import BayesianLoRA
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
 from ..storage.tensor_files import check_keys, check_like
+from ..tasks import Task
 from . import saving
 from .predictor import Function, predict_functions
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ..data.batch import Batch, Example, evaluation_batches
-from ..likelihoods import Task
 from ..linearised import output_hessian
 from ..lora.adapter import Adapter
 from ..lora.factors import Factors
 from ..lora.forward import sole_use
 from ..lora.layers import SubspaceVariant
+from ..tasks import Task
 from .predictor import Function
 
 #: Directions that are kept between batches beyond those wanted.

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from ..likelihoods import Task
 from ..lora.adapter import RowNoise
 from ..lora.factors import Factors
+from ..tasks import Task
 from .factor_posterior import FactorNoise, FactorPosterior
 from .mle import POINT_LR, fit_point, plain_lora, unloaded_on_error
 from .noisy import NoisyLoRA

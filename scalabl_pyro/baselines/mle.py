@@ -9,9 +9,9 @@ from torch import nn
 
 from ..fit import fit
 from ..guides import DeltaGuide
-from ..likelihoods import Task
 from ..model import BayesianLoRA, bayesian_lora
 from ..result import FitResult
+from ..tasks import Task
 
 #: Learning rate of a point estimate: of the lowest mean NLL on validation, since larger ones overfit hard data.
 POINT_LR = 2.5e-4

@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 from .._errors import check_positive
 from ..data.batch import Batch, check_tokens, encode, evaluation_batches
 from ..data.rows import read_rows
-from ..likelihoods import Task
 from ..lora.adapter import Adapter
 from ..lora.forward import AdaptedLLM, eval_mode
 from ..lora.shared_prefix import Prefix, reuse
 from ..model import BayesianLoRA
 from ..prediction import NumericPrediction, Prediction
 from ..predictive import predict_from_outputs
+from ..tasks import Task
 
 Function = tuple[AdaptedLLM, Tensor]
 """An LLM with factors of its own, and the s (D,) that it is called with."""

@@ -25,12 +25,12 @@ from ..data.batch import Batch
 from ..data.training_batches import training_source
 from ..graphs import GRAPH_TOKENS, why_not
 from ..guides import NormalGuide
-from ..likelihoods import Task
 from ..lora.forward import sole_use
 from ..model import BayesianLoRA, bayesian_lora
 from ..optimiser import rate_schedule
 from ..posterior import Posterior
 from ..result import FitResult, TrainingError
+from ..tasks import Task
 from .kl_reweighting import KLReweighting
 from .mle import unloaded_on_error
 from .released_step import AlternatingStep, EagerGradient, GraphedGradient

@@ -19,10 +19,10 @@ from scipy.special import log_softmax, logsumexp
 from torch import Tensor
 
 from .._errors import ScalaBLWarning, check_positive
-from ..likelihoods import Task
 from ..lora.adapter import Adapter
 from ..model import BayesianLoRA
 from ..prediction import NumericPrediction, Prediction
+from ..tasks import Task
 from . import saving
 from .predictor import Predictor
 
