@@ -9,7 +9,7 @@ from .ensemble import ensemble
 from .fit import fit
 from .laplace import laplace
 from .mcmc import mcmc
-from .model import BayesianLoRA, bayesian_lora
+from .model.bayesian_lora import BayesianLoRA, bayesian_lora
 from .posterior import Posterior
 from .prediction import NumericPrediction, Prediction
 from .refit import refit

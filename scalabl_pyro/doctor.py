@@ -30,7 +30,7 @@ from ._process.random_state import scoped_seed
 from ._version import __version__
 from .checkpoint import CheckpointFolder
 from .fit import fit
-from .model import bayesian_lora
+from .model.bayesian_lora import bayesian_lora
 from .posterior import Posterior
 from .restore import ADAPTER, POSTERIOR, TOKENIZER, check_adapter_keys, read_tokenizer
 from .saved_config import SavedConfig

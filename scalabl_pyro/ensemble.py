@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .guides import INIT_SCALE, Guide, GuideLike, MeanFieldGuide, MixtureGuide, WithHyperparameters, as_guide
-from .model import BayesianLoRA
+from .model.bayesian_lora import BayesianLoRA
 from .posterior import Posterior
 from .priors import PriorLike
 from .refit import refit

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ._errors import check_choice
 from .data.batch import Batch
 from .lora.adapter import Adapter
-from .model import BayesianLoRA
+from .model.bayesian_lora import BayesianLoRA
 from .objective import Objective
 from .priors.sites import prior_sites
 from .state import LearnedState

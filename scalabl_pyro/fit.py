@@ -21,7 +21,8 @@ from .faults import explained
 from .graphs import GRAPH_TOKENS, GraphedStep, uses_graph
 from .guides import INIT_SCALE, GuideLike, ParticleGuide, as_guide
 from .lora.shared_prefix import PrefixStore
-from .model import BayesianLoRA
+from .model.bayesian_lora import BayesianLoRA
+from .model.joint import TaskModel
 from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weight_at
 from .optimiser import build_optimiser, rate_schedule
 from .result import FitResult, TrainingError, freeze
@@ -31,7 +32,6 @@ from .scope import training_scope
 from .shared_batches import check_shareable
 from .stein import SteinObjective
 from .step import EagerStep
-from .task_model import TaskModel
 from .tasks import Task
 from .training import Callback, Trainer
 

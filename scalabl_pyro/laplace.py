@@ -19,8 +19,8 @@ from ._errors import check_positive
 from .data.batch import encode
 from .data.rows import read_rows
 from .guides import CovarianceGuide
-from .linearised import gauss_newton
-from .logdensity import LogLikelihood
+from .model.derivatives import gauss_newton
+from .model.log_likelihood import LogLikelihood
 from .posterior import Posterior
 from .priors import Prior, as_prior
 from .priors.sites import prior_sites
@@ -48,7 +48,7 @@ def laplace(
 ) -> Posterior:
     """Replace the guide of a posterior by a normal with the curvature of the log joint at its mean.
 
-    q(s) = Normal(mean, (H + P)^-1): H the Gauss-Newton matrix of :func:`~scalabl_pyro.linearised.gauss_newton`, P the
+    q(s) = Normal(mean, (H + P)^-1): H the Gauss-Newton matrix of :func:`~scalabl_pyro.model.derivatives.gauss_newton`, P the
     prior's precision. The evidence is log p(y | mean) + log p(mean) + D/2 log 2 pi - 1/2 log det (H + P).
 
     Args:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .data.batch import Batch
-from .linearised import jacobian_of
-from .logdensity import LogLikelihood
+from .model.derivatives import jacobian_of
+from .model.log_likelihood import LogLikelihood
 from .prediction import NumericPrediction, Prediction
 from .predictive import predict_from_outputs
 

@@ -18,7 +18,7 @@ from ._process.random_state import scoped_seed
 from .data.batch import Batch, encode
 from .data.rows import read_rows
 from .guides import EmpiricalGuide
-from .logdensity import LogLikelihood
+from .model.log_likelihood import LogLikelihood
 from .posterior import Posterior
 from .priors import Prior
 from .priors.sites import prior_sites

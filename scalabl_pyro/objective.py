@@ -27,8 +27,8 @@ from .data.batch import Batch
 from .elbo import device_loss, stays_on_device
 from .guides import Guide
 from .guides.checks import check_sites
+from .model.joint import TaskModel, latent_scope
 from .priors import Prior
-from .task_model import TaskModel, latent_scope
 
 
 class ScopedGuide(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .guides import Guide
-from .task_model import TaskModel
+from .model.joint import TaskModel
 
 
 def build_optimiser(

@@ -14,12 +14,12 @@ from .data.batch import encode
 from .data.rows import read_rows
 from .draws import Draws, log_prior, sample
 from .guides import Guide
-from .logdensity import LogLikelihood
 from .lora.adapter import Adapter
 from .lora.factors import Factors
 from .lora.forward import AdaptedLLM
 from .lora.subspace import Subspace
-from .model import BayesianLoRA
+from .model.bayesian_lora import BayesianLoRA
+from .model.log_likelihood import LogLikelihood
 from .priors import Prior
 from .psis import LogWeights
 from .quasi import DESIGNS, even_draws

@@ -9,7 +9,7 @@ import torch
 
 from .fit import fit
 from .guides import GuideLike
-from .model import BayesianLoRA
+from .model.bayesian_lora import BayesianLoRA
 from .posterior import Posterior
 from .priors import PriorLike, as_prior
 from .result import FitResult

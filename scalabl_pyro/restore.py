@@ -17,7 +17,7 @@ from .draws import sample
 from .guides import Guide
 from .lora.adapter import Adapter
 from .lora.factors import Factors
-from .model import BayesianLoRA
+from .model.bayesian_lora import BayesianLoRA
 from .priors import Prior
 from .saved_config import NAME, SavedConfig
 from .storage import json_reader as strict_json

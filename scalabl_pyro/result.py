@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .guides import Guide
-from .model import BayesianLoRA
+from .model.bayesian_lora import BayesianLoRA
 from .posterior import Posterior
 from .tasks import Task
 

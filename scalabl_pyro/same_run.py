@@ -16,7 +16,7 @@ from .data.training_batches import TrainingBatches
 from .distributed import Processes
 from .guides import Guide
 from .lora.fingerprint import check_fingerprint, describe_layers, fingerprint
-from .task_model import TaskModel
+from .model.joint import TaskModel
 from .training import Trainer
 
 #: Options of ``fit`` that make another run of it. Others change the bits at most (``micro_batch_size``), or nothing.

@@ -27,7 +27,7 @@ from .lora.adapter import Adapter
 from .lora.attach import find_adapter, reattach
 from .lora.factors import Factors
 from .lora.fingerprint import check_fingerprint, describe_layers, fingerprint
-from .model import BayesianLoRA
+from .model.bayesian_lora import BayesianLoRA
 from .posterior_state import PosteriorState
 from .priors import Prior
 from .restore import (

@@ -2,7 +2,7 @@
 
 from .distributed import Processes
 from .lora.sharding import is_piece, is_sharded
-from .model import BayesianLoRA
+from .model.bayesian_lora import BayesianLoRA
 
 
 def check_shareable(processes: Processes, blora: BayesianLoRA, *, batch_size: int, cache_prefix: bool) -> None:

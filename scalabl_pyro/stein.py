@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .data.batch import Batch
 from .guides.particles import ParticleGuide
-from .task_model import TaskModel
+from .model.joint import TaskModel
 
 
 class SteinObjective(nn.Module):

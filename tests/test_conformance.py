@@ -20,8 +20,8 @@ from scipy.special import logsumexp
 import scalabl_pyro as sp
 from scalabl_pyro.data import Batch, collate, encode
 from scalabl_pyro.guides import as_guide
+from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.objective import ScopedGuide
-from scalabl_pyro.task_model import TaskModel
 
 GENERATION = int(importlib.metadata.version("arviz").split(".")[0])
 DRAWS = 5

@@ -26,10 +26,10 @@ from scalabl_pyro import distributed, predictive
 from scalabl_pyro.data import encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import as_guide
+from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.optimiser import build_optimiser
 from scalabl_pyro.step import EagerStep
-from scalabl_pyro.task_model import TaskModel
 
 ROWS = tiny.question_rows(23)
 TEST = tiny.question_rows(20, seed=1)

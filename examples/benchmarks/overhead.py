@@ -25,8 +25,8 @@ import scalabl_pyro as sp
 from scalabl_pyro.data import Batch
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.lora.forward import AdaptedLLM
+from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
-from scalabl_pyro.task_model import TaskModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sources

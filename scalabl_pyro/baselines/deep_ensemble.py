@@ -12,7 +12,7 @@ from torch import nn
 from .._process.random_state import scoped_seed
 from ..guides import DeltaGuide
 from ..lora.adapter import Adapter
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
 from ..tasks import Task, copy_task

@@ -13,7 +13,7 @@ from .._errors import check_choice, check_positive
 from ..lora.adapter import Adapter
 from ..lora.factors import Factors
 from ..lora.forward import AdaptedLLM
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 from ..posterior import Posterior
 from ..prediction import NumericPrediction, Prediction
 from ..storage.tensor_files import check_keys, check_like

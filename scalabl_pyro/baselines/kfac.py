@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from ..data.batch import Batch, Example, evaluation_batches
-from ..linearised import output_hessian
 from ..lora.adapter import Adapter
 from ..lora.factors import Factors
 from ..lora.forward import sole_use
 from ..lora.layers import SubspaceVariant
+from ..model.derivatives import output_hessian
 from ..tasks import Task
 from .predictor import Function
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..fit import fit
 from ..guides import DeltaGuide
-from ..model import BayesianLoRA, bayesian_lora
+from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..result import FitResult
 from ..tasks import Task
 

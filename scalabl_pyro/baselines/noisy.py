@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..lora.adapter import RowNoise
 from ..lora.forward import num_rows
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 
 
 class NoisyLoRA(BayesianLoRA):

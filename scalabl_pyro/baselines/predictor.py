@@ -18,7 +18,7 @@ from ..data.rows import read_rows
 from ..lora.adapter import Adapter
 from ..lora.forward import AdaptedLLM, eval_mode
 from ..lora.shared_prefix import Prefix, reuse
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 from ..prediction import NumericPrediction, Prediction
 from ..predictive import predict_from_outputs
 from ..tasks import Task

@@ -26,7 +26,7 @@ from ..data.training_batches import training_source
 from ..graphs import GRAPH_TOKENS, why_not
 from ..guides import NormalGuide
 from ..lora.forward import sole_use
-from ..model import BayesianLoRA, bayesian_lora
+from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..optimiser import rate_schedule
 from ..posterior import Posterior
 from ..result import FitResult, TrainingError

@@ -8,7 +8,7 @@ import torch
 from pyro.infer import autoguide
 
 from .._errors import check_choice
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 from ..priors.sites import check_continuous, prior_sites
 from .auto import AutoFamily, AutoInstance
 from .base import Guide

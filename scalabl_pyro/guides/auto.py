@@ -13,7 +13,7 @@ from torch import Tensor
 from .._errors import nearest
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
 from ..priors.sites import check_continuous, prior_sites
 from .base import Guide

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .._process.pyro_modes import Program
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 
 
 class Guide(Program):

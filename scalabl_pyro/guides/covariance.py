@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._errors import check_choice
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 from .base import Guide
 from .gaussian import FullNormal, LowRankNormal, strict_lower_indices
 

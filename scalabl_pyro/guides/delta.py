@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 from .base import Guide
 
 

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 from .base import Guide
 
 

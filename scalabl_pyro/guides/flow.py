@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from torch.distributions.transforms import AffineTransform
 
 from .._process.random_state import scoped_seed
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 from .base import Guide
 
 #: Draws behind the mean, which has no closed form.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ExpTransform
 
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
 from ..priors.sites import check_continuous, prior_sites
 from .base import Guide

@@ -9,7 +9,7 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..model import BayesianLoRA
+from ..model.bayesian_lora import BayesianLoRA
 from .base import Guide
 
 

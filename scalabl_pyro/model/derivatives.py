@@ -6,10 +6,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ._process.lock import LOCK
-from .data.batch import Batch
-from .logdensity import LogLikelihood
-from .tasks import Task
+from .._process.lock import LOCK
+from ..data.batch import Batch
+from ..tasks import Task
+from .log_likelihood import LogLikelihood
 
 
 @torch.no_grad()

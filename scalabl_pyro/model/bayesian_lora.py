@@ -10,15 +10,15 @@ from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-from ._process.pyro_modes import KeepPlates, Program
-from .data.batch import Batch
-from .lora.adapter import Adapter
-from .lora.attach import attach
-from .lora.forward import AdaptedLLM
-from .lora.memory import MemoryEstimate, estimate_memory
-from .lora.subspace import Subspace
-from .lora.targets import TargetModules, output_head
-from .priors import PriorLike, as_prior
+from .._process.pyro_modes import KeepPlates, Program
+from ..data.batch import Batch
+from ..lora.adapter import Adapter
+from ..lora.attach import attach
+from ..lora.forward import AdaptedLLM
+from ..lora.memory import MemoryEstimate, estimate_memory
+from ..lora.subspace import Subspace
+from ..lora.targets import TargetModules, output_head
+from ..priors import PriorLike, as_prior
 
 
 def bayesian_lora(

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._process.lock import LOCK
-from .data.batch import Batch, Example, check_tokens, evaluation_batches
-from .lora.forward import AdaptedLLM, eval_mode
-from .lora.shared_prefix import Prefix, reuse
-from .tasks import Task, at_least_float32
+from .._process.lock import LOCK
+from ..data.batch import Batch, Example, check_tokens, evaluation_batches
+from ..lora.forward import AdaptedLLM, eval_mode
+from ..lora.shared_prefix import Prefix, reuse
+from ..tasks import Task, at_least_float32
 
 
 class LogLikelihood:

@@ -8,11 +8,11 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ._errors import check_positive
-from ._process.random_state import scoped_seed
-from .data.batch import Batch
-from .model import BayesianLoRA
-from .tasks import Task
+from .._errors import check_positive
+from .._process.random_state import scoped_seed
+from ..data.batch import Batch
+from ..tasks import Task
+from .bayesian_lora import BayesianLoRA
 
 
 class TaskModel(nn.Module):

@@ -1,0 +1,1 @@
+"""The Pyro model: latents, the LLM, and the likelihood of a data set."""
