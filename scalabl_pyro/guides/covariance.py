@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from .._errors import check_choice
 from ..model.bayesian_lora import BayesianLoRA
 from .base import Guide
-from .gaussian import FullNormal, LowRankNormal, strict_lower_indices
+from .closed_form_kl import FullNormal, LowRankNormal, strict_lower_indices
 
 
 class CovarianceGuide(Guide):
