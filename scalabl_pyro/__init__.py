@@ -1,9 +1,10 @@
 """Make any Hugging Face LLM with LoRA adapters Bayesian, as a Pyro program (ScalaBL, UAI 2025)."""
 
-from . import baselines, distributed, guides, metrics, plots, priors
+from . import baselines, guides, metrics, plots, priors
 from ._errors import ScalaBLWarning
 from ._version import __version__
 from .comparison import compare
+from .distributed import processes as distributed
 from .draws import Draws
 from .ensemble import ensemble
 from .fit import fit

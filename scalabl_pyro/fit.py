@@ -15,8 +15,8 @@ from ._errors import check_choice, check_positive
 from ._process.stop_signals import StopSignals
 from .data.batch import Batch, check_tokens
 from .data.training_batches import TrainingBatches, training_source
-from .distributed import processes as current_processes
-from .distributed import together
+from .distributed.processes import processes as current_processes
+from .distributed.processes import together
 from .faults import explained
 from .graphs import GRAPH_TOKENS, GraphedStep, uses_graph
 from .guides import INIT_SCALE, GuideLike, ParticleGuide, as_guide

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ._process.lock import LOCK
 from ._process.random_state import Stream
 from .data.batch import Batch, Example, check_tokens, evaluation_batches
-from .distributed import Processes, processes, together
+from .distributed.processes import Processes, processes, together
 from .lora.forward import AdaptedLLM, eval_mode
 from .lora.sharding import is_sharded
 from .prediction import NumericPrediction, Prediction

@@ -13,7 +13,7 @@ from ._errors import ScalaBLWarning
 from ._version import __version__
 from .checkpoint import Checkpoint, CheckpointFolder
 from .data.training_batches import Cycle
-from .distributed import Processes
+from .distributed.processes import Processes
 from .lora.fingerprint import check_fingerprint
 from .same_run import differences
 from .state import check_record

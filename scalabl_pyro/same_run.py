@@ -13,7 +13,7 @@ from . import guides, priors
 from . import tasks as likelihoods
 from .data.batch import Batch
 from .data.training_batches import TrainingBatches
-from .distributed import Processes
+from .distributed.processes import Processes
 from .guides import Guide
 from .lora.fingerprint import check_fingerprint, describe_layers, fingerprint
 from .model.joint import TaskModel

@@ -1,6 +1,6 @@
 """Checks that several processes can share the batches of one training."""
 
-from .distributed import Processes
+from .distributed.processes import Processes
 from .lora.sharding import is_piece, is_sharded
 from .model.bayesian_lora import BayesianLoRA
 

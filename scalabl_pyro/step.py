@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .data.batch import Batch
-from .distributed import Processes
+from .distributed.processes import Processes
 from .lora.shared_prefix import PrefixStore
 from .objective import Objective
 from .optimiser import clip_gradients, parameters_of

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .control import CONTROL, LostProcess, is_gloo, reaching
-from .data.batch import Batch
+from ..data.batch import Batch
+from .gloo_group import CONTROL, LostProcess, is_gloo, reaching
 
 __all__ = ["LostProcess", "alone"]
 
