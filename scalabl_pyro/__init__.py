@@ -5,14 +5,14 @@ from ._errors import ScalaBLWarning
 from ._version import __version__
 from .comparison import compare
 from .distributed import processes as distributed
-from .draws import Draws
 from .ensemble import ensemble
 from .fit import fit
 from .laplace import laplace
 from .mcmc import mcmc
 from .model.bayesian_lora import BayesianLoRA, bayesian_lora
 from .posterior import Posterior
-from .prediction import NumericPrediction, Prediction
+from .prediction.draws import Draws
+from .prediction.result import NumericPrediction, Prediction
 from .refit import refit
 from .result import FitResult, TrainingError
 from .tasks import MultipleChoice, Regression, SequenceClassification, Task

@@ -9,7 +9,7 @@ from . import arviz_io
 from ._version import __version__
 from .guides import EmpiricalGuide
 from .posterior_state import PosteriorState
-from .prediction import NumericPrediction, Prediction
+from .prediction.result import NumericPrediction, Prediction
 
 
 def as_arviz(

@@ -8,10 +8,10 @@ import torch
 
 from .data.batch import Row, encode
 from .diagnostics import Diagnosis, as_diagnosis, check_chains, check_drift, check_history, check_scales, check_weights
-from .draws import sample, sample_prior
 from .guides import EmpiricalGuide, MixtureGuide
 from .posterior_state import PosteriorState
-from .predictive import predict
+from .prediction.draws import sample, sample_prior
+from .prediction.predict import predict
 from .psis import check_num_draws
 
 #: Draws behind widths and means, which cost no pass through the LLM.

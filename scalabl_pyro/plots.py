@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from . import metrics
 from .posterior import Posterior
-from .prediction import NumericPrediction, Prediction
+from .prediction.result import NumericPrediction, Prediction
 
 MARK = "#0b4f8a"
 QUIET = "#9aa5b1"

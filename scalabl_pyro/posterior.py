@@ -16,11 +16,11 @@ from .data.batch import encode
 from .data.rows import read_rows
 from .diagnose import diagnose
 from .diagnostics import LOO, Diagnosis
-from .draws import sample_prior
-from .linearised_prediction import predict_linearised
 from .posterior_state import PosteriorState
-from .prediction import NumericPrediction, Prediction
-from .predictive import predict
+from .prediction.draws import sample_prior
+from .prediction.linearised import predict_linearised
+from .prediction.predict import predict
+from .prediction.result import NumericPrediction, Prediction
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Posterior(PosteriorState):
             progress: show a progress bar.
 
         Returns:
-            :class:`~scalabl_pyro.prediction.Prediction` for classes, else
-            :class:`~scalabl_pyro.prediction.NumericPrediction`.
+            :class:`~scalabl_pyro.prediction.result.Prediction` for classes, else
+            :class:`~scalabl_pyro.prediction.result.NumericPrediction`.
         """
         for name, number in {"batch_size": batch_size, "draws_per_pass": draws_per_pass or 1}.items():
             if number < 1:

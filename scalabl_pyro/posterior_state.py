@@ -12,7 +12,6 @@ from ._errors import check_choice
 from ._process.pyro_modes import local_params
 from .data.batch import encode
 from .data.rows import read_rows
-from .draws import Draws, log_prior, sample
 from .guides import Guide
 from .lora.adapter import Adapter
 from .lora.factors import Factors
@@ -20,9 +19,10 @@ from .lora.forward import AdaptedLLM
 from .lora.subspace import Subspace
 from .model.bayesian_lora import BayesianLoRA
 from .model.log_likelihood import LogLikelihood
+from .prediction.draws import Draws, log_prior, sample
+from .prediction.quasi_monte_carlo import DESIGNS, even_draws
 from .priors import Prior
 from .psis import LogWeights
-from .quasi import DESIGNS, even_draws
 from .tasks import Task, copy_task
 
 Result = TypeVar("Result")
@@ -84,7 +84,7 @@ class PosteriorState:
         """Draw from the posterior; 0 draws give its mean as the only one.
 
         ``design="antithetic"`` or ``"sobol"`` spreads the draws of a normal guide more evenly, see
-        :mod:`scalabl_pyro.quasi`.
+        :mod:`scalabl_pyro.prediction.quasi_monte_carlo`.
 
         Draws are made one by one on the CPU, so that draw i depends on the seed alone: not on how many are asked
         for, nor on the device of the LLM.

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from . import guides, priors
 from . import tasks as likelihoods
-from .draws import sample
 from .guides import Guide
 from .lora.adapter import Adapter
 from .lora.factors import Factors
 from .model.bayesian_lora import BayesianLoRA
+from .prediction.draws import sample
 from .priors import Prior
 from .saved_config import NAME, SavedConfig
 from .storage import json_reader as strict_json

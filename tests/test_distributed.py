@@ -22,13 +22,14 @@ from processes import results, run_together
 from pyro.infer import RenyiELBO, Trace_ELBO
 
 import scalabl_pyro as sp
-from scalabl_pyro import distributed, predictive
+from scalabl_pyro import distributed
 from scalabl_pyro.data import encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.optimiser import build_optimiser
+from scalabl_pyro.prediction import predict as predictive
 from scalabl_pyro.step import EagerStep
 
 ROWS = tiny.question_rows(23)

@@ -8,8 +8,8 @@ import tiny
 import torch
 
 import scalabl_pyro as sp
-from scalabl_pyro import predictive
 from scalabl_pyro.data import encode, evaluation_batches
+from scalabl_pyro.prediction import predict as predictive
 
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gpt2"]
 

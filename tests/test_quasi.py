@@ -7,7 +7,7 @@ import torch
 
 import scalabl_pyro as sp
 from scalabl_pyro.guides import CovarianceGuide, NormalGuide
-from scalabl_pyro.quasi import even_draws
+from scalabl_pyro.prediction.quasi_monte_carlo import even_draws
 
 ROWS = tiny.question_rows(12)
 

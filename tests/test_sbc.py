@@ -16,7 +16,7 @@ from torch import Tensor
 import scalabl_pyro as sp
 from scalabl_pyro.data import encode
 from scalabl_pyro.guides import DeltaGuide
-from scalabl_pyro.predictive import predict
+from scalabl_pyro.prediction.predict import predict
 
 DRAWS = 99
 ROWS = tiny.question_rows(40)

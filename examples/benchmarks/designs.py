@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 import scalabl_pyro as sp
-from scalabl_pyro.quasi import DESIGNS
+from scalabl_pyro.prediction.quasi_monte_carlo import DESIGNS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sources

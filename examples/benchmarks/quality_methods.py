@@ -123,7 +123,7 @@ class Workbench:
         learned = self._train(method.kind, options, data, seed)
         return Learned(learned.posterior, learned.seconds, learned.peak, predict)
 
-    def predict(self, learned: Learned, rows: Any, *, seed: int) -> sp.predictive.Prediction:
+    def predict(self, learned: Learned, rows: Any, *, seed: int) -> sp.prediction.predict.Prediction:
         """Predict rows under the draws of a posterior."""
         draws = 0 if is_point(learned.posterior) else self.budget.num_draws
         options = {"num_draws": draws, "batch_size": self._predict_batch(learned.posterior), **learned.predict}

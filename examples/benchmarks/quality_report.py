@@ -11,7 +11,7 @@ from quality_scores import kept
 from quality_table import Table, setting_key
 
 from scalabl_pyro import plots
-from scalabl_pyro.predictive import Prediction
+from scalabl_pyro.prediction.predict import Prediction
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

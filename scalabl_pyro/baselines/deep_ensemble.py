@@ -14,7 +14,7 @@ from ..guides import DeltaGuide
 from ..lora.adapter import Adapter
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior import Posterior
-from ..prediction import NumericPrediction, Prediction
+from ..prediction.result import NumericPrediction, Prediction
 from ..tasks import Task, copy_task
 from . import saving
 from .mle import POINT_LR, fit_point, plain_lora, unloaded_on_error

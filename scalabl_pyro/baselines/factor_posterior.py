@@ -15,7 +15,7 @@ from ..lora.factors import Factors
 from ..lora.forward import AdaptedLLM
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior import Posterior
-from ..prediction import NumericPrediction, Prediction
+from ..prediction.result import NumericPrediction, Prediction
 from ..storage.tensor_files import check_keys, check_like
 from ..tasks import Task
 from . import saving

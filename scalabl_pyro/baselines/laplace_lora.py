@@ -22,8 +22,8 @@ from ..data.batch import encode, evaluation_batches
 from ..data.rows import read_rows
 from ..lora.factors import Factors
 from ..posterior import Posterior
-from ..prediction import NumericPrediction, Prediction
-from ..predictive import predict_from_outputs
+from ..prediction.predict import predict_from_outputs
+from ..prediction.result import NumericPrediction, Prediction
 from .factor_posterior import FactorNoise, FactorPosterior, as_function, plain_factors
 from .kfac import Eigen, kronecker_factors, output_directions, record
 

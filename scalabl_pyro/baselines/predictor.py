@@ -19,8 +19,8 @@ from ..lora.adapter import Adapter
 from ..lora.forward import AdaptedLLM, eval_mode
 from ..lora.shared_prefix import Prefix, reuse
 from ..model.bayesian_lora import BayesianLoRA
-from ..prediction import NumericPrediction, Prediction
-from ..predictive import predict_from_outputs
+from ..prediction.predict import predict_from_outputs
+from ..prediction.result import NumericPrediction, Prediction
 from ..tasks import Task
 
 Function = tuple[AdaptedLLM, Tensor]

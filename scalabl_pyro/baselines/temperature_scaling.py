@@ -21,7 +21,7 @@ from torch import Tensor
 from .._errors import ScalaBLWarning, check_positive
 from ..lora.adapter import Adapter
 from ..model.bayesian_lora import BayesianLoRA
-from ..prediction import NumericPrediction, Prediction
+from ..prediction.result import NumericPrediction, Prediction
 from ..tasks import Task
 from . import saving
 from .predictor import Predictor

@@ -20,7 +20,7 @@ from .._errors import ScalaBLWarning, check_positive
 from ..data.rows import read_rows
 from ..lora.factors import Factors
 from ..posterior import Posterior
-from ..prediction import NumericPrediction, Prediction
+from ..prediction.result import NumericPrediction, Prediction
 from .factor_posterior import FactorNoise, FactorPosterior
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._process.lock import LOCK
-from ._process.random_state import Stream
-from .data.batch import Batch, Example, check_tokens, evaluation_batches
-from .distributed.processes import Processes, processes, together
-from .lora.forward import AdaptedLLM, eval_mode
-from .lora.sharding import is_sharded
-from .prediction import NumericPrediction, Prediction
-from .tasks import Task, at_least_float32
+from .._process.lock import LOCK
+from .._process.random_state import Stream
+from ..data.batch import Batch, Example, check_tokens, evaluation_batches
+from ..distributed.processes import Processes, processes, together
+from ..lora.forward import AdaptedLLM, eval_mode
+from ..lora.sharding import is_sharded
+from ..tasks import Task, at_least_float32
+from .result import NumericPrediction, Prediction
 
 logger = logging.getLogger(__name__)
 

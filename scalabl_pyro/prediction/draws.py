@@ -9,10 +9,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ._process.pyro_modes import local_params
-from ._process.random_state import scoped_seed
-from .guides import EmpiricalGuide, Guide, MixtureGuide
-from .priors import Prior
+from .._process.pyro_modes import local_params
+from .._process.random_state import scoped_seed
+from ..guides import EmpiricalGuide, Guide, MixtureGuide
+from ..priors import Prior
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from ..guides import Guide
 from .draws import Draws
-from .guides import Guide
 
 DESIGNS = ("independent", "antithetic", "sobol")
 

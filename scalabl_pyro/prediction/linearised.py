@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from .data.batch import Batch
-from .model.derivatives import jacobian_of
-from .model.log_likelihood import LogLikelihood
-from .prediction import NumericPrediction, Prediction
-from .predictive import predict_from_outputs
+from ..data.batch import Batch
+from ..model.derivatives import jacobian_of
+from ..model.log_likelihood import LogLikelihood
+from .predict import predict_from_outputs
+from .result import NumericPrediction, Prediction
 
 
 def predict_linearised(

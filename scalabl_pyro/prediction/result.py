@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from . import metrics
+from .. import metrics
 
 Array = NDArray[np.floating]
 

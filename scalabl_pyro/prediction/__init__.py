@@ -1,0 +1,1 @@
+"""Prediction: posterior draws, and what each draw says of each row."""
