@@ -27,7 +27,7 @@ with warnings.catch_warnings(action="ignore"):  # ArviZ 0.x announces ArviZ 1.x
     import arviz as az
 
 import scalabl_pyro as sp
-from scalabl_pyro.arviz_io import arviz_version
+from scalabl_pyro.analysis.arviz import arviz_version
 from scalabl_pyro.data import read_rows
 from scalabl_pyro.priors import DISTRIBUTIONS, FAMILIES
 

@@ -45,7 +45,7 @@ with warnings.catch_warnings(action="ignore"):  # of the next ArviZ, at import
     import ablation
 
 from scalabl_pyro import plots
-from scalabl_pyro.diagnostics import check_history
+from scalabl_pyro.analysis.checks import check_history
 
 logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # that long articles are cut is known here
 transformers.utils.logging.disable_progress_bar()

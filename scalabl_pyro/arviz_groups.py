@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from . import arviz_io
 from ._version import __version__
+from .analysis import arviz as arviz_io
 from .guides import EmpiricalGuide
 from .posterior_state import PosteriorState
 from .prediction.result import NumericPrediction, Prediction

@@ -6,13 +6,21 @@ from typing import Any
 import pandas as pd
 import torch
 
+from .analysis.checks import (
+    Diagnosis,
+    as_diagnosis,
+    check_chains,
+    check_drift,
+    check_history,
+    check_scales,
+    check_weights,
+)
+from .analysis.psis import check_num_draws
 from .data.batch import Row, encode
-from .diagnostics import Diagnosis, as_diagnosis, check_chains, check_drift, check_history, check_scales, check_weights
 from .guides import EmpiricalGuide, MixtureGuide
 from .posterior_state import PosteriorState
 from .prediction.draws import sample, sample_prior
 from .prediction.predict import predict
-from .psis import check_num_draws
 
 #: Draws behind widths and means, which cost no pass through the LLM.
 MANY_DRAWS = 1000

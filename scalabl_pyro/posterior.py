@@ -11,11 +11,11 @@ from torch import nn
 
 from . import serialization
 from ._errors import check_positive
+from .analysis.checks import LOO, Diagnosis
 from .arviz_groups import as_arviz
 from .data.batch import encode
 from .data.rows import read_rows
 from .diagnose import diagnose
-from .diagnostics import LOO, Diagnosis
 from .posterior_state import PosteriorState
 from .prediction.draws import sample_prior
 from .prediction.linearised import predict_linearised

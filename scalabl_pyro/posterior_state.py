@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ._errors import check_choice
 from ._process.pyro_modes import local_params
+from .analysis.psis import LogWeights
 from .data.batch import encode
 from .data.rows import read_rows
 from .guides import Guide
@@ -22,7 +23,6 @@ from .model.log_likelihood import LogLikelihood
 from .prediction.draws import Draws, log_prior, sample
 from .prediction.quasi_monte_carlo import DESIGNS, even_draws
 from .priors import Prior
-from .psis import LogWeights
 from .tasks import Task, copy_task
 
 Result = TypeVar("Result")

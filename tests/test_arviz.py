@@ -17,7 +17,7 @@ import xarray as xr
 from pyro.infer import autoguide
 
 import scalabl_pyro as sp
-from scalabl_pyro import arviz_io
+from scalabl_pyro.analysis import arviz as arviz_io
 from scalabl_pyro.priors import Prior
 
 with warnings.catch_warnings():

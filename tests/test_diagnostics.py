@@ -15,9 +15,9 @@ from scipy.special import ndtri
 from toys import NOISE, PRIOR_SCALE, LinearGaussian, LinearToy
 
 import scalabl_pyro as sp
-from scalabl_pyro import arviz_io
-from scalabl_pyro import diagnostics as diag
-from scalabl_pyro.diagnostics import Finding
+from scalabl_pyro.analysis import arviz as arviz_io
+from scalabl_pyro.analysis import checks as diag
+from scalabl_pyro.analysis.checks import Finding
 from scalabl_pyro.guides import DeltaGuide, EmpiricalGuide, MixtureGuide, NormalGuide
 from scalabl_pyro.lora.subspace import Layer, Subspace
 

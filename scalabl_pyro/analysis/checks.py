@@ -9,8 +9,8 @@ import pandas as pd
 from arviz_stats.base import array_stats
 from numpy.typing import NDArray
 
-from .lora.subspace import Subspace
-from .prediction.result import NumericPrediction, Prediction
+from ..lora.subspace import Subspace
+from ..prediction.result import NumericPrediction, Prediction
 from .psis import LOO, LogWeights, good_k, pareto_k, psis_loo
 
 __all__ = [

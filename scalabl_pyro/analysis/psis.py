@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from . import arviz_io
+from . import arviz as arviz_io
 
 Array = NDArray[Any]
 

@@ -13,7 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from packaging.version import Version
 
-from .lora.subspace import Subspace
+from ..lora.subspace import Subspace
 
 Array = NDArray[Any]
 
