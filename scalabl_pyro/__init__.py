@@ -3,14 +3,14 @@
 from . import baselines, guides, metrics, plots, priors
 from ._errors import ScalaBLWarning
 from ._version import __version__
-from .comparison import compare
 from .distributed import processes as distributed
 from .ensemble import ensemble
 from .fit import fit
 from .laplace import laplace
 from .mcmc import mcmc
 from .model.bayesian_lora import BayesianLoRA, bayesian_lora
-from .posterior import Posterior
+from .posterior.comparison import compare
+from .posterior.posterior import Posterior
 from .prediction.draws import Draws
 from .prediction.result import NumericPrediction, Prediction
 from .refit import refit

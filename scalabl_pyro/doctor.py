@@ -24,16 +24,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import saved_config
 from . import tasks as likelihoods
 from ._process.random_state import scoped_seed
 from ._version import __version__
 from .checkpoint import CheckpointFolder
 from .fit import fit
 from .model.bayesian_lora import bayesian_lora
-from .posterior import Posterior
-from .restore import ADAPTER, POSTERIOR, TOKENIZER, check_adapter_keys, read_tokenizer
-from .saved_config import SavedConfig
+from .posterior import config as saved_config
+from .posterior.config import SavedConfig
+from .posterior.posterior import Posterior
+from .posterior.restore import ADAPTER, POSTERIOR, TOKENIZER, check_adapter_keys, read_tokenizer
 from .storage.tensor_files import read_tensors
 from .storage.untrusted_files import check_file
 from .tasks import MultipleChoice

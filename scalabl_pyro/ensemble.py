@@ -10,7 +10,7 @@ from torch import nn
 
 from .guides import INIT_SCALE, Guide, GuideLike, MeanFieldGuide, MixtureGuide, WithHyperparameters, as_guide
 from .model.bayesian_lora import BayesianLoRA
-from .posterior import Posterior
+from .posterior.posterior import Posterior
 from .priors import PriorLike
 from .refit import refit
 

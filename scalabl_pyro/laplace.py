@@ -21,7 +21,7 @@ from .data.rows import read_rows
 from .guides import CovarianceGuide
 from .model.derivatives import gauss_newton
 from .model.log_likelihood import LogLikelihood
-from .posterior import Posterior
+from .posterior.posterior import Posterior
 from .priors import Prior, as_prior
 from .priors.sites import prior_sites
 

@@ -19,7 +19,7 @@ from .data.batch import Batch, encode
 from .data.rows import read_rows
 from .guides import EmpiricalGuide
 from .model.log_likelihood import LogLikelihood
-from .posterior import Posterior
+from .posterior.posterior import Posterior
 from .priors import Prior
 from .priors.sites import prior_sites
 

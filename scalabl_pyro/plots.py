@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from . import metrics
-from .posterior import Posterior
+from .posterior.posterior import Posterior
 from .prediction.result import NumericPrediction, Prediction
 
 MARK = "#0b4f8a"

@@ -10,7 +10,7 @@ import torch
 from .fit import fit
 from .guides import GuideLike
 from .model.bayesian_lora import BayesianLoRA
-from .posterior import Posterior
+from .posterior.posterior import Posterior
 from .priors import PriorLike, as_prior
 from .result import FitResult
 

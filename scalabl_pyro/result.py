@@ -9,7 +9,7 @@ from torch import nn
 
 from .guides import Guide
 from .model.bayesian_lora import BayesianLoRA
-from .posterior import Posterior
+from .posterior.posterior import Posterior
 from .tasks import Task
 
 

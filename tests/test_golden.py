@@ -13,8 +13,8 @@ import torch
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import encode
+from scalabl_pyro.posterior.config import FORMAT_MINOR, FORMAT_VERSION
 from scalabl_pyro.prediction.predict import predict
-from scalabl_pyro.saved_config import FORMAT_MINOR, FORMAT_VERSION
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = "scalabl_config.json"

@@ -21,7 +21,7 @@ from ..fit import fit
 from ..guides import DeltaGuide, Guide
 from ..lora.adapter import Adapter, RowNoise
 from ..lora.factors import Factors
-from ..posterior import Posterior
+from ..posterior.posterior import Posterior
 from ..priors import Prior, as_prior
 from ..result import FitResult, TrainingError
 from ..tasks import Task

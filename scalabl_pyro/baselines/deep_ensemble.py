@@ -13,7 +13,7 @@ from .._process.random_state import scoped_seed
 from ..guides import DeltaGuide
 from ..lora.adapter import Adapter
 from ..model.bayesian_lora import BayesianLoRA
-from ..posterior import Posterior
+from ..posterior.posterior import Posterior
 from ..prediction.result import NumericPrediction, Prediction
 from ..tasks import Task, copy_task
 from . import saving

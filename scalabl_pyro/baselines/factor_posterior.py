@@ -14,7 +14,7 @@ from ..lora.adapter import Adapter
 from ..lora.factors import Factors
 from ..lora.forward import AdaptedLLM
 from ..model.bayesian_lora import BayesianLoRA
-from ..posterior import Posterior
+from ..posterior.posterior import Posterior
 from ..prediction.result import NumericPrediction, Prediction
 from ..storage.tensor_files import check_keys, check_like
 from ..tasks import Task

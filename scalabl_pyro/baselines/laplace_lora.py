@@ -21,7 +21,7 @@ from .._process.random_state import scoped_seed
 from ..data.batch import encode, evaluation_batches
 from ..data.rows import read_rows
 from ..lora.factors import Factors
-from ..posterior import Posterior
+from ..posterior.posterior import Posterior
 from ..prediction.predict import predict_from_outputs
 from ..prediction.result import NumericPrediction, Prediction
 from .factor_posterior import FactorNoise, FactorPosterior, as_function, plain_factors

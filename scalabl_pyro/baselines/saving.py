@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import saved_config
 from .._errors import nearest
 from .._process.lock import LOCK
 from ..lora.attach import find_adapter
-from ..posterior import Posterior
-from ..serialization import MIN_LIMIT, errors_name
+from ..posterior import config as saved_config
+from ..posterior.posterior import Posterior
+from ..posterior.serialization import MIN_LIMIT, errors_name
 from ..storage import json_reader as strict_json
 from ..storage.directories import staged, write_file
 from ..storage.tensor_files import read_tensors, write_tensors

@@ -28,7 +28,7 @@ from ..guides import NormalGuide
 from ..lora.forward import sole_use
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..optimiser import rate_schedule
-from ..posterior import Posterior
+from ..posterior.posterior import Posterior
 from ..result import FitResult, TrainingError
 from ..tasks import Task
 from .kl_reweighting import KLReweighting

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from .._errors import ScalaBLWarning, check_positive
 from ..data.rows import read_rows
 from ..lora.factors import Factors
-from ..posterior import Posterior
+from ..posterior.posterior import Posterior
 from ..prediction.result import NumericPrediction, Prediction
 from .factor_posterior import FactorNoise, FactorPosterior
 

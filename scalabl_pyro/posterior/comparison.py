@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .analysis.checks import LOO, LogWeights, good_k
+from ..analysis.checks import LOO, LogWeights, good_k
 from .posterior import Posterior
 
 

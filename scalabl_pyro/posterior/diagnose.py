@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .analysis.checks import (
+from ..analysis.checks import (
     Diagnosis,
     as_diagnosis,
     check_chains,
@@ -15,12 +15,12 @@ from .analysis.checks import (
     check_scales,
     check_weights,
 )
-from .analysis.psis import check_num_draws
-from .data.batch import Row, encode
-from .guides import EmpiricalGuide, MixtureGuide
-from .posterior_state import PosteriorState
-from .prediction.draws import sample, sample_prior
-from .prediction.predict import predict
+from ..analysis.psis import check_num_draws
+from ..data.batch import Row, encode
+from ..guides import EmpiricalGuide, MixtureGuide
+from ..prediction.draws import sample, sample_prior
+from ..prediction.predict import predict
+from .state import PosteriorState
 
 #: Draws behind widths and means, which cost no pass through the LLM.
 MANY_DRAWS = 1000

@@ -18,18 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import guides, priors, saved_config
-from . import tasks as likelihoods
-from ._process.lock import LOCK
-from ._version import __version__
-from .guides import Guide
-from .lora.adapter import Adapter
-from .lora.attach import find_adapter, reattach
-from .lora.factors import Factors
-from .lora.fingerprint import check_fingerprint, describe_layers, fingerprint
-from .model.bayesian_lora import BayesianLoRA
-from .posterior_state import PosteriorState
-from .priors import Prior
+from .. import guides, priors
+from .. import tasks as likelihoods
+from .._process.lock import LOCK
+from .._version import __version__
+from ..guides import Guide
+from ..lora.adapter import Adapter
+from ..lora.attach import find_adapter, reattach
+from ..lora.factors import Factors
+from ..lora.fingerprint import check_fingerprint, describe_layers, fingerprint
+from ..model.bayesian_lora import BayesianLoRA
+from ..priors import Prior
+from ..storage.directories import staged
+from ..storage.tensor_files import check_keys, read_tensors, write_tensors
+from ..storage.untrusted_files import check_file, describe_files
+from ..tasks import Task, copy_task
+from . import config as saved_config
+from .config import SavedConfig
 from .restore import (
     ADAPTER,
     POSTERIOR,
@@ -46,11 +51,7 @@ from .restore import (
     saved_task,
     write_tokenizer,
 )
-from .saved_config import SavedConfig
-from .storage.directories import staged
-from .storage.tensor_files import check_keys, read_tensors, write_tensors
-from .storage.untrusted_files import check_file, describe_files
-from .tasks import Task, copy_task
+from .state import PosteriorState
 
 #: Tensor files may be this large, or as large as the base model in double precision.
 MIN_LIMIT = 2**30

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ._errors import ScalaBLWarning
-from .storage import directories as storage
-from .storage import json_reader as strict_json
-from .storage import untrusted_files as files
+from .._errors import ScalaBLWarning
+from ..storage import directories as storage
+from ..storage import json_reader as strict_json
+from ..storage import untrusted_files as files
 
 #: Raised when an older version would misread the files: it refuses them.
 FORMAT_VERSION = 1

@@ -8,22 +8,22 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._errors import check_choice
-from ._process.pyro_modes import local_params
-from .analysis.psis import LogWeights
-from .data.batch import encode
-from .data.rows import read_rows
-from .guides import Guide
-from .lora.adapter import Adapter
-from .lora.factors import Factors
-from .lora.forward import AdaptedLLM
-from .lora.subspace import Subspace
-from .model.bayesian_lora import BayesianLoRA
-from .model.log_likelihood import LogLikelihood
-from .prediction.draws import Draws, log_prior, sample
-from .prediction.quasi_monte_carlo import DESIGNS, even_draws
-from .priors import Prior
-from .tasks import Task, copy_task
+from .._errors import check_choice
+from .._process.pyro_modes import local_params
+from ..analysis.psis import LogWeights
+from ..data.batch import encode
+from ..data.rows import read_rows
+from ..guides import Guide
+from ..lora.adapter import Adapter
+from ..lora.factors import Factors
+from ..lora.forward import AdaptedLLM
+from ..lora.subspace import Subspace
+from ..model.bayesian_lora import BayesianLoRA
+from ..model.log_likelihood import LogLikelihood
+from ..prediction.draws import Draws, log_prior, sample
+from ..prediction.quasi_monte_carlo import DESIGNS, even_draws
+from ..priors import Prior
+from ..tasks import Task, copy_task
 
 Result = TypeVar("Result")
 

@@ -9,18 +9,18 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from .._errors import check_positive
+from ..analysis.checks import LOO, Diagnosis
+from ..data.batch import encode
+from ..data.rows import read_rows
+from ..prediction.draws import sample_prior
+from ..prediction.linearised import predict_linearised
+from ..prediction.predict import predict
+from ..prediction.result import NumericPrediction, Prediction
 from . import serialization
-from ._errors import check_positive
-from .analysis.checks import LOO, Diagnosis
-from .arviz_groups import as_arviz
-from .data.batch import encode
-from .data.rows import read_rows
 from .diagnose import diagnose
-from .posterior_state import PosteriorState
-from .prediction.draws import sample_prior
-from .prediction.linearised import predict_linearised
-from .prediction.predict import predict
-from .prediction.result import NumericPrediction, Prediction
+from .state import PosteriorState
+from .to_arviz import as_arviz
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Posterior(PosteriorState):
     """A posterior of s with the point estimates it was learned with.
 
     It holds copies of all that was learned, so several posteriors can share one LLM, and training goes on without
-    changing an older one. Its fields are those of :class:`~scalabl_pyro.posterior_state.PosteriorState`.
+    changing an older one. Its fields are those of :class:`~scalabl_pyro.posterior.state.PosteriorState`.
     """
 
     def predict(
@@ -185,7 +185,7 @@ class Posterior(PosteriorState):
         return as_arviz(self, num_draws=num_draws, seed=seed, prediction=prediction)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write safetensors and JSON to the directory ``path``; see :mod:`scalabl_pyro.serialization`."""
+        """Write safetensors and JSON to the directory ``path``; see :mod:`scalabl_pyro.posterior.serialization`."""
         serialization.save(path, self)
 
     @classmethod

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from . import guides, priors
-from . import tasks as likelihoods
-from .guides import Guide
-from .lora.adapter import Adapter
-from .lora.factors import Factors
-from .model.bayesian_lora import BayesianLoRA
-from .prediction.draws import sample
-from .priors import Prior
-from .saved_config import NAME, SavedConfig
-from .storage import json_reader as strict_json
-from .storage.tensor_files import check_keys, check_like
-from .storage.untrusted_files import check_tree, read_file
-from .tasks import Task
+from .. import guides, priors
+from .. import tasks as likelihoods
+from ..guides import Guide
+from ..lora.adapter import Adapter
+from ..lora.factors import Factors
+from ..model.bayesian_lora import BayesianLoRA
+from ..prediction.draws import sample
+from ..priors import Prior
+from ..storage import json_reader as strict_json
+from ..storage.tensor_files import check_keys, check_like
+from ..storage.untrusted_files import check_tree, read_file
+from ..tasks import Task
+from .config import NAME, SavedConfig
 
 ADAPTER = "adapter_model.safetensors"
 POSTERIOR = "posterior.safetensors"

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ._version import __version__
-from .analysis import arviz as arviz_io
-from .guides import EmpiricalGuide
-from .posterior_state import PosteriorState
-from .prediction.result import NumericPrediction, Prediction
+from .._version import __version__
+from ..analysis import arviz as arviz_io
+from ..guides import EmpiricalGuide
+from ..prediction.result import NumericPrediction, Prediction
+from .state import PosteriorState
 
 
 def as_arviz(

@@ -1,0 +1,1 @@
+"""The posterior: its state, its files, and what users ask of it."""
