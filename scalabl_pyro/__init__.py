@@ -5,7 +5,6 @@ from ._errors import ScalaBLWarning
 from ._version import __version__
 from .distributed import processes as distributed
 from .ensemble import ensemble
-from .fit import fit
 from .laplace import laplace
 from .mcmc import mcmc
 from .model.bayesian_lora import BayesianLoRA, bayesian_lora
@@ -14,8 +13,9 @@ from .posterior.posterior import Posterior
 from .prediction.draws import Draws
 from .prediction.result import NumericPrediction, Prediction
 from .refit import refit
-from .result import FitResult, TrainingError
 from .tasks import MultipleChoice, Regression, SequenceClassification, Task
+from .training.fit import fit
+from .training.result import FitResult, TrainingError
 
 __all__ = [
     "BayesianLoRA",

@@ -27,8 +27,6 @@ from transformers import (
 from . import tasks as likelihoods
 from ._process.random_state import scoped_seed
 from ._version import __version__
-from .checkpoint import CheckpointFolder
-from .fit import fit
 from .model.bayesian_lora import bayesian_lora
 from .posterior import config as saved_config
 from .posterior.config import SavedConfig
@@ -37,6 +35,8 @@ from .posterior.restore import ADAPTER, POSTERIOR, TOKENIZER, check_adapter_keys
 from .storage.tensor_files import read_tensors
 from .storage.untrusted_files import check_file
 from .tasks import MultipleChoice
+from .training.checkpoint_files import CheckpointFolder
+from .training.fit import fit
 
 DISTRIBUTION = "scalabl-pyro"
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"

@@ -23,7 +23,7 @@ from scalabl_pyro.baselines.laplace_lora import KroneckerNoise, best_prior_scale
 from scalabl_pyro.baselines.predictor import predict_functions
 from scalabl_pyro.baselines.tfb import SpectralNoise, largest_passing, mixture_nll, spectral_factors
 from scalabl_pyro.data import collate, encode
-from scalabl_pyro.result import TrainingError
+from scalabl_pyro.training.result import TrainingError
 
 ROWS = tiny.question_rows(24)
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import scalabl_pyro as sp
-from scalabl_pyro.checkpoint import MANIFEST, RECORD, TENSORS, CheckpointFolder, read
 from scalabl_pyro.storage import directories as storage
+from scalabl_pyro.training.checkpoint_files import MANIFEST, RECORD, TENSORS, CheckpointFolder, read
 
 TENSOR = {"a": torch.arange(3.0), "b": torch.full((2, 2), torch.nan)}
 

@@ -21,7 +21,7 @@ import scalabl_pyro as sp
 from scalabl_pyro.data import Batch, collate, encode
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model.joint import TaskModel
-from scalabl_pyro.objective import ScopedGuide
+from scalabl_pyro.training.objective import ScopedGuide
 
 GENERATION = int(importlib.metadata.version("arviz").split(".")[0])
 DRAWS = 5

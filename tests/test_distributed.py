@@ -27,10 +27,10 @@ from scalabl_pyro.data import encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model.joint import TaskModel
-from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
-from scalabl_pyro.optimiser import build_optimiser
 from scalabl_pyro.prediction import predict as predictive
-from scalabl_pyro.step import EagerStep
+from scalabl_pyro.training.objective import Objective, ScopedGuide, default_elbo
+from scalabl_pyro.training.optimizer import build_optimiser
+from scalabl_pyro.training.step import EagerStep
 
 ROWS = tiny.question_rows(23)
 TEST = tiny.question_rows(20, seed=1)
@@ -138,7 +138,7 @@ def gradient(processes, dtype):
     objective = Objective(default_elbo(scoped.guide, blora.prior), model, scoped)
     optimiser = build_optimiser(model, scoped.guide, lr=0.0, A_lr=0.0, loc_lr=0.0, scale_lr=0.0, weight_decay=0.0)
     step = EagerStep(objective, optimiser, device=torch.device("cpu"), processes=processes)
-    with sp.training.pyro.settings.context(module_local_params=True), torch.random.fork_rng():
+    with sp.training.loop.pyro.settings.context(module_local_params=True), torch.random.fork_rng():
         torch.manual_seed(3)
         loss = step(batch, 1.0)
     return {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}, loss

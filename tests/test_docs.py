@@ -56,7 +56,7 @@ def toy_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_causal_lm)
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load_classifier)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: tiny.question_rows(16))
-    trainer = sys.modules["scalabl_pyro.training"].Trainer
+    trainer = sys.modules["scalabl_pyro.training.loop"].Trainer
     run = trainer.run
     monkeypatch.setattr(trainer, "run", lambda self, steps: run(self, steps[:STEPS]))
     mcmc, few = sp.mcmc, {"num_samples": 4, "warmup_steps": 4, "max_tree_depth": 2, "progress": False}

@@ -17,7 +17,7 @@ from test_golden import GOLDEN, base_model
 
 import scalabl_pyro as sp
 from scalabl_pyro import cli, doctor
-from scalabl_pyro.checkpoint import CheckpointFolder
+from scalabl_pyro.training.checkpoint_files import CheckpointFolder
 
 CONFIG, ADAPTER, POSTERIOR = "scalabl_config.json", "adapter_model.safetensors", "posterior.safetensors"
 

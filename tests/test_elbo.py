@@ -16,7 +16,7 @@ from scalabl_pyro.data import Batch, encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import NormalGuide
 from scalabl_pyro.model.joint import TaskModel
-from scalabl_pyro.objective import RecordNLL, ScopedGuide
+from scalabl_pyro.training.objective import RecordNLL, ScopedGuide
 
 N, NOISE, PRIOR_SCALE = 64, 0.5, 1.25
 

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from toys import LinearToy
 
 import scalabl_pyro as sp
-from scalabl_pyro import faults
 from scalabl_pyro.data import Example, collate, encode
 from scalabl_pyro.data.training_batches import TrainingBatches
-from scalabl_pyro.faults import GradientCheck, largest_scale
 from scalabl_pyro.guides import as_guide
-from scalabl_pyro.step import EagerStep
+from scalabl_pyro.training import recovery as faults
+from scalabl_pyro.training.recovery import GradientCheck, largest_scale
+from scalabl_pyro.training.step import EagerStep
 
 ROWS = tiny.question_rows(16)
 
@@ -96,7 +96,7 @@ def test_skip_gives_up_after_ten_in_a_row(blora, task, monkeypatch):
 def test_steps_behind_a_bad_one_are_taken_again_when_the_host_looks_late(task, monkeypatch, read_every):
     """They were computed while the flag was up, and had not moved anything."""
     calls = bad_batches(monkeypatch, {2})
-    monkeypatch.setattr(sp.training.Trainer, "__init__", read_late(read_every))
+    monkeypatch.setattr(sp.training.loop.Trainer, "__init__", read_late(read_every))
     result = fit(sp.bayesian_lora(tiny.causal_lm()), task, on_nonfinite="skip")
     assert result.history["step"].tolist() == [0, 1, 3, 4, 5]
     assert all(t.isfinite().all() for t in parameters_after(result))
@@ -105,7 +105,7 @@ def test_steps_behind_a_bad_one_are_taken_again_when_the_host_looks_late(task, m
 
 
 def read_late(read_every):
-    original = sp.training.Trainer.__init__
+    original = sp.training.loop.Trainer.__init__
     return lambda self, *args, **options: original(self, *args, **{**options, "read_every": read_every})
 
 
@@ -115,13 +115,13 @@ def read_late(read_every):
 def test_restore_goes_back_to_the_last_copy_and_on_with_the_next_batch(task, monkeypatch, caplog):
     monkeypatch.setattr(faults, "SNAPSHOT_EVERY", 3)
     states = []
-    load = sp.state.LearnedState.load
+    load = sp.training.training_state.LearnedState.load
 
     def note(self, saved):
         load(self, saved)
         states.append({k: v.clone() for k, v in self.tensors().items()})
 
-    monkeypatch.setattr(sp.state.LearnedState, "load", note)
+    monkeypatch.setattr(sp.training.training_state.LearnedState, "load", note)
     with monkeypatch.context() as patch:
         bad_batches(patch, {5})
         result = fit(sp.bayesian_lora(tiny.causal_lm()), task, num_steps=8, on_nonfinite="restore")
@@ -133,7 +133,12 @@ def test_restore_goes_back_to_the_last_copy_and_on_with_the_next_batch(task, mon
     execute = EagerStep.__call__
 
     def look(self, batch, kl_weight):
-        seen.append({k: v.clone() for k, v in sp.state.LearnedState(self.objective, self.optimiser).tensors().items()})
+        seen.append(
+            {
+                k: v.clone()
+                for k, v in sp.training.training_state.LearnedState(self.objective, self.optimiser).tensors().items()
+            }
+        )
         return execute(self, batch, kl_weight)
 
     monkeypatch.setattr(EagerStep, "__call__", look)

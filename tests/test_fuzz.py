@@ -25,12 +25,12 @@ from pyro.infer import autoguide
 from safetensors import torch as safe
 
 import scalabl_pyro as sp
-from scalabl_pyro.checkpoint import MANIFEST, RECORD, TENSORS
 from scalabl_pyro.data import encode, read_rows
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import AutoFamily, EmpiricalGuide, MixtureGuide, as_guide
 from scalabl_pyro.lora.attach import find_adapter
 from scalabl_pyro.posterior import config as saved_config
+from scalabl_pyro.training.checkpoint_files import MANIFEST, RECORD, TENSORS
 
 CONFIG, ADAPTER, POSTERIOR = "scalabl_config.json", "adapter_model.safetensors", "posterior.safetensors"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"

@@ -207,13 +207,13 @@ def test_a_resumed_run_ends_as_the_run_that_was_not_stopped(cuda_graph, tmp_path
 
 @pytest.mark.parametrize("policy", ["skip", "restore"])
 def test_steps_that_are_not_finite_are_left_out_though_the_host_looks_late(policy, monkeypatch):
-    gradient, calls = sp.training.EagerStep.gradient, []
+    gradient, calls = sp.training.loop.EagerStep.gradient, []
 
     def spoiled(self, batch, kl_weight):
         calls.append(None)
         return gradient(self, batch, kl_weight) * (torch.nan if len(calls) == 14 else 1.0)
 
-    monkeypatch.setattr(sp.training.EagerStep, "gradient", spoiled)
+    monkeypatch.setattr(sp.training.loop.EagerStep, "gradient", spoiled)
     posterior = fitted(on_nonfinite=policy, cuda_graph=False)
     assert posterior.provenance["num_steps"] == 29
     assert all(t.isfinite().all() for pair in posterior.factors for t in pair)

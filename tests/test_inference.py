@@ -23,7 +23,7 @@ from scalabl_pyro.mcmc import _FullData
 from scalabl_pyro.model.derivatives import gauss_newton
 from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.model.log_likelihood import LogLikelihood
-from scalabl_pyro.stein import SteinObjective
+from scalabl_pyro.training.svgd import SteinObjective
 
 QUIET = {"progress": False}
 

@@ -25,8 +25,8 @@ from scalabl_pyro.guides import Guide, NormalGuide, RankMaskGuide, as_guide
 from scalabl_pyro.guides.rank_mask import StraightThroughBernoulli
 from scalabl_pyro.lora.subspace import Layer, Subspace
 from scalabl_pyro.model.joint import TaskModel
-from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.priors import EmpiricalBayesPrior, HierarchicalPrior, HorseshoePrior, Prior, RankMaskPrior, as_prior
+from scalabl_pyro.training.objective import Objective, ScopedGuide, default_elbo
 
 SUBSPACE = Subspace((Layer("low.q_proj", 2, 7, 6), Layer("high.v_proj", 3, 7, 6)))
 S = np.array([0.1, -0.7, 1.3, 2.0, -0.05])

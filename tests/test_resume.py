@@ -21,9 +21,9 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from torch.utils.data import DataLoader
 
 import scalabl_pyro as sp
-from scalabl_pyro import training
 from scalabl_pyro.data import collate, encode
-from scalabl_pyro.training import Trainer
+from scalabl_pyro.training import loop as training
+from scalabl_pyro.training.loop import Trainer
 
 ROWS = tiny.question_rows(12)
 TEXTS = tiny.text_rows(12)
@@ -126,7 +126,7 @@ def test_without_the_random_states_or_the_moments_it_would_be_another_run(left_o
     if left_out == "random states":
         monkeypatch.setattr(training, "set_generator_states", lambda states: [])
     else:
-        monkeypatch.setattr(sp.training.LearnedState, "_load_moments", lambda *args: None)
+        monkeypatch.setattr(sp.training.loop.LearnedState, "_load_moments", lambda *args: None)
     assert differ(whole, fit(checkpoint_dir=tmp_path))
 
 

@@ -10,13 +10,13 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 import scalabl_pyro as sp
 from scalabl_pyro.data import encode
 from scalabl_pyro.data.training_batches import TrainingBatches
-from scalabl_pyro.elbo import device_loss, stays_on_device
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model.joint import TaskModel
-from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
-from scalabl_pyro.optimiser import build_optimiser
-from scalabl_pyro.step import EagerStep
-from scalabl_pyro.training import Trainer
+from scalabl_pyro.training.device_elbo import device_loss, stays_on_device
+from scalabl_pyro.training.loop import Trainer
+from scalabl_pyro.training.objective import Objective, ScopedGuide, default_elbo
+from scalabl_pyro.training.optimizer import build_optimiser
+from scalabl_pyro.training.step import EagerStep
 
 ROWS = tiny.question_rows(16)
 

@@ -26,7 +26,7 @@ from scalabl_pyro.data import Batch
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.lora.forward import AdaptedLLM
 from scalabl_pyro.model.joint import TaskModel
-from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
+from scalabl_pyro.training.objective import Objective, ScopedGuide, default_elbo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sources
@@ -82,8 +82,8 @@ def peft_step(base, batch: Batch):
 
 def scalabl_step(base, batch: Batch):
     """One step of ``fit``: its objective, its optimiser, its checks."""
-    from scalabl_pyro.optimiser import build_optimiser
-    from scalabl_pyro.step import EagerStep
+    from scalabl_pyro.training.optimizer import build_optimiser
+    from scalabl_pyro.training.step import EagerStep
 
     blora = sp.bayesian_lora(base, target_modules=TARGETS)
     base.eval()

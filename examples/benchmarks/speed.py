@@ -24,15 +24,15 @@ from torch.nn.functional import cross_entropy
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import Batch, Example
-from scalabl_pyro.graphs import GraphedStep
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.lora.forward import AdaptedLLM
 from scalabl_pyro.model.derivatives import gauss_newton
 from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.model.log_likelihood import LogLikelihood
-from scalabl_pyro.objective import Objective, ScopedGuide, default_elbo
-from scalabl_pyro.optimiser import build_optimiser
-from scalabl_pyro.step import EagerStep
+from scalabl_pyro.training.cuda_graphs import GraphedStep
+from scalabl_pyro.training.objective import Objective, ScopedGuide, default_elbo
+from scalabl_pyro.training.optimizer import build_optimiser
+from scalabl_pyro.training.step import EagerStep
 
 TARGETS = ["q_proj", "v_proj", "lm_head"]
 NUM_DATA = 1000

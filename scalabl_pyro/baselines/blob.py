@@ -17,14 +17,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .._errors import check_positive
-from ..fit import fit
 from ..guides import DeltaGuide, Guide
 from ..lora.adapter import Adapter, RowNoise
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
 from ..priors import Prior, as_prior
-from ..result import FitResult, TrainingError
 from ..tasks import Task
+from ..training.fit import fit
+from ..training.result import FitResult, TrainingError
 from .factor_posterior import FactorNoise, FactorPosterior
 from .mle import plain_lora, unloaded_on_error
 from .noisy import NoisyLoRA

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from .._errors import check_positive
-from ..result import FitResult
 from ..tasks import Task
+from ..training.result import FitResult
 from .mle import POINT_LR, fit_point, plain_lora, unloaded_on_error
 
 

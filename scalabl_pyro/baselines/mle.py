@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..fit import fit
 from ..guides import DeltaGuide
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
-from ..result import FitResult
 from ..tasks import Task
+from ..training.fit import fit
+from ..training.result import FitResult
 
 #: Learning rate of a point estimate: of the lowest mean NLL on validation, since larger ones overfit hard data.
 POINT_LR = 2.5e-4

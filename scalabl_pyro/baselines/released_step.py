@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..graphs import GraphedStep
-from ..optimiser import set_rates
-from ..step import EagerStep
+from ..training.cuda_graphs import GraphedStep
+from ..training.optimizer import set_rates
+from ..training.step import EagerStep
 
 
 class Latents(Protocol):

@@ -23,14 +23,14 @@ from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from ..data.batch import Batch
 from ..data.training_batches import training_source
-from ..graphs import GRAPH_TOKENS, why_not
 from ..guides import NormalGuide
 from ..lora.forward import sole_use
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
-from ..optimiser import rate_schedule
 from ..posterior.posterior import Posterior
-from ..result import FitResult, TrainingError
 from ..tasks import Task
+from ..training.cuda_graphs import GRAPH_TOKENS, why_not
+from ..training.optimizer import rate_schedule
+from ..training.result import FitResult, TrainingError
 from .kl_reweighting import KLReweighting
 from .mle import unloaded_on_error
 from .released_step import AlternatingStep, EagerGradient, GraphedGradient

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data.batch import Batch
-from .distributed.processes import Processes
-from .lora.shared_prefix import PrefixStore
+from ..data.batch import Batch
+from ..distributed.processes import Processes
+from ..lora.shared_prefix import PrefixStore
 from .objective import Objective
-from .optimiser import clip_gradients, parameters_of
-from .stein import SteinObjective
+from .optimizer import clip_gradients, parameters_of
+from .svgd import SteinObjective
 
 
 class EagerStep:

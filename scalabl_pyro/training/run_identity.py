@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 
-from . import guides, priors
-from . import tasks as likelihoods
-from .data.batch import Batch
-from .data.training_batches import TrainingBatches
-from .distributed.processes import Processes
-from .guides import Guide
-from .lora.fingerprint import check_fingerprint, describe_layers, fingerprint
-from .model.joint import TaskModel
-from .training import Trainer
+from .. import guides, priors
+from .. import tasks as likelihoods
+from ..data.batch import Batch
+from ..data.training_batches import TrainingBatches
+from ..distributed.processes import Processes
+from ..guides import Guide
+from ..lora.fingerprint import check_fingerprint, describe_layers, fingerprint
+from ..model.joint import TaskModel
+from .loop import Trainer
 
 #: Options of ``fit`` that make another run of it. Others change the bits at most (``micro_batch_size``), or nothing.
 OF_A_RUN = (

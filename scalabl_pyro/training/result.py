@@ -7,10 +7,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .guides import Guide
-from .model.bayesian_lora import BayesianLoRA
-from .posterior.posterior import Posterior
-from .tasks import Task
+from ..guides import Guide
+from ..model.bayesian_lora import BayesianLoRA
+from ..posterior.posterior import Posterior
+from ..tasks import Task
 
 
 @dataclass(frozen=True)

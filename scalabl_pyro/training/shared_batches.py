@@ -1,8 +1,8 @@
 """Checks that several processes can share the batches of one training."""
 
-from .distributed.processes import Processes
-from .lora.sharding import is_piece, is_sharded
-from .model.bayesian_lora import BayesianLoRA
+from ..distributed.processes import Processes
+from ..lora.sharding import is_piece, is_sharded
+from ..model.bayesian_lora import BayesianLoRA
 
 
 def check_shareable(processes: Processes, blora: BayesianLoRA, *, batch_size: int, cache_prefix: bool) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ._errors import ScalaBLWarning
-from ._version import __version__
-from .checkpoint import Checkpoint, CheckpointFolder
-from .data.training_batches import Cycle
-from .distributed.processes import Processes
-from .lora.fingerprint import check_fingerprint
-from .same_run import differences
-from .state import check_record
-from .training import COLUMNS, Trainer
+from .._errors import ScalaBLWarning
+from .._version import __version__
+from ..data.training_batches import Cycle
+from ..distributed.processes import Processes
+from ..lora.fingerprint import check_fingerprint
+from .checkpoint_files import Checkpoint, CheckpointFolder
+from .loop import COLUMNS, Trainer
+from .run_identity import differences
+from .training_state import check_record
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Checkpoints:
 
         Args:
             trainer: at its start, in the random scope of the run.
-            run: gives what the run is, see :func:`~scalabl_pyro.same_run.describe_run`.
+            run: gives what the run is, see :func:`~scalabl_pyro.training.run_identity.describe_run`.
 
         Raises:
             FileNotFoundError: ``resume=True`` and nothing to resume from.

@@ -10,16 +10,16 @@ import pyro
 import torch
 from torch import Tensor
 
-from ._process.random_state import generator_states, set_generator_states
-from ._process.stop_signals import StopSignals
-from .data.batch import Batch
-from .data.training_batches import Cycle
-from .faults import Figures, GradientCheck, Recovery, describe, overflown, reason, where_not_finite
-from .lora.sharding import is_sharded
-from .optimiser import set_rates
-from .state import LearnedState
+from .._process.random_state import generator_states, set_generator_states
+from .._process.stop_signals import StopSignals
+from ..data.batch import Batch
+from ..data.training_batches import Cycle
+from ..lora.sharding import is_sharded
+from ..storage.tensor_files import check_keys
+from .optimizer import set_rates
+from .recovery import Figures, GradientCheck, Recovery, describe, overflown, reason, where_not_finite
 from .step import EagerStep
-from .storage.tensor_files import check_keys
+from .training_state import LearnedState
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +44,14 @@ class Trainer:
     """Steps, and what is known of them.
 
     Args:
-        execute: one step, see :class:`~scalabl_pyro.step.EagerStep`.
+        execute: one step, see :class:`~scalabl_pyro.training.step.EagerStep`.
         batches: step -> batch.
         kl_weight: step -> weight of the KL.
         rate: step -> factor of the learning rates.
         lr: learning rate of B, for the history.
         num_data: N.
         read_every: steps after which the host reads the figures; on a GPU each reading waits for it.
-        on_nonfinite: see :class:`~scalabl_pyro.faults.Recovery`.
+        on_nonfinite: see :class:`~scalabl_pyro.training.recovery.Recovery`.
         signals: delivered between steps.
 
     Attributes:

@@ -11,29 +11,29 @@ import pandas as pd
 from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
-from ._errors import check_choice, check_positive
-from ._process.stop_signals import StopSignals
-from .data.batch import Batch, check_tokens
-from .data.training_batches import TrainingBatches, training_source
-from .distributed.processes import processes as current_processes
-from .distributed.processes import together
-from .faults import explained
-from .graphs import GRAPH_TOKENS, GraphedStep, uses_graph
-from .guides import INIT_SCALE, GuideLike, ParticleGuide, as_guide
-from .lora.shared_prefix import PrefixStore
-from .model.bayesian_lora import BayesianLoRA
-from .model.joint import TaskModel
+from .._errors import check_choice, check_positive
+from .._process.stop_signals import StopSignals
+from ..data.batch import Batch, check_tokens
+from ..data.training_batches import TrainingBatches, training_source
+from ..distributed.processes import processes as current_processes
+from ..distributed.processes import together
+from ..guides import INIT_SCALE, GuideLike, ParticleGuide, as_guide
+from ..lora.shared_prefix import PrefixStore
+from ..model.bayesian_lora import BayesianLoRA
+from ..model.joint import TaskModel
+from ..tasks import Task
+from .checkpoints import Checkpoints
+from .cuda_graphs import GRAPH_TOKENS, GraphedStep, uses_graph
+from .loop import Callback, Trainer
 from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weight_at
-from .optimiser import build_optimiser, rate_schedule
+from .optimizer import build_optimiser, rate_schedule
+from .recovery import explained
 from .result import FitResult, TrainingError, freeze
-from .resume import Checkpoints
-from .same_run import OF_A_RUN, begin_alike, describe_run
+from .run_identity import OF_A_RUN, begin_alike, describe_run
 from .scope import training_scope
 from .shared_batches import check_shareable
-from .stein import SteinObjective
 from .step import EagerStep
-from .tasks import Task
-from .training import Callback, Trainer
+from .svgd import SteinObjective
 
 logger = logging.getLogger(__name__)
 

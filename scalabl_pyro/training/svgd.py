@@ -5,9 +5,9 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from .data.batch import Batch
-from .guides.particles import ParticleGuide
-from .model.joint import TaskModel
+from ..data.batch import Batch
+from ..guides.particles import ParticleGuide
+from ..model.joint import TaskModel
 
 
 class SteinObjective(nn.Module):

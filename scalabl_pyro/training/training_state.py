@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..storage.tensor_files import check_keys
 from .objective import Objective
-from .stein import SteinObjective
-from .storage.tensor_files import check_keys
+from .svgd import SteinObjective
 
 #: What a fused AdamW keeps of a parameter: a number, and two tensors like it.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")

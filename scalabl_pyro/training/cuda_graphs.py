@@ -13,12 +13,12 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from .data.batch import Batch
-from .elbo import stays_on_device
-from .lora.causal_masks import decided_as_in_eager_passes
+from ..data.batch import Batch
+from ..lora.causal_masks import decided_as_in_eager_passes
+from .device_elbo import stays_on_device
 from .objective import Objective
-from .stein import SteinObjective
 from .step import EagerStep
+from .svgd import SteinObjective
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Captured(NamedTuple):
 
 
 class GraphedStep(EagerStep):
-    """An :class:`~scalabl_pyro.step.EagerStep` that is replayed where it was captured.
+    """An :class:`~scalabl_pyro.training.step.EagerStep` that is replayed where it was captured.
 
     The first batch of a shape runs eagerly (lazily created state must exist before a capture), the second is captured,
     later ones are copied into the captured batch. All of it runs on one stream of its own, as captures demand. Noise

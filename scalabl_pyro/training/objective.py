@@ -23,12 +23,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from .data.batch import Batch
-from .elbo import device_loss, stays_on_device
-from .guides import Guide
-from .guides.checks import check_sites
-from .model.joint import TaskModel, latent_scope
-from .priors import Prior
+from ..data.batch import Batch
+from ..guides import Guide
+from ..guides.checks import check_sites
+from ..model.joint import TaskModel, latent_scope
+from ..priors import Prior
+from .device_elbo import device_loss, stays_on_device
 
 
 class ScopedGuide(nn.Module):

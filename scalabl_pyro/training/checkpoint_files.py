@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .storage import json_reader as strict_json
-from .storage.directories import staged, write_file
-from .storage.tensor_files import read_tensors, write_tensors
-from .storage.untrusted_files import check_file, describe, read_file
+from ..storage import json_reader as strict_json
+from ..storage.directories import staged, write_file
+from ..storage.tensor_files import read_tensors, write_tensors
+from ..storage.untrusted_files import check_file, describe, read_file
 
 logger = logging.getLogger(__name__)
 

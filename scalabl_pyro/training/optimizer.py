@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .guides import Guide
-from .model.joint import TaskModel
+from ..guides import Guide
+from ..model.joint import TaskModel
 
 
 def build_optimiser(

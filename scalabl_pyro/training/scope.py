@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ._process.pyro_modes import local_params
-from ._process.random_state import scoped_seed
-from .lora.forward import sole_use
-from .lora.gradient_checkpointing import recompute
-from .model.bayesian_lora import BayesianLoRA
+from .._process.pyro_modes import local_params
+from .._process.random_state import scoped_seed
+from ..lora.forward import sole_use
+from ..lora.gradient_checkpointing import recompute
+from ..model.bayesian_lora import BayesianLoRA
 
 
 @contextmanager

@@ -12,14 +12,14 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ._errors import check_choice
-from .data.batch import Batch
-from .lora.adapter import Adapter
-from .model.bayesian_lora import BayesianLoRA
+from .._errors import check_choice
+from ..data.batch import Batch
+from ..lora.adapter import Adapter
+from ..model.bayesian_lora import BayesianLoRA
+from ..priors.sites import prior_sites
 from .objective import Objective
-from .priors.sites import prior_sites
-from .state import LearnedState
-from .stein import SteinObjective
+from .svgd import SteinObjective
+from .training_state import LearnedState
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Stochastic variational inference: options, steps, checkpoints, and the result."""
