@@ -4,15 +4,15 @@ from . import baselines, guides, metrics, plots, priors
 from ._errors import ScalaBLWarning
 from ._version import __version__
 from .distributed import processes as distributed
-from .ensemble import ensemble
-from .laplace import laplace
-from .mcmc import mcmc
+from .inference.ensemble import ensemble
+from .inference.laplace import laplace
+from .inference.mcmc import mcmc
+from .inference.refit import refit
 from .model.bayesian_lora import BayesianLoRA, bayesian_lora
 from .posterior.comparison import compare
 from .posterior.posterior import Posterior
 from .prediction.draws import Draws
 from .prediction.result import NumericPrediction, Prediction
-from .refit import refit
 from .tasks import MultipleChoice, Regression, SequenceClassification, Task
 from .training.fit import fit
 from .training.result import FitResult, TrainingError

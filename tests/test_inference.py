@@ -19,7 +19,7 @@ from toys import NOISE, PRIOR_SCALE, LinearGaussian, LinearToy
 import scalabl_pyro as sp
 from scalabl_pyro.data import collate, encode, evaluation_batches
 from scalabl_pyro.guides import DeltaGuide, EmpiricalGuide, FlowGuide, MixtureGuide, NormalGuide, ParticleGuide
-from scalabl_pyro.mcmc import _FullData
+from scalabl_pyro.inference.mcmc import _FullData
 from scalabl_pyro.model.derivatives import gauss_newton
 from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.model.log_likelihood import LogLikelihood

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from ._errors import check_positive
-from .data.batch import encode
-from .data.rows import read_rows
-from .guides import CovarianceGuide
-from .model.derivatives import gauss_newton
-from .model.log_likelihood import LogLikelihood
-from .posterior.posterior import Posterior
-from .priors import Prior, as_prior
-from .priors.sites import prior_sites
+from .._errors import check_positive
+from ..data.batch import encode
+from ..data.rows import read_rows
+from ..guides import CovarianceGuide
+from ..model.derivatives import gauss_newton
+from ..model.log_likelihood import LogLikelihood
+from ..posterior.posterior import Posterior
+from ..priors import Prior, as_prior
+from ..priors.sites import prior_sites
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from .guides import GuideLike
-from .model.bayesian_lora import BayesianLoRA
-from .posterior.posterior import Posterior
-from .priors import PriorLike, as_prior
-from .training.fit import fit
-from .training.result import FitResult
+from ..guides import GuideLike
+from ..model.bayesian_lora import BayesianLoRA
+from ..posterior.posterior import Posterior
+from ..priors import PriorLike, as_prior
+from ..training.fit import fit
+from ..training.result import FitResult
 
 
 def refit(

@@ -12,16 +12,16 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
-from ._errors import check_positive
-from ._process.pyro_modes import local_params
-from ._process.random_state import scoped_seed
-from .data.batch import Batch, encode
-from .data.rows import read_rows
-from .guides import EmpiricalGuide
-from .model.log_likelihood import LogLikelihood
-from .posterior.posterior import Posterior
-from .priors import Prior
-from .priors.sites import prior_sites
+from .._errors import check_positive
+from .._process.pyro_modes import local_params
+from .._process.random_state import scoped_seed
+from ..data.batch import Batch, encode
+from ..data.rows import read_rows
+from ..guides import EmpiricalGuide
+from ..model.log_likelihood import LogLikelihood
+from ..posterior.posterior import Posterior
+from ..priors import Prior
+from ..priors.sites import prior_sites
 
 logger = logging.getLogger(__name__)
 

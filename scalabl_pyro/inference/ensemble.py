@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .guides import INIT_SCALE, Guide, GuideLike, MeanFieldGuide, MixtureGuide, WithHyperparameters, as_guide
-from .model.bayesian_lora import BayesianLoRA
-from .posterior.posterior import Posterior
-from .priors import PriorLike
+from ..guides import INIT_SCALE, Guide, GuideLike, MeanFieldGuide, MixtureGuide, WithHyperparameters, as_guide
+from ..model.bayesian_lora import BayesianLoRA
+from ..posterior.posterior import Posterior
+from ..priors import PriorLike
 from .refit import refit
 
 
