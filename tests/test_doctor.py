@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, base_model
 
 import scalabl_pyro as sp
-from scalabl_pyro import cli, doctor
+from scalabl_pyro.cli import doctor
+from scalabl_pyro.cli import main as cli
 from scalabl_pyro.training.checkpoint_files import CheckpointFolder
 
 CONFIG, ADAPTER, POSTERIOR = "scalabl_config.json", "adapter_model.safetensors", "posterior.safetensors"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._version import __version__
+from .._version import __version__
 from .doctor import examine_installation, examine_posterior
 
 

@@ -24,19 +24,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import tasks as likelihoods
-from ._process.random_state import scoped_seed
-from ._version import __version__
-from .model.bayesian_lora import bayesian_lora
-from .posterior import config as saved_config
-from .posterior.config import SavedConfig
-from .posterior.posterior import Posterior
-from .posterior.restore import ADAPTER, POSTERIOR, TOKENIZER, check_adapter_keys, read_tokenizer
-from .storage.tensor_files import read_tensors
-from .storage.untrusted_files import check_file
-from .tasks import MultipleChoice
-from .training.checkpoint_files import CheckpointFolder
-from .training.fit import fit
+from .. import tasks as likelihoods
+from .._process.random_state import scoped_seed
+from .._version import __version__
+from ..model.bayesian_lora import bayesian_lora
+from ..posterior import config as saved_config
+from ..posterior.config import SavedConfig
+from ..posterior.posterior import Posterior
+from ..posterior.restore import ADAPTER, POSTERIOR, TOKENIZER, check_adapter_keys, read_tokenizer
+from ..storage.tensor_files import read_tensors
+from ..storage.untrusted_files import check_file
+from ..tasks import MultipleChoice
+from ..training.checkpoint_files import CheckpointFolder
+from ..training.fit import fit
 
 DISTRIBUTION = "scalabl-pyro"
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
