@@ -1,9 +1,8 @@
 """Make any Hugging Face LLM with LoRA adapters Bayesian, as a Pyro program (ScalaBL, UAI 2025)."""
 
-from . import baselines, guides, metrics, plots, priors
+from . import baselines, distributed, guides, metrics, plots, priors
 from ._errors import ScalaBLWarning
 from ._version import __version__
-from .distributed import processes as distributed
 from .inference.ensemble import ensemble
 from .inference.laplace import laplace
 from .inference.mcmc import mcmc

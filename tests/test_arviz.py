@@ -17,7 +17,7 @@ import xarray as xr
 from pyro.infer import autoguide
 
 import scalabl_pyro as sp
-from scalabl_pyro.analysis import arviz as arviz_io
+from scalabl_pyro.analysis import arviz_data
 from scalabl_pyro.priors import Prior
 
 with warnings.catch_warnings():
@@ -115,7 +115,7 @@ def test_each_group_has_chain_and_draw_as_arviz_wants_them(idata):
 )
 def test_every_form_of_version_number_is_understood(monkeypatch, version, expected):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
-    assert arviz_io.arviz_version() == expected
+    assert arviz_data.arviz_version() == expected
 
 
 # the latents ------------------------------------------------------------------------------------------------

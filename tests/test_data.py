@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalabl_pyro.data import Batch, Example, collate, encode, evaluation_batches, read_rows
-from scalabl_pyro.data.hub_rows import as_question
+from scalabl_pyro.data.rows import as_question
 from scalabl_pyro.data.training_batches import TrainingBatches
 
 ROWS = [{"id": "a", "question": "one"}, {"id": "b", "question": "two"}]

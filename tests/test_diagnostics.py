@@ -15,7 +15,7 @@ from scipy.special import ndtri
 from toys import NOISE, PRIOR_SCALE, LinearGaussian, LinearToy
 
 import scalabl_pyro as sp
-from scalabl_pyro.analysis import arviz as arviz_io
+from scalabl_pyro.analysis import arviz_data
 from scalabl_pyro.analysis import checks as diag
 from scalabl_pyro.analysis.checks import Finding
 from scalabl_pyro.guides import DeltaGuide, EmpiricalGuide, MixtureGuide, NormalGuide
@@ -29,13 +29,13 @@ PRIOR = GRID * np.ones(4)
 def arviz_loo(log_likelihood):
     """LOO of ArviZ itself, of any generation: elpd, se, p, k."""
     groups = {
-        "posterior": arviz_io.per_row_group("s", np.zeros((len(log_likelihood), 1))),
-        "log_likelihood": arviz_io.per_row_group("label", log_likelihood),
+        "posterior": arviz_data.per_row_group("s", np.zeros((len(log_likelihood), 1))),
+        "log_likelihood": arviz_data.per_row_group("label", log_likelihood),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a k above the threshold is wanted here
-        loo = az.loo(arviz_io.to_arviz(groups, {}), pointwise=True, reff=1.0)
-    new = arviz_io.arviz_version() >= (1, 0)
+        loo = az.loo(arviz_data.to_arviz(groups, {}), pointwise=True, reff=1.0)
+    new = arviz_data.arviz_version() >= (1, 0)
     elpd, p = (loo.elpd, loo.p) if new else (loo.elpd_loo, loo.p_loo)
     num_rows = log_likelihood.shape[1]
     pointwise = np.asarray(loo.elpd_i if new else loo.loo_i).ravel()

@@ -20,7 +20,8 @@ from scalabl_pyro.data import Example, collate, encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.training import recovery as faults
-from scalabl_pyro.training.recovery import GradientCheck, largest_scale
+from scalabl_pyro.training.gradient_check import GradientCheck
+from scalabl_pyro.training.messages import largest_scale
 from scalabl_pyro.training.step import EagerStep
 
 ROWS = tiny.question_rows(16)

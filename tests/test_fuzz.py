@@ -29,7 +29,7 @@ from scalabl_pyro.data import encode, read_rows
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import AutoFamily, EmpiricalGuide, MixtureGuide, as_guide
 from scalabl_pyro.lora.attach import find_adapter
-from scalabl_pyro.posterior import config as saved_config
+from scalabl_pyro.posterior.config import parse_config
 from scalabl_pyro.training.checkpoint_files import MANIFEST, RECORD, TENSORS
 
 CONFIG, ADAPTER, POSTERIOR = "scalabl_config.json", "adapter_model.safetensors", "posterior.safetensors"
@@ -739,7 +739,7 @@ def test_edited_configuration_is_parsed_to_its_types_or_refused(sources, cases):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sp.ScalaBLWarning)
             try:
-                config = saved_config.parse(edit_bytes(content, raw) if raw else content)
+                config = parse_config(edit_bytes(content, raw) if raw else content)
             except ValueError:
                 return
         assert isinstance(config.gauge, str) and all(isinstance(name, str) for name in config.heads)

@@ -9,7 +9,7 @@ import torch
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import encode, evaluation_batches
-from scalabl_pyro.lora.shared_prefix import Prefix, reuse
+from scalabl_pyro.lora.hidden_state_cache import Prefix, reuse
 from scalabl_pyro.model.log_likelihood import LogLikelihood
 
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gpt2"]

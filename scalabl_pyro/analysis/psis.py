@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from . import arviz as arviz_io
+from . import arviz_data
 
 Array = NDArray[Any]
 
@@ -161,7 +161,7 @@ def _smooth(log_ratio: Array) -> tuple[Array, float]:
         return np.full_like(log_ratio, -np.log(len(log_ratio))), float("-inf")
     if _has_tail(log_ratio):
         with np.errstate(all="ignore"):
-            smoothed, k = arviz_io.psislw(log_ratio)
+            smoothed, k = arviz_data.psislw(log_ratio)
         if np.isfinite(k) and np.isfinite(smoothed).all():
             return smoothed - logsumexp(smoothed), k
     return log_ratio - logsumexp(log_ratio), float("nan")

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..data.batch import Batch, Example, evaluation_batches
+from ..data.batch import Batch, Example
+from ..data.encoding import evaluation_batches
 from ..lora.adapter import Adapter
 from ..lora.factors import Factors
-from ..lora.forward import sole_use
 from ..lora.layers import SubspaceVariant
+from ..lora.train_mode import sole_use
 from ..model.derivatives import output_hessian
 from ..tasks import Task
 from .predictor import Function

@@ -13,11 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import check_positive
-from ..data.batch import Batch, check_tokens, encode, evaluation_batches
+from ..data.batch import Batch
+from ..data.encoding import check_tokens, encode, evaluation_batches
 from ..data.rows import read_rows
 from ..lora.adapter import Adapter
-from ..lora.forward import AdaptedLLM, eval_mode
-from ..lora.shared_prefix import Prefix, reuse
+from ..lora.forward import AdaptedLLM
+from ..lora.hidden_state_cache import Prefix, reuse
+from ..lora.train_mode import eval_mode
 from ..model.bayesian_lora import BayesianLoRA
 from ..prediction.predict import predict_from_outputs
 from ..prediction.result import NumericPrediction, Prediction

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .._errors import nearest
 from .._process.lock import LOCK
 from ..lora.attach import find_adapter
-from ..posterior import config as saved_config
+from ..posterior.config import CONFIG_FILE
 from ..posterior.posterior import Posterior
 from ..posterior.serialization import MIN_LIMIT, errors_name
-from ..storage import json_reader as strict_json
+from ..storage import json_reader
 from ..storage.directories import staged, write_file
 from ..storage.tensor_files import read_tensors, write_tensors
 from ..storage.untrusted_files import check_file, describe_files, find_file, find_folder, read_file
@@ -97,9 +97,9 @@ def load(llm: nn.Module, path: str | Path, **overrides: Any) -> Predictor:
 
 def _load(llm: nn.Module, path: Path, overrides: Mapping[str, Any], *, depth: int) -> Predictor:
     if not (path / CONFIG).exists():
-        if (path / saved_config.NAME).exists():
+        if (path / CONFIG_FILE).exists():
             return Posterior.from_pretrained(llm, path, **overrides)
-        raise FileNotFoundError(f"{path} holds neither a posterior ({saved_config.NAME}) nor a baseline ({CONFIG}).")
+        raise FileNotFoundError(f"{path} holds neither a posterior ({CONFIG_FILE}) nor a baseline ({CONFIG}).")
     if depth >= MAX_DEPTH:
         raise ValueError(f"{path}: a baseline of baselines deeper than {MAX_DEPTH}.")
     kind, options, names, described = _read(path)
@@ -121,7 +121,7 @@ def _read(folder: Path) -> tuple[str, dict[str, Any], list[str], dict[str, Any]]
     file = folder / CONFIG
     find_file(folder, CONFIG)
     try:
-        content = strict_json.loads(read_file(folder, CONFIG, limit=MAX_BYTES))
+        content = json_reader.loads(read_file(folder, CONFIG, limit=MAX_BYTES))
     except ValueError as error:
         raise ValueError(f"{file} is damaged: not JSON ({error}).") from None
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:

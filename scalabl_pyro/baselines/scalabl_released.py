@@ -24,7 +24,7 @@ from .._process.random_state import scoped_seed
 from ..data.batch import Batch
 from ..data.training_batches import training_source
 from ..guides import NormalGuide
-from ..lora.forward import sole_use
+from ..lora.train_mode import sole_use
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..posterior.posterior import Posterior
 from ..tasks import Task

@@ -24,12 +24,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .. import tasks as likelihoods
+from .. import tasks
 from .._process.random_state import scoped_seed
 from .._version import __version__
 from ..model.bayesian_lora import bayesian_lora
-from ..posterior import config as saved_config
-from ..posterior.config import SavedConfig
+from ..posterior.config import CONFIG_FILE, SavedConfig, read_config
 from ..posterior.posterior import Posterior
 from ..posterior.restore import ADAPTER, POSTERIOR, TOKENIZER, check_adapter_keys, read_tokenizer
 from ..storage.tensor_files import read_tensors
@@ -82,7 +81,7 @@ def examine_posterior(path: Path, model: str | None = None) -> Iterator[Finding]
         model: hub name or directory of the base model; None leaves the comparison out.
     """
     try:
-        config = saved_config.read(path)
+        config = read_config(path)
     except (FileNotFoundError, ValueError) as error:
         yield Finding(False, str(error), _advice_on_configuration(path))
         return
@@ -191,10 +190,10 @@ def _advice_on_configuration(path: Path) -> str:
         return "check the path"
     if not path.is_dir():
         return "give the directory, not a file in it"
-    if not (path / saved_config.NAME).exists():
+    if not (path / CONFIG_FILE).exists():
         if CheckpointFolder(path, keep=1).paths():
             return f"these are checkpoints of a run: fit(..., checkpoint_dir={str(path)!r}) goes on with it"
-        inside = [p.parent for p in path.glob(f"*/{saved_config.NAME}")]
+        inside = [p.parent for p in path.glob(f"*/{CONFIG_FILE}")]
         return f"did you mean {inside[0]}?" if inside else "copy the whole directory from where it was saved"
     return "copy the directory again from where it was saved, or update scalabl_pyro if a newer version wrote it"
 
@@ -217,7 +216,7 @@ def _files(path: Path, config: SavedConfig) -> Iterator[Finding]:
             yield Finding(False, str(error), "copy the file again from where the posterior was saved")
         else:
             yield Finding(True, f"{name}: {expected['bytes']:,} bytes, SHA-256 as saved")
-    known = {saved_config.NAME, *config.files}
+    known = {CONFIG_FILE, *config.files}
     surplus = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if not f.is_dir())
     if surplus := [name for name in surplus if name not in known]:
         more = "1 more file that was" if len(surplus) == 1 else f"{len(surplus)} more files that were"
@@ -239,12 +238,12 @@ def _tensors(path: Path, config: SavedConfig) -> Iterator[Finding]:
 
 def _tokenizer(path: Path, config: SavedConfig) -> Iterator[Finding]:
     name = config.task["class"]
-    if name not in likelihoods.TASKS:
+    if name not in tasks.TASKS:
         yield Finding(True, f"the task {name} is your own class: pass task={name}(...) to from_pretrained")
         return
     try:
         tokenizer = read_tokenizer(path / TOKENIZER)
-        likelihoods.from_options(name, tokenizer, config.task["options"])
+        tasks.from_options(name, tokenizer, config.task["options"])
     except Exception as error:  # of the tokenizer at work: the tokenizers library raises bare Exceptions
         advice = "copy its files again, or pass a task with a tokenizer of your own: from_pretrained(..., task=...)"
         yield Finding(False, f"tokenizer and task: {error}", advice)
@@ -254,7 +253,7 @@ def _tokenizer(path: Path, config: SavedConfig) -> Iterator[Finding]:
 
 def _with_model(path: Path, config: SavedConfig, model: str) -> Finding:
     own = [part for part in ("guide", "prior") if getattr(config, part).get("family") is None]
-    if own or config.task["class"] not in likelihoods.TASKS:
+    if own or config.task["class"] not in tasks.TASKS:
         return Finding(True, f"not compared with {model}: parts of it are classes of your own")
     try:
         llm = _base_model(config, model)

@@ -1,8 +1,8 @@
 """Data: rows, tokenised examples, and batches."""
 
-from .batch import Batch, Example, check_tokens, collate, encode, evaluation_batches
-from .hub_rows import Row, as_question
-from .rows import read_rows
+from .batch import Batch, Example
+from .encoding import check_tokens, collate, encode, evaluation_batches
+from .rows import Row, as_question, read_rows
 from .training_batches import Cycle, TrainingBatches, training_source
 
 __all__ = [

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..storage import json_reader as strict_json
-from .hub_rows import Row, as_question
+from ..storage import json_reader
+
+Row = Mapping[str, Any]
 
 #: Bytes of a line of a JSONL file; longer ones are no rows, and would fill the memory.
 MAX_LINE = 2**26
@@ -14,7 +15,7 @@ MAX_LINE = 2**26
 def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **load_options: Any) -> list[Row]:
     """Rows of a JSONL file, of a Hugging Face data set by name, or of anything that iterates over dicts.
 
-    Known multiple-choice data sets of the hub are brought to one form, see :mod:`scalabl_pyro.data.hub_rows`.
+    Known multiple-choice data sets of the hub are brought to one form, see :func:`as_question`.
 
     Args:
         source: path of a ``.jsonl`` file, hub name such as ``"allenai/openbookqa"``, or the rows themselves.
@@ -57,10 +58,36 @@ def _read_jsonl(path: Path) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                row = strict_json.loads(line)
+                row = json_reader.loads(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
             rows.append(row)
     return rows
+
+
+def as_question(row: Row) -> Row:
+    """``row`` as ``{"question", "choices": [str, ...], "answer": int or None}`` where its schema is a known one.
+
+    Known are OpenBookQA and ARC (``choices`` with texts and labels, ``answerKey``), WinoGrande (``sentence``,
+    ``option1``, ``option2``), BoolQ (a boolean ``answer``, a ``passage``), and MMLU, which has the form already. Any
+    other row is returned as it is.
+    """
+    choices = row.get("choices")
+    if isinstance(choices, Mapping) and {"text", "label"} <= set(choices):
+        labels, key = list(choices["label"]), row.get("answerKey")
+        question = row.get("question_stem", row.get("question"))
+        return _question(row, question, list(choices["text"]), labels.index(key) if key in labels else None)
+    if {"sentence", "option1", "option2"} <= set(row):
+        answer = int(row["answer"]) - 1 if row.get("answer") in ("1", "2") else None
+        return _question(row, row["sentence"], [row["option1"], row["option2"]], answer)
+    if isinstance(row.get("answer"), bool) and "passage" in row:
+        question = f"{row['passage']}\n{row['question'].capitalize().rstrip('?')}?"
+        return _question(row, question, ["yes", "no"], 0 if row["answer"] else 1)
+    return row
+
+
+def _question(row: Row, question: Any, choices: list[str], answer: int | None) -> Row:
+    known = {"question": question, "choices": choices, "answer": answer}
+    return {**({"id": row["id"]} if "id" in row else {}), **known}

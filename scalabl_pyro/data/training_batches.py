@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from .._process.random_state import scoped_seed
-from .batch import Batch, Example, collate, encode
-from .hub_rows import Row
-from .rows import read_rows
+from .batch import Batch, Example
+from .encoding import collate, encode
+from .rows import Row, read_rows
 
 logger = logging.getLogger(__name__)
 

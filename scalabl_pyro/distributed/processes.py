@@ -203,7 +203,7 @@ def alone() -> Iterator[None]:
         _ALONE.reset(token)
 
 
-def processes() -> Processes:
+def current_processes() -> Processes:
     """The processes that work together now: those of torch.distributed, if it is initialised."""
     if _ALONE.get() or not dist.is_available():
         return Processes()
@@ -231,7 +231,7 @@ def together(function: Callable[P, Result]) -> Callable[P, Result]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
-        if not processes().are_several:
+        if not current_processes().are_several:
             return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from .._errors import check_positive
-from ..data.batch import encode
+from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..guides import CovarianceGuide
 from ..model.derivatives import gauss_newton
@@ -48,7 +48,7 @@ def laplace(
 ) -> Posterior:
     """Replace the guide of a posterior by a normal with the curvature of the log joint at its mean.
 
-    q(s) = Normal(mean, (H + P)^-1): H the Gauss-Newton matrix of :func:`~scalabl_pyro.model.derivatives.gauss_newton`, P the
+    q(s) = Normal(mean, (H + P)^-1): H the Gauss-Newton matrix of ``gauss_newton``, P the
     prior's precision. The evidence is log p(y | mean) + log p(mean) + D/2 log 2 pi - 1/2 log det (H + P).
 
     Args:

@@ -15,7 +15,8 @@ from torch import Tensor
 from .._errors import check_positive
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
-from ..data.batch import Batch, encode
+from ..data.batch import Batch
+from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..guides import EmpiricalGuide
 from ..model.log_likelihood import LogLikelihood

@@ -236,12 +236,12 @@ class Adapter:
     # hooks -------------------------------------------------------------------------------------
 
     def positions(self) -> Tensor | None:
-        """(rows,) the only token of each row that the current pass reads, see :mod:`scalabl_pyro.lora.last_token`."""
+        """(rows,) the only token of each row that the current pass reads, see ``last_token``."""
         bound = _BOUND.get().get(self)
         return None if bound is None else bound.positions
 
     def fan_out(self) -> tuple[torch.Size, int] | None:
-        """What rows become at the first adapted block of the current pass, see :mod:`scalabl_pyro.lora.shared_prefix`."""
+        """What rows become at the first adapted block of the current pass, see ``shared_prefix``."""
         bound = _BOUND.get().get(self)
         return None if bound is None else bound.fan_out
 

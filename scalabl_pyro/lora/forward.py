@@ -1,17 +1,12 @@
 """One forward pass of an adapted LLM for any batch of draws: draws are folded into the rows of the input."""
 
 import inspect
-import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .._process.lock import IDLE, LOCK
 from .adapter import Adapter, RowNoise
 from .factors import Factors
 from .shared_prefix import repeat_rows
@@ -106,72 +101,6 @@ class AdaptedLLM:
     ) -> Any:
         with self.adapter.bind(s, positions=positions, factors=self.factors, heads=self.heads, **bound):
             return self.llm(*args, **kwargs)
-
-
-@dataclass
-class _Use:
-    """Of a module in eval mode: what to restore, and how often each thread is inside."""
-
-    modes: list[tuple[nn.Module, bool]]
-    threads: Counter[int] = field(default_factory=Counter)
-
-
-_IN_USE: dict[int, _Use] = {}
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """No dropout inside the context; the train mode of each submodule as before afterwards.
-
-    Threads may be inside together: the first to come saves the modes, the last to leave restores them.
-    """
-    own = threading.get_ident()
-    with LOCK:
-        use = _IN_USE.get(id(module))
-        if use is None:
-            use = _IN_USE[id(module)] = _Use(_modes(module))
-            module.eval()
-        use.threads[own] += 1
-    try:
-        yield
-    finally:
-        with LOCK:
-            use.threads[own] -= 1
-            use.threads = +use.threads
-            if not use.threads:
-                del _IN_USE[id(module)]
-                _restore(use.modes)
-                IDLE.notify_all()
-
-
-@contextmanager
-def sole_use(module: nn.Module) -> Iterator[None]:
-    """Eval mode that no other thread shares, for training: waits for predictions on ``module``, and they for it."""
-    with LOCK:
-        IDLE.wait_for(lambda: not set(_threads_inside(module)) - {threading.get_ident()})
-        modes = _modes(module)
-        inside = _IN_USE.pop(id(module), None)  # of this thread: a callback's predictions count anew
-        module.eval()
-        try:
-            yield
-        finally:
-            _restore(modes)
-            if inside is not None:
-                _IN_USE[id(module)] = inside
-
-
-def _threads_inside(module: nn.Module) -> Iterator[int]:
-    use = _IN_USE.get(id(module))
-    return iter(()) if use is None else iter(use.threads)
-
-
-def _modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    return [(m, m.training) for m in module.modules()]
-
-
-def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
-    for m, mode in modes:
-        m.training = mode
 
 
 def num_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
+from .hidden_state_cache import HiddenStates, SkippableForward
 from .last_token import AtPosition, ReadPosition, tokenwise_end
 from .layers import ReplaceHead, SubspaceVariant
-from .shared_prefix import HiddenStates, RepeatRows, SkippableForward, split_blocks
+from .shared_prefix import RepeatRows, split_blocks
 from .targets import output_head
 
 

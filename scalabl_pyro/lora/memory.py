@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .forward import AdaptedLLM, sole_use
+from .forward import AdaptedLLM
 from .gradient_checkpointing import recompute
+from .train_mode import sole_use
 
 #: float32 value, gradient and the two moments of AdamW.
 BYTES_A_PARAMETER = 16

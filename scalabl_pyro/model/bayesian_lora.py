@@ -122,7 +122,7 @@ class BayesianLoRA(Program):
         return self.adapter.device
 
     def forward(self, *args: Any, s: Tensor | None = None, positions: Tensor | None = None, **kwargs: Any) -> Any:
-        """Run the LLM with latents s, by default sampled from the prior; see :class:`~scalabl_pyro.lora.forward.AdaptedLLM`.
+        """Run the LLM with latents s, by default sampled from the prior; see ``AdaptedLLM``.
 
         Args:
             args: positional inputs of the LLM, rows first.

@@ -8,9 +8,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._process.lock import LOCK
-from ..data.batch import Batch, Example, check_tokens, evaluation_batches
-from ..lora.forward import AdaptedLLM, eval_mode
-from ..lora.shared_prefix import Prefix, reuse
+from ..data.batch import Batch, Example
+from ..data.encoding import check_tokens, evaluation_batches
+from ..lora.forward import AdaptedLLM
+from ..lora.hidden_state_cache import Prefix, reuse
+from ..lora.train_mode import eval_mode
 from ..tasks import Task, at_least_float32
 
 

@@ -9,15 +9,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .._errors import ScalaBLWarning
-from ..storage import directories as storage
-from ..storage import json_reader as strict_json
-from ..storage import untrusted_files as files
+from ..storage import directories, json_reader, untrusted_files
 
 #: Raised when an older version would misread the files: it refuses them.
 FORMAT_VERSION = 1
 #: Raised when fields are added that an older version may do without: it ignores them, with a warning.
 FORMAT_MINOR = 0
-NAME = "scalabl_config.json"
+CONFIG_FILE = "scalabl_config.json"
 MAX_BYTES = 8 * 2**20
 
 LAYER = {"name": str, "rank": int, "in_features": int, "out_features": int, "scaling": float}
@@ -70,13 +68,13 @@ class SavedConfig:
                     raise ValueError(f"The {part} has the option {name}={value!r}, which JSON cannot hold.") from None
         versions = {"format_version": FORMAT_VERSION, "format_minor": FORMAT_MINOR}
         text = json.dumps({**versions, **asdict(self)}, indent=2)
-        storage.write_file(folder / NAME, (text + "\n").encode())
+        directories.write_file(folder / CONFIG_FILE, (text + "\n").encode())
 
 
 FIELDS = ("format_version", "format_minor", *SavedConfig.__dataclass_fields__)
 
 
-def read(folder: Path) -> SavedConfig:
+def read_config(folder: Path) -> SavedConfig:
     """Read and check the configuration of ``folder``.
 
     Raises:
@@ -84,21 +82,21 @@ def read(folder: Path) -> SavedConfig:
         ValueError: it is damaged, of a newer format, or an entry has the wrong type; file and entry are named.
     """
     try:
-        content = files.read_file(folder, NAME, limit=MAX_BYTES)
+        content = untrusted_files.read_file(folder, CONFIG_FILE, limit=MAX_BYTES)
     except FileNotFoundError:
-        message = f"{folder} holds no {NAME}: it is not a directory that save_pretrained() wrote."
+        message = f"{folder} holds no {CONFIG_FILE}: it is not a directory that save_pretrained() wrote."
         raise FileNotFoundError(message) from None
     try:
-        return parse(content)
+        return parse_config(content)
     except ValueError as error:
-        raise ValueError(f"{folder / NAME}{error}") from None
+        raise ValueError(f"{folder / CONFIG_FILE}{error}") from None
 
 
-def parse(content: bytes) -> SavedConfig:
+def parse_config(content: bytes) -> SavedConfig:
     """The configuration in the bytes of its file.
 
     Raises:
-        ValueError: as :func:`read`; the message goes on from the name of the file.
+        ValueError: as :func:`read_config`; the message goes on from the name of the file.
     """
     config = _json_object(content)
     version, minor = config.get("format_version"), config.get("format_minor", 0)
@@ -107,27 +105,27 @@ def parse(content: bytes) -> SavedConfig:
     if not isinstance(minor, int) or isinstance(minor, bool) or minor < 0:
         raise ValueError(f": 'format_minor' must be a number from 0, found {minor!r}.")
     parsed = SavedConfig(
-        library_version=get(config, "library_version", str),
-        layers=_layers(get(config, "layers", list)),
-        gauge=get(config, "gauge", str),
-        heads=_heads(get(config, "heads", list)),
+        library_version=get_entry(config, "library_version", str),
+        layers=_layers(get_entry(config, "layers", list)),
+        gauge=get_entry(config, "gauge", str),
+        heads=_heads(get_entry(config, "heads", list)),
         guide=_part(config, "guide", GUIDE),
         prior=_part(config, "prior", PRIOR),
-        task={key: get(get(config, "task", dict), key, kind) for key, kind in TASK.items()},
-        base_model=get(config, "base_model", dict),
-        provenance=get(config, "provenance", dict),
-        files=_files(get(config, "files", dict)),
+        task={key: get_entry(get_entry(config, "task", dict), key, kind) for key, kind in TASK.items()},
+        base_model=get_entry(config, "base_model", dict),
+        provenance=get_entry(config, "provenance", dict),
+        files=_files(get_entry(config, "files", dict)),
     )
     if unknown := _unknown_fields(config):
         what = f" has fields that this version does not know: {unknown[:5]}"
         if minor <= FORMAT_MINOR:
             raise ValueError(f"{what}. Format {version}.{minor} has none, so the file is damaged.")
-        note = f"{NAME}{what}. scalabl_pyro {parsed.library_version} wrote it; they are ignored."
+        note = f"{CONFIG_FILE}{what}. scalabl_pyro {parsed.library_version} wrote it; they are ignored."
         warnings.warn(note, ScalaBLWarning, stacklevel=5)
     return parsed
 
 
-def get(config: Mapping[str, Any], key: str, kind: type) -> Any:
+def get_entry(config: Mapping[str, Any], key: str, kind: type) -> Any:
     """The entry ``key``, which must be of type ``kind``."""
     value = config.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -137,7 +135,7 @@ def get(config: Mapping[str, Any], key: str, kind: type) -> Any:
 
 def _json_object(content: bytes) -> dict[str, Any]:
     try:
-        config = strict_json.loads(content)
+        config = json_reader.loads(content)
     except ValueError as error:  # not JSON, not text, nested or endless
         raise ValueError(f" is damaged: not JSON ({error}).") from None
     if not isinstance(config, dict):
@@ -147,16 +145,16 @@ def _json_object(content: bytes) -> dict[str, Any]:
 
 def _part(config: Mapping[str, Any], name: str, fields: Mapping[str, type]) -> dict[str, Any]:
     """Guide or prior: all entries where the family is one of this library, else what tells the user which it was."""
-    part = get(config, name, dict)
+    part = get_entry(config, name, dict)
     if part.get("family") is None:
         return part
-    return {key: get({"class": "", "options": {}, **part}, key, kind) for key, kind in fields.items()}
+    return {key: get_entry({"class": "", "options": {}, **part}, key, kind) for key, kind in fields.items()}
 
 
 def _layers(layers: list[Any]) -> list[dict[str, Any]]:
     if not layers or not all(isinstance(layer, dict) for layer in layers):
         raise ValueError(": 'layers' must be a list of objects.")
-    parsed = [{key: get(layer, key, kind) for key, kind in LAYER.items()} for layer in layers]
+    parsed = [{key: get_entry(layer, key, kind) for key, kind in LAYER.items()} for layer in layers]
     if len({layer["name"] for layer in parsed}) < len(parsed):
         raise ValueError(": a layer is listed twice.")
     if any(min(layer["rank"], layer["in_features"], layer["out_features"]) < 1 for layer in parsed):
@@ -180,7 +178,7 @@ def _files(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
             raise ValueError(f": 'files' names {name!r}, which is no path inside the directory.")
         if not isinstance(entry, dict):
             raise ValueError(f": 'files' must give an object for {name!r}.")
-        parsed[name] = {key: get(entry, key, kind) for key, kind in FILE.items()}
+        parsed[name] = {key: get_entry(entry, key, kind) for key, kind in FILE.items()}
     return parsed
 
 

@@ -16,7 +16,8 @@ from ..analysis.checks import (
     check_weights,
 )
 from ..analysis.psis import check_num_draws
-from ..data.batch import Row, encode
+from ..data.encoding import encode
+from ..data.rows import Row
 from ..guides import EmpiricalGuide, MixtureGuide
 from ..prediction.draws import sample, sample_prior
 from ..prediction.predict import predict

@@ -11,7 +11,7 @@ from torch import nn
 
 from .._errors import check_positive
 from ..analysis.checks import LOO, Diagnosis
-from ..data.batch import encode
+from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..prediction.draws import sample_prior
 from ..prediction.linearised import predict_linearised
@@ -93,7 +93,7 @@ class Posterior(PosteriorState):
     def predict_linearised(
         self, data: Any, *, num_draws: int = 100, seed: int = 0, batch_size: int = 16
     ) -> Prediction | NumericPrediction:
-        """Predict with outputs linear in s around the mean, see :func:`scalabl_pyro.model.derivatives.predict_linearised`.
+        """Predict with outputs linear in s around the mean.
 
         One pass and one backward pass an output serve any number of draws, which are those of :meth:`predict`.
 

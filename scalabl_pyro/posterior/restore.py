@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from .. import guides, priors
-from .. import tasks as likelihoods
+from .. import guides, priors, tasks
 from ..guides import Guide
 from ..lora.adapter import Adapter
 from ..lora.factors import Factors
 from ..model.bayesian_lora import BayesianLoRA
 from ..prediction.draws import sample
 from ..priors import Prior
-from ..storage import json_reader as strict_json
+from ..storage import json_reader
 from ..storage.tensor_files import check_keys, check_like
 from ..storage.untrusted_files import check_tree, read_file
 from ..tasks import Task
-from .config import NAME, SavedConfig
+from .config import CONFIG_FILE, SavedConfig
 
 ADAPTER = "adapter_model.safetensors"
 POSTERIOR = "posterior.safetensors"
@@ -74,7 +73,7 @@ def saved_factors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Factors:
 def saved_heads(adapter: Adapter, names: list[str], tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     """Trained heads, frozen."""
     if set(names) != set(adapter.heads):
-        raise ValueError(f"{NAME}: trained heads are {names}, the module trains {sorted(adapter.heads)}.")
+        raise ValueError(f"{CONFIG_FILE}: trained heads are {names}, the module trains {sorted(adapter.heads)}.")
     heads = {}
     for name in names:
         head, prefix = copy.deepcopy(adapter.heads[name]), f"heads.{name}."
@@ -100,13 +99,15 @@ def saved_prior(config: SavedConfig, tensors: Mapping[str, Tensor], adapter: Ada
 def saved_task(config: SavedConfig, path: Path) -> Task:
     """A task of this library with the saved tokenizer."""
     name = config.task["class"]
-    if name not in likelihoods.TASKS:
+    if name not in tasks.TASKS:
         raise ValueError(_needs_help("task", config.task))
     tokenizer = read_tokenizer(path / TOKENIZER)
     try:
-        return likelihoods.from_options(name, tokenizer, config.task["options"])
+        return tasks.from_options(name, tokenizer, config.task["options"])
     except Exception as error:  # of the tokenizer at work: the tokenizers library raises bare Exceptions
-        raise ValueError(f"{path / NAME}: task {name}, with the tokenizer in {path / TOKENIZER}: {error}") from error
+        raise ValueError(
+            f"{path / CONFIG_FILE}: task {name}, with the tokenizer in {path / TOKENIZER}: {error}"
+        ) from error
 
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
@@ -131,7 +132,7 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         if (folder / TOKENIZER_CONFIG).is_file():
             content = read_file(folder.parent, f"{TOKENIZER}/{TOKENIZER_CONFIG}", limit=MAX_TOKENIZER)
-            config = strict_json.loads(content)
+            config = json_reader.loads(content)
             if named := [key for key, value in config.items() if _names_a_file(key, value)]:
                 raise ValueError(f"{TOKENIZER_CONFIG} names files of its own choice: {named}")
         return AutoTokenizer.from_pretrained(folder.resolve(), local_files_only=True, trust_remote_code=False)
@@ -167,13 +168,13 @@ def saved_guide(
     needed = _numbers_needed(config.guide["options"], adapter.subspace.dim)
     if needed > numbers + SLACK * adapter.subspace.dim:  # before memory is spent on it
         raise ValueError(
-            f"{NAME}: the options of the guide, {_short(config.guide['options'])}, ask for a guide of at least "
+            f"{CONFIG_FILE}: the options of the guide, {_short(config.guide['options'])}, ask for a guide of at least "
             f"{needed} numbers, but {POSTERIOR} holds {numbers}."
         )
     try:
         guide = guides.from_options(family, config.guide["options"], blora).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{NAME}: guide: {error}") from error
+        raise ValueError(f"{CONFIG_FILE}: guide: {error}") from error
     _check_options("guide", config.guide["options"], guides.describe(guide)["options"])
     return guide
 
@@ -182,7 +183,7 @@ def _check_options(part: str, saved: Mapping[str, Any], known: Mapping[str, Any]
     """An option that is not known here, of a newer format too, would give other numbers were it ignored."""
     if unknown := sorted(set(saved) - set(known)):
         names = ", ".join(map(repr, sorted(known))) or "none"
-        raise ValueError(f"{NAME}: unknown options of the {part}: {unknown[:5]}. Known names: {names}.")
+        raise ValueError(f"{CONFIG_FILE}: unknown options of the {part}: {unknown[:5]}. Known names: {names}.")
 
 
 def _numbers_needed(options: Any, dim: int) -> int:

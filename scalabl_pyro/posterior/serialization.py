@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import guides, priors
-from .. import tasks as likelihoods
+from .. import guides, priors, tasks
 from .._process.lock import LOCK
 from .._version import __version__
 from ..guides import Guide
@@ -33,8 +32,7 @@ from ..storage.directories import staged
 from ..storage.tensor_files import check_keys, read_tensors, write_tensors
 from ..storage.untrusted_files import check_file, describe_files
 from ..tasks import Task, copy_task
-from . import config as saved_config
-from .config import SavedConfig
+from .config import CONFIG_FILE, SavedConfig, read_config
 from .restore import (
     ADAPTER,
     POSTERIOR,
@@ -65,7 +63,7 @@ def save(path: str | Path, posterior: PosteriorState) -> None:
         ValueError: a guide or task with options that JSON cannot hold.
     """
     path = Path(path).resolve()
-    if path.exists() and not (path / saved_config.NAME).exists() and (path.is_file() or any(path.iterdir())):
+    if path.exists() and not (path / CONFIG_FILE).exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and holds no posterior: give the path of a new directory.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged(path) as folder:
@@ -101,7 +99,7 @@ def _load(
     prior: Prior | None,
     guide: Guide | Callable[[BayesianLoRA], Guide] | None,
 ) -> dict[str, Any]:
-    config = saved_config.read(path)
+    config = read_config(path)
     limit = max(MIN_LIMIT, 8 * sum(p.numel() for p in llm.parameters()))
     adapter_tensors, tensors = (read_tensors(path, name, limit=limit) for name in (ADAPTER, POSTERIOR))
     check_adapter_keys(config, adapter_tensors)
@@ -159,7 +157,7 @@ def errors_name(path: Path) -> Iterator[None]:
 def _check_unchanged(path: Path, config: SavedConfig, *, with_tokenizer: bool) -> None:
     """Hashes come last: where a check above fails too, it says more."""
     if missing := {ADAPTER, POSTERIOR} - set(config.files):
-        raise ValueError(f"{path / saved_config.NAME}: 'files' does not describe {sorted(missing)}.")
+        raise ValueError(f"{path / CONFIG_FILE}: 'files' does not describe {sorted(missing)}.")
     for name, expected in config.files.items():
         if with_tokenizer or not name.startswith(TOKENIZER + "/"):
             check_file(path, name, expected)
@@ -176,7 +174,7 @@ def _describe(posterior: PosteriorState, files: dict[str, dict[str, Any]]) -> Sa
         heads=sorted(posterior.heads),
         guide=guides.describe(posterior.guide),
         prior=priors.describe(posterior.prior),
-        task=likelihoods.describe(posterior.task),
+        task=tasks.describe(posterior.task),
         base_model=fingerprint(posterior.adapter),
         provenance=dict(posterior.provenance),
         files=files,

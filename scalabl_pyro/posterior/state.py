@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._errors import check_choice
 from .._process.pyro_modes import local_params
 from ..analysis.psis import LogWeights
-from ..data.batch import encode
+from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..guides import Guide
 from ..lora.adapter import Adapter

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from .._version import __version__
-from ..analysis import arviz as arviz_io
+from ..analysis import arviz_data
 from ..guides import EmpiricalGuide
 from ..prediction.result import NumericPrediction, Prediction
 from .state import PosteriorState
@@ -18,10 +18,10 @@ def as_arviz(
     """See :meth:`scalabl_pyro.Posterior.to_arviz`."""
     groups = {"posterior": _posterior_group(posterior, num_draws, seed)}
     if prediction is not None:
-        groups["posterior_predictive"] = arviz_io.per_row_group("label", _replicate(prediction, seed))
+        groups["posterior_predictive"] = arviz_data.per_row_group("label", _replicate(prediction, seed))
         if prediction.target is not None:
-            groups["log_likelihood"] = arviz_io.per_row_group("label", prediction.log_likelihood)
-            groups["observed_data"] = arviz_io.observed_group("label", prediction.target)
+            groups["log_likelihood"] = arviz_data.per_row_group("label", prediction.log_likelihood)
+            groups["observed_data"] = arviz_data.observed_group("label", prediction.target)
     attrs = {
         "inference_library": "scalabl_pyro",
         "inference_library_version": __version__,
@@ -34,7 +34,7 @@ def as_arviz(
             if isinstance(v, str | int | float)
         },
     }
-    return arviz_io.to_arviz(groups, attrs)
+    return arviz_data.to_arviz(groups, attrs)
 
 
 def _posterior_group(posterior: PosteriorState, num_draws: int, seed: int) -> xr.Dataset:
@@ -45,7 +45,7 @@ def _posterior_group(posterior: PosteriorState, num_draws: int, seed: int) -> xr
         }
     else:
         sites = {k: v.unsqueeze(0).numpy() for k, v in posterior.sample(num_draws, seed=seed).sites.items()}
-    return arviz_io.posterior_group(sites, posterior.subspace)
+    return arviz_data.posterior_group(sites, posterior.subspace)
 
 
 def _replicate(prediction: Prediction | NumericPrediction, seed: int) -> np.ndarray:

@@ -14,10 +14,12 @@ from tqdm.auto import tqdm
 
 from .._process.lock import LOCK
 from .._process.random_state import Stream
-from ..data.batch import Batch, Example, check_tokens, evaluation_batches
-from ..distributed.processes import Processes, processes, together
-from ..lora.forward import AdaptedLLM, eval_mode
+from ..data.batch import Batch, Example
+from ..data.encoding import check_tokens, evaluation_batches
+from ..distributed.processes import Processes, current_processes, together
+from ..lora.forward import AdaptedLLM
 from ..lora.sharding import is_sharded
+from ..lora.train_mode import eval_mode
 from ..tasks import Task, at_least_float32
 from .result import NumericPrediction, Prediction
 
@@ -66,7 +68,7 @@ def predict(
     if any(batch.target is None for batch in batches):  # one row without answer: nothing is scored
         batches = [batch.without_target() for batch in batches]
     noise = Stream(seed)
-    joint = processes()
+    joint = current_processes()
     if joint.are_several:
         outputs = _shared_outputs(joint, llm, task, s, batches, chunk=chunk, progress=progress)
         parts = [

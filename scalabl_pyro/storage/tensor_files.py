@@ -9,9 +9,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safe
 from torch import Tensor
 
-from . import directories as storage
-from . import json_reader as strict_json
-from . import untrusted_files as files
+from . import directories, json_reader, untrusted_files
 
 #: Bytes of the list of tensors; thousands of layers need less than one MiB.
 MAX_HEADER = 4 * 2**20
@@ -21,7 +19,7 @@ DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to a new file, contiguous copies: safetensors refuses those that share memory."""
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    storage.write_file(file, safe.save(own))
+    directories.write_file(file, safe.save(own))
 
 
 def read_tensors(folder: Path, name: str, *, limit: int, finite: bool = True) -> dict[str, Tensor]:
@@ -31,7 +29,7 @@ def read_tensors(folder: Path, name: str, *, limit: int, finite: bool = True) ->
         FileNotFoundError: it is missing.
         ValueError: no whole safetensors file, or a tensor that is not of finite real numbers.
     """
-    content = files.read_file(folder, name, limit=limit)
+    content = untrusted_files.read_file(folder, name, limit=limit)
     file = folder / name
     try:
         header = _header(content)
@@ -57,7 +55,7 @@ def _header(content: bytes) -> dict[str, Any]:
         raise ValueError(f"a header of {size} bytes in {len(content)}")
     if size > MAX_HEADER:
         raise ValueError(f"a header of {size} bytes, more than {MAX_HEADER}")
-    header = strict_json.loads(content[8 : 8 + size])
+    header = json_reader.loads(content[8 : 8 + size])
     if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
         raise ValueError("a header that lists no tensors")
     return header

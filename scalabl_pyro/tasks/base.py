@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .._errors import nearest
 from .._process.pyro_modes import Program
-from ..data.batch import Batch, Example, Row
+from ..data.batch import Batch, Example
+from ..data.rows import Row
 from ..lora.forward import LatentLLM
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.batch import Batch, Example, Row
+from ..data.batch import Batch, Example
+from ..data.rows import Row
 from ..lora.forward import LatentLLM
 from .base import Task, at_least_float32, field_of, is_missing
 

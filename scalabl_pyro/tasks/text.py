@@ -12,7 +12,8 @@ from torch.distributions import constraints
 from transformers import PreTrainedTokenizerBase
 
 from .._errors import nearest
-from ..data.batch import Batch, Example, Row
+from ..data.batch import Batch, Example
+from ..data.rows import Row
 from ..lora.forward import LatentLLM
 from .base import Task, field_of
 

@@ -5,7 +5,7 @@
         record.json           numbers and words: the step, and what the run was asked for
         manifest.json         size and SHA-256 of the two, written last
 
-A checkpoint is written beside its place, brought to the disk and renamed (:mod:`scalabl_pyro.storage.directories`), so whatever
+A checkpoint is written beside its place, brought to the disk and renamed (``storage.directories``), so whatever
 stops the writing leaves those before it as they were.
 """
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..storage import json_reader as strict_json
+from ..storage import json_reader
 from ..storage.directories import staged, write_file
 from ..storage.tensor_files import read_tensors, write_tensors
 from ..storage.untrusted_files import check_file, describe, read_file
@@ -159,7 +159,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = strict_json.loads(read_file(file.parent, file.name, limit=MAX_BYTES[file.name]))
+        value = json_reader.loads(read_file(file.parent, file.name, limit=MAX_BYTES[file.name]))
     except FileNotFoundError as error:
         raise Damaged(str(error)) from None
     except ValueError as error:  # too large, elsewhere, not JSON, not text, nested or endless

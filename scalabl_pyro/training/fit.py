@@ -13,21 +13,21 @@ from tqdm.auto import tqdm
 
 from .._errors import check_choice, check_positive
 from .._process.stop_signals import StopSignals
-from ..data.batch import Batch, check_tokens
+from ..data.batch import Batch
+from ..data.encoding import check_tokens
 from ..data.training_batches import TrainingBatches, training_source
-from ..distributed.processes import processes as current_processes
-from ..distributed.processes import together
+from ..distributed.processes import current_processes, together
 from ..guides import INIT_SCALE, GuideLike, ParticleGuide, as_guide
-from ..lora.shared_prefix import PrefixStore
+from ..lora.hidden_state_cache import PrefixStore
 from ..model.bayesian_lora import BayesianLoRA
 from ..model.joint import TaskModel
 from ..tasks import Task
 from .checkpoints import Checkpoints
 from .cuda_graphs import GRAPH_TOKENS, GraphedStep, uses_graph
 from .loop import Callback, Trainer
+from .messages import explained
 from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weight_at
 from .optimizer import build_optimiser, rate_schedule
-from .recovery import explained
 from .result import FitResult, TrainingError, freeze
 from .run_identity import OF_A_RUN, begin_alike, describe_run
 from .scope import training_scope

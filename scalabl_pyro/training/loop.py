@@ -16,8 +16,10 @@ from ..data.batch import Batch
 from ..data.training_batches import Cycle
 from ..lora.sharding import is_sharded
 from ..storage.tensor_files import check_keys
+from .gradient_check import GradientCheck
+from .messages import Figures, describe, overflown, reason, where_not_finite
 from .optimizer import set_rates
-from .recovery import Figures, GradientCheck, Recovery, describe, overflown, reason, where_not_finite
+from .recovery import Recovery
 from .step import EagerStep
 from .training_state import LearnedState
 

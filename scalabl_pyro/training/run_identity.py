@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 
-from .. import guides, priors
-from .. import tasks as likelihoods
+from .. import guides, priors, tasks
 from ..data.batch import Batch
 from ..data.training_batches import TrainingBatches
 from ..distributed.processes import Processes
@@ -49,7 +48,7 @@ def describe_run(
         "num_data": model.num_data,
         "draws": model.draws,
         DATA: _data_digest(batches),
-        "task": likelihoods.describe(model.task),
+        "task": tasks.describe(model.task),
         "guide": guides.describe(guide),
         "prior": priors.describe(model.blora.prior),
         "layers": describe_layers(adapter),

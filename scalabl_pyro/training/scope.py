@@ -9,8 +9,8 @@ from torch import nn
 
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
-from ..lora.forward import sole_use
 from ..lora.gradient_checkpointing import recompute
+from ..lora.train_mode import sole_use
 from ..model.bayesian_lora import BayesianLoRA
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..distributed.processes import Processes
-from ..lora.shared_prefix import PrefixStore
+from ..lora.hidden_state_cache import PrefixStore
 from .objective import Objective
 from .optimizer import clip_gradients, parameters_of
 from .svgd import SteinObjective
