@@ -188,9 +188,9 @@ def seen_afresh(saved):
     for name in CASES:
         with suppress(Exception):  # the test of this case fails; the others go on
             saved[name]
-    here = Path(__file__).parent
+    here, helpers = Path(__file__).parent, Path(tiny.__file__).parent
     code = f"import test_serialization as t; t.look_at_all({str(saved.root)!r})"
-    search = os.pathsep.join([str(here), str(here.parent), *filter(None, sys.path)])
+    search = os.pathsep.join([str(here), str(helpers), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

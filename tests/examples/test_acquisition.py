@@ -12,7 +12,7 @@ import torch
 
 import scalabl_pyro as sp
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import sources
 from acquisition import STRATEGIES, Pool, scores
 from kept_rows import KeptRows, fit_upper_blocks

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 import scalabl_pyro as sp
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "benchmarks"))
 import quality
 import quality_data
 import quality_methods

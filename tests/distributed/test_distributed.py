@@ -145,7 +145,7 @@ def gradient(processes, dtype):
 
 
 def gradient_in_both(rank, dtype):
-    return gradient(distributed.processes(), dtype)
+    return gradient(distributed.current_processes(), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -353,7 +353,7 @@ def test_torchrun_and_accelerate_launch_start_the_example(tmp_path, launcher):
 
 def differences_of_the_example(folder, *options, launcher="torchrun"):
     """What ``examples/distributed.py --check`` prints of two processes: differences of parameters, losses, answers."""
-    script = Path(__file__).resolve().parents[1] / "examples" / "distributed.py"
+    script = Path(__file__).resolve().parents[2] / "examples" / "distributed.py"
     command = [sys.executable, "-m", *LAUNCHERS[launcher], str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -597,7 +597,7 @@ def test_a_model_in_a_wrapper_that_adds_up_gradients_is_refused(tmp_path):
 def test_a_launch_without_a_group_is_pointed_out(monkeypatch, caplog):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with caplog.at_level(logging.WARNING):
-        assert not distributed.processes().are_several
+        assert not distributed.current_processes().are_several
     assert "torch.distributed is not initialised" in caplog.text
 
 

@@ -10,26 +10,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from golden_posterior import GOLDEN, base_model
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import encode
 from scalabl_pyro.posterior.config import FORMAT_MINOR, FORMAT_VERSION
 from scalabl_pyro.prediction.predict import predict
 
-GOLDEN = Path(__file__).parent / "golden"
 CONFIG = "scalabl_config.json"
 #: Three rows, one of them with fewer choices.
 ROWS = [*tiny.question_rows(2, seed=5), *tiny.question_rows(1, seed=6, num_choices=3)]
-
-
-def base_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The tiny Llama with weights by a formula, the same with every version of torch."""
-    llm = tiny.causal_lm()
-    with torch.no_grad():
-        for i, (name, p) in enumerate(sorted(llm.named_parameters())):
-            wave = torch.sin(0.7 * torch.arange(p.numel(), dtype=torch.float64) ** 1.1 + i).reshape(p.shape)
-            p.copy_(1 + 0.1 * wave if "norm" in name else 0.3 * wave)
-    return llm.to(dtype)
 
 
 @pytest.fixture(scope="module")

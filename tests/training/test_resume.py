@@ -441,7 +441,7 @@ def test_runs_killed_at_random_moments_end_as_the_run_that_was_not(tmp_path):
 @pytest.mark.slow
 def test_200_runs_killed_at_random_moments_end_as_the_run_that_was_not(tmp_path):
     """In a program of its own, so that nothing but the runs is in the process that forks."""
-    script = Path(__file__).with_name("kill_and_resume.py")
+    script = Path(__file__).parents[1] / "helpers" / "kill_and_resume.py"
     done = subprocess.run([sys.executable, str(script), "200", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seen = ast.literal_eval(done.stdout)

