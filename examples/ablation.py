@@ -26,8 +26,9 @@ from matplotlib import pyplot as plt
 with warnings.catch_warnings(action="ignore"):  # ArviZ 0.x announces ArviZ 1.x
     import arviz as az
 
-import scalabl_pyro as sp
 from scalabl_pyro.analysis.arviz import arviz_version
+
+import scalabl_pyro as sp
 from scalabl_pyro.data import read_rows
 from scalabl_pyro.priors import DISTRIBUTIONS, FAMILIES
 
@@ -103,8 +104,8 @@ def run(llm, task, train: list, test: list, prior: str, guide: str, args: argpar
             num_steps=args.steps,
             batch_size=args.batch_size,
             lr=5e-3,
-            A_lr=5e-3,  # as the results kept were made
-            scale_lr=5e-2,
+            lr_A=5e-3,  # as the results kept were made
+            lr_scale=5e-2,
             init_scale=0.3,
             seed=args.seed,
             cache_prefix=True,

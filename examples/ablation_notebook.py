@@ -179,12 +179,12 @@ Of 120 training rows, 120 steps of 8 rows, 100 test rows, and one seed each (two
 
 - **The guide hardly matters here.** Within a prior the NLL of the guides differs by 0.007 nats a row at most; another
   seed makes 0.041. No correlation that `full_covariance` found is above 0.10, so it had little to say that the
-  factorised guide cannot. The pair plots look alike.
+  factorized guide cannot. The pair plots look alike.
 - **The prior does something.** Under the horseshoe the NLL is lower by 0.07 nats a row, four standard errors over rows
   and more than the seed makes; whether it would be under other seeds this run cannot tell. Its latents are smaller and
   half as wide. Its ELBO is lower by more than 60 nats, as it pays for the scales it infers, one a latent and two more.
 - **Numbers to mistrust.** `pareto_k` is above its threshold for every pair but two, and for the horseshoe far above:
-  its factorised guide of the scales is not close to the posterior. There `elpd_loo` and `elbo` do not rank anything.
+  its factorized guide of the scales is not close to the posterior. There `elpd_loo` and `elbo` do not rank anything.
 - **Not finished.** No loss still fell clearly against its noise, but 120 steps are few, and a slope that small batches
   hide would not be seen.
 """

@@ -1,4 +1,4 @@
-"""Which rows to have labelled next: scores of a prediction, and the books of a pool."""
+"""Which rows to have labeled next: scores of a prediction, and the books of a pool."""
 
 from collections.abc import Sequence
 
@@ -37,28 +37,28 @@ class Pool:
 
     Args:
         size: N, all rows.
-        labelled: positions whose label is known from the start.
+        labeled: positions whose label is known from the start.
 
     Raises:
         ValueError: positions that repeat or lie outside of the pool.
     """
 
-    def __init__(self, size: int, labelled: Sequence[int]) -> None:
-        if len(set(labelled)) != len(labelled) or not all(0 <= i < size for i in labelled):
-            raise ValueError(f"labelled={list(labelled)} must be different positions from 0 to {size - 1}.")
+    def __init__(self, size: int, labeled: Sequence[int]) -> None:
+        if len(set(labeled)) != len(labeled) or not all(0 <= i < size for i in labeled):
+            raise ValueError(f"labeled={list(labeled)} must be different positions from 0 to {size - 1}.")
         self.size = size
-        self.labelled = [int(i) for i in labelled]
+        self.labeled = [int(i) for i in labeled]
 
     @property
-    def unlabelled(self) -> NDArray[np.integer]:
+    def unlabeled(self) -> NDArray[np.integer]:
         """Positions without a label, in order."""
-        return np.setdiff1d(np.arange(self.size), self.labelled)
+        return np.setdiff1d(np.arange(self.size), self.labeled)
 
     def acquire(self, wanted: NDArray[np.floating], count: int, rng: np.random.Generator) -> list[int]:
-        """Label the ``count`` unlabelled rows that are wanted most, or all that are left; ties at random.
+        """Label the ``count`` unlabeled rows that are wanted most, or all that are left; ties at random.
 
         Args:
-            wanted: (N,) scores of all rows; those of labelled rows are not looked at.
+            wanted: (N,) scores of all rows; those of labeled rows are not looked at.
             count: rows to acquire.
             rng: breaks ties.
 
@@ -68,7 +68,7 @@ class Pool:
         Raises:
             ValueError: scores of another length, a NaN among those looked at, or no rows asked for.
         """
-        wanted, rows = np.asarray(wanted), self.unlabelled
+        wanted, rows = np.asarray(wanted), self.unlabeled
         if wanted.shape != (self.size,):
             raise ValueError(f"The scores have shape {wanted.shape}: expected ({self.size},), one a row of the pool.")
         if count < 1:
@@ -77,5 +77,5 @@ class Pool:
             raise ValueError(f"Scores of rows {rows[np.isnan(wanted[rows])].tolist()} are NaN: they cannot be ranked.")
         order = np.lexsort((rng.permutation(len(rows)), -wanted[rows]))
         acquired = [int(i) for i in rows[order[:count]]]
-        self.labelled += acquired
+        self.labeled += acquired
         return acquired

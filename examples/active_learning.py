@@ -4,8 +4,8 @@
     python examples/active_learning.py --data-dir DATA     # TREC, DATA/trec_train.jsonl and trec_test.jsonl
     python examples/active_learning.py --data train.jsonl --test-data test.jsonl    # your own, asked for by letter
 
-From a few labelled rows on, each round fits ScalaBL anew on all labels so far, scores the pool and has the best rows
-labelled: by BALD (mutual information of answer and draw), by entropy, or at random. The strategies share pool, first
+From a few labeled rows on, each round fits ScalaBL anew on all labels so far, scores the pool and has the best rows
+labeled: by BALD (mutual information of answer and draw), by entropy, or at random. The strategies share pool, first
 labels and first fit of a seed. Tables and a picture go to runs/active_learning/; seeds that stand there are not run
 again.
 """
@@ -44,10 +44,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pool-rows", type=int, default=200)
     parser.add_argument("--test-rows", type=int, default=150)
-    parser.add_argument("--start", type=int, default=20, help="rows labelled at the beginning, at random")
-    parser.add_argument("--acquire", type=int, default=30, help="rows labelled a round")
+    parser.add_argument("--start", type=int, default=20, help="rows labeled at the beginning, at random")
+    parser.add_argument("--acquire", type=int, default=30, help="rows labeled a round")
     parser.add_argument("--rounds", type=int, default=2, help="acquisitions")
-    parser.add_argument("--steps", type=int, default=60, help="optimiser steps of each fit")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each fit")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-2)
     parser.add_argument("--draws", type=int, default=8)
@@ -86,9 +86,9 @@ def run(llm, task: sp.Task, pool_rows: list, test: KeptRows, args: argparse.Name
     """Every strategy from the same start: one line a strategy and number of labels."""
     kept, lines = KeptRows(pool_rows, task), []
 
-    def visit(labelled: list[int], *, ask_pool: bool) -> tuple[dict, sp.Prediction | None]:
+    def visit(labeled: list[int], *, ask_pool: bool) -> tuple[dict, sp.Prediction | None]:
         """Fit; scores on test, and the prediction of the pool where it is asked for."""
-        posterior = fit_upper_blocks(llm, task, [pool_rows[i] for i in labelled], args, seed)
+        posterior = fit_upper_blocks(llm, task, [pool_rows[i] for i in labeled], args, seed)
         tested = test.predict(posterior, num_draws=args.draws, seed=seed).metrics().loc["value"]
         pool = kept.predict(posterior, num_draws=args.draws, seed=seed) if ask_pool else None
         posterior.blora().unload()
@@ -100,13 +100,13 @@ def run(llm, task: sp.Task, pool_rows: list, test: KeptRows, args: argparse.Name
         pool, (row, prediction) = Pool(len(pool_rows), start), first
         rng = np.random.default_rng([seed, STRATEGIES.index(strategy)])
         for step in range(args.rounds + 1):
-            lines.append({"seed": seed, "strategy": strategy, "labels": len(pool.labelled), **row})
+            lines.append({"seed": seed, "strategy": strategy, "labels": len(pool.labeled), **row})
             print(" ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in lines[-1].items()))
-            if step == args.rounds or len(pool.unlabelled) == 0:
+            if step == args.rounds or len(pool.unlabeled) == 0:
                 break
             wanted = np.zeros(pool.size) if prediction is None else scores(strategy, prediction)
             pool.acquire(wanted, args.acquire, rng)
-            row, prediction = visit(pool.labelled, ask_pool=strategy != "random" and step + 1 < args.rounds)
+            row, prediction = visit(pool.labeled, ask_pool=strategy != "random" and step + 1 < args.rounds)
     return lines
 
 
@@ -134,7 +134,7 @@ def picture(table: pd.DataFrame, path: Path) -> None:
             bars = {"yerr": values["sem"].fillna(0), "capsize": 2, "marker": "o", "markersize": 3}
             x = labels + shift * labels.max()  # bars side by side
             ax.errorbar(x, values["mean"], **bars, color=COLORS[strategy], label=strategy.replace("bald", "BALD"))
-        ax.set(xlabel="labelled rows", ylabel=title, xticks=sorted(table.index.unique("labels")))
+        ax.set(xlabel="labeled rows", ylabel=title, xticks=sorted(table.index.unique("labels")))
     axes[0].legend(frameon=False)
     plt.gcf().savefig(path, dpi=150)
     plt.close("all")

@@ -59,7 +59,7 @@ def random_model(shape: str):
 
 
 def made_up_rows(count: int, seed: int) -> list[dict]:
-    """Questions of different lengths whose answer is a fixed colour for each noun."""
+    """Questions of different lengths whose answer is a fixed color for each noun."""
     random = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
@@ -115,7 +115,7 @@ def check(args: argparse.Namespace, device: torch.device, size: int) -> None:
     several = run(args, device, **eager)
     parts = {f"{size} processes": several}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        with sp.distributed.alone():
+        with sp.distributed.single_process():
             parts["1 process"] = one = run(args, device, **eager)
             if device.type == "cuda":
                 parts["1 process, CUDA graphs"] = run(args, device)

@@ -60,8 +60,8 @@ def fit_upper_blocks(llm, task: sp.Task, rows: Sequence[dict], args: argparse.Na
         num_steps=args.steps,
         batch_size=args.batch_size,
         lr=args.lr,
-        A_lr=args.lr,  # as the results kept were made
-        scale_lr=5e-2,
+        lr_A=args.lr,  # as the results kept were made
+        lr_scale=5e-2,
         init_scale=0.3,
         seed=seed,
         cache_prefix=True,

@@ -173,7 +173,7 @@ def risk_coverage(
 def _scored(prediction: Prediction) -> tuple[metrics.Array, metrics.Labels]:
     if not isinstance(prediction, Prediction):
         raise TypeError(f"Expected a Prediction of classes, got a {type(prediction).__name__}.")
-    return prediction.probs, prediction._labelled()
+    return prediction.probs, prediction._labeled()
 
 
 def _axes(ax: Axes | None, *, width: float = 4.5) -> Axes:

@@ -53,7 +53,7 @@ def learn(args: argparse.Namespace) -> tuple[sp.Posterior, list[dict]]:
     task = sources.word_task(tokenizer, train, sources.NEWS, 48)
     depth = llm.config.get_text_config().num_hidden_layers
     blora = sp.bayesian_lora(llm, layers_to_transform=range(depth - args.blocks, depth))
-    options = {"lr": 5e-3, "A_lr": 5e-3, "scale_lr": 5e-2}  # as the results kept were made
+    options = {"lr": 5e-3, "lr_A": 5e-3, "lr_scale": 5e-2}  # as the results kept were made
     options |= {"num_steps": args.steps, "cache_prefix": True, "progress": False}
     return sp.fit(blora, task, train, **options).posterior, test
 

@@ -31,7 +31,7 @@ GRID = {
     "blocks": [1, 4, 7, 14, 28],
     "shape": ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen2.5-14b"],
 }
-CENTRE = {"rows": 4, "tokens": 128, "rank": 8, "draws": 10}
+CENTER = {"rows": 4, "tokens": 128, "rank": 8, "draws": 10}
 MEANS = {"rows": "rows", "tokens": "tokens a row", "rank": "rank", "draws": "draws", "blocks": "adapted blocks",
          "shape": "weights of the blocks (billions)"}  # fmt: skip
 
@@ -66,7 +66,7 @@ def sweep(args: argparse.Namespace) -> dict:
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     rate = matmul_rate(args.device, dtype)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    found = {"device": device, "shape": args.shape, "tflops": rate / 1e12, "centre": args.centre, "lines": []}
+    found = {"device": device, "shape": args.shape, "tflops": rate / 1e12, "center": args.center, "lines": []}
     held = None
     for knob, values in args.grid.items():
         for value in values:
@@ -75,7 +75,7 @@ def sweep(args: argparse.Namespace) -> dict:
                 held = None
                 gc.collect()
                 held = (shape, random_llm(shape, args.device, dtype), num_weights(shape, embeddings=False))
-            setting = args.centre | ({} if knob == "shape" else {knob: value})
+            setting = args.center | ({} if knob == "shape" else {knob: value})
             line = {"knob": knob, "value": value, "weights": held[2]}
             gc.collect()  # the graphs of the line before
             line |= cost(held[1], rate, held[2], args.device, args.steps, **setting)
@@ -94,9 +94,9 @@ def picture(found: dict, path: Path) -> None:
     for axis, knob in zip(axes.flat, knobs, strict=False):
         lines = [line for line in found["lines"] if line["knob"] == knob]
         x = [line["weights"] / 1e9 if knob == "shape" else line["value"] for line in lines]
-        for name, colour in (("step", "tab:blue"), ("draws", "tab:orange")):
-            axis.loglog(x, [line[f"{name}_ms"] for line in lines], "o-", color=colour, label=name, markersize=4)
-            axis.loglog(x, [line[f"{name}_floor_ms"] for line in lines], ":", color=colour, label=f"floor of {name}")
+        for name, color in (("step", "tab:blue"), ("draws", "tab:orange")):
+            axis.loglog(x, [line[f"{name}_ms"] for line in lines], "o-", color=color, label=name, markersize=4)
+            axis.loglog(x, [line[f"{name}_floor_ms"] for line in lines], ":", color=color, label=f"floor of {name}")
         axis.set_xlabel(MEANS[knob])
         axis.grid(alpha=0.3, which="both")
     for axis in axes[:, 0]:
@@ -118,9 +118,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny shape and two values a knob, to try that it runs")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    args.centre, args.grid = CENTRE, {knob: GRID[knob] for knob in args.knobs}
+    args.center, args.grid = CENTER, {knob: GRID[knob] for knob in args.knobs}
     if args.quick:
-        args.shape, args.steps, args.centre = "tiny", 2, {"rows": 2, "tokens": 8, "rank": 2, "draws": 2}
+        args.shape, args.steps, args.center = "tiny", 2, {"rows": 2, "tokens": 8, "rank": 2, "draws": 2}
         args.grid = {knob: ["tiny"] if knob == "shape" else [1, 2] for knob in args.knobs}
     picture(sweep(args), args.out / "growth.png")
 

@@ -65,7 +65,7 @@ def learn_factors(args: argparse.Namespace):
     task = sources.word_task(tokenizer, train, sources.NEWS, args.max_length)
     depth = llm.config.get_text_config().num_hidden_layers
     blora = sp.bayesian_lora(llm, r=args.rank, layers_to_transform=range(depth - args.blocks, depth))
-    options = {"lr": 5e-3, "A_lr": 5e-3, "scale_lr": 5e-2, "init_scale": 0.3}  # as the results kept were made
+    options = {"lr": 5e-3, "lr_A": 5e-3, "lr_scale": 5e-2, "init_scale": 0.3}  # as the results kept were made
     options |= {"num_steps": args.fit_steps, "seed": args.seed, "cache_prefix": True, "progress": False}
     return sp.fit(blora, task, train, **options).posterior, train, test
 
@@ -137,7 +137,7 @@ def main() -> None:
             "prob_error": float(np.abs(one["probs"] - other["probs"]).mean()),
         },
     }
-    options = {"lr": 1e-2, "scale_lr": 3e-2, "init_scale": 0.3, "batch_size": 100}
+    options = {"lr": 1e-2, "lr_scale": 3e-2, "init_scale": 0.3, "batch_size": 100}
     options |= {"cache_prefix": True, "progress": False}
     for guide in [*args.guides, "laplace"]:
         start = time.perf_counter()

@@ -65,24 +65,24 @@ class AnswerTokens(sp.Task):
 def peft_step(base, batch: Batch):
     """One maximum-likelihood step of PEFT's LoRA, written as one would by hand."""
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)).eval()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
 
     def step() -> None:
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         # Rows of one length: the last token is the answer's, and only its logits are computed, as in ours.
         logits = model(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, 0]
         loss = cross_entropy(logits[:, LABELS].float(), batch.target)
         loss.backward()
         if not torch.isfinite(loss):
             raise FloatingPointError
-        optimiser.step()
+        optimizer.step()
 
     return step
 
 
 def scalabl_step(base, batch: Batch):
-    """One step of ``fit``: its objective, its optimiser, its checks."""
-    from scalabl_pyro.training.optimizer import build_optimiser
+    """One step of ``fit``: its objective, its optimizer, its checks."""
+    from scalabl_pyro.training.optimizer import build_optimizer
     from scalabl_pyro.training.step import EagerStep
 
     blora = sp.bayesian_lora(base, target_modules=TARGETS)
@@ -90,8 +90,8 @@ def scalabl_step(base, batch: Batch):
     guide = as_guide("normal", blora)
     model = TaskModel(blora, AnswerTokens(), num_data=NUM_DATA, draws="per_example")
     objective = Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
-    optimiser = build_optimiser(model, guide, lr=1e-3, A_lr=1e-3, loc_lr=1e-3, scale_lr=1e-3, weight_decay=0.0)
-    execute = EagerStep(objective, optimiser, device=blora.device)
+    optimizer = build_optimizer(model, guide, lr=1e-3, lr_A=1e-3, lr_loc=1e-3, lr_scale=1e-3, weight_decay=0.0)
+    execute = EagerStep(objective, optimizer, device=blora.device)
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):

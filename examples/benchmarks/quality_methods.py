@@ -55,7 +55,7 @@ class Budget:
     """What all methods have in common.
 
     Attributes:
-        num_steps: steps of an optimiser, a training.
+        num_steps: steps of an optimizer, a training.
         batch_size: rows a step.
         lr: of all methods, where it is not an option of a method; None: each has its default.
         rank: r.
@@ -132,7 +132,7 @@ class Workbench:
     def _predict_batch(self, posterior: Any) -> int:
         """Rows a pass; fewer where predictions need a backward pass, and so all activations."""
         noise = getattr(posterior, "noise", None)
-        return min(self.predict_batch, 32) if getattr(noise, "linearised", False) else self.predict_batch
+        return min(self.predict_batch, 32) if getattr(noise, "linearized", False) else self.predict_batch
 
     def clear(self) -> None:
         """Give the base model back."""

@@ -81,7 +81,7 @@ def _in_four_bits(block: nn.Module) -> nn.Module:
                         quant_type="nf4",
                     )
                 codes = bnb.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4", module=small)
-                small.weight = codes.to(weight.device)  # the move is what quantises
+                small.weight = codes.to(weight.device)  # the move is what quantizes
                 small.bias = bias
                 setattr(module, name, small)
     return block

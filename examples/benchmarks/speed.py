@@ -31,7 +31,7 @@ from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.model.log_likelihood import LogLikelihood
 from scalabl_pyro.training.cuda_graphs import GraphedStep
 from scalabl_pyro.training.objective import Objective, ScopedGuide, default_elbo
-from scalabl_pyro.training.optimizer import build_optimiser
+from scalabl_pyro.training.optimizer import build_optimizer
 from scalabl_pyro.training.step import EagerStep
 
 TARGETS = ["q_proj", "v_proj", "lm_head"]
@@ -95,28 +95,28 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 def mle_step(llm, batch: Batch):
     """A hand-written maximum-likelihood step of PEFT's LoRA, and the model to unload."""
     model = get_peft_model(llm, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)).eval()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     labels = torch.arange(11, 15, device=batch.index.device)
 
     def step() -> None:
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         logits = model(**batch.inputs, use_cache=False, logits_to_keep=1).logits[:, 0]
         loss = cross_entropy(logits[:, labels].float(), batch.target)
         loss.backward()
         loss.item()
-        optimiser.step()
+        optimizer.step()
 
     return step, model
 
 
 def fit_step(blora, batch: Batch, *, graph: bool):
-    """A step of ``fit``: its objective, its optimiser, its checks; captured in a CUDA graph or not."""
+    """A step of ``fit``: its objective, its optimizer, its checks; captured in a CUDA graph or not."""
     guide = as_guide("normal", blora).to(blora.device)
     model = TaskModel(blora, AnswerTokens().to(blora.device), num_data=NUM_DATA, draws="per_example")
     objective = Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
-    rates = {"lr": 1e-4, "A_lr": 1e-4, "loc_lr": 1e-4, "scale_lr": 1e-3}
-    optimiser = build_optimiser(model, guide, **rates, weight_decay=0.0, capturable=graph)
-    execute = (GraphedStep if graph else EagerStep)(objective, optimiser, device=blora.device)
+    rates = {"lr": 1e-4, "lr_A": 1e-4, "lr_loc": 1e-4, "lr_scale": 1e-3}
+    optimizer = build_optimizer(model, guide, **rates, weight_decay=0.0, capturable=graph)
+    execute = (GraphedStep if graph else EagerStep)(objective, optimizer, device=blora.device)
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):

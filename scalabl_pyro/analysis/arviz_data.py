@@ -1,4 +1,4 @@
-"""Posteriors as labelled data for ArviZ, whichever generation is installed.
+"""Posteriors as labeled data for ArviZ, whichever generation is installed.
 
 ArviZ 0.x (Python 3.11) reads ``InferenceData``, ArviZ 1.x an ``xarray.DataTree``. Groups are built with xarray
 alone, always with ``chain`` and ``draw``: LOO and summary of both generations need them.

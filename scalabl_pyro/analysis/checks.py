@@ -104,10 +104,10 @@ def check_history(history: pd.DataFrame | None) -> list[Finding]:
     tail = history["loss"].to_numpy(dtype=float)[-max(len(history) // 3, 20) :]
     steps = np.arange(len(tail)) - (len(tail) - 1) / 2
     with np.errstate(invalid="ignore"):  # infinite losses: z is NaN, which counts as falling
-        centred = tail - tail.mean()
-        slope = float(steps @ centred / (steps @ steps))
+        centered = tail - tail.mean()
+        slope = float(steps @ centered / (steps @ steps))
         rounding = np.finfo(float).eps * np.abs(tail).max() + np.finfo(float).tiny  # a constant loss has no other noise
-        noise = np.maximum(np.std(centred - slope * steps, ddof=2), rounding)
+        noise = np.maximum(np.std(centered - slope * steps, ddof=2), rounding)
         z = slope / float(noise) * float(np.sqrt(steps @ steps))
     falling = not z > -3
     cause = "standard errors by which the loss still changes over the last third of the training."
@@ -131,10 +131,10 @@ def check_scales(draws: Array, prior_draws: Array, subspace: Subspace) -> list[F
     ratio = np.where((spread == 0) & (width == 0), 1.0, spread / np.maximum(width, 1e-12))
     shift = np.abs(draws.mean(0) - center) / np.maximum(width, 1e-12)
     cause = "share of latents narrower than 1 % of the prior: point estimates in effect."
-    advice = "Check scale_lr and kl_weight: few data rarely say that much."
+    advice = "Check lr_scale and kl_weight: few data rarely say that much."
     found = [_share("collapsed_latents", ratio < 1e-2, cause, advice, limit=0.5)]
     cause = "share of latents wider than ten times the prior."
-    advice = "Lower scale_lr; gauge='free' lets scales drift."
+    advice = "Lower lr_scale; gauge='free' lets scales drift."
     # The width of a mask of zeros and ones follows from its mean: there is nothing to explode.
     found.append(_share("exploded_latents", (ratio > 10) & ~is_discrete, cause, advice, limit=0.0))
     edges = np.cumsum([0, *subspace.ranks])
@@ -167,7 +167,7 @@ def check_drift(mean: Prediction | NumericPrediction, draws: Prediction | Numeri
 def check_chains(s: Array, what: str) -> list[Finding]:
     """Agreement of the chains, or of the restarts (C, S, D): the largest R-hat of a latent.
 
-    For restarts it is the larger of the rank-normalised R-hat and the classical one. The first sees restarts of
+    For restarts it is the larger of the rank-normalized R-hat and the classical one. The first sees restarts of
     different width, but is bounded by the number of restarts, however far apart they are; the second passes 2 where two
     restarts are more than three standard deviations apart.
     """
@@ -214,7 +214,7 @@ def _share(check: str, where: Array, cause: str, advice: str, *, limit: float) -
 
 
 def _middle(draws: Array) -> tuple[Array, Array, Array]:
-    """Centre (D,) and width (D,) of draws (S, D), and where these are discrete (D,).
+    """Center (D,) and width (D,) of draws (S, D), and where these are discrete (D,).
 
     Median and half the central 68 %, which heavy tails do not upset; mean and standard deviation of discrete latents,
     whose quantiles jump.

@@ -156,7 +156,7 @@ def check_num_draws(what: str, num_draws: int) -> None:
 
 
 def _smooth(log_ratio: Array) -> tuple[Array, float]:
-    """Pareto-smoothed, normalised log weights (S,) and k-hat: -inf where all weights are equal, NaN without a tail."""
+    """Pareto-smoothed, normalized log weights (S,) and k-hat: -inf where all weights are equal, NaN without a tail."""
     if np.ptp(log_ratio) < ROUNDING:  # nothing to smooth
         return np.full_like(log_ratio, -np.log(len(log_ratio))), float("-inf")
     if _has_tail(log_ratio):

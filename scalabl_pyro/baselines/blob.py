@@ -48,7 +48,7 @@ def blob(
 
     All rows of a batch share one draw of the noise, made pseudo-independent by random signs a row (Flipout, Wen et al.,
     2018), so that the gradient's noise falls with the batch size. A draw of the posterior is one matrix a layer. (The
-    released code draws signs for each *token*, and steps the KL with an optimiser of its own.)
+    released code draws signs for each *token*, and steps the KL with an optimizer of its own.)
 
     Args:
         module: the base model; it is adapted in place.
@@ -62,7 +62,7 @@ def blob(
         lr: of A's means, B and heads.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
         seed: of the initial roots, the data order and the noise.
-        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``A_lr`` and ``scale_lr``, of the roots, are ``lr``
+        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``lr_A`` and ``lr_scale``, of the roots, are ``lr``
             by default.
 
     Returns:
@@ -76,7 +76,7 @@ def blob(
     adapter = plain_lora(module, lora).adapter
     guide = NoiseGuide(adapter, init_root_scale=init_root_scale, seed=seed)
     blora = FlipoutLoRA(adapter, prior=NoisePrior(adapter, prior_scale))
-    options = {"lr": lr, "A_lr": lr, "scale_lr": lr, **options}
+    options = {"lr": lr, "lr_A": lr, "lr_scale": lr, **options}
     try:
         with unloaded_on_error(blora):
             result = fit(blora, task, train_data, guide=guide, kl_weight=kl_weight, seed=seed, **options)

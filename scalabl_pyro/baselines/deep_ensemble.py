@@ -44,7 +44,7 @@ def deep_ensemble(
         lr: of both factors, heads, and the task's parameters.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...); its ``seed`` is that of the ensemble.
         seed: of the first member; the others count on from it.
-        options: options of :func:`scalabl_pyro.fit` (steps, ``factor_scale`` for members at the mode, ...); ``A_lr`` is
+        options: options of :func:`scalabl_pyro.fit` (steps, ``factor_scale`` for members at the mode, ...); ``lr_A`` is
             ``lr`` by default.
 
     Returns:

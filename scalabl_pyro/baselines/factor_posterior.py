@@ -35,18 +35,18 @@ class FactorNoise:
         """Endless draws on the CPU, float32 or better.
 
         Args:
-            factors: (A, B) of the centre, with y = W0 x + gamma B A x.
+            factors: (A, B) of the center, with y = W0 x + gamma B A x.
             generator: the only source of randomness, so that draw i depends on its seed alone.
         """
         raise NotImplementedError(f"{type(self).__name__} must define draws(factors, generator).")
 
     def predict(
-        self, centre: Posterior, data: Any, *, num_draws: int, seed: int, batch_size: int, progress: bool
+        self, center: Posterior, data: Any, *, num_draws: int, seed: int, batch_size: int, progress: bool
     ) -> Prediction | NumericPrediction:
-        """Predict rows under draws of the factors of ``centre``."""
-        draws = self.draws(plain_factors(centre), torch.Generator().manual_seed(seed))
-        functions = [as_function(centre, next(draws)) for _ in range(num_draws)]
-        return predict_functions(functions, centre.task, data, seed=seed, batch_size=batch_size, progress=progress)
+        """Predict rows under draws of the factors of ``center``."""
+        draws = self.draws(plain_factors(center), torch.Generator().manual_seed(seed))
+        functions = [as_function(center, next(draws)) for _ in range(num_draws)]
+        return predict_functions(functions, center.task, data, seed=seed, batch_size=batch_size, progress=progress)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved as safetensors."""
@@ -58,7 +58,7 @@ class FactorNoise:
 
     @classmethod
     def from_saved(cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor], factors: Factors) -> "FactorNoise":
-        """The noise again; ``factors`` are those of the centre, whose shapes the tensors must fit."""
+        """The noise again; ``factors`` are those of the center, whose shapes the tensors must fit."""
         raise NotImplementedError(f"{cls.__name__} must define from_saved(options, tensors, factors).")
 
 
@@ -68,38 +68,38 @@ NOISES: dict[str, type[FactorNoise]] = {}
 
 @dataclass(frozen=True)
 class FactorPosterior:
-    """A distribution over A and B, by its centre and the noise around it.
+    """A distribution over A and B, by its center and the noise around it.
 
     Attributes:
-        centre: a posterior whose mean is the centre: task, heads, and factors.
+        center: a posterior whose mean is the center: task, heads, and factors.
         noise: makes the draws.
         provenance: how the noise came about.
     """
 
     kind: ClassVar[str] = "factors"
 
-    centre: Posterior
+    center: Posterior
     noise: FactorNoise
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def adapter(self) -> Adapter:
         """The LoRA layers inside the LLM."""
-        return self.centre.adapter
+        return self.center.adapter
 
     @property
     def task(self) -> Task:
         """The likelihood."""
-        return self.centre.task
+        return self.center.task
 
     def blora(self) -> BayesianLoRA:
         """The adapted LLM, to unload."""
-        return self.centre.blora()
+        return self.center.blora()
 
     def sample(self, num_draws: int, *, seed: int = 0) -> list[Factors]:
         """Draws of the factors on the CPU, y = W0 x + gamma B A x; draw i is the same whatever their number."""
         check_positive(num_draws=num_draws)
-        draws = self.noise.draws(plain_factors(self.centre), torch.Generator().manual_seed(seed))
+        draws = self.noise.draws(plain_factors(self.center), torch.Generator().manual_seed(seed))
         return [next(draws) for _ in range(num_draws)]
 
     def predict(
@@ -109,37 +109,37 @@ class FactorPosterior:
 
         Args:
             data: rows for the task; answers are optional.
-            num_draws: S; 0 predicts with the centre.
+            num_draws: S; 0 predicts with the center.
             seed: of the draws.
             batch_size: rows of data a pass.
             progress: show a progress bar.
         """
         if num_draws < 0:
-            raise ValueError(f"num_draws={num_draws} must be 0 (the centre) or more.")
+            raise ValueError(f"num_draws={num_draws} must be 0 (the center) or more.")
         options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
         if num_draws == 0:
-            return self.centre.predict(data, num_draws=0, **options)
-        return self.noise.predict(self.centre, data, num_draws=num_draws, **options)
+            return self.center.predict(data, num_draws=0, **options)
+        return self.noise.predict(self.center, data, num_draws=num_draws, **options)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the centre as a posterior, and the noise beside it; :func:`scalabl_pyro.baselines.load` reads it."""
+        """Write the center as a posterior, and the noise beside it; :func:`scalabl_pyro.baselines.load` reads it."""
         options = {"noise": self.noise.family, "options": self.noise.options(), "provenance": dict(self.provenance)}
-        saving.save(path, self.kind, options, tensors=self.noise.tensors(), children={"centre": self.centre})
+        saving.save(path, self.kind, options, tensors=self.noise.tensors(), children={"center": self.center})
 
     @classmethod
     def from_saved(
         cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor], children: Mapping[str, Any]
     ) -> "FactorPosterior":
         """What :func:`scalabl_pyro.baselines.load` read."""
-        centre = children["centre"]
-        if not isinstance(centre, Posterior):
-            raise ValueError(f"The centre of the factors must be a posterior, found a {type(centre).__name__}.")
+        center = children["center"]
+        if not isinstance(center, Posterior):
+            raise ValueError(f"The center of the factors must be a posterior, found a {type(center).__name__}.")
         check_choice("noise", options["noise"], NOISES)
-        factors = plain_factors(centre)
+        factors = plain_factors(center)
         noise = NOISES[options["noise"]].from_saved(options["options"], tensors, factors)
         check_keys("The saved noise", set(tensors), set(noise.tensors()))
         _check_draw(noise, factors)
-        return cls(centre, noise, options["provenance"])
+        return cls(center, noise, options["provenance"])
 
 
 def _check_draw(noise: FactorNoise, factors: Factors) -> None:

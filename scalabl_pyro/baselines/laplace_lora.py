@@ -35,7 +35,7 @@ def laplace_lora(
     prior_scale: float | str = "evidence",
     rank: int = 10,
     exact_up_to: int = 256,
-    linearised: bool = True,
+    linearized: bool = True,
     batch_size: int = 4,
     seed: int = 0,
 ) -> FactorPosterior:
@@ -51,10 +51,10 @@ def laplace_lora(
             Laplace evidence in [1e-3, 1e3].
         rank: eigenvectors that are kept of a Kronecker factor with more than ``exact_up_to`` dimensions.
         exact_up_to: largest Kronecker factor that is kept whole.
-        linearised: predict with outputs linear in A and B, as the approximation asks for: a draw is then one linear
+        linearized: predict with outputs linear in A and B, as the approximation asks for: a draw is then one linear
             function. Otherwise draws of A and B go through the LLM itself.
         batch_size: rows a pass.
-        seed: of the randomised eigenvectors.
+        seed: of the randomized eigenvectors.
 
     Returns:
         A posterior over factors; its provenance holds the prior's scale.
@@ -81,7 +81,7 @@ def laplace_lora(
             batch_size=batch_size,
         )
     scale = best_prior_scale(eigen, factors) if isinstance(prior_scale, str) else float(prior_scale)
-    noise = KroneckerNoise(tuple(eigen), scale, linearised)
+    noise = KroneckerNoise(tuple(eigen), scale, linearized)
     provenance = {"method": "Laplace-LoRA", "prior_scale": scale, "num_data": len(examples)}
     return FactorPosterior(posterior, noise, provenance)
 
@@ -93,14 +93,14 @@ class KroneckerNoise(FactorNoise):
     Attributes:
         eigen: of each factor (A and B of each layer in turn), eigenvectors and values of output and input side.
         prior_scale: standard deviation of the prior.
-        linearised: whether predictions use outputs that are linear in the factors.
+        linearized: whether predictions use outputs that are linear in the factors.
     """
 
     family: ClassVar[str] = "kronecker"
 
     eigen: tuple[tuple[Eigen, Eigen], ...]
     prior_scale: float
-    linearised: bool = True
+    linearized: bool = True
 
     def deviations(self, factors: Factors, generator: Generator) -> Iterator[list[Tensor]]:
         """Endless draws of the noise of each factor."""
@@ -117,16 +117,16 @@ class KroneckerNoise(FactorNoise):
             yield tuple((A + noise[2 * i].to(A), B + noise[2 * i + 1].to(B)) for i, (A, B) in enumerate(factors))
 
     def predict(
-        self, centre: Posterior, data: Any, *, num_draws: int, seed: int, batch_size: int, progress: bool
+        self, center: Posterior, data: Any, *, num_draws: int, seed: int, batch_size: int, progress: bool
     ) -> Prediction | NumericPrediction:
         """Predict rows, with outputs linear in the factors (see :func:`predict_linear`) or with draws of them."""
         options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
-        if not self.linearised:
-            return super().predict(centre, data, num_draws=num_draws, **options)
-        factors = plain_factors(centre)
+        if not self.linearized:
+            return super().predict(center, data, num_draws=num_draws, **options)
+        factors = plain_factors(center)
         noise = self.deviations(factors, torch.Generator().manual_seed(seed))
         deltas = [next(noise) for _ in range(num_draws)]
-        return predict_linear(centre, factors, deltas, data, **options)
+        return predict_linear(center, factors, deltas, data, **options)
 
     def tensors(self) -> dict[str, Tensor]:
         """Eigenvectors and values by factor and side."""
@@ -138,7 +138,7 @@ class KroneckerNoise(FactorNoise):
 
     def options(self) -> dict[str, Any]:
         """The prior's scale, and how predictions are made."""
-        return {"prior_scale": self.prior_scale, "linearised": self.linearised}
+        return {"prior_scale": self.prior_scale, "linearized": self.linearized}
 
     @classmethod
     def from_saved(
@@ -185,7 +185,7 @@ def best_prior_scale(eigen: Sequence[tuple[Eigen, Eigen]], factors: Factors) -> 
 
 
 def predict_linear(
-    centre: Posterior,
+    center: Posterior,
     factors: Factors,
     deltas: Sequence[Sequence[Tensor]],
     data: Any,
@@ -199,7 +199,7 @@ def predict_linear(
     One forward pass a batch, and one backward pass a class, serve all draws.
 
     Args:
-        centre: the trained adapter.
+        center: the trained adapter.
         factors: its plain factors W.
         deltas: W_s - W of each draw, by factor.
         data: rows for the task.
@@ -208,8 +208,8 @@ def predict_linear(
         progress: show a progress bar.
     """
     start = time.perf_counter()
-    task, device = centre.task, centre.adapter.device
-    function = as_function(centre, factors)
+    task, device = center.task, center.adapter.device
+    function = as_function(center, factors)
     examples = encode(read_rows(data, split="test"), task.encode, need_target=False)
     stacked = [torch.stack([delta[i] for delta in deltas]) for i in range(2 * len(factors))]
     parts = []

@@ -33,7 +33,7 @@ def map_lora(
         scale: standard deviation of the prior.
         lr: of both factors, heads, and the task's parameters.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
-        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``A_lr`` is ``lr`` by default.
+        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``lr_A`` is ``lr`` by default.
 
     Returns:
         A result whose posterior is a point mass.

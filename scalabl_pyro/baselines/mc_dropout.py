@@ -45,7 +45,7 @@ def mc_dropout(
         p: probability that a feature is dropped.
         lr: of both factors, heads, and the task's parameters.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
-        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``A_lr`` is ``lr`` by default.
+        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``lr_A`` is ``lr`` by default.
 
     Returns:
         A result whose posterior draws masks.

@@ -34,7 +34,7 @@ def mle(
         train_data: as for :func:`scalabl_pyro.fit`.
         lr: of both factors, heads, and the task's parameters.
         lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
-        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``A_lr`` is ``lr`` by default.
+        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``lr_A`` is ``lr`` by default.
 
     Returns:
         A result whose posterior is a point mass.
@@ -70,4 +70,4 @@ def unloaded_on_error(blora: BayesianLoRA) -> Iterator[None]:
 def fit_point(blora: BayesianLoRA, task: Task, train_data: Any, *, lr: float, **options: Any) -> FitResult:
     """Train A, B and heads, all at one rate, with s held at 1."""
     guide = DeltaGuide(torch.ones_like(blora.adapter.loc), learn=False)
-    return fit(blora, task, train_data, guide=guide, kl_weight=0.0, lr=lr, **{"A_lr": lr, **options})
+    return fit(blora, task, train_data, guide=guide, kl_weight=0.0, lr=lr, **{"lr_A": lr, **options})

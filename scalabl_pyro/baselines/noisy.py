@@ -24,7 +24,7 @@ class NoisyLoRA(BayesianLoRA):
         if s.shape[:-1].numel() != 1:
             raise ValueError(
                 f"The site 's' has shape {tuple(s.shape)}: rows share one draw here, which their own signs or masks "
-                "make different. Use an ELBO without vectorised particles, and draws='shared'."
+                "make different. Use an ELBO without vectorized particles, and draws='shared'."
             )
         ones = torch.ones(self.subspace.dim, device=self.device, dtype=self.adapter.loc.dtype)
         noise = self.row_noise(s.reshape(-1), num_rows(args, kwargs))

@@ -22,7 +22,7 @@ class Latents(Protocol):
         """What SGD moves."""
 
     def draw(self) -> Tensor:
-        """(D,) one draw, reparametrised."""
+        """(D,) one draw, reparametrized."""
 
     def kl(self) -> Tensor:
         """The divergence, nats."""
@@ -35,13 +35,13 @@ class AlternatingStep:
         latents: q(s).
         learned: A, B, heads, parameters of the task.
         lr: of AdamW.
-        kl_lr: of SGD.
+        lr_kl: of SGD.
     """
 
-    def __init__(self, latents: Latents, learned: Sequence[nn.Parameter], *, lr: float, kl_lr: float) -> None:
+    def __init__(self, latents: Latents, learned: Sequence[nn.Parameter], *, lr: float, lr_kl: float) -> None:
         self.latents = latents
         self.adamw = torch.optim.AdamW([*learned, *latents.parameters()], lr=lr, eps=1e-6, weight_decay=0.0)
-        self.sgd = torch.optim.SGD(latents.parameters(), lr=kl_lr)
+        self.sgd = torch.optim.SGD(latents.parameters(), lr=lr_kl)
 
     def __call__(self, nll: Callable[[Tensor], Tensor], *, weight: float, rate: float) -> tuple[float, float]:
         """One step of both; the mean NLL before it and the KL between the two.

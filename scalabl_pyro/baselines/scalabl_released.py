@@ -1,6 +1,6 @@
 """ScalaBL as its authors' released code trains it, which is not the ELBO that the paper writes down.
 
-In each step AdamW follows the mean NLL of a batch; then a second optimiser, plain SGD, follows the KL times a weight
+In each step AdamW follows the mean NLL of a batch; then a second optimizer, plain SGD, follows the KL times a weight
 from a schedule. The KL is KL(prior || posterior), where the ELBO has KL(posterior || prior): it grows as 1 / scale^2
 where the scale is small, so that the schedule and the SGD learning rate, rather than the data, set the scale. Use it to
 compare with published figures, and :func:`scalabl_pyro.fit` for the method itself.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .._deprecated import renamed_arguments
 from .._errors import check_positive
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
@@ -39,6 +40,7 @@ from .released_step import AlternatingStep, EagerGradient, GraphedGradient
 PRIOR_LOC, PRIOR_SCALE = 1e-8, 1.0
 
 
+@renamed_arguments(kl_lr="lr_kl")
 def scalabl_released(
     module: nn.Module,
     task: Task,
@@ -47,7 +49,7 @@ def scalabl_released(
     num_steps: int = 5000,
     batch_size: int = 4,
     lr: float = 1e-4,
-    kl_lr: float = 0.1,
+    lr_kl: float = 0.1,
     init_scale: float = 0.05,
     warmup: float = 0.06,
     gamma: float = 8.0,
@@ -66,10 +68,10 @@ def scalabl_released(
         module: the base model; it is adapted in place.
         task: the likelihood.
         train_data: as for :func:`scalabl_pyro.fit`.
-        num_steps: steps, each of both optimisers.
+        num_steps: steps, each of both optimizers.
         batch_size: rows a step.
         lr: of AdamW (eps 1e-6, no weight decay), on everything, for the NLL.
-        kl_lr: of SGD, on log_loc and log_scale, for the KL; 0.1 or 0.2 in the scripts, 0.02 by default in their code.
+        lr_kl: of SGD, on log_loc and log_scale, for the KL; 0.1 or 0.2 in the scripts, 0.02 by default in their code.
         init_scale: largest initial standard deviation; they start uniform on (init_scale / sqrt(2), init_scale).
         warmup: share of the steps over which both learning rates rise; then they fall to 0.
         gamma: of :class:`~scalabl_pyro.baselines.KLReweighting`.
@@ -89,7 +91,7 @@ def scalabl_released(
     References:
         Samplawski et al., UAI 2025, and the code released with it.
     """
-    check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, kl_lr=kl_lr, init_scale=init_scale, gamma=gamma)
+    check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, lr_kl=lr_kl, init_scale=init_scale, gamma=gamma)
     if not 0 <= warmup <= 1:
         raise ValueError(f"warmup={warmup} must lie between 0 and 1: it is a share of the steps.")
     prior = dist.Normal(PRIOR_LOC, PRIOR_SCALE)
@@ -112,7 +114,7 @@ def scalabl_released(
             blora,
             task,
             batches,
-            AlternatingStep(latents, learned, lr=lr, kl_lr=kl_lr),
+            AlternatingStep(latents, learned, lr=lr, lr_kl=lr_kl),
             weight=KLReweighting(num_data, batch_size, gamma).share,
             rate=rate_schedule("linear", warmup, num_steps),
             num_steps=num_steps,
@@ -126,7 +128,7 @@ def scalabl_released(
             "num_steps": len(history),
             "batch_size": batch_size,
             "seed": seed,
-            "kl_lr": kl_lr,
+            "lr_kl": lr_kl,
         }
         posterior = Posterior.capture(blora, task, latents.guide(), provenance=provenance)
         blora.adapter.loc = posterior.mean()
@@ -162,7 +164,7 @@ def _train(
             try:
                 nll, kl = step.update(loss, weight=weight(i), rate=rate(i))
             except FloatingPointError as failure:
-                return history, TrainingError(f"At step {i}: {failure} Lower lr or kl_lr.")
+                return history, TrainingError(f"At step {i}: {failure} Lower lr or lr_kl.")
             seconds = time.perf_counter() - start
             row = {"step": i, "loss": nll, "nll": nll, "kl": kl, "kl_weight": weight(i), "lr": rate(i) * lr}
             history.append({**row, "seconds": seconds})
@@ -186,7 +188,7 @@ class LogNormals(nn.Module):
         self.log_scale = nn.Parameter((init_scale * (0.5**0.5 + (1 - 0.5**0.5) * uniform)).log())
 
     def draw(self) -> Tensor:
-        """(D,) one draw, reparametrised."""
+        """(D,) one draw, reparametrized."""
         return self.log_loc.exp() + self.log_scale.exp() * torch.randn_like(self.log_scale)
 
     def kl(self) -> Tensor:

@@ -49,7 +49,7 @@ def temperature_scaling(
 
     Args:
         predictor: a posterior or baseline; or a prediction that was made before, to be scaled.
-        validation: labelled rows; or a prediction of such rows by the same method, made before.
+        validation: labeled rows; or a prediction of such rows by the same method, made before.
         num_draws: draws behind the fit where ``validation`` are rows.
         seed: of those draws.
         options: of ``predict`` (``batch_size``, ``progress``).
@@ -81,7 +81,7 @@ def fit_temperature(prediction: Prediction | NumericPrediction) -> float:
     """The temperature of the smallest NLL of the mixture, in float64.
 
     Args:
-        prediction: of labelled rows.
+        prediction: of labeled rows.
     """
     log_probs = _log_probs(prediction)
     target: Any = prediction.target

@@ -43,7 +43,7 @@ def tfb(
 
     Args:
         posterior: of a trained adapter, such as ``baselines.mle(...).posterior``; of others, their mean is taken.
-        anchor_data: labelled rows: the training data, or a part of them.
+        anchor_data: labeled rows: the training data, or a part of them.
         tolerance: allowed rise of the NLL of the averaged probabilities, as a share of the NLL without noise.
         max_scale: largest scale that is tried.
         num_draws: draws behind each NLL.

@@ -1,4 +1,4 @@
-"""Data: rows, tokenised examples, and batches."""
+"""Data: rows, tokenized examples, and batches."""
 
 from .batch import Batch, Example
 from .encoding import check_tokens, collate, encode, evaluation_batches

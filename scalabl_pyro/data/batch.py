@@ -1,4 +1,4 @@
-"""Rows of data -> tokenised examples -> right-padded batches of similar length.
+"""Rows of data -> tokenized examples -> right-padded batches of similar length.
 
 A row is a dict, one line of a JSONL file, or one item of a ``datasets.Dataset``; a task turns it into an
 :class:`Example`. Batches are right-padded: left padding gives NaN in some fused attention kernels, and with the
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row.
+    """One tokenized row.
 
     Attributes:
         inputs: token lists of one length, by the name the LLM knows them by; ``input_ids`` always.

@@ -1,4 +1,4 @@
-"""From rows to tokenised examples, and from examples to right-padded batches."""
+"""From rows to tokenized examples, and from examples to right-padded batches."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_target: bool) -> list[Example]:
-    """Tokenise rows with a task's ``encode``; errors name the row."""
+    """Tokenize rows with a task's ``encode``; errors name the row."""
     examples = []
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):

@@ -1,6 +1,9 @@
 """Several processes that train and predict as one."""
 
+from .._deprecated import renamed_function
 from .gloo_group import LostProcess
-from .processes import alone
+from .processes import single_process
 
-__all__ = ["LostProcess", "alone"]
+__all__ = ["LostProcess", "single_process"]
+
+alone = renamed_function(single_process, "alone")

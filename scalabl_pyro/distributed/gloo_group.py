@@ -25,7 +25,7 @@ def reaching() -> Iterator[None]:
         raise LostProcess(
             f"Process {dist.get_rank()} of {dist.get_world_size()} cannot reach the others any more. One of them was "
             "killed, failed (its own output says how), or went on without calling the same function of scalabl_pyro; "
-            "calls in one process alone belong into `with scalabl_pyro.distributed.alone():`. A run with "
+            "calls in one process alone belong into `with scalabl_pyro.distributed.single_process():`. A run with "
             f"checkpoint_dir= can be resumed. What torch says: {(str(error).splitlines() or [repr(error)])[0]}"
         ) from error
 
@@ -59,12 +59,12 @@ CONTROL = _Control()
 
 
 def is_gloo(device: torch.device) -> bool:
-    """Whether the group that the caller initialised is gloo, for tensors on such a device."""
+    """Whether the group that the caller initialized is gloo, for tensors on such a device."""
     return f"{device.type}:gloo" in str(dist.get_backend_config())
 
 
 def _timeout(world: Any) -> Any:
-    """That of the group which the caller initialised, None for torch's default."""
+    """That of the group which the caller initialized, None for torch's default."""
     for device in ("cpu", "cuda"):
         try:
             return world._get_backend(torch.device(device)).options._timeout

@@ -1,4 +1,4 @@
-"""Several processes that work as one: ``fit`` and ``predict`` under an initialised ``torch.distributed``.
+"""Several processes that work as one: ``fit`` and ``predict`` under an initialized ``torch.distributed``.
 
 Every process holds the whole program: model, data, and the generators of noise, seeded alike. So each knows the joint
 batch of a step and draws the noise of all its rows, but runs the LLM on rows of its own only. With b of the B rows a
@@ -24,7 +24,7 @@ from torch import distributed as dist
 from ..data.batch import Batch
 from .gloo_group import CONTROL, LostProcess, is_gloo, reaching
 
-__all__ = ["LostProcess", "alone"]
+__all__ = ["LostProcess", "single_process"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Processes:
         """Whether there are others."""
         return self.size > 1
 
-    def part(self, batch: Batch) -> tuple[Batch, float]:
+    def shard(self, batch: Batch) -> tuple[Batch, float]:
         """The rows of this process, and their share of the batch.
 
         Where there are fewer rows than processes, some run a row at share 0: all draw the same noise then, and a base
@@ -76,7 +76,7 @@ class Processes:
         own = batch.map(lambda t: t[start : max(stop, start + 1)])
         return replace(own, start=start, joint=rows), share
 
-    def meet(self, batch: Batch, signal: int) -> int:
+    def synchronize(self, batch: Batch, signal: int) -> int:
         """Wait until all processes have come as far, and tell each other of signals.
 
         It comes before each sum over GPUs, which would not return where a process is missing.
@@ -106,7 +106,7 @@ class Processes:
         return signal
 
     @torch.no_grad()
-    def add_up(self, parameters: Sequence[Tensor], terms: Tensor) -> Tensor:
+    def all_reduce_gradients(self, parameters: Sequence[Tensor], terms: Tensor) -> Tensor:
         """Sum gradients (in place) and ``terms`` over processes, in one all_reduce.
 
         A parameter without a gradient in some processes gets the sum of the others, without one in all it has none.
@@ -132,7 +132,7 @@ class Processes:
         return terms_sum.to(terms.dtype)
 
     @torch.no_grad()
-    def make_equal(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors of equal shapes the values that they have in process 0."""
         if not self.are_several or not tensors:
             return
@@ -144,18 +144,18 @@ class Processes:
             for tensor, values in zip(own, flat.split([t.numel() for t in own]), strict=True):
                 tensor.copy_(values.view_as(tensor))
 
-    def same_noise(self, device: torch.device) -> None:
+    def broadcast_random_state(self, device: torch.device) -> None:
         """Go on with the random states of process 0: that of the CPU, and that of ``device``."""
         if not self.are_several:
             return
         own = [torch.default_generator]
         if device.type == "cuda":
             own.append(torch.cuda.default_generators[device.index or 0])
-        states = self.from_first(lambda: [generator.get_state() for generator in own])
+        states = self.from_rank_zero(lambda: [generator.get_state() for generator in own])
         for generator, state in zip(own, states, strict=True):
             generator.set_state(state)
 
-    def gather(self, function: Callable[[], Result]) -> list[Result]:
+    def all_gather(self, function: Callable[[], Result]) -> list[Result]:
         """Call a function in every process; what each gave, by number of the process.
 
         Raises:
@@ -173,7 +173,7 @@ class Processes:
             _raise_as_told(rank, told)
         return [value for value, _ in found]
 
-    def from_first(self, function: Callable[[], Result]) -> Result:
+    def from_rank_zero(self, function: Callable[[], Result]) -> Result:
         """Call a function in process 0 alone; all get what it gave, or raise what it raised. All wait for it."""
         if not self.are_several:
             return function()
@@ -188,13 +188,13 @@ class Processes:
         return value  # type: ignore[return-value]
 
     def _group_of(self, tensor: Tensor) -> Any:
-        """The group that adds up where a tensor lies: NCCL for CUDA, if it was initialised."""
+        """The group that adds up where a tensor lies: NCCL for CUDA, if it was initialized."""
         on_control = tensor.device.type == "cpu" or is_gloo(tensor.device)
         return self.control if on_control else dist.group.WORLD
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Inside the context this process works by itself, as if there were no others."""
     token = _ALONE.set(True)
     try:
@@ -204,7 +204,7 @@ def alone() -> Iterator[None]:
 
 
 def current_processes() -> Processes:
-    """The processes that work together now: those of torch.distributed, if it is initialised."""
+    """The processes that work together now: those of torch.distributed, if it is initialized."""
     if _ALONE.get() or not dist.is_available():
         return Processes()
     if not dist.is_initialized():
@@ -220,13 +220,13 @@ def current_processes() -> Processes:
 def _point_out(world_size: str) -> None:
     if world_size.isdecimal() and int(world_size) > 1:
         logger.warning(
-            "WORLD_SIZE is %s, but torch.distributed is not initialised: every process works by itself. For one "
+            "WORLD_SIZE is %s, but torch.distributed is not initialized: every process works by itself. For one "
             "training in all of them call torch.distributed.init_process_group() first.",
             world_size,
         )
 
 
-def together(function: Callable[P, Result]) -> Callable[P, Result]:
+def collective(function: Callable[P, Result]) -> Callable[P, Result]:
     """A function that all processes call; one that fails in it closes its connections, so that none waits for it."""
 
     @functools.wraps(function)

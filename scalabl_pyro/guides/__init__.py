@@ -78,11 +78,11 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = INIT_
     """Build the posterior family that ``guide`` names, started where the paper starts.
 
     Args:
-        guide: ``"normal"`` (factorised, carried to the support of the prior), ``"layer_covariance"`` (a full
+        guide: ``"normal"`` (factorized, carried to the support of the prior), ``"layer_covariance"`` (a full
             covariance within each layer), ``"lowrank"``, ``"full_covariance"``, ``"flow"``, ``"delta"`` (MAP),
             ``"svgd"`` (particles) or ``"rank_mask"``; a class of ``pyro.infer.autoguide``, or an instance built on
             ``blora.prior``; a :class:`Guide`, returned as it is; or a callable ``blora -> Guide``. Other latents of
-            the prior get a factorised guide beside s.
+            the prior get a factorized guide beside s.
         blora: the LLM whose latents the guide describes.
         init_scale: largest initial standard deviation; scales start uniform on (init_scale / sqrt(2), init_scale).
         seed: of the initial scales.

@@ -78,7 +78,7 @@ class AutoFamily(Guide):
 
     def mean(self) -> dict[str, Tensor]:
         """The median, which is the mean of the symmetric families; of flows the average of MEAN_DRAWS draws."""
-        return _centre(self.auto)
+        return _center(self.auto)
 
     def options(self) -> dict[str, Any]:
         """Class and keyword arguments."""
@@ -154,7 +154,7 @@ class AutoInstance(Guide):
 
     def mean(self) -> dict[str, Tensor]:
         """As that of :class:`AutoFamily`."""
-        return _centre(self.auto)
+        return _center(self.auto)
 
     def options(self) -> dict[str, Any]:
         """The class of Pyro."""
@@ -181,7 +181,7 @@ def _check_supported(auto_class: type) -> None:
         )
 
 
-def _centre(auto: Any) -> dict[str, Tensor]:
+def _center(auto: Any) -> dict[str, Tensor]:
     """The median of each site; where it has no closed form, the average of MEAN_DRAWS draws."""
     with local_params():
         try:

@@ -1,4 +1,4 @@
-"""What every variational family offers: a Pyro program over the latents, and its centre."""
+"""What every variational family offers: a Pyro program over the latents, and its center."""
 
 import copy
 from typing import Any
@@ -22,7 +22,7 @@ class Guide(Program):
     #: Whether the sites may stand in a plate over rows, so that each example of a batch has its own draw.
     per_example: bool = True
     #: Whether the sites are independent of each other under q, which lets closed-form KLs of some sites be used.
-    factorised: bool = False
+    factorized: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the latent sites and return s, (..., D); the arguments of the model are ignored."""

@@ -1,4 +1,4 @@
-"""Normal distributions with covariance whose KL from a factorised normal prior is in closed form.
+"""Normal distributions with covariance whose KL from a factorized normal prior is in closed form.
 
 (torch registers that KL for neither; registering it for torch's own classes would change them for everybody.)
 """
@@ -20,7 +20,7 @@ class LowRankNormal(dist.LowRankMultivariateNormal):
 @register_kl(FullNormal, Independent)
 def _kl_full(q: FullNormal, p: Independent) -> Tensor:
     tril = q._unbroadcasted_scale_tril
-    return _kl_from_factorised(q.loc, tril.square().sum(-1), 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1), p)
+    return _kl_from_factorized(q.loc, tril.square().sum(-1), 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1), p)
 
 
 @register_kl(LowRankNormal, Independent)
@@ -28,10 +28,10 @@ def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
     W, d = q._unbroadcasted_cov_factor, q._unbroadcasted_cov_diag
     # det(W W' + diag d) = det(I + W' diag(1/d) W) det(diag d); the first factor's Cholesky is torch's own cache.
     log_det = d.log().sum(-1) + 2 * q._capacitance_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return _kl_from_factorised(q.loc, W.square().sum(-1) + d, log_det, p)
+    return _kl_from_factorized(q.loc, W.square().sum(-1) + d, log_det, p)
 
 
-def _kl_from_factorised(loc: Tensor, variance: Tensor, log_det: Tensor, p: Independent) -> Tensor:
+def _kl_from_factorized(loc: Tensor, variance: Tensor, log_det: Tensor, p: Independent) -> Tensor:
     """KL(q || p) for q of mean ``loc``, marginal ``variance`` and covariance determinant; p independent normals."""
     base = p.base_dist
     if not isinstance(base, Normal) or p.reinterpreted_batch_ndims != 1:

@@ -1,4 +1,4 @@
-"""Normalising-flow posterior: a mean-field normal bent by inverse autoregressive transforms."""
+"""Normalizing-flow posterior: a mean-field normal bent by inverse autoregressive transforms."""
 
 from typing import Any, cast
 

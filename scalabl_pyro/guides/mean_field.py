@@ -1,4 +1,4 @@
-"""Factorised posteriors for priors with scales of their own, or with latents that are not on the whole real line."""
+"""Factorized posteriors for priors with scales of their own, or with latents that are not on the whole real line."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +30,7 @@ class MeanFieldGuide(Guide):
     """
 
     family = "mean_field"
-    factorised = True
+    factorized = True
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class MeanFieldGuide(Guide):
         super().__init__()
         self.transforms: dict[str, Any] = {}
         sites = {name: site for name, site in prior_sites(prior).items() if name not in hide}
-        check_continuous("A factorised guide", sites)
+        check_continuous("A factorized guide", sites)
         for name, site in sites.items():
             transform = biject_to(_event_support(site["fn"]))
             value = (start or {}).get(name, site["median"])
@@ -71,7 +71,7 @@ class MeanFieldGuide(Guide):
 
 
 class WithHyperparameters(Guide):
-    """A guide for s beside a factorised one for the other latents of the prior.
+    """A guide for s beside a factorized one for the other latents of the prior.
 
     Args:
         of_s: covers ``"s"``.
@@ -80,7 +80,7 @@ class WithHyperparameters(Guide):
     """
 
     family = "with_hyperparameters"
-    factorised = True
+    factorized = True
 
     def __init__(self, of_s: Guide, prior: Prior, *, scale: float = 0.05) -> None:
         super().__init__()

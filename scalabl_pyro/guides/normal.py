@@ -23,7 +23,7 @@ class NormalGuide(Guide):
         scale: (D,) initial standard deviations.
 
     References:
-        Samplawski et al., UAI 2025, section 3 (posterior and initialisation).
+        Samplawski et al., UAI 2025, section 3 (posterior and initialization).
     """
 
     family = "normal"

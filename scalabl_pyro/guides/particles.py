@@ -1,4 +1,4 @@
-"""Particles that are moved towards the posterior together: Stein variational gradient descent."""
+"""Particles that are moved toward the posterior together: Stein variational gradient descent."""
 
 import math
 from typing import Any

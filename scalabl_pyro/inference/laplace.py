@@ -1,4 +1,4 @@
-"""Laplace approximation of the D latents: the exact generalised Gauss-Newton matrix at any trained adapter.
+"""Laplace approximation of the D latents: the exact generalized Gauss-Newton matrix at any trained adapter.
 
 D is about 1000 for a 7B model, so the whole matrix fits; and since a row of a batch can carry its own s, one backward
 pass a class gives the gradients of all examples of the batch.
@@ -56,7 +56,7 @@ def laplace(
         data: the training rows.
         prior_scale: standard deviation of a new prior Normal(0, prior_scale); ``"evidence"`` chooses the one of the
             largest evidence (MacKay, 1992); default: the posterior's own prior.
-        newton_steps: Gauss-Newton steps towards the mode before the expansion, each as long as it climbs. One is enough
+        newton_steps: Gauss-Newton steps toward the mode before the expansion, each as long as it climbs. One is enough
             for a linear model; far from the mode of an LLM, ``fit(guide="delta")`` is the cheaper way there.
         batch_size: rows a pass.
 
@@ -64,7 +64,7 @@ def laplace(
         A posterior whose provenance holds ``laplace_log_evidence`` (nats) and, where it is new, ``prior_scale``.
 
     Raises:
-        ValueError: a prior that is not a factorised normal and no ``prior_scale``, a likelihood without curvature, or
+        ValueError: a prior that is not a factorized normal and no ``prior_scale``, a likelihood without curvature, or
             an option outside its range.
 
     References:
@@ -145,7 +145,7 @@ def _normal_prior(prior: Prior, prior_scale: float | str | None) -> PriorAt:
     if isinstance(base, Normal):
         loc, scale = base.loc.detach().cpu().double(), base.scale.detach().cpu().double()
         return lambda curvature, mode: (loc, scale)
-    flaw = "a factorised normal" if isinstance(base, MultivariateNormal) else "normal"
+    flaw = "a factorized normal" if isinstance(base, MultivariateNormal) else "normal"
     raise ValueError(
         f"The prior {prior} is not {flaw}: pass prior_scale=... for a new one Normal(0, prior_scale), or "
         "prior_scale='evidence' to choose it."
@@ -153,7 +153,7 @@ def _normal_prior(prior: Prior, prior_scale: float | str | None) -> PriorAt:
 
 
 def _log_occam(curvature: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Log p(mode) + D/2 log 2 pi - 1/2 log det (H + P) for a factorised normal prior."""
+    """Log p(mode) + D/2 log 2 pi - 1/2 log det (H + P) for a factorized normal prior."""
     precision = curvature + torch.diag(scale**-2)
     return -scale.log().sum() - 0.5 * (shift / scale).square().sum() - 0.5 * torch.linalg.slogdet(precision)[1]
 

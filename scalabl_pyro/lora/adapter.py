@@ -85,7 +85,7 @@ class Adapter:
         gauge: ``"unit_rows"`` computes with the rows of A at unit norm, ``"free"`` with A as it is.
             (s, A) -> (c s, A / c) and (s, B) -> (c s, B / c) leave the function unchanged; the first is fixed by
             unit rows, the second by a prior on B alone.
-        heads: float32 copies of newly initialised heads, trained in full.
+        heads: float32 copies of newly initialized heads, trained in full.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from .._process.random_state import scoped_seed
 from .adapter import Adapter, Undo
 from .factors import factors_of
 from .hooks import activate
-from .initialization import factorise, initialise
+from .initialization import factorize, initialize
 from .layers import SubspaceVariant
 from .subspace import Layer, Subspace
 from .targets import TargetModules, is_linear, new_heads, resolve_targets
@@ -46,7 +46,7 @@ def attach(
     layers_to_transform: int | Iterable[int] | None = None,
     lora_dropout: float = 0.0,
     gauge: str = "unit_rows",
-    train_also: Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Adapter:
     """Inject LoRA layers with latents into ``module``; see :func:`scalabl_pyro.bayesian_lora`.
@@ -63,8 +63,8 @@ def attach(
             f"The model is wrapped in {type(module).__name__}: give bayesian_lora() the model itself, which is its "
             ".module. fit() shares each batch over processes, and adds up their gradients, by itself."
         )
-    if isinstance(train_also, str):
-        raise TypeError(f"train_also={train_also!r}: give a list of names, [{train_also!r}].")
+    if isinstance(modules_to_save, str):
+        raise TypeError(f"modules_to_save={modules_to_save!r}: give a list of names, [{modules_to_save!r}].")
     if lora_alpha is not None and not (isinstance(lora_alpha, int | float) and 0 < lora_alpha < float("inf")):
         raise ValueError(f"lora_alpha={lora_alpha!r}: must be a positive number.")
     if not 0 <= lora_dropout < 1:
@@ -75,7 +75,7 @@ def attach(
             "or call its .unload() first."
         )
     inner = module.get_base_model() if isinstance(module, PeftModel) else module
-    heads = new_heads(inner) if train_also is None else list(train_also)
+    heads = new_heads(inner) if modules_to_save is None else list(modules_to_save)
     _check_heads(inner, heads)
     found = {name: m for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)}
     if found:
@@ -97,7 +97,7 @@ def attach(
     names = resolve_targets(inner, target_modules, layers_to_transform=layers_to_transform)
     if both := [n for n in names if any(n == h or n.startswith(h + ".") for h in heads)]:
         raise ValueError(
-            f"train_also trains {both[0]!r} in full, so it cannot be adapted too: leave it out of train_also or of "
+            f"modules_to_save trains {both[0]!r} in full, so it cannot be adapted too: leave it out of modules_to_save or of "
             "target_modules."
         )
     _check_rank(inner, names, r)
@@ -161,7 +161,7 @@ def _inject(
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # matters for merging only
         inject_adapter_in_model(config, module, ADAPTER_NAME)
     layers = [cast(LoraLayer, module.get_submodule(name)) for name in names]
-    locs = [initialise(layer, ADAPTER_NAME) for layer in layers]
+    locs = [initialize(layer, ADAPTER_NAME) for layer in layers]
     for layer, original in zip(layers, originals.values(), strict=True):
         cast(nn.Module, layer).train(original.training)
     adapter = _assemble(module, names, layers, ADAPTER_NAME, torch.cat(locs), gauge=gauge, undo=undo)
@@ -199,7 +199,7 @@ def _adopt(module: nn.Module, found: Mapping[str, BaseTunerLayer], *, gauge: str
         weights=[(weight, weight.detach().clone()) for weight in weights],
         casts=[(layer, layer.cast_input_dtype_enabled) for layer in layers.values()],
     )
-    locs = [factorise(layer, adapter_name) for layer in layers.values()]
+    locs = [factorize(layer, adapter_name) for layer in layers.values()]
     adapter = _assemble(
         module, list(layers), list(layers.values()), adapter_name, torch.cat(locs), gauge=gauge, undo=undo
     )
@@ -261,6 +261,6 @@ def _check_heads(module: nn.Module, heads: Sequence[str]) -> None:
     names = dict(module.named_modules())
     for name in heads:
         if name not in names:
-            raise ValueError(f"train_also: the module has no {name!r}. {nearest(name, [n for n in names if n])}")
+            raise ValueError(f"modules_to_save: the module has no {name!r}. {nearest(name, [n for n in names if n])}")
         if next(names[name].parameters(), None) is None:
-            raise ValueError(f"train_also: {name!r} has no parameters to train.")
+            raise ValueError(f"modules_to_save: {name!r} has no parameters to train.")

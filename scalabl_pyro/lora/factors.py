@@ -18,7 +18,7 @@ def factors_of(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
 
 
 def compute_dtype(layer: LoraLayer, A: Tensor) -> torch.dtype:
-    """The dtype of an ordinary base weight; quantised layers (int8, float8, ...) decide when they see x."""
+    """The dtype of an ordinary base weight; quantized layers (int8, float8, ...) decide when they see x."""
     dtype = getattr(getattr(layer.get_base_layer(), "weight", None), "dtype", None)
     return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64) else A.dtype
 

@@ -18,7 +18,7 @@ ORDINARY = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def fingerprint(adapter: Adapter) -> dict[str, Any]:
     """Class, type, and a few weights of the embeddings and of each adapted layer.
 
-    Weights of quantised layers are left out, so that a posterior learned on a 4-bit base loads on the same base in
+    Weights of quantized layers are left out, so that a posterior learned on a 4-bit base loads on the same base in
     bfloat16, and the other way round. Weights that lie in pieces on several processes are put together the first time,
     by all of them (``fit`` does so); what was found is kept, so that one process can save a posterior.
     """
@@ -86,7 +86,7 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Non
             continue
         raise ValueError(
             f"Another base model: the shapes are right, but the weights of {where} are not those that the posterior "
-            "was learned on (another checkpoint, or a randomly initialised model)."
+            "was learned on (another checkpoint, or a randomly initialized model)."
         )
 
 

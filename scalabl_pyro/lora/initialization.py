@@ -1,6 +1,6 @@
 """Where s and the factors of a layer start: as in the paper, or at what a trained LoRA computes.
 
-Factorisations run on the CPU: the signs of singular vectors differ between libraries, and a seed is to start alike on
+Factorizations run on the CPU: the signs of singular vectors differ between libraries, and a seed is to start alike on
 every device of a machine.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .factors import factors_of
 
 
-def initialise(layer: LoraLayer, adapter_name: str) -> Tensor:
+def initialize(layer: LoraLayer, adapter_name: str) -> Tensor:
     """The paper's start: Z = the default nn.Linear init, ``_, s0, Vh = svd(Z)``, A = Vh, B = 0; returns s0 (r,)."""
     A, B = _master_factors(layer, adapter_name)
     if A.is_meta:  # shapes only
@@ -23,7 +23,7 @@ def initialise(layer: LoraLayer, adapter_name: str) -> Tensor:
     return s0
 
 
-def factorise(layer: LoraLayer, adapter_name: str) -> Tensor:
+def factorize(layer: LoraLayer, adapter_name: str) -> Tensor:
     """Rewrite trained factors as B' diag(s) A' = B A with orthonormal rows of A'; returns s (r,).
 
     The singular values of the update go into B', and s starts near where a fresh adapter's does, so that one prior

@@ -68,15 +68,15 @@ def estimate_memory(
         activations = of_all_rows(adapter.blocks) + activations // len(adapter.blocks)
     modules = [adapter.module, *adapter.heads.values()]
     own_tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-    tensors = {t.data_ptr(): t for held in own_tensors for t in (held, *_of_quantisation(held))}
+    tensors = {t.data_ptr(): t for held in own_tensors for t in (held, *_of_quantization(held))}
     trained = sum(t.numel() for t in tensors.values() if t.requires_grad)
     own = sum(t.numel() * t.element_size() for t in tensors.values() if t.requires_grad)
     weights = sum(t.untyped_storage().nbytes() for t in tensors.values()) - own
     return MemoryEstimate(weights, BYTES_A_PARAMETER * trained, activations)
 
 
-def _of_quantisation(weight: Tensor) -> Iterator[Tensor]:
-    """The scales that bitsandbytes keeps beside the codes of a 4-bit weight, nested where they are quantised too."""
+def _of_quantization(weight: Tensor) -> Iterator[Tensor]:
+    """The scales that bitsandbytes keeps beside the codes of a 4-bit weight, nested where they are quantized too."""
     state = getattr(weight, "quant_state", None)
     while state is not None:
         yield from (value for value in vars(state).values() if torch.is_tensor(value))

@@ -89,7 +89,7 @@ def new_heads(module: nn.Module) -> list[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Linear layers, GPT-2's Conv1D, and quantised layers that look like a linear layer."""
+    """Linear layers, GPT-2's Conv1D, and quantized layers that look like a linear layer."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(module, nn.Linear | Conv1D):

@@ -10,6 +10,7 @@ from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
+from .._deprecated import renamed_arguments
 from .._process.pyro_modes import KeepPlates, Program
 from ..data.batch import Batch
 from ..lora.adapter import Adapter
@@ -21,6 +22,7 @@ from ..lora.targets import TargetModules, output_head
 from ..priors import PriorLike, as_prior
 
 
+@renamed_arguments(train_also="modules_to_save")
 def bayesian_lora(
     module: nn.Module,
     *,
@@ -31,7 +33,7 @@ def bayesian_lora(
     lora_dropout: float = 0.0,
     prior: PriorLike = 1.0,
     gauge: str = "unit_rows",
-    train_also: Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
     seed: int = 0,
 ) -> "BayesianLoRA":
     """Give a module LoRA adapters with a latent vector s inside each layer, y = W0 x + gamma B (s * A x).
@@ -53,7 +55,7 @@ def bayesian_lora(
         gauge: ``"unit_rows"`` computes with rows of A at unit norm, which leaves s one partner, B, to trade its scale
             with; ``"free"`` leaves it two. Only with a prior on B too (``fit(factor_scale=...)``) has the scale of the
             prior of s a meaning of its own.
-        train_also: modules trained in full (point estimates) and saved; default: the new head of a Hugging Face
+        modules_to_save: modules trained in full (point estimates) and saved; default: the new head of a Hugging Face
             classifier.
         seed: of the initial factors; the global random state is left alone.
 
@@ -76,7 +78,7 @@ def bayesian_lora(
         layers_to_transform=layers_to_transform,
         lora_dropout=lora_dropout,
         gauge=gauge,
-        train_also=train_also,
+        modules_to_save=modules_to_save,
         seed=seed,
     )
     try:
@@ -193,7 +195,7 @@ class BayesianLoRA(Program):
         return super().train(mode)
 
     def _register_with_pyro(self) -> None:
-        """Tell stock SVI, which optimises what is in Pyro's global store, about A, B and heads.
+        """Tell stock SVI, which optimizes what is in Pyro's global store, about A, B and heads.
 
         ELBO modules (``Trace_ELBO()(model, guide)``) find them as ``parameters()``; there, a param site for each
         of hundreds of factors would only cost time.
@@ -205,7 +207,7 @@ class BayesianLoRA(Program):
         elif any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
             raise RuntimeError(
                 "Stock SVI under module_local_params=True would train the guide, but not A and B. Use it in Pyro's "
-                "default mode, or train with Trace_ELBO()(model, guide) and a torch optimiser."
+                "default mode, or train with Trace_ELBO()(model, guide) and a torch optimizer."
             )
 
 

@@ -14,7 +14,7 @@ from .log_likelihood import LogLikelihood
 
 @torch.no_grad()
 def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
-    """(D, D) generalised Gauss-Newton matrix of the negative log likelihood at s, float64.
+    """(D, D) generalized Gauss-Newton matrix of the negative log likelihood at s, float64.
 
     H = sum_n J_n' L_n J_n with J_n the Jacobian of the outputs in s and L_n the Hessian of the negative log likelihood
     in the outputs (Martens, JMLR 2020); where L_n is not positive semidefinite, its positive part.

@@ -22,7 +22,7 @@ class LogLikelihood:
     Args:
         llm: the LLM with the factors of a posterior.
         task: the likelihood.
-        examples: tokenised rows with answers.
+        examples: tokenized rows with answers.
         batch_size: rows a pass.
         cache_prefix: keep what the blocks below the first adapted one give, for all later passes.
     """

@@ -58,8 +58,8 @@ def diagnose(
         members = [sample(member, num_draws, seed=seed).s for member in guide.component_list()]
         findings += check_chains(torch.stack(members).double().numpy(), "restart")
     # Moved onto the mean of many, the first draws lose their Monte Carlo error of first order, which is no drift.
-    centred = s[:DRIFT_DRAWS] - s[:DRIFT_DRAWS].mean(0) + s.mean(0)
+    centered = s[:DRIFT_DRAWS] - s[:DRIFT_DRAWS].mean(0) + s.mean(0)
     examples = encode(rows[:DRIFT_ROWS], posterior.task.encode, need_target=False)
     llm, mean = posterior.llm(), posterior.mean().unsqueeze(0)
-    at_mean, over_draws = (predict(llm, posterior.task, part, examples, **options) for part in (mean, centred))
+    at_mean, over_draws = (predict(llm, posterior.task, part, examples, **options) for part in (mean, centered))
     return as_diagnosis([*findings, *check_drift(at_mean, over_draws)])

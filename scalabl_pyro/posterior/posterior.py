@@ -1,5 +1,6 @@
 """What training leaves: a frozen posterior, and all that is asked of it."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ..analysis.checks import LOO, Diagnosis
 from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..prediction.draws import sample_prior
-from ..prediction.linearised import predict_linearised
+from ..prediction.linearized import predict_linearized
 from ..prediction.predict import predict
 from ..prediction.result import NumericPrediction, Prediction
 from . import serialization
@@ -90,7 +91,7 @@ class Posterior(PosteriorState):
         with self.adapter.bind(s, factors=llm.factors, heads=llm.heads):
             yield self.adapter.module
 
-    def predict_linearised(
+    def predict_linearized(
         self, data: Any, *, num_draws: int = 100, seed: int = 0, batch_size: int = 16
     ) -> Prediction | NumericPrediction:
         """Predict with outputs linear in s around the mean.
@@ -103,13 +104,18 @@ class Posterior(PosteriorState):
         """
         if num_draws < 1:
             raise ValueError(
-                f"num_draws={num_draws} must be positive: without draws nothing is linearised, and "
+                f"num_draws={num_draws} must be positive: without draws nothing is linearized, and "
                 "predict(num_draws=0) is the prediction at the mean."
             )
         self._in_local_mode(self.guide.covariance)  # families that are not normal refuse
         draws = self.sample(num_draws, seed=seed)
         likelihood = self.log_likelihood(data, batch_size=batch_size, need_target=False)
-        return predict_linearised(likelihood, self.mean(), draws.s, seed=seed)
+        return predict_linearized(likelihood, self.mean(), draws.s, seed=seed)
+
+    def predict_linearised(self, data: Any, **options: Any) -> Prediction | NumericPrediction:
+        """Deprecated: the old name of :meth:`predict_linearized`."""
+        warnings.warn("predict_linearised() is now called predict_linearized().", DeprecationWarning, stacklevel=2)
+        return self.predict_linearized(data, **options)
 
     def prior_predictive(
         self, data: Any, *, num_draws: int = 100, seed: int = 0, batch_size: int = 16

@@ -21,7 +21,7 @@ from ..lora.subspace import Subspace
 from ..model.bayesian_lora import BayesianLoRA
 from ..model.log_likelihood import LogLikelihood
 from ..prediction.draws import Draws, log_prior, sample
-from ..prediction.quasi_monte_carlo import DESIGNS, even_draws
+from ..prediction.quasi_monte_carlo import DESIGNS, quasi_monte_carlo_draws
 from ..priors import Prior
 from ..tasks import Task, copy_task
 
@@ -97,7 +97,7 @@ class PosteriorState:
         check_choice("design", design, DESIGNS)
         if design == "independent" or num_draws == 0:
             return sample(self.guide, num_draws, seed=seed)
-        return self._in_local_mode(lambda: even_draws(self.guide, num_draws, seed=seed, design=design))
+        return self._in_local_mode(lambda: quasi_monte_carlo_draws(self.guide, num_draws, seed=seed, design=design))
 
     def llm(self) -> AdaptedLLM:
         """The LLM with this posterior's factors and heads, as a function of s."""

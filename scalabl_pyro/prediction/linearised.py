@@ -10,7 +10,7 @@ from .predict import predict_from_outputs
 from .result import NumericPrediction, Prediction
 
 
-def predict_linearised(
+def predict_linearized(
     likelihood: LogLikelihood, mean: Tensor, s: Tensor, *, seed: int
 ) -> Prediction | NumericPrediction:
     """Predict with outputs linear in s: f(x, s) = f(x, mean) + J (s - mean), so that no draw needs a pass of its own.

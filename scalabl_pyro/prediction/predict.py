@@ -16,7 +16,7 @@ from .._process.lock import LOCK
 from .._process.random_state import Stream
 from ..data.batch import Batch, Example
 from ..data.encoding import check_tokens, evaluation_batches
-from ..distributed.processes import Processes, current_processes, together
+from ..distributed.processes import Processes, collective, current_processes
 from ..lora.forward import AdaptedLLM
 from ..lora.sharding import is_sharded
 from ..lora.train_mode import eval_mode
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-@together
+@collective
 @torch.no_grad()
 def predict(
     llm: AdaptedLLM,
@@ -51,7 +51,7 @@ def predict(
         llm: the LLM with the factors of a posterior.
         task: the likelihood.
         s: (S, D) draws.
-        examples: tokenised rows.
+        examples: tokenized rows.
         batch_size: rows of data a pass.
         draws_per_pass: draws a pass at most; default all.
         is_mean: marks the only draw as the posterior mean.
@@ -141,7 +141,7 @@ def _shared_outputs(
                 outputs.append(torch.cat(found).cpu())
         return hashlib.sha256(repr(asked).encode()).hexdigest(), outputs
 
-    found = joint.gather(run)
+    found = joint.all_gather(run)
     if len({digest for digest, _ in found}) > 1:
         raise ValueError("The processes were asked for different predictions: all need the same rows and draws.")
     pieces = [found[i % joint.size][1][i // joint.size] for i in range(len(work))]

@@ -15,7 +15,7 @@ from .draws import Draws
 DESIGNS = ("independent", "antithetic", "sobol")
 
 
-def even_draws(guide: Guide, num_draws: int, *, seed: int, design: str) -> Draws:
+def quasi_monte_carlo_draws(guide: Guide, num_draws: int, *, seed: int, design: str) -> Draws:
     """Draws of a normal guide in an even design.
 
     Args:

@@ -65,11 +65,11 @@ class Prediction:
     @property
     def log_likelihood(self) -> Array:
         """(S, N) log probability of the target under each draw."""
-        return np.take_along_axis(self.log_probs, self._labelled()[None, :, None], axis=2)[..., 0]
+        return np.take_along_axis(self.log_probs, self._labeled()[None, :, None], axis=2)[..., 0]
 
     def metrics(self, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """Accuracy, NLL, calibration and selective-prediction metrics; see :mod:`scalabl_pyro.metrics`."""
-        return metrics.classification_report(self.probs, self._labelled(), bootstrap=bootstrap, level=level, seed=seed)
+        return metrics.classification_report(self.probs, self._labeled(), bootstrap=bootstrap, level=level, seed=seed)
 
     def to_frame(self) -> pd.DataFrame:
         """One line a row: predicted class, its probability, uncertainties, and the target where known."""
@@ -86,7 +86,7 @@ class Prediction:
             frame["target"] = np.asarray(self.classes, dtype=object)[self.target]
         return frame
 
-    def _labelled(self) -> NDArray[np.integer]:
+    def _labeled(self) -> NDArray[np.integer]:
         if self.target is None:
             raise ValueError("These rows have no answers, so nothing can be scored: predict on rows that have them.")
         return self.target

@@ -1,4 +1,4 @@
-"""A scale that maximises the ELBO: empirical Bayes."""
+"""A scale that maximizes the ELBO: empirical Bayes."""
 
 from typing import Any, cast
 

@@ -1,4 +1,4 @@
-"""Few large latents, many near zero: the regularised horseshoe."""
+"""Few large latents, many near zero: the regularized horseshoe."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .hierarchical import positive
 
 
 class HorseshoePrior(Prior):
-    """The regularised horseshoe of Piironen and Vehtari (2017, eq. 2.8).
+    """The regularized horseshoe of Piironen and Vehtari (2017, eq. 2.8).
 
         global_scale ~ HalfCauchy(tau)       local_scale_i ~ HalfCauchy(1)
         slab_variance ~ InverseGamma(df / 2, df slab^2 / 2)

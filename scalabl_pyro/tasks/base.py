@@ -55,7 +55,7 @@ class Task(Program):
         return 0 if self.tokenizer is None else self.tokenizer.pad_token_id
 
     def encode(self, row: Row) -> Example:
-        """Tokenise one row."""
+        """Tokenize one row."""
         raise NotImplementedError(f"{type(self).__name__} must define encode(row) -> Example.")
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Checkpoints of a run as folders that are whole or ignored; no pickle is written or read.
 
     step-00000300/
-        tensors.safetensors   parameters, optimiser state, random states, history
+        tensors.safetensors   parameters, optimizer state, random states, history
         record.json           numbers and words: the step, and what the run was asked for
         manifest.json         size and SHA-256 of the two, written last
 
@@ -28,7 +28,8 @@ from ..storage.untrusted_files import check_file, describe, read_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+#: 2: options have the names of release 0.2 (``lr_A``, ...), tensors those of ``optimizer``.
+FORMAT_VERSION = 2
 TENSORS, RECORD, MANIFEST = "tensors.safetensors", "record.json", "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
 #: Larger ones are no manifest or record that was written here.

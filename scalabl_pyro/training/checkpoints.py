@@ -91,10 +91,10 @@ class Checkpoints:
         self._trainer, self.run = trainer, run()
         trainer.save, trainer.save_every = self.save_together, self.every
         folder, together = self.folder, self.processes
-        found = together.from_first(lambda: self._choose(folder))
+        found = together.from_rank_zero(lambda: self._choose(folder))
         if found is None:
-            together.from_first(lambda: folder.set_aside(-1))
-            together.from_first(self._write)
+            together.from_rank_zero(lambda: folder.set_aside(-1))
+            together.from_rank_zero(self._write)
             return
         self._check(found)
         try:
@@ -102,14 +102,14 @@ class Checkpoints:
             trainer.load_state(found.tensors, state)
         except ValueError as error:
             raise ValueError(f"{found.path} cannot be resumed from: {error}") from error
-        together.same_noise(trainer.execute.device)
-        together.from_first(lambda: folder.set_aside(found.step))
+        together.broadcast_random_state(trainer.execute.device)
+        together.from_rank_zero(lambda: folder.set_aside(found.step))
         self._saved_step = self._tried_step = found.step
         logger.info("resumed from %s, %d of %s steps", found.path, found.step, self.run["num_steps"])
 
     def save_together(self) -> None:
         """Save the present step, which all processes have reached: the first one writes, the others wait."""
-        self.processes.from_first(self.save)
+        self.processes.from_rank_zero(self.save)
 
     def save(self) -> None:
         """Save the present step; on failure the training goes on, and the last checkpoint stays."""

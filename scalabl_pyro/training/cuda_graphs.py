@@ -1,4 +1,4 @@
-"""The whole optimiser step as a CUDA graph, captured once a batch shape and replayed.
+"""The whole optimizer step as a CUDA graph, captured once a batch shape and replayed.
 
 A step of a 7B model launches some 5,000 kernels, and the host needs about 100 ms for that whatever the model's size. A
 replay is one launch.

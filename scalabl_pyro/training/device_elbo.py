@@ -16,14 +16,14 @@ def stays_on_device(elbo: ELBO) -> bool:
 
 
 def device_loss(elbo: ELBO, model: Any, guide: Any, *args: Any) -> Tensor | None:
-    """-ELBO in nats per data set, to differentiate; None where a site of the guide has no reparametrised draws.
+    """-ELBO in nats per data set, to differentiate; None where a site of the guide has no reparametrized draws.
 
     Equal to ``elbo.differentiable_loss(model, guide, *args)``, which reads its value back on the way (two waits for
     the GPU a step, and none is allowed while a CUDA graph is captured).
     """
     total: Tensor | float = 0.0
     for p, q in cast(Any, elbo)._get_traces(model, guide, args, {}):
-        if not all(_is_reparametrised(site) for site in _samples(q).values()):
+        if not all(_is_reparametrized(site) for site in _samples(q).values()):
             return None
         total = total - _particle(p, q, closed=isinstance(elbo, TraceMeanField_ELBO))
     return torch.as_tensor(total / cast(Any, elbo).num_particles)
@@ -58,7 +58,7 @@ def _samples(trace: Trace) -> dict[str, dict[str, Any]]:
     return {name: site for name, site in sites.items() if site["type"] == "sample"}
 
 
-def _is_reparametrised(site: dict[str, Any]) -> bool:
+def _is_reparametrized(site: dict[str, Any]) -> bool:
     score = site["score_parts"].score_function
     return not torch.is_tensor(score) and score == 0
 

@@ -1,4 +1,4 @@
-"""Stochastic variational inference: one ELBO, one torch optimiser, four learning rates."""
+"""Stochastic variational inference: one ELBO, one torch optimizer, four learning rates."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -11,12 +11,13 @@ import pandas as pd
 from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
+from .._deprecated import renamed_arguments
 from .._errors import check_choice, check_positive
 from .._process.stop_signals import StopSignals
 from ..data.batch import Batch
 from ..data.encoding import check_tokens
 from ..data.training_batches import TrainingBatches, training_source
-from ..distributed.processes import current_processes, together
+from ..distributed.processes import collective, current_processes
 from ..guides import INIT_SCALE, GuideLike, ParticleGuide, as_guide
 from ..lora.hidden_state_cache import PrefixStore
 from ..model.bayesian_lora import BayesianLoRA
@@ -27,7 +28,7 @@ from .cuda_graphs import GRAPH_TOKENS, GraphedStep, uses_graph
 from .loop import Callback, Trainer
 from .messages import explained
 from .objective import Objective, ScopedGuide, allows_row_draws, elbo_for, weight_at
-from .optimizer import build_optimiser, rate_schedule
+from .optimizer import build_optimizer, rate_schedule
 from .result import FitResult, TrainingError, freeze
 from .run_identity import OF_A_RUN, begin_alike, describe_run
 from .scope import training_scope
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 READ_EVERY = 10
 
 
-@together
+@renamed_arguments(A_lr="lr_A", loc_lr="lr_loc", scale_lr="lr_scale")
+@collective
 def fit(
     blora: BayesianLoRA,
     task: Task,
@@ -52,9 +54,9 @@ def fit(
     batch_size: int = 16,
     micro_batch_size: int | None = None,
     lr: float = 8e-3,
-    A_lr: float = 2.5e-4,
-    loc_lr: float | None = None,
-    scale_lr: float = 3e-2,
+    lr_A: float = 2.5e-4,
+    lr_loc: float | None = None,
+    lr_scale: float = 3e-2,
     weight_decay: float = 0.0,
     factor_scale: float | None = None,
     warmup: float = 0.06,
@@ -85,14 +87,14 @@ def fit(
         train_data: rows for the task (dicts, a ``datasets.Dataset``, the path of a JSONL file), or an iterable of
             :class:`~scalabl_pyro.data.Batch` that can be restarted, such as a DataLoader.
         guide: posterior family, see :func:`scalabl_pyro.guides.as_guide`.
-        num_steps: optimiser steps.
+        num_steps: optimizer steps.
         batch_size: rows a step, of all processes together; see the how-to page *Several processes*.
         micro_batch_size: rows a forward pass of a process; smaller ones accumulate gradients of the same ELBO.
         lr: of B and the task's parameters (AdamW). The first thing to tune, see the page *Quality*.
-        A_lr: of A and new heads, whose inputs are as many as the model is wide: they need smaller steps (LoRA+, Hayou
+        lr_A: of A and new heads, whose inputs are as many as the model is wide: they need smaller steps (LoRA+, Hayou
             et al., 2024). With an A as fast as B, runs on hard data overfitted, ended at chance or diverged.
-        loc_lr: of the guide's locations; default ``lr``.
-        scale_lr: of the guide's scales (as logarithms).
+        lr_loc: of the guide's locations; default ``lr``.
+        lr_scale: of the guide's scales (as logarithms).
         weight_decay: on A and B only, decoupled from the loss: a step shrinks each by its learning rate times this.
         factor_scale: standard deviation of a normal MAP prior on B (and A, where the gauge leaves it free), which
             enters the loss.
@@ -143,7 +145,7 @@ def fit(
     check_choice("schedule", schedule, ("linear", "constant"))
     if not 0 <= warmup <= 1:
         raise ValueError(f"warmup={warmup} must lie between 0 and 1: it is a share of the steps.")
-    check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, A_lr=A_lr, scale_lr=scale_lr)
+    check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, lr_A=lr_A, lr_scale=lr_scale)
     if micro_batch_size is not None:
         check_positive(micro_batch_size=micro_batch_size)
     check_shareable(processes, blora, batch_size=batch_size, cache_prefix=cache_prefix)
@@ -178,22 +180,22 @@ def fit(
     else:
         objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
     graphed = uses_graph(cuda_graph, objective, elbo, device, store is not None, processes.are_several)
-    optimiser = build_optimiser(
+    optimizer = build_optimizer(
         model,
         family,
         lr=lr,
-        A_lr=A_lr,
-        loc_lr=lr if loc_lr is None else loc_lr,
-        scale_lr=scale_lr,
+        lr_A=lr_A,
+        lr_loc=lr if lr_loc is None else lr_loc,
+        lr_scale=lr_scale,
         weight_decay=weight_decay,
         capturable=graphed,
     )
     signals = StopSignals(terminate=checkpoints.is_on)
-    has_callbacks = any(processes.gather(lambda: bool(callbacks)))  # some log in the first process only
+    has_callbacks = any(processes.all_gather(lambda: bool(callbacks)))  # some log in the first process only
     trainer = Trainer(
         (GraphedStep if graphed else EagerStep)(
             objective,
-            optimiser,
+            optimizer,
             device=device,
             micro_batch_size=micro_batch_size,
             max_grad_norm=max_grad_norm,
@@ -227,7 +229,7 @@ def fit(
                 for row in trainer.run(range(trainer.next_step, num_steps)):
                     bar.update(int(row["step"]) + 1 - bar.n)
                     bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "nll", "kl")}, refresh=False)
-                    if has_callbacks and any(processes.gather(partial(_stops, callbacks, row))):
+                    if has_callbacks and any(processes.all_gather(partial(_stops, callbacks, row))):
                         logger.info("a callback stopped the training at step %d", row["step"])
                         break
         except FloatingPointError as failure:
@@ -246,8 +248,8 @@ def fit(
             + (f" and {len(lost) - 1} more are" if len(lost) > 1 else " is")
             + " not finite any more. Lower the learning rates."
         )
-    history = processes.from_first(lambda: trainer.history)  # the seconds of one clock
-    processes.make_equal(list(trainer.learned.tensors().values()))
+    history = processes.from_rank_zero(lambda: trainer.history)  # the seconds of one clock
+    processes.broadcast(list(trainer.learned.tensors().values()))
     provenance = {
         "num_data": num_data,
         "num_steps": len(history),

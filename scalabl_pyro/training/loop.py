@@ -1,4 +1,4 @@
-"""One optimiser step after another: what the host reads of them and when, and the history that it makes of it."""
+"""One optimizer step after another: what the host reads of them and when, and the history that it makes of it."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from ..data.training_batches import Cycle
 from ..lora.sharding import is_sharded
 from ..storage.tensor_files import check_keys
 from .gradient_check import GradientCheck
-from .messages import Figures, describe, overflown, reason, where_not_finite
+from .messages import StepStatistics, describe, overflown, reason, where_not_finite
 from .optimizer import set_rates
 from .recovery import Recovery
 from .step import EagerStep
@@ -85,7 +85,7 @@ class Trainer:
         self.read_every = read_every
         self.signals = signals
         execute.signal = lambda: (signals and signals.received) or 0
-        self.learned = LearnedState(execute.objective, execute.optimiser)
+        self.learned = LearnedState(execute.objective, execute.optimizer)
         self.recovery = Recovery(on_nonfinite, self.learned)
         self.history: list[dict[str, float]] = []
         self.next_step = 0
@@ -140,13 +140,13 @@ class Trainer:
             pending, self._pending = self._pending, []
             figures = torch.stack([p.figures for p in pending]).tolist()
             for number, (one, told) in enumerate(zip(pending, figures, strict=True)):
-                own = Figures(*told)
+                own = StepStatistics(*told)
                 if not own.is_finite:
                     self._recover(one, own)
                     for later in pending[number + 1 :]:  # the flag has kept them from updating, too
                         self._take(later.step, later.batch)
                     break
-                self.recovery.good()
+                self.recovery.accept()
                 row = self._row(one, own)
                 self.history.append(row)
                 yield row
@@ -193,7 +193,7 @@ class Trainer:
     def _take(self, step: int, batch: Batch) -> None:
         """Do a step; its figures stay on the device."""
         weight, rate = self.kl_weight(step), self.rate(step)
-        set_rates(self.execute.optimiser, rate)
+        set_rates(self.execute.optimizer, rate)
         self.is_whole = False
         figures = self.execute(batch, weight)
         self.is_whole, self.next_step = True, step + 1
@@ -208,10 +208,10 @@ class Trainer:
             return bool(self.execute.agreed_signal)
         return self.signals.received is not None
 
-    def _recover(self, one: Pending, figures: Figures) -> None:
+    def _recover(self, one: Pending, figures: StepStatistics) -> None:
         facts = describe(one.batch, figures, self._kl(one, figures), self.execute.objective.guide)
         self.is_whole = False
-        stop = self.recovery.bad(one.step, facts)
+        stop = self.recovery.reject(one.step, facts)
         if stop is not None:
             cause = None if math.isfinite(figures.loss) else self._explain(one.batch)
             is_last = self.next_step == one.step + 1  # else the gradients that are there belong to a later step
@@ -222,11 +222,11 @@ class Trainer:
 
     def _explain(self, batch: Batch) -> str:
         """Why the loss is not finite: the first process that finds a cause in its rows is believed by all."""
-        own, _ = self.execute.processes.part(batch)
-        found = self.execute.processes.gather(lambda: self.execute.objective.explain(own.to(self.execute.device)))
+        own, _ = self.execute.processes.shard(batch)
+        found = self.execute.processes.all_gather(lambda: self.execute.objective.explain(own.to(self.execute.device)))
         return next((cause for cause in found if cause.startswith("site")), found[0])
 
-    def _row(self, one: Pending, figures: Figures) -> dict[str, float]:
+    def _row(self, one: Pending, figures: StepStatistics) -> dict[str, float]:
         return {
             "step": one.step,
             "loss": figures.loss,
@@ -239,7 +239,7 @@ class Trainer:
             "skipped": self.recovery.skipped,
         }
 
-    def _kl(self, one: Pending, figures: Figures) -> float:
+    def _kl(self, one: Pending, figures: StepStatistics) -> float:
         """Unweighted, nats per data set."""
         return figures.weighted_kl * self.num_data / one.kl_weight if one.kl_weight else float("nan")
 

@@ -37,7 +37,7 @@ def explained(step: Callable[[], int]) -> Iterator[None]:
         raise
 
 
-class Figures(NamedTuple):
+class StepStatistics(NamedTuple):
     """What the device said of a step: nats per example, and the gradient norm."""
 
     loss: float
@@ -51,14 +51,14 @@ class Figures(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def describe(batch: Batch, figures: Figures, kl: float, guide: nn.Module) -> str:
+def describe(batch: Batch, figures: StepStatistics, kl: float, guide: nn.Module) -> str:
     """Examples, terms of the loss, and the largest scale of the guide, in one sentence."""
     scale = largest_scale(guide)
     scales = "" if scale is None else f", largest scale of the guide {scale:.4g}"
     return f"Examples {_some(batch.index.tolist())}: NLL {figures.nll:.4g} nats per example, KL {kl:.4g} nats{scales}."
 
 
-def reason(step: int, figures: Figures, facts: str, cause: str | None, where: str = "") -> str:
+def reason(step: int, figures: StepStatistics, facts: str, cause: str | None, where: str = "") -> str:
     """The whole message of a step that is not finite.
 
     ``cause`` is why the loss is not; None if it is, and ``where`` then says whose gradient is not.

@@ -146,7 +146,7 @@ def default_elbo(guide: Guide, prior: Prior) -> ELBO:
     sites = list(p.stochastic_nodes)
     if set(q.stochastic_nodes) != set(sites):  # auxiliary sites: nothing is in closed form
         return Trace_ELBO()
-    if len(sites) > 1 and not guide.factorised:
+    if len(sites) > 1 and not guide.factorized:
         return Trace_ELBO()
     closed = [name for name in sites if _has_closed_kl(_site(q, name)["fn"], _site(p, name)["fn"])]
     return TraceMeanField_ELBO() if closed else Trace_ELBO()

@@ -10,14 +10,14 @@ from ..guides import Guide
 from ..model.joint import TaskModel
 
 
-def build_optimiser(
+def build_optimizer(
     model: TaskModel,
     guide: Guide,
     *,
     lr: float,
-    A_lr: float,
-    loc_lr: float,
-    scale_lr: float,
+    lr_A: float,
+    lr_loc: float,
+    lr_scale: float,
     weight_decay: float,
     capturable: bool = False,
 ) -> torch.optim.AdamW:
@@ -28,12 +28,12 @@ def build_optimiser(
     point = list(model.blora.point_estimates.named_parameters())
     scales = [*_named(guide, scale=True), *_named(model.blora.prior, scale=True)]
     groups: list[Mapping[str, Any]] = [
-        {"name": "A", "params": [p for n, p in point if n.endswith("/A")], "lr": A_lr, "weight_decay": weight_decay},
+        {"name": "A", "params": [p for n, p in point if n.endswith("/A")], "lr": lr_A, "weight_decay": weight_decay},
         {"name": "B", "params": [p for n, p in point if n.endswith("/B")], "lr": lr, "weight_decay": weight_decay},
-        {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": A_lr},
+        {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": lr_A},
         {"name": "task", "params": [*model.task.parameters(), *_named(model.blora.prior, scale=False)], "lr": lr},
-        {"name": "loc", "params": _named(guide, scale=False), "lr": loc_lr},
-        {"name": "scale", "params": scales, "lr": scale_lr},
+        {"name": "loc", "params": _named(guide, scale=False), "lr": lr_loc},
+        {"name": "scale", "params": scales, "lr": lr_scale},
     ]
     trainable = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     trainable = [g for g in trainable if g["params"]]
@@ -59,9 +59,9 @@ def rate_schedule(schedule: str, warmup: float, num_steps: int) -> Callable[[int
     return factor
 
 
-def set_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Multiply the learning rate that each group started with by ``factor``."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         base = group.setdefault("initial_lr", float(group["lr"]))
         if torch.is_tensor(group["lr"]):  # a captured graph reads it from there
             group["lr"].fill_(base * factor)
@@ -69,14 +69,14 @@ def set_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:
             group["lr"] = base * factor
 
 
-def parameters_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """All parameters, in the order of the groups."""
-    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def clip_gradients(optimiser: torch.optim.Optimizer, limit: float | None) -> Tensor:
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
     """The global gradient norm (), clipped at ``limit``; where it is not finite, gradients stay as they are."""
-    parameters = [p for p in parameters_of(optimiser) if p.grad is not None]
+    parameters = [p for p in parameters_of(optimizer) if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit is not None:
         # NaN would spread to all of them, and hide where it was; no update follows.

@@ -22,7 +22,7 @@ class Recovery:
     """What follows a step that is not finite. No parameter was changed by it.
 
     Args:
-        policy: ``"raise"``; ``"skip"`` leaves the step out; ``"restore"`` also goes back to parameters and optimiser
+        policy: ``"raise"``; ``"skip"`` leaves the step out; ``"restore"`` also goes back to parameters and optimizer
             state of up to ``SNAPSHOT_EVERY`` steps ago, and on with later batches and other noise, as Chowdhery et al.
             (PaLM, 2022, section 5.1) did by hand.
         learned: what is copied and restored.
@@ -41,7 +41,7 @@ class Recovery:
         self._snapshot: dict[str, Tensor] | None = None
         self._snapshot_step = 0
 
-    def good(self) -> None:
+    def accept(self) -> None:
         """Told of each step that was finite."""
         self._in_a_row = 0
 
@@ -53,7 +53,7 @@ class Recovery:
         if is_due and not overflown(self.learned.objective):  # what it goes back to must be better than what it leaves
             self._snapshot, self._snapshot_step = self.learned.snapshot(), step
 
-    def bad(self, step: int, figures: str) -> str | None:
+    def reject(self, step: int, figures: str) -> str | None:
         """Deal with a step that was not finite; a reason to stop, or None to go on with the next step."""
         if self.policy == "raise":
             return ""

@@ -20,7 +20,7 @@ from .loop import Trainer
 
 #: Options of ``fit`` that make another run of it. Others change the bits at most (``micro_batch_size``), or nothing.
 OF_A_RUN = (
-    *("num_steps", "batch_size", "lr", "A_lr", "loc_lr", "scale_lr", "weight_decay", "factor_scale", "warmup"),
+    *("num_steps", "batch_size", "lr", "lr_A", "lr_loc", "lr_scale", "weight_decay", "factor_scale", "warmup"),
     *("schedule", "kl_weight", "elbo", "init_scale", "max_grad_norm", "seed"),
 )
 #: Entries that are digests.
@@ -70,7 +70,7 @@ def begin_alike(processes: Processes, trainer: Trainer, run: Mapping[str, Any]) 
     Raises:
         ValueError: another process was asked for something else.
     """
-    for rank, other in enumerate(processes.gather(lambda: run)):
+    for rank, other in enumerate(processes.all_gather(lambda: run)):
         words = differences(other, run)
         try:
             check_fingerprint(other["base_model"], run["base_model"])
@@ -81,7 +81,7 @@ def begin_alike(processes: Processes, trainer: Trainer, run: Mapping[str, Any]) 
                 f"Process {processes.rank} was asked for another training than process {rank}: {'; '.join(words)}. All "
                 "must call fit with the same options, data and base model."
             )
-    processes.make_equal([tensor.data for tensor in trainer.learned.tensors().values()])
+    processes.broadcast([tensor.data for tensor in trainer.learned.tensors().values()])
 
 
 def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ def training_scope(blora: BayesianLoRA, seed: int, *, gradient_checkpointing: bo
     again = _blocks(blora) if gradient_checkpointing else ()
     dropouts = [dropout for layer in blora.adapter.layers for dropout in layer.lora_dropout.values()]
     with (
-        sole_use(blora.llm),  # dropout of the base model would be a second, unmodelled source of noise
+        sole_use(blora.llm),  # dropout of the base model would be a second, unmodeled source of noise
         recompute(again, has_dropout=any(isinstance(dropout, nn.Dropout) for dropout in dropouts)),
         scoped_seed(seed),
         local_params(),

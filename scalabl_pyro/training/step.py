@@ -1,7 +1,7 @@
-"""One optimiser step: the gradient of a batch over micro-batches and processes, a check, an update.
+"""One optimizer step: the gradient of a batch over micro-batches and processes, a check, an update.
 
 A step that is not finite changes no parameter. The check stays on the device, so that a GPU need not wait for the
-host: a flag keeps the optimiser from updating from that step on, until the host has read it.
+host: a flag keeps the optimizer from updating from that step on, until the host has read it.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ class EagerStep:
     """Gradient of the loss of one batch, and an update if loss and gradient are finite.
 
     Args:
-        objective: what is minimised.
-        optimiser: a fused one, which looks at ``found_inf`` before it updates.
+        objective: what is minimized.
+        optimizer: a fused one, which looks at ``found_inf`` before it updates.
         micro_batch_size: rows a forward pass.
         max_grad_norm: the global gradient norm is clipped at it.
         device: of the first adapted layer.
@@ -40,7 +40,7 @@ class EagerStep:
     def __init__(
         self,
         objective: Objective | SteinObjective,
-        optimiser: Any,
+        optimizer: Any,
         *,
         device: torch.device,
         micro_batch_size: int | None = None,
@@ -49,15 +49,15 @@ class EagerStep:
         processes: Processes | None = None,
     ) -> None:
         self.objective = objective
-        self.optimiser = optimiser
+        self.optimizer = optimizer
         self.device = device
         self.micro_batch_size = micro_batch_size
         self.max_grad_norm = max_grad_norm
         self.store = store
         self.processes = processes or Processes()
         self.blocked = torch.zeros((), device=device, dtype=torch.float32)  # whatever the default
-        # What a GradScaler sets on a fused optimiser: no update while ``found_inf`` is 1.
-        optimiser.grad_scale, optimiser.found_inf = None, self.blocked
+        # What a GradScaler sets on a fused optimizer: no update while ``found_inf`` is 1.
+        optimizer.grad_scale, optimizer.found_inf = None, self.blocked
         self.check: Callable[[Tensor], None] | None = None
         self.signal: Callable[[], int] = lambda: 0
         self.agreed_signal = 0
@@ -66,15 +66,15 @@ class EagerStep:
         """Loss, NLL, weighted KL (nats per example) and gradient norm of the step, (4,) on the device."""
         terms = self.gradient(batch, kl_weight)
         if self.processes.are_several:
-            self.agreed_signal = self.processes.meet(batch, self.signal())
-            terms = self.processes.add_up(parameters_of(self.optimiser), terms)
+            self.agreed_signal = self.processes.synchronize(batch, self.signal())
+            terms = self.processes.all_reduce_gradients(parameters_of(self.optimizer), terms)
         self.objective.finish()
         if self.check is not None:
             self.check(terms[0])
-        norm = clip_gradients(self.optimiser, self.max_grad_norm).to(terms)
+        norm = clip_gradients(self.optimizer, self.max_grad_norm).to(terms)
         finite = torch.isfinite(terms[0]) & torch.isfinite(norm)
         self.blocked.copy_(torch.maximum(self.blocked, (~finite).to(self.blocked)))
-        self.optimiser.step()
+        self.optimizer.step()
         return torch.cat([terms, norm.reshape(1)])
 
     def gradient(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class EagerStep:
         self.objective.zero_grad(set_to_none=True)
         parts = []
         for joint in batch.split((self.micro_batch_size or len(batch)) * self.processes.size):
-            micro, share = self.processes.part(joint)
+            micro, share = self.processes.shard(joint)
             share *= len(joint) / len(batch)
             width = micro.inputs["input_ids"].shape[1] if self.store else 0
             with self.store.reuse(micro.index, micro.last + 1, width) if self.store else nullcontext():

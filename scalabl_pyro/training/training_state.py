@@ -16,23 +16,23 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class LearnedState:
-    """Factors, heads, parameters of task, prior and guide, and what the optimiser keeps of each.
+    """Factors, heads, parameters of task, prior and guide, and what the optimizer keeps of each.
 
     Args:
         objective: holds the modules.
-        optimiser: of their parameters.
+        optimizer: of their parameters.
     """
 
-    def __init__(self, objective: Objective | SteinObjective, optimiser: torch.optim.Optimizer) -> None:
+    def __init__(self, objective: Objective | SteinObjective, optimizer: torch.optim.Optimizer) -> None:
         self.objective = objective
-        self.optimiser = optimiser
+        self.optimizer = optimizer
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live tensors: ``module.*``, ``heads.*``, and ``optimiser.<number>.*`` of each parameter it has moved."""
+        """The live tensors: ``module.*``, ``heads.*``, and ``optimizer.<number>.*`` of each parameter it has moved."""
         moments = {
-            f"optimiser.{number}.{key}": value
+            f"optimizer.{number}.{key}": value
             for number, parameter in enumerate(self._parameters())
-            for key, value in self.optimiser.state.get(parameter, {}).items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
         }
         return self._modules() | moments
 
@@ -49,7 +49,7 @@ class LearnedState:
                 nothing is overwritten then.
         """
         modules, parameters = self._modules(), self._parameters()
-        mine = tuple(f"optimiser.{number}." for number in range(len(parameters)))
+        mine = tuple(f"optimizer.{number}." for number in range(len(parameters)))
         moments = {k: v for k, v in saved.items() if k.startswith(mine)}
         check_keys("The saved state", set(saved) - set(moments), set(modules))
         for parameter, prefix in zip(parameters, mine, strict=True):
@@ -71,17 +71,17 @@ class LearnedState:
             self._load_moments(parameter, _below(moments, prefix))
 
     def _load_moments(self, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
-        state: dict[str, Any] = self.optimiser.state[parameter]
+        state: dict[str, Any] = self.optimizer.state[parameter]
         for key, tensor in saved.items():
             if key in state:
                 state[key].copy_(tensor)
             else:
-                state[key] = tensor.to(parameter.device, copy=True)  # fused optimisers keep the step count there too
+                state[key] = tensor.to(parameter.device, copy=True)  # fused optimizers keep the step count there too
         for key in set(state) - set(saved):
             state[key].zero_()  # as before its first update
 
     def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _modules(self) -> dict[str, Tensor]:
         own = {f"module.{k}": v for k, v in self.objective.state_dict().items()}

@@ -68,7 +68,7 @@ def test_k_is_the_tail_index_of_the_weights_and_what_arviz_finds(k):
     log_weights = pareto_log_weights(k, num_draws)
     found, threshold, share = diag.pareto_k(log_weights)
     tail = 3 * num_draws**0.5
-    # Standard error of a Pareto fit; smoothing shrinks k towards 0.5 as if by ten more points.
+    # Standard error of a Pareto fit; smoothing shrinks k toward 0.5 as if by ten more points.
     assert abs(found - k) < 5 * (1 + k) / tail**0.5 + 10 * abs(k - 0.5) / tail
     assert threshold == 0.7
     assert found == pytest.approx(arviz_loo(-log_weights[:, None])[3].item(), rel=1e-6)
@@ -174,7 +174,7 @@ HEALTHY = {"collapsed_latents": ("ok", 0), "exploded_latents": ("ok", 0), "idle_
     ("loc", "scale", "changed"),
     [
         pytest.param([1, 1, 1, 1], 0.2, {}, id="healthy"),
-        pytest.param([0, 0, 0, 0], [0.2, 0.2, 0.2, 0.2], {}, id="narrow at the centre of the prior"),
+        pytest.param([0, 0, 0, 0], [0.2, 0.2, 0.2, 0.2], {}, id="narrow at the center of the prior"),
         pytest.param([2, 2, 2, 2], 1.0, {}, id="as wide as the prior elsewhere"),
         pytest.param([1, 1, 1, 1], [5e-3, 5e-3, 0.2, 0.2], {"collapsed_latents": ("ok", 0.5)}, id="half are points"),
         pytest.param([1, 1, 1, 1], [5e-3] * 3 + [0.2], {"collapsed_latents": ("warning", 0.75)}, id="most are points"),
@@ -512,7 +512,7 @@ def test_too_few_draws_are_refused_instead_of_called_healthy(toy, healthy, num_d
         healthy.diagnose(toy.rows, num_draws=num_draws)
 
 
-@pytest.mark.parametrize("verb", ["log_weights", "loo", "diagnose", "predict_linearised", "prior_predictive"])
+@pytest.mark.parametrize("verb", ["log_weights", "loo", "diagnose", "predict_linearized", "prior_predictive"])
 def test_a_batch_size_that_is_not_positive_is_named(toy, healthy, verb):
     with pytest.raises(ValueError, match="batch_size=0 must be positive"):
         getattr(healthy, verb)(toy.rows, batch_size=0)

@@ -51,7 +51,7 @@ METHODS = {
     "tfb": lambda m, o: baselines.tfb(mle_posterior(m, o), ROWS, tolerance=0.2, num_draws=3, num_bisections=5),
     "laplace_lora": lambda m, o: baselines.laplace_lora(mle_posterior(m, o), ROWS, prior_scale=0.1),
     "laplace_lora, sampled": lambda m, o: baselines.laplace_lora(
-        mle_posterior(m, o), ROWS, prior_scale=0.05, linearised=False, exact_up_to=8, rank=6
+        mle_posterior(m, o), ROWS, prior_scale=0.05, linearized=False, exact_up_to=8, rank=6
     ),
     "scalabl_released": lambda m, o: baselines.scalabl_released(m, task(), ROWS, **o).posterior,
 }
@@ -218,7 +218,7 @@ def test_blocks_below_the_first_adapted_one_run_once_for_all_draws():
     hook.remove()
     assert len(passes) == 1
     for i, factors in enumerate(posterior.sample(5)):
-        alone = predict_functions([as_function(posterior.centre, factors)], posterior.task, TEST).log_probs[0]
+        alone = predict_functions([as_function(posterior.center, factors)], posterior.task, TEST).log_probs[0]
         np.testing.assert_allclose(draws[i], alone, atol=1e-5)
 
 
@@ -234,7 +234,7 @@ def test_each_learns_at_its_own_rate_unless_told_otherwise(name, lr):
 def test_a_point_estimate_learns_both_factors_at_one_rate():
     alike, apart = (
         baselines.mle(tiny.causal_lm(), task(), ROWS, **MLE, **own).posterior.factors
-        for own in ({"A_lr": MLE["lr"]}, {"A_lr": 1e-12})
+        for own in ({"lr_A": MLE["lr"]}, {"lr_A": 1e-12})
     )
     default = baselines.mle(tiny.causal_lm(), task(), ROWS, **MLE).posterior.factors
     assert all(torch.equal(A, B) for pair in zip(default, alike, strict=True) for A, B in zip(*pair, strict=True))
@@ -246,14 +246,14 @@ def test_a_point_estimate_learns_both_factors_at_one_rate():
 
 def test_the_map_loss_is_nll_plus_the_squares_of_both_factors():
     scale, n = 0.3, len(ROWS)
-    plain, penalised = (
+    plain, penalized = (
         baselines.map_lora(tiny.causal_lm(), task(), ROWS, scale=s, **{**MLE, "num_steps": 1}).history.iloc[0]
         for s in (1e6, scale)
     )
     blora = baselines.mle(tiny.causal_lm(), task(), ROWS, **{**MLE, "num_steps": 1, "lr": 1e-12}).posterior
     squares = sum(float(A.square().sum() + B.square().sum()) for A, B in blora.factors)
-    assert penalised["nll"] == pytest.approx(plain["nll"])
-    assert penalised["loss"] - penalised["nll"] == pytest.approx(squares / (2 * n * scale**2), rel=1e-4)
+    assert penalized["nll"] == pytest.approx(plain["nll"])
+    assert penalized["loss"] - penalized["nll"] == pytest.approx(squares / (2 * n * scale**2), rel=1e-4)
 
 
 def test_a_narrow_prior_keeps_the_factors_small():
@@ -278,7 +278,7 @@ def test_a_draw_of_dropout_masks_columns_of_A(trained):
     posterior = trained("mc_dropout")
     dropped = []
     for factors in posterior.sample(20, seed=1):
-        for (A, B), (A_0, B_0) in zip(factors, plain_factors(posterior.centre), strict=True):
+        for (A, B), (A_0, B_0) in zip(factors, plain_factors(posterior.center), strict=True):
             ratio = A / A_0
             mask = ratio[0] > 0.5
             torch.testing.assert_close(ratio, mask.float().expand_as(ratio) / 0.7)  # one mask for all r rows
@@ -435,9 +435,9 @@ def test_temperature_scaling_says_what_it_cannot_do(trained):
     prediction = made_prediction()
     with pytest.raises(TypeError, match="pass the prediction of those rows"):
         baselines.temperature_scaling(prediction, ROWS)
-    unlabelled = [{k: v for k, v in row.items() if k != "answer"} for row in TEST]
+    unlabeled = [{k: v for k, v in row.items() if k != "answer"} for row in TEST]
     with pytest.raises(ValueError, match="have no answers"):
-        baselines.temperature_scaling(posterior, unlabelled)
+        baselines.temperature_scaling(posterior, unlabeled)
     numbers = NumericPrediction(np.zeros((1, 2)), np.ones((1, 2)), np.zeros((1, 2)), None, None)
     with pytest.raises(TypeError, match="likelihood over numbers has a scale of its own"):
         baselines.temperature_scaling(posterior, numbers)
@@ -473,13 +473,13 @@ def test_the_reversed_kl_of_a_wide_posterior():
 
 def test_one_step_is_adamw_on_the_nll_and_then_sgd_on_the_weighted_kl():
     """A linear layer y = B (s * A x) with a squared loss, by hand."""
-    lr, kl_lr, weight, rate = 1e-2, 0.1, 0.25, 0.5
+    lr, lr_kl, weight, rate = 1e-2, 0.1, 0.25, 0.5
     latents = LogNormals(torch.tensor([0.5, 0.8]), init_scale=0.05, seed=0)
     A, B = nn.Parameter(torch.tensor([[1.0, 2.0], [0.5, -1.0]])), nn.Parameter(torch.tensor([[0.3, -0.7]]))
     x, y = torch.tensor([[1.0, 0.4], [-0.3, 2.0]]), torch.tensor([[0.2], [1.0]])
     m, v = latents.log_loc.detach().clone(), latents.log_scale.detach().clone()
     A_0, B_0 = A.detach().clone(), B.detach().clone()
-    step = AlternatingStep(latents, [A, B], lr=lr, kl_lr=kl_lr)
+    step = AlternatingStep(latents, [A, B], lr=lr, lr_kl=lr_kl)
     with scoped_seed(4):
         step(lambda s: 0.5 * ((x @ A.T * s) @ B.T - y).square().mean(), weight=weight, rate=rate)
     with scoped_seed(4):
@@ -499,8 +499,8 @@ def test_one_step_is_adamw_on_the_nll_and_then_sgd_on_the_weighted_kl():
     loc, scale = m.exp(), v.exp()
     grad_m = (loc - 1e-8) * loc / scale.square()
     grad_v = 1 - (1 + (loc - 1e-8).square()) / scale.square()
-    torch.testing.assert_close(latents.log_loc.detach(), m - rate * kl_lr * weight * grad_m)
-    torch.testing.assert_close(latents.log_scale.detach(), v - rate * kl_lr * weight * grad_v)
+    torch.testing.assert_close(latents.log_loc.detach(), m - rate * lr_kl * weight * grad_m)
+    torch.testing.assert_close(latents.log_scale.detach(), v - rate * lr_kl * weight * grad_v)
 
 
 def test_the_reweighting_has_the_published_periods_and_sums_to_one():
@@ -520,7 +520,7 @@ def test_the_reweighting_has_the_published_periods_and_sums_to_one():
 
 
 def test_the_released_training_keeps_loc_and_scale_positive_and_says_what_it_did():
-    options = {**FIT, "num_steps": 60, "kl_lr": 0.2, "lr": 1e-2}
+    options = {**FIT, "num_steps": 60, "lr_kl": 0.2, "lr": 1e-2}
     result = baselines.scalabl_released(tiny.causal_lm(), task(), ROWS, **options)
     guide = result.posterior.guide
     assert (guide.loc > 0).all()
@@ -534,8 +534,8 @@ def test_the_released_training_keeps_loc_and_scale_positive_and_says_what_it_did
 
 
 def test_a_released_training_that_diverges_returns_what_was_learned():
-    options = {**FIT, "num_steps": 400, "kl_lr": 1e4}
-    with pytest.raises(sp.TrainingError, match=r"At step \d+: The (NLL|KL) is .*Lower lr or kl_lr") as caught:
+    options = {**FIT, "num_steps": 400, "lr_kl": 1e4}
+    with pytest.raises(sp.TrainingError, match=r"At step \d+: The (NLL|KL) is .*Lower lr or lr_kl") as caught:
         baselines.scalabl_released(tiny.causal_lm(), task(), ROWS, **options)
     assert caught.value.result is not None
 

@@ -52,7 +52,7 @@ def test_the_kl_of_blob_is_that_of_A_in_the_direction_of_the_elbo():
     result = baselines.blob(
         tiny.causal_lm(), task(), ROWS, prior_scale=0.3, seed=4, **{**OPTIONS, "num_steps": 1, "lr": 1e-12}
     )
-    scales, factors = result.posterior.noise.scales, plain_factors(result.posterior.centre)
+    scales, factors = result.posterior.noise.scales, plain_factors(result.posterior.center)
     exact = sum(
         kl_divergence(dist.Normal(A, scale), dist.Normal(0.0, 0.3)).sum().item()
         for (A, _), scale in zip(factors, scales, strict=True)
@@ -69,7 +69,7 @@ def test_a_heavy_kl_brings_A_to_its_prior():
     options = {**OPTIONS, "num_steps": 100, "schedule": "constant", "lora": {"r": 2, "target_modules": ["q_proj"]}}
     heavy = {"kl_weight": 1e4, "prior_scale": 0.2, "init_root_scale": 0.3}
     result = baselines.blob(tiny.causal_lm(), task(), ROWS[:4], **heavy, **options)
-    for scale, (A, _) in zip(result.posterior.noise.scales, result.posterior.centre.factors, strict=True):
+    for scale, (A, _) in zip(result.posterior.noise.scales, result.posterior.center.factors, strict=True):
         torch.testing.assert_close(scale, torch.full_like(scale, 0.2), atol=0.02, rtol=0)
         assert A.abs().max() < 0.02
 
@@ -100,8 +100,8 @@ def test_blob_starts_where_its_draws_are_those_of_a_plain_adapter(llm):
 
 def test_draws_of_blob_have_the_learned_scale():
     noise = baselines.NormalNoise((torch.full((4, 500), 0.3), torch.full((2, 10), 0.0)))
-    centre = ((torch.ones(4, 500), torch.zeros(3, 4)), (torch.ones(2, 10), torch.zeros(3, 2)))
-    (A, _), (A_2, _) = next(noise.draws(centre, torch.Generator().manual_seed(0)))
+    center = ((torch.ones(4, 500), torch.zeros(3, 4)), (torch.ones(2, 10), torch.zeros(3, 2)))
+    (A, _), (A_2, _) = next(noise.draws(center, torch.Generator().manual_seed(0)))
     assert abs((A - 1).std() - 0.3) < 5 * 0.3 / math.sqrt(2 * A.numel())
     assert torch.equal(A_2, torch.ones(2, 10))
 
@@ -318,7 +318,7 @@ def test_the_prior_scale_is_where_the_evidence_is_largest():
     assert evidence(found) > max(evidence(0.97 * found), evidence(1.03 * found))
 
 
-def test_a_linearised_draw_is_the_output_plus_its_derivative_along_the_draw():
+def test_a_linearized_draw_is_the_output_plus_its_derivative_along_the_draw():
     """Against central differences in float64, through two blocks and all tokens."""
     posterior = baselines.mle(tiny.causal_lm(dtype=torch.float64), task(), ROWS, **OPTIONS).posterior
     factors = tuple((A.double(), B.double()) for A, B in plain_factors(posterior))

@@ -134,10 +134,10 @@ def test_rows_are_encoded_in_order():
 def test_an_error_of_the_task_names_the_row(row, where):
     def encode_row(r):
         if r is row:
-            raise ValueError("the colour is unknown.")
+            raise ValueError("the color is unknown.")
         return encode_ids(r)
 
-    with pytest.raises(ValueError, match=rf"^{where}: the colour is unknown.$"):
+    with pytest.raises(ValueError, match=rf"^{where}: the color is unknown.$"):
         encode([{"ids": [1]}, row], encode_row, need_target=False)
 
 

@@ -29,7 +29,7 @@ from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.prediction import predict as predictive
 from scalabl_pyro.training.objective import Objective, ScopedGuide, default_elbo
-from scalabl_pyro.training.optimizer import build_optimiser
+from scalabl_pyro.training.optimizer import build_optimizer
 from scalabl_pyro.training.step import EagerStep
 
 ROWS = tiny.question_rows(23)
@@ -136,8 +136,8 @@ def gradient(processes, dtype):
     model = TaskModel(blora, task, num_data=23, draws="per_example")
     scoped = ScopedGuide(as_guide("normal", blora, init_scale=0.3), draws="per_example")
     objective = Objective(default_elbo(scoped.guide, blora.prior), model, scoped)
-    optimiser = build_optimiser(model, scoped.guide, lr=0.0, A_lr=0.0, loc_lr=0.0, scale_lr=0.0, weight_decay=0.0)
-    step = EagerStep(objective, optimiser, device=torch.device("cpu"), processes=processes)
+    optimizer = build_optimizer(model, scoped.guide, lr=0.0, lr_A=0.0, lr_loc=0.0, lr_scale=0.0, weight_decay=0.0)
+    step = EagerStep(objective, optimizer, device=torch.device("cpu"), processes=processes)
     with sp.training.loop.pyro.settings.context(module_local_params=True), torch.random.fork_rng():
         torch.manual_seed(3)
         loss = step(batch, 1.0)
@@ -563,8 +563,8 @@ def refusals(rank):
             call()
         except Exception as error:
             said[name] = f"{type(error).__name__}: {error}"
-    with distributed.alone():
-        said["alone"] = len(train(lr=1e-2 * (1 + rank), batch_size=1).history)
+    with distributed.single_process():
+        said["single_process"] = len(train(lr=1e-2 * (1 + rank), batch_size=1).history)
     return said
 
 
@@ -575,7 +575,7 @@ def test_what_cannot_be_shared_is_refused_by_all(tmp_path):
         assert "FileNotFoundError" in said["nothing to resume"]
         assert "The processes hold different batches" in said["other batches"]
         assert "different predictions" in said["other draws"]
-        assert said["alone"] == STEPS
+        assert said["single_process"] == STEPS
     assert "lr is 0.02, was 0.01" in said["other options"]
     assert "train_data differs" in said["other rows"]
     assert "Another base model" in said["another base"]
@@ -598,11 +598,11 @@ def test_a_launch_without_a_group_is_pointed_out(monkeypatch, caplog):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with caplog.at_level(logging.WARNING):
         assert not distributed.current_processes().are_several
-    assert "torch.distributed is not initialised" in caplog.text
+    assert "torch.distributed is not initialized" in caplog.text
 
 
 def test_alone_there_is_nobody_to_talk_to(tmp_path):
     own = distributed.Processes()
     batch = object()
-    assert own.part(batch) == (batch, 1.0) and own.gather(lambda: 3) == [3] and own.from_first(lambda: 3) == 3
+    assert own.shard(batch) == (batch, 1.0) and own.all_gather(lambda: 3) == [3] and own.from_rank_zero(lambda: 3) == 3
     assert not dist.is_initialized()

@@ -71,17 +71,17 @@ def test_no_row_is_acquired_twice_and_the_pool_shrinks_to_nothing(strategy):
     probs = rng(1).dirichlet(np.ones(3), (4, 23))
     prediction = sp.Prediction(np.log(probs), None, ("a", "b", "c"))
     pool, left = Pool(23, [3, 7]), []
-    while len(pool.unlabelled):
-        before = set(pool.labelled)
+    while len(pool.unlabeled):
+        before = set(pool.labeled)
         acquired = pool.acquire(scores(strategy, prediction), 5, rng(2))
-        assert before.isdisjoint(acquired) and not set(pool.unlabelled) & set(pool.labelled)
-        left.append(len(pool.unlabelled))
+        assert before.isdisjoint(acquired) and not set(pool.unlabeled) & set(pool.labeled)
+        left.append(len(pool.unlabeled))
     assert left == [16, 11, 6, 1, 0]
-    assert sorted(pool.labelled) == list(range(23)) and pool.labelled[:2] == [3, 7]
+    assert sorted(pool.labeled) == list(range(23)) and pool.labeled[:2] == [3, 7]
     assert pool.acquire(scores(strategy, prediction), 5, rng()) == []
 
 
-def test_scores_of_labelled_rows_are_not_looked_at():
+def test_scores_of_labeled_rows_are_not_looked_at():
     assert Pool(4, [2]).acquire(np.array([0.1, 0.3, np.nan, 0.2]), 2, rng()) == [1, 3]
 
 
@@ -96,10 +96,10 @@ def test_ties_are_broken_at_random_by_the_seed_behind_larger_scores():
     assert picks == [Pool(5, []).acquire(wanted, 2, rng(seed)) for seed in range(40)]
 
 
-@pytest.mark.parametrize("labelled", [[0, 0], [4], [-1]])
-def test_positions_must_be_those_of_a_pool(labelled):
+@pytest.mark.parametrize("labeled", [[0, 0], [4], [-1]])
+def test_positions_must_be_those_of_a_pool(labeled):
     with pytest.raises(ValueError, match="must be different positions from 0 to 3"):
-        Pool(4, labelled)
+        Pool(4, labeled)
 
 
 def test_scores_that_cannot_be_ranked_are_refused():
@@ -110,7 +110,7 @@ def test_scores_that_cannot_be_ranked_are_refused():
         pool.acquire(np.array([0, 0, np.nan]), 1, rng())
     with pytest.raises(ValueError, match="acquire one row or more"):
         pool.acquire(np.zeros(3), 0, rng())
-    assert pool.labelled == [0]
+    assert pool.labeled == [0]
 
 
 # kept rows --------------------------------------------------------------------------------------------------------

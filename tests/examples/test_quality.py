@@ -35,7 +35,7 @@ def rows(count, start=0):
     return [
         {
             "question": f"what colour is the {nouns[i % 4]} {i // 100 % 10} {i // 10 % 10} {i % 10} ?",
-            "choices": tiny.COLOURS,
+            "choices": tiny.COLORS,
             "answer": i % 4,
         }
         for i in range(start, start + count)

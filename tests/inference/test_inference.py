@@ -1,4 +1,4 @@
-"""Laplace, linearised prediction, NUTS, restarts, particles and their comparison: exact where the answer is known."""
+"""Laplace, linearized prediction, NUTS, restarts, particles and their comparison: exact where the answer is known."""
 
 import math
 import sys
@@ -165,9 +165,9 @@ def test_another_prior_scale_gives_another_prior_and_its_posterior(toy):
     assert new.prior.distribution().stddev.unique().tolist() == [0.2] and new.provenance["prior_scale"] == 0.2
 
 
-@pytest.mark.parametrize("prior", [PRIOR_SCALE, dist.Normal(0.5, 1.0)], ids=["centred", "off centre"])
-def test_the_evidence_chooses_the_scale_that_maximises_it(toy, exact, prior):
-    """At a fixed mode; the new prior is centred at 0, and so must be the evidence that it is chosen by."""
+@pytest.mark.parametrize("prior", [PRIOR_SCALE, dist.Normal(0.5, 1.0)], ids=["centered", "off center"])
+def test_the_evidence_chooses_the_scale_that_maximizes_it(toy, exact, prior):
+    """At a fixed mode; the new prior is centered at 0, and so must be the evidence that it is chosen by."""
     mode = exact.mean + 0.3
     new = sp.laplace(posterior_of(toy, DeltaGuide(mode), prior=prior), toy.rows, prior_scale="evidence")
     toy.blora.prior = sp.priors.as_prior(PRIOR_SCALE, toy.blora.subspace).double()
@@ -203,7 +203,7 @@ def test_a_laplace_posterior_is_saved_and_loaded(fitted, tmp_path):
         (dist.Laplace(0.0, 1.0), {}, r"Laplace\(loc, scale\)\) is not normal: pass prior_scale="),
         ("horseshoe", {}, r"HorseshoePrior\(\) is not normal: pass prior_scale="),
         ("rank_mask", {}, r"RankMaskPrior\(\) is not normal"),
-        (dist.MultivariateNormal(torch.zeros(3), torch.eye(3)), {}, "factorised normal"),
+        (dist.MultivariateNormal(torch.zeros(3), torch.eye(3)), {}, "factorized normal"),
         (1.0, {"batch_size": 0}, "batch_size=0 must be positive"),
         (1.0, {"newton_steps": -1}, "newton_steps=-1"),
     ],
@@ -228,21 +228,21 @@ def test_a_likelihood_without_curvature_is_refused_instead_of_giving_back_the_pr
         sp.laplace(posterior, toy.rows)
 
 
-# linearised prediction ------------------------------------------------------------------------------------------
+# linearized prediction ------------------------------------------------------------------------------------------
 
 
 def test_a_linear_model_is_predicted_as_it_is(toy, exact):
     """Means are F mean + root(f' V f) z with z standard normal, the same z for any V; draw i is one s for all rows."""
     f, num_draws = toy.features, 1000
     spread = ((f @ exact.covariance) * f).sum(1).sqrt().numpy()
-    prediction = posterior_of(toy).predict_linearised(toy.rows, num_draws=num_draws, seed=1)
+    prediction = posterior_of(toy).predict_linearized(toy.rows, num_draws=num_draws, seed=1)
     z = (prediction.means - (f @ exact.mean).numpy()) / spread
     assert (abs(z.mean(0)) < 5 / num_draws**0.5).all() and (abs(z.var(0) - 1) < 5 * (2 / num_draws) ** 0.5).all()
     own = posterior_of(toy).predict(toy.rows, num_draws=num_draws, seed=1)
     np.testing.assert_allclose(prediction.means, own.means, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(prediction.log_likelihood, own.log_likelihood, rtol=1e-9, atol=1e-9)
     wider = posterior_of(toy, normal_guide(exact.mean, 9 * exact.covariance))
-    wide = wider.predict_linearised(toy.rows, num_draws=num_draws, seed=1)
+    wide = wider.predict_linearized(toy.rows, num_draws=num_draws, seed=1)
     np.testing.assert_allclose((wide.means - (f @ exact.mean).numpy()) / spread, 3 * z, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(prediction.variances, NOISE**2)
 
@@ -250,7 +250,7 @@ def test_a_linear_model_is_predicted_as_it_is(toy, exact):
 def test_the_logits_of_a_transformer_vary_as_their_jacobians_say(questions):
     posterior, rows, _ = questions
     num_draws = 4000
-    prediction = posterior.predict_linearised(rows, num_draws=num_draws, seed=2)
+    prediction = posterior.predict_linearized(rows, num_draws=num_draws, seed=2)
     V = posterior.guide.covariance().detach()
     for i, example in enumerate(encode(rows, posterior.task.encode, need_target=True)):
         f, k = outputs_of(posterior, example), example.extras["num_choices"]
@@ -258,9 +258,9 @@ def test_the_logits_of_a_transformer_vary_as_their_jacobians_say(questions):
         contrast = J[1:] - J[:1]
         expected = (contrast @ V @ contrast.T).numpy()
         logits = prediction.log_probs[:, i, 1:k] - prediction.log_probs[:, i, :1]
-        centre = (f(posterior.mean())[1:k] - f(posterior.mean())[0]).detach().numpy()
+        center = (f(posterior.mean())[1:k] - f(posterior.mean())[0]).detach().numpy()
         sd = expected.diagonal() ** 0.5
-        assert (np.abs(logits.mean(0) - centre) < 5 * sd / num_draws**0.5).all()
+        assert (np.abs(logits.mean(0) - center) < 5 * sd / num_draws**0.5).all()
         error = np.sqrt((np.outer(sd, sd) ** 2 + expected**2) / num_draws)
         assert (np.abs(np.atleast_2d(np.cov(logits.T)) - expected) < 5 * error).all()
         assert np.isneginf(prediction.log_probs[:, i, k:]).all()
@@ -269,26 +269,26 @@ def test_the_logits_of_a_transformer_vary_as_their_jacobians_say(questions):
 def test_without_spread_it_is_the_prediction_at_the_mean(questions):
     posterior, rows, _ = questions
     still = replace(posterior, guide=NormalGuide(posterior.mean(), torch.full_like(posterior.mean(), 1e-12)))
-    linearised = still.predict_linearised(rows, num_draws=2).log_probs
-    np.testing.assert_allclose(linearised, np.repeat(still.predict(rows, num_draws=0).log_probs, 2, 0), atol=1e-6)
+    linearized = still.predict_linearized(rows, num_draws=2).log_probs
+    np.testing.assert_allclose(linearized, np.repeat(still.predict(rows, num_draws=0).log_probs, 2, 0), atol=1e-6)
 
 
 def test_a_row_is_predicted_alike_in_any_batch(questions, unchanged_rng):
     posterior, rows, _ = questions
-    one, all_ = (posterior.predict_linearised(rows, num_draws=3, batch_size=size).log_probs for size in (1, 16))
+    one, all_ = (posterior.predict_linearized(rows, num_draws=3, batch_size=size).log_probs for size in (1, 16))
     np.testing.assert_allclose(one, all_, rtol=1e-6, atol=1e-6)
 
 
-def test_linearised_prediction_needs_a_normal_guide_and_draws(questions, toy, exact):
+def test_linearized_prediction_needs_a_normal_guide_and_draws(questions, toy, exact):
     posterior, rows, _ = questions
     flow = replace(posterior, guide=FlowGuide(posterior.mean(), torch.ones_like(posterior.mean())))
     with pytest.raises(TypeError, match=r"FlowGuide is no normal family"):
-        flow.predict_linearised(rows)
+        flow.predict_linearized(rows)
     with pytest.raises(TypeError, match=r"DeltaGuide.*laplace\(\)"):
-        posterior_of(toy, DeltaGuide(exact.mean)).predict_linearised(toy.rows)
+        posterior_of(toy, DeltaGuide(exact.mean)).predict_linearized(toy.rows)
     for num_draws in (0, -1):
         with pytest.raises(ValueError, match=f"num_draws={num_draws}"):
-            posterior.predict_linearised(rows, num_draws=num_draws)
+            posterior.predict_linearized(rows, num_draws=num_draws)
 
 
 # NUTS ---------------------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_nuts_refuses_batches(toy):
 @pytest.fixture(scope="module")
 def restarts(toy, exact):
     middle = posterior_of(toy, DeltaGuide(exact.mean))
-    options = {"num_steps": 600, "batch_size": 64, "loc_lr": 0.05, "scale_lr": 0.05, "draws": "per_example", **QUIET}
+    options = {"num_steps": 600, "batch_size": 64, "lr_loc": 0.05, "lr_scale": 0.05, "draws": "per_example", **QUIET}
     return sp.ensemble(middle, toy.rows, guide="full_covariance", num_members=3, spread=2.0, seed=5, **options)
 
 
@@ -535,7 +535,7 @@ def test_the_stein_direction_is_that_of_the_formula(num_particles):
 
 @pytest.mark.parametrize("kl_weight", [1.0, 0.25])
 def test_a_step_moves_the_particles_by_the_joint_density_of_the_whole_data_set(toy, kl_weight):
-    """A batch of 16 of the 64 rows counts four times; the optimiser sees the gradient of nats an example."""
+    """A batch of 16 of the 64 rows counts four times; the optimizer sees the gradient of nats an example."""
     guide = ParticleGuide(torch.zeros(3).double(), torch.ones(3).double(), num_particles=4)
     model = TaskModel(posterior_of(toy).blora(), toy.task, num_data=64)
     examples = encode(toy.rows[:16], toy.task.encode, need_target=True)
@@ -551,7 +551,7 @@ def test_a_step_moves_the_particles_by_the_joint_density_of_the_whole_data_set(t
 
 
 def test_particles_gather_around_the_posterior_and_stay_apart(toy, exact):
-    fit = sp.refit(posterior_of(toy), toy.rows, guide="svgd", num_steps=300, loc_lr=0.03, **QUIET)
+    fit = sp.refit(posterior_of(toy), toy.rows, guide="svgd", num_steps=300, lr_loc=0.03, **QUIET)
     points, sd = fit.posterior.guide.points("s"), exact.covariance.diagonal().sqrt()
     assert isinstance(fit.posterior.guide, EmpiricalGuide) and len(points) == 8
     assert ((points.mean(0) - exact.mean).abs() / sd).max() < 0.1

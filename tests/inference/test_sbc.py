@@ -49,7 +49,7 @@ class World:
 
 def by_guide(guide: str):
     def infer(world: World, rows: list[dict], seed: int) -> Tensor:
-        options = {"num_steps": 150, "batch_size": len(rows), "loc_lr": 5e-2, "scale_lr": 5e-2, "init_scale": 0.5}
+        options = {"num_steps": 150, "batch_size": len(rows), "lr_loc": 5e-2, "lr_scale": 5e-2, "init_scale": 0.5}
         fitted = sp.refit(world.base, rows, guide=guide, seed=seed, cache_prefix=True, progress=False, **options)
         return fitted.posterior.sample(DRAWS, seed=seed).s
 
@@ -59,7 +59,7 @@ def by_guide(guide: str):
 def by_nuts(world: World, rows: list[dict], seed: int) -> Tensor:
     options = {"num_chains": 1, "warmup_steps": 80, "num_samples": 3 * DRAWS, "max_tree_depth": 5}
     chain = sp.mcmc(world.base, rows, seed=seed, progress=False, **options)
-    return chain.guide.points("s")[::3]  # neighbours are dependent
+    return chain.guide.points("s")[::3]  # neighbors are dependent
 
 
 def half_as_wide(world: World, rows: list[dict], seed: int) -> Tensor:

@@ -150,7 +150,7 @@ def test_a_fresh_adapter_changes_nothing(llm):
         assert torch.equal(llm(ids).logits, base)  # called directly, it rests at the initial mean
 
 
-def test_initialisation_is_the_papers(llm):
+def test_initialization_is_the_papers(llm):
     blora = sp.bayesian_lora(llm, r=4)
     for (A, B), s in zip(blora.adapter.factors(), blora.subspace.split(blora.adapter.loc), strict=True):
         torch.testing.assert_close(A @ A.T, torch.eye(4))

@@ -32,7 +32,7 @@ def codes_of(llm: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_fit_learns_on_a_quantised_base_and_leaves_its_codes_alone(llm, checkpointing):
+def test_fit_learns_on_a_quantized_base_and_leaves_its_codes_alone(llm, checkpointing):
     before = codes_of(llm)
     assert len(before) == 14  # the linear layers of two blocks; the head stays as it was
     blora = sp.bayesian_lora(llm, r=4)
@@ -45,7 +45,7 @@ def test_fit_learns_on_a_quantised_base_and_leaves_its_codes_alone(llm, checkpoi
     assert all(torch.equal(after[name].view(-1), codes.view(-1)) for name, codes in before.items())
 
 
-def test_two_draws_differ_in_every_quantised_layer(llm):
+def test_two_draws_differ_in_every_quantized_layer(llm):
     blora = sp.bayesian_lora(llm, r=4)
     seen = {}
     for name, layer in zip(blora.subspace.names, blora.adapter.layers, strict=True):
@@ -60,7 +60,7 @@ def test_two_draws_differ_in_every_quantised_layer(llm):
     assert all(not torch.equal(one, other) for one, other in seen.values())
 
 
-def test_a_posterior_on_a_quantised_base_is_saved_and_loaded(llm, tmp_path):
+def test_a_posterior_on_a_quantized_base_is_saved_and_loaded(llm, tmp_path):
     blora = sp.bayesian_lora(llm, r=4)
     posterior = sp.fit(blora, sp.MultipleChoice(tiny.tokenizer()), ROWS, num_steps=3, lr=1e-2, progress=False).posterior
     expected = posterior.predict(ROWS, num_draws=3, seed=0).log_probs

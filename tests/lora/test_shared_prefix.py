@@ -96,7 +96,7 @@ def test_a_likelihood_of_the_whole_data_set_runs_it_once(task, rows):
     [
         pytest.param(lambda: sp.bayesian_lora(tiny.causal_lm()), id="first-block-adapted"),
         pytest.param(lambda: sp.bayesian_lora(tiny.classifier()), id="classifier"),
-        pytest.param(lambda: upper(train_also=["model.embed_tokens"]), id="embedding-trained"),
+        pytest.param(lambda: upper(modules_to_save=["model.embed_tokens"]), id="embedding-trained"),
     ],
 )
 def test_it_is_refused_where_nothing_fixed_lies_below(blora, task, rows):

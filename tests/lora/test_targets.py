@@ -22,7 +22,7 @@ class TwoLayers(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """Looks like a quantised layer: features and packed weights, but no nn.Linear."""
+    """Looks like a quantized layer: features and packed weights, but no nn.Linear."""
 
     def __init__(self, attribute):
         super().__init__()
@@ -169,7 +169,7 @@ def test_a_choice_of_blocks_among_layers_without_blocks_is_refused_in_words(llm)
 # what matches nothing -----------------------------------------------------------------------------------------
 
 
-def test_a_misspelt_name_is_refused_with_the_nearest_ones(llm):
+def test_a_misspelled_name_is_refused_with_the_nearest_ones(llm):
     with pytest.raises(ValueError, match=r"'q_porj' matches no layer. Did you mean 'q_proj'"):
         resolve_targets(llm, ["q_porj", "v_proj"])
 
@@ -280,12 +280,12 @@ WRONG_CALLS = {
     ),
     "gauge": ({"gauge": "unit"}, ValueError, r"gauge='unit' is unknown. Did you mean 'unit_rows'"),
     "no target": ({"target_modules": ["q_porj"]}, ValueError, r"'q_porj'.*'q_proj'"),
-    "no head": ({"train_also": ["lm_haed"]}, ValueError, r"train_also: .*'lm_haed'. Did you mean 'lm_head'"),
-    "head as text": ({"train_also": "lm_head"}, (ValueError, TypeError), r"train_also='lm_head'"),
+    "no head": ({"modules_to_save": ["lm_haed"]}, ValueError, r"modules_to_save: .*'lm_haed'. Did you mean 'lm_head'"),
+    "head as text": ({"modules_to_save": "lm_head"}, (ValueError, TypeError), r"modules_to_save='lm_head'"),
     "head both trained and adapted": (
-        {"train_also": ["lm_head"]},
+        {"modules_to_save": ["lm_head"]},
         ValueError,
-        r"train_also.*'lm_head'.*target_modules",
+        r"modules_to_save.*'lm_head'.*target_modules",
     ),
     "no alpha": ({"lora_alpha": 0}, ValueError, "lora_alpha=0"),
     "alpha not a number": ({"lora_alpha": float("nan")}, ValueError, "lora_alpha=nan"),

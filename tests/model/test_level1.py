@@ -118,7 +118,7 @@ def test_conditioning_on_s_gives_the_llm_with_that_s(blora, data):
         assert torch.equal(conditioned, blora(**data[0], s=s).logits)
 
 
-def test_vectorised_draws_equal_looped_draws(blora, data):
+def test_vectorized_draws_equal_looped_draws(blora, data):
     with torch.no_grad():
         for _, B in blora.adapter.factors():
             B.normal_(generator=torch.Generator().manual_seed(0))
@@ -129,7 +129,7 @@ def test_vectorised_draws_equal_looped_draws(blora, data):
     torch.testing.assert_close(together, looped, rtol=1e-4, atol=1e-5)
 
 
-def test_a_vectorised_elbo_equals_the_mean_of_its_particles(blora, model, data):
+def test_a_vectorized_elbo_equals_the_mean_of_its_particles(blora, model, data):
     inputs, labels = data
     draws = torch.randn(4, 1, blora.subspace.dim, generator=torch.Generator().manual_seed(0))
 

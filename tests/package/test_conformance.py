@@ -79,7 +79,7 @@ class TestEveryCombination:
             assert support.check(draws.sites[name]).all(), f"{name} is outside of its support"
 
     @every_case
-    def test_predictions_are_finite_normalised_and_of_the_right_shape(self, case, prediction):
+    def test_predictions_are_finite_normalized_and_of_the_right_shape(self, case, prediction):
         rows, classes = len(case.kind.rows), case.kind.num_classes
         assert np.isfinite(prediction.log_likelihood).all() and prediction.log_likelihood.shape == (DRAWS, rows)
         if classes is None:
@@ -185,7 +185,7 @@ class TestEveryCombination:
         check_stock_svi(case, lambda model, blora: auto_class(model, init_loc_fn=blora.init_loc, init_scale=0.05))
 
     @every_case_with_an_elbo
-    def test_vectorised_particles_train_the_same_family(self, case, posterior):
+    def test_vectorized_particles_train_the_same_family(self, case, posterior):
         elbo = Trace_ELBO(num_particles=2, vectorize_particles=True)
         result = case.fit(case.blora(), elbo=elbo, num_steps=2)
         assert np.isfinite(result.history.to_numpy()).all()
@@ -197,7 +197,7 @@ class TestEveryCombination:
 
     @every_case_with_an_elbo
     def test_particles_in_a_plate_have_the_densities_they_have_alone(self, case, posterior):
-        """Why they can be vectorised: no site of guide or model mixes particles, rows and latents."""
+        """Why they can be vectorized: no site of guide or model mixes particles, rows and latents."""
         batch, draws = full_batch(case, posterior.task), posterior.provenance["draws"]
         model = TaskModel(posterior.blora(), posterior.task, num_data=40, draws=draws)
         guide = ScopedGuide(posterior.guide, draws=draws)
@@ -225,7 +225,7 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(prior, guide, unc
 @pytest.mark.parametrize("guide", ["normal", "delta", "AutoNormal", "AutoMultivariateNormal"])
 def test_a_guide_stays_in_the_support_of_its_prior_however_large_the_steps(guide):
     case = zoo.Case("lognormal", guide, "choice")
-    posterior = case.fit(case.blora(), loc_lr=1.0).posterior
+    posterior = case.fit(case.blora(), lr_loc=1.0).posterior
     assert (posterior.sample(20).s > 0).all()
 
 

@@ -88,8 +88,8 @@ def fitted(toy, guide, *, num_steps):
             guide=guide,
             num_steps=num_steps,
             batch_size=toy.num_data,
-            loc_lr=0.05 if guide == "flow" else 0.1,
-            scale_lr=0.05,
+            lr_loc=0.05 if guide == "flow" else 0.1,
+            lr_scale=0.05,
             init_scale=0.3,
             draws="shared",
             elbo=elbo(num_particles=64, vectorize_particles=True, max_plate_nesting=1),
@@ -144,7 +144,7 @@ def test_a_family_that_contains_the_posterior_finds_it_and_its_elbo_is_the_evide
 def test_the_point_of_largest_density_is_the_mean():
     toy = LinearToy(**EQUAL)
     point = sp.fit(
-        toy.blora, toy.task, toy.rows, guide="delta", num_steps=500, batch_size=64, loc_lr=0.05, progress=False
+        toy.blora, toy.task, toy.rows, guide="delta", num_steps=500, batch_size=64, lr_loc=0.05, progress=False
     ).posterior
     torch.testing.assert_close(point.mean(), solve(toy.features, toy.y).mean, rtol=0, atol=1e-3)
 
@@ -160,7 +160,7 @@ def test_laplace_has_a_good_k_and_the_evidence_for_its_elbo(newton_steps):
     assert posterior.provenance["laplace_log_evidence"] == pytest.approx(exact.evidence, abs=1e-3)
 
 
-def test_the_weights_of_the_best_factorised_guide_under_strong_correlations_have_no_good_k():
+def test_the_weights_of_the_best_factorized_guide_under_strong_correlations_have_no_good_k():
     """The best one has the conditional variances, and its weights a tail whose index is known.
 
     With q = Normal(m, diag(P)^-1) and p = Normal(m, P^-1) the mean of (p / q)^(1 / k) under q is finite where

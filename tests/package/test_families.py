@@ -112,7 +112,7 @@ def test_a_trained_head_is_saved_and_the_original_comes_back():
 
 
 def test_a_head_can_be_kept_as_it_is():
-    blora = sp.bayesian_lora(tiny.classifier("llama"), train_also=())
+    blora = sp.bayesian_lora(tiny.classifier("llama"), modules_to_save=())
     assert blora.adapter.heads == {}
     assert not any("score" in name for name, _ in blora.named_parameters())
 

@@ -11,7 +11,7 @@ import scalabl_pyro as sp
 
 pytestmark = pytest.mark.gpu
 ROWS = tiny.question_rows(24)
-RATES = {"lr": 1e-2, "A_lr": 1e-2}  # a random model needs a fast A
+RATES = {"lr": 1e-2, "lr_A": 1e-2}  # a random model needs a fast A
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why(caplog):
     torch.empty(3, device="cuda").normal_()  # a failed capture leaves a generator that still draws
 
 
-def test_a_guide_that_factorises_matrices_is_not_captured_but_learns_alike(caplog):
+def test_a_guide_that_factorizes_matrices_is_not_captured_but_learns_alike(caplog):
     eager, other = history_of(cuda_graph=False, guide="lowrank"), history_of(guide="lowrank")
     np.testing.assert_allclose(other.history["loss"], eager.history["loss"], rtol=2e-3)
 

@@ -257,9 +257,9 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
             lambda w: w.posterior.predict([]),
         ],
     ),
-    "Posterior.predict_linearised": (
-        [lambda w: w.posterior.predict_linearised(ROWS, num_draws=3)],
-        [lambda w: small_batches(w.fails.predict_linearised), lambda w: small_batches(w.fails_late.predict_linearised)],
+    "Posterior.predict_linearized": (
+        [lambda w: w.posterior.predict_linearized(ROWS, num_draws=3)],
+        [lambda w: small_batches(w.fails.predict_linearized), lambda w: small_batches(w.fails_late.predict_linearized)],
     ),
     "Posterior.prior_predictive": (
         [lambda w: w.posterior.prior_predictive(ROWS, num_draws=3)],

@@ -78,7 +78,7 @@ def legend(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
-def labelled(ax):
+def labeled(ax):
     """Lines that stand in the legend, by their entry."""
     return {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
 
@@ -167,7 +167,7 @@ def test_reliabilities_share_axes_and_one_diagonal():
     assert len(ax.lines) == 3
     first, second = legend(ax)
     assert first.startswith("mean field: ECE ") and second.startswith("MAP: ECE ")
-    assert [line.get_color() for line in labelled(ax).values()] == ["black", "red"]
+    assert [line.get_color() for line in labeled(ax).values()] == ["black", "red"]
 
 
 def test_reliability_shows_all_of_the_unit_square():
@@ -216,7 +216,7 @@ def test_risk_coverages_share_axes():
 def test_history_shows_loss_and_parts_raw_and_smoothed():
     frame = history()
     ax = plots.history(frame, smooth=5)
-    lines = labelled(ax)
+    lines = labeled(ax)
     parts = {"loss = NLL + KL": frame["loss"], "NLL": frame["nll"], "KL": frame["loss"] - frame["nll"]}
     assert legend(ax) == list(lines) == list(parts)
     assert len(ax.lines) == 6
@@ -253,7 +253,7 @@ def test_history_hides_no_part_below_the_axes(part, sign):
 
 
 def bars(ax):
-    """(color, centres, half lengths) of each layer's error bars."""
+    """(color, centers, half lengths) of each layer's error bars."""
     for container in ax.containers:
         line, _, (segments,) = container
         ends = np.array(segments.get_segments())
@@ -265,9 +265,9 @@ def test_latents_are_means_with_bars_of_one_standard_deviation(posterior):
     s = posterior.sample(50, seed=3).s
     drawn = list(bars(ax))
     assert len(drawn) == len(posterior.subspace) == 5
-    centres = np.concatenate([xy for _, xy, _ in drawn])
-    np.testing.assert_array_equal(centres[:, 0], np.arange(posterior.subspace.dim))
-    np.testing.assert_allclose(centres[:, 1], s.mean(0), rtol=1e-5)
+    centers = np.concatenate([xy for _, xy, _ in drawn])
+    np.testing.assert_array_equal(centers[:, 0], np.arange(posterior.subspace.dim))
+    np.testing.assert_allclose(centers[:, 1], s.mean(0), rtol=1e-5)
     np.testing.assert_allclose(np.concatenate([half for _, _, half in drawn]), s.std(0), rtol=1e-4)
     assert str(posterior.subspace.dim) in ax.get_title("left")
 
@@ -275,7 +275,7 @@ def test_latents_are_means_with_bars_of_one_standard_deviation(posterior):
 def test_layers_of_one_kind_share_a_color_and_a_legend_entry(posterior):
     ax = plots.posterior_by_layer(posterior, num_draws=10)
     assert legend(ax) == ["q_proj", "v_proj", "lm_head"]
-    by_kind = {name: colors.to_hex(line.get_color()) for name, line in labelled(ax).items()}
+    by_kind = {name: colors.to_hex(line.get_color()) for name, line in labeled(ax).items()}
     for name, (color, _, _) in zip(posterior.subspace.names, bars(ax), strict=True):
         assert colors.to_hex(color) == by_kind[name.rsplit(".", 1)[-1]]
     assert len(set(by_kind.values())) == 3
@@ -287,7 +287,7 @@ def test_every_kind_of_layer_has_a_color_of_its_own():
     kinds = {name.rsplit(".", 1)[-1] for name in posterior.subspace.names}
     assert len(kinds) == 8
     assert set(legend(ax)) == kinds
-    assert len({colors.to_hex(line.get_color()) for line in labelled(ax).values()}) == 8
+    assert len({colors.to_hex(line.get_color()) for line in labeled(ax).values()}) == 8
 
 
 def test_ticks_are_blocks_in_the_middle_of_their_layers(posterior):

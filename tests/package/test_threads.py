@@ -27,7 +27,7 @@ def frequent_switches():
     sys.setswitchinterval(before)
 
 
-def together(*jobs: Callable[[], Any]) -> list[Any]:
+def collective(*jobs: Callable[[], Any]) -> list[Any]:
     """Results of the jobs, each in a thread of its own, started at once; an error in any is raised here."""
     barrier, results = threading.Barrier(len(jobs)), [None] * len(jobs)
     errors: list[BaseException] = []
@@ -118,8 +118,8 @@ def test_everything_a_posterior_offers_at_once(choice, number):
         lambda: [choice.sample(20, seed=3).s],
         lambda: [number.sample(20, seed=3).log_q],
         lambda: shown(choice.predict(ROWS)),
-        lambda: shown(choice.predict_linearised(ROWS, num_draws=5)),
-        lambda: shown(number.predict_linearised(TEXTS, num_draws=5)),
+        lambda: shown(choice.predict_linearized(ROWS, num_draws=5)),
+        lambda: shown(number.predict_linearized(TEXTS, num_draws=5)),
         lambda: shown(choice.prior_predictive(ROWS, num_draws=3)),
         lambda: [choice.log_weights(ROWS, num_draws=4).log_likelihood],
         lambda: [number.log_weights(TEXTS, num_draws=4).log_prior],

@@ -687,7 +687,7 @@ FORGED: dict[str, tuple[str, Any, str]] = {
     "no base model": ("base_model", None, "does not say which"),
     "NaN": ("module.guide.guide.loc", torch.nan, "'module.guide.guide.loc' was saved with numbers that are not finite"),
     "another prior": ("module.model.blora.prior.scale", 9.0, "is held fixed in a run, but was saved with other"),
-    "NaN of the optimiser": ("optimiser.0.exp_avg", torch.nan, "'optimiser.0.exp_avg' was saved with numbers"),
+    "NaN of the optimizer": ("optimizer.0.exp_avg", torch.nan, "'optimizer.0.exp_avg' was saved with numbers"),
     "a history that counts nothing": ("history.step", torch.nan, "steps of the saved history are no numbers"),
     "no random state": ("random.cpu", 0, "the random states are none of torch's"),
 }

@@ -129,16 +129,16 @@ PLACES = [(), ("guide",), ("prior",), ("task",), ("base_model",), ("layers", 0)]
 @pytest.mark.parametrize("where", PLACES, ids=str)
 def test_new_field_of_a_newer_minor_format_is_ignored_with_a_warning(path, posterior, where):
     edit(path, format_minor=FORMAT_MINOR + 1, library_version="9.0.0")
-    edit(path, *where, colour="blue")
-    with pytest.warns(sp.ScalaBLWarning, match=r"does not know: \['.*colour'\]\. scalabl_pyro 9\.0\.0 wrote it"):
+    edit(path, *where, color="blue")
+    with pytest.warns(sp.ScalaBLWarning, match=r"does not know: \['.*color'\]\. scalabl_pyro 9\.0\.0 wrote it"):
         loaded = sp.Posterior.from_pretrained(base_model(), path)
     assert torch.equal(loaded.sample(3).s, posterior.sample(3).s)
 
 
 @pytest.mark.parametrize("where", PLACES, ids=str)
 def test_new_field_of_the_present_format_is_damage(path, where):
-    edit(path, *where, colour="blue")
-    with pytest.raises(ValueError, match=r"colour'\]\. Format 1\.0 has none, so the file is damaged"):
+    edit(path, *where, color="blue")
+    with pytest.raises(ValueError, match=r"color'\]\. Format 1\.0 has none, so the file is damaged"):
         sp.Posterior.from_pretrained(base_model(), path)
 
 
@@ -147,8 +147,8 @@ def test_new_field_of_the_present_format_is_damage(path, where):
 def test_new_option_is_refused_whatever_the_format(path, part, minor):
     """To leave out an option would be to load another posterior."""
     edit(path, format_minor=minor)
-    edit(path, part, "options", colour="blue")
-    with pytest.raises(ValueError, match=r"unknown options of .*: \['colour'\]\. Known names: "):
+    edit(path, part, "options", color="blue")
+    with pytest.raises(ValueError, match=r"unknown options of .*: \['color'\]\. Known names: "):
         sp.Posterior.from_pretrained(base_model(), path)
 
 

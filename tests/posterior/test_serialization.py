@@ -469,7 +469,7 @@ def test_wrapped_module_with_another_gauge_is_refused(path):
 
 def test_wrapped_module_with_other_trained_heads_is_refused(saved):
     llm = tiny.classifier()
-    sp.bayesian_lora(llm, train_also=[])
+    sp.bayesian_lora(llm, modules_to_save=[])
     assert_refused(saved["classification"][0], r"trained heads are \['score'\], the module trains \[\]", llm=llm)
 
 

@@ -22,7 +22,7 @@ def trained(family="llama", *, task=None, rows=None, model=None, **options):
             B.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     task = task or sp.MultipleChoice(tiny.tokenizer())
     rows = rows or tiny.question_rows(16)
-    rates = {"lr": 3e-2, "A_lr": 3e-2}
+    rates = {"lr": 3e-2, "lr_A": 3e-2}
     return sp.fit(blora, task, rows, num_steps=5, **rates, init_scale=0.5, batch_size=8, progress=False).posterior
 
 

@@ -7,7 +7,7 @@ import torch
 
 import scalabl_pyro as sp
 from scalabl_pyro.guides import CovarianceGuide, NormalGuide
-from scalabl_pyro.prediction.quasi_monte_carlo import even_draws
+from scalabl_pyro.prediction.quasi_monte_carlo import quasi_monte_carlo_draws
 
 ROWS = tiny.question_rows(12)
 
@@ -23,7 +23,7 @@ def correlated(dim=6):
 @pytest.mark.parametrize("design", ["antithetic", "sobol"])
 def test_moments_are_those_of_the_guide(design):
     guide, count = correlated(), 4096
-    s = even_draws(guide, count, seed=3, design=design).s
+    s = quasi_monte_carlo_draws(guide, count, seed=3, design=design).s
     mean, covariance = guide.mean()["s"], guide.covariance()
     error = 5 * covariance.diagonal().sqrt() / count**0.5  # of independent draws; these are no worse
     assert ((s.mean(0) - mean).abs() < error).all()
@@ -33,7 +33,7 @@ def test_moments_are_those_of_the_guide(design):
 
 def test_antithetic_draws_come_in_mirrored_pairs_and_density_is_that_of_the_guide():
     guide = NormalGuide(torch.linspace(-1, 1, 5), torch.linspace(0.1, 0.5, 5))
-    draws = even_draws(guide, 5, seed=1, design="antithetic")
+    draws = quasi_monte_carlo_draws(guide, 5, seed=1, design="antithetic")
     torch.testing.assert_close(draws.s[0] + draws.s[1], 2 * guide.mean()["s"].detach())
     torch.testing.assert_close(draws.s[2] + draws.s[3], 2 * guide.mean()["s"].detach())
     expected = torch.distributions.Normal(guide.loc.detach(), guide.scale.detach()).log_prob(draws.s).sum(-1)

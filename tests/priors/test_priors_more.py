@@ -140,7 +140,7 @@ class TwoLayers(nn.Module):
 
 
 def two_layers(prior, truth):
-    """A program whose output is x's, and 64 rows of it: orthogonal features, so that the posterior is factorised."""
+    """A program whose output is x's, and 64 rows of it: orthogonal features, so that the posterior is factorized."""
     options = {"r": DIM, "lora_alpha": DIM, "target_modules": ["first", "second"]}
     blora = sp.bayesian_lora(TwoLayers(), prior=prior, **options)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def two_layers(prior, truth):
 
 
 UNEQUAL = [3.0, -2.0, 2.5, -3.0, 0.1, -0.1, 0.0, 0.2]  # the second layer is hardly needed
-LEARN = {"num_steps": 500, "batch_size": 64, "loc_lr": 0.05, "scale_lr": 0.05, **QUIET}
+LEARN = {"num_steps": 500, "batch_size": 64, "lr_loc": 0.05, "lr_scale": 0.05, **QUIET}
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_an_empirical_scale_ends_at_its_fixed_point(learned):
     assert 2 < scale[0] < 3.5 and scale[1] < 0.25
 
 
-def test_a_shared_empirical_scale_maximises_the_evidence():
+def test_a_shared_empirical_scale_maximizes_the_evidence():
     """With orthogonal features the guide is exact, so that the ELBO is the evidence."""
     toy = LinearToy(4, prior=EmpiricalBayesPrior("global", scale=3.0))
     posterior = sp.fit(toy.blora, toy.task, toy.rows, **LEARN).posterior
@@ -224,7 +224,7 @@ def test_the_horseshoe_finds_its_posterior_where_half_of_the_latents_are_large(l
 
 
 def test_the_horseshoe_shrinks_small_latents_and_leaves_a_large_one():
-    """The more are small, the more it shrinks them; a factorised guide somewhat less than the exact posterior."""
+    """The more are small, the more it shrinks them; a factorized guide somewhat less than the exact posterior."""
     truth = [3.0, 0.0, 0.0, 0.0, 0.1, -0.1, 0.05, 0.1]
     loc = {}
     for prior in ("normal", "horseshoe"):
@@ -288,7 +288,7 @@ def masked_toy():
 
 def test_a_direction_that_only_harms_is_switched_off():
     toy, rows, truth, exact = masked_toy()
-    posterior = sp.fit(toy.blora, toy.task, rows, num_steps=500, loc_lr=0.1, **QUIET).posterior
+    posterior = sp.fit(toy.blora, toy.task, rows, num_steps=500, lr_loc=0.1, **QUIET).posterior
     assert ((exact - truth).abs() < 0.01).all()
     assert ((posterior.mean() - exact).abs() < 0.1).all()
     masks = posterior.sample(200).s

@@ -48,13 +48,13 @@ def regressing(tokenizer, **options):
 # multiple choice: prompt and target ---------------------------------------------------------------------------
 
 
-def test_the_prompt_lists_labelled_choices_and_asks_for_a_label(task):
+def test_the_prompt_lists_labeled_choices_and_asks_for_a_label(task):
     assert task.prompt(QUESTION) == "what is the sky ?\nA. red\nB. green\nC. blue\nAnswer:"
 
 
 def test_the_prompt_can_be_a_template_of_ones_own(tokenizer):
-    task = sp.MultipleChoice(tokenizer, labels=["green", "red"], template="Question: {question} colour:")
-    assert task.prompt({**QUESTION, "choices": ["x", "y"]}) == "Question: what is the sky ? colour:"
+    task = sp.MultipleChoice(tokenizer, labels=["green", "red"], template="Question: {question} color:")
+    assert task.prompt({**QUESTION, "choices": ["x", "y"]}) == "Question: what is the sky ? color:"
     assert task.classes == ("green", "red")
 
 

@@ -273,7 +273,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog
         (lambda t: t.pop("module.guide.guide.loc"), r"missing \['module.guide.guide.loc'\]"),
         (lambda t: t.update(more=torch.zeros(1)), r"unexpected \['more'\]"),
         (lambda t: t.update({"module.guide.guide.loc": torch.zeros(3)}), r"was saved as torch.float32 \(3,\), and is"),
-        (lambda t: t.update({"optimiser.99.exp_avg": torch.zeros(3)}), r"unexpected \['optimiser.99.exp_avg'\]"),
+        (lambda t: t.update({"optimizer.99.exp_avg": torch.zeros(3)}), r"unexpected \['optimizer.99.exp_avg'\]"),
     ],
 )
 def test_a_whole_checkpoint_with_tensors_of_another_program_changes_nothing(change, message, tmp_path):

@@ -24,7 +24,7 @@ def fit(blora, task, rows=ROWS, **options):
 
 
 def test_it_learns(blora, task):
-    result = fit(blora, task, tiny.question_rows(48), num_steps=80, lr=1e-2, A_lr=1e-2, init_scale=0.05)
+    result = fit(blora, task, tiny.question_rows(48), num_steps=80, lr=1e-2, lr_A=1e-2, init_scale=0.05)
     assert result.history["loss"].iloc[-5:].mean() < 0.5 * result.history["loss"].iloc[:5].mean()
     assert result.posterior.predict(tiny.question_rows(20, seed=7)).metrics().loc["value", "accuracy"] > 0.9
 
@@ -66,14 +66,14 @@ def test_learning_rates_warm_up_and_decay_by_group(blora, task):
 
 
 def test_scales_have_a_learning_rate_of_their_own(task):
-    def scale_after(scale_lr):
+    def scale_after(lr_scale):
         blora = sp.bayesian_lora(tiny.causal_lm())
-        return fit(blora, task, num_steps=1, warmup=0.0, scale_lr=scale_lr).posterior.guide.scale
+        return fit(blora, task, num_steps=1, warmup=0.0, lr_scale=lr_scale).posterior.guide.scale
 
     start = sp.guides.as_guide("normal", sp.bayesian_lora(tiny.causal_lm())).scale.detach()
-    for scale_lr in (1e-2, 1e-1):
-        moved = (scale_after(scale_lr) / start).log().abs()  # Adam's first step is the learning rate
-        torch.testing.assert_close(moved, torch.full_like(moved, scale_lr), rtol=1e-2, atol=0)
+    for lr_scale in (1e-2, 1e-1):
+        moved = (scale_after(lr_scale) / start).log().abs()  # Adam's first step is the learning rate
+        torch.testing.assert_close(moved, torch.full_like(moved, lr_scale), rtol=1e-2, atol=0)
 
 
 def test_A_and_B_have_learning_rates_of_their_own(task):
@@ -82,7 +82,7 @@ def test_A_and_B_have_learning_rates_of_their_own(task):
         for _, B in blora.adapter.factors():
             B.fill_(0.1)  # at B = 0 no gradient reaches A
     start = [(A.clone(), B.clone()) for A, B in blora.adapter.factors()]
-    fit(blora, task, num_steps=1, warmup=0.0, lr=1e-2, A_lr=1e-4)
+    fit(blora, task, num_steps=1, warmup=0.0, lr=1e-2, lr_A=1e-4)
     for which, rate in enumerate((1e-4, 1e-2)):
         pairs = zip(start, blora.adapter.factors(), strict=True)
         moved = max((after[which] - before[which]).abs().max().item() for before, after in pairs)
@@ -94,13 +94,13 @@ def test_a_new_head_learns_at_the_rate_of_A():
     (head,) = blora.adapter.heads.values()
     start = head.weight.detach().clone()
     classes = sp.SequenceClassification(tiny.tokenizer(), classes=["a", "b", "c"])
-    fit(blora, classes, tiny.text_rows(16), num_steps=1, warmup=0.0, lr=1e-2, A_lr=1e-4)
+    fit(blora, classes, tiny.text_rows(16), num_steps=1, warmup=0.0, lr=1e-2, lr_A=1e-4)
     assert (head.weight - start).abs().max().item() == pytest.approx(1e-4, rel=1e-2)
 
 
 def test_a_learning_rate_must_be_positive(blora, task):
-    with pytest.raises(ValueError, match="A_lr=0"):
-        fit(blora, task, A_lr=0)
+    with pytest.raises(ValueError, match="lr_A=0"):
+        fit(blora, task, lr_A=0)
 
 
 def test_weight_decay_shrinks_factors_only(task):

@@ -15,7 +15,7 @@ from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.training.device_elbo import device_loss, stays_on_device
 from scalabl_pyro.training.loop import Trainer
 from scalabl_pyro.training.objective import Objective, ScopedGuide, default_elbo
-from scalabl_pyro.training.optimizer import build_optimiser
+from scalabl_pyro.training.optimizer import build_optimizer
 from scalabl_pyro.training.step import EagerStep
 
 ROWS = tiny.question_rows(16)
@@ -49,7 +49,7 @@ def gradients(loss, module):
         ("horseshoe", "normal", TraceMeanField_ELBO()),
         ("rank_mask", "rank_mask", TraceMeanField_ELBO()),
     ],
-    ids=["mean field", "vectorised", "three draws", "low rank", "auto", "horseshoe", "masks"],
+    ids=["mean field", "vectorized", "three draws", "low rank", "auto", "horseshoe", "masks"],
 )
 def test_the_loss_and_its_gradient_are_those_of_pyro(prior, guide, elbo, kl_weight):
     model, scoped, batches = parts(prior, guide, draws="shared" if isinstance(guide, type) else "per_example")
@@ -82,8 +82,8 @@ def trainer(*, read_every=1, poison=None, max_grad_norm=None):
     """A trainer whose batch of step ``poison`` has NaN logits, and the module it trains."""
     model, scoped, batches = parts()
     objective = Objective(default_elbo(scoped.guide, model.blora.prior), model, scoped)
-    optimiser = build_optimiser(model, scoped.guide, lr=1e-2, A_lr=1e-2, loc_lr=1e-2, scale_lr=1e-2, weight_decay=0.0)
-    step = EagerStep(objective, optimiser, device=torch.device("cpu"), max_grad_norm=max_grad_norm)
+    optimizer = build_optimizer(model, scoped.guide, lr=1e-2, lr_A=1e-2, lr_loc=1e-2, lr_scale=1e-2, weight_decay=0.0)
+    step = EagerStep(objective, optimizer, device=torch.device("cpu"), max_grad_norm=max_grad_norm)
     likelihood = model.task.likelihood
 
     def poisoned(outputs, batch):
@@ -130,7 +130,7 @@ def test_nothing_moves_from_a_step_that_is_not_finite_on(read_every):
     assert len(bad.history) == 1
     for a, b in zip(objective.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)
-    states = [made.execute.optimiser.state_dict()["state"] for made in (bad, clean)]
+    states = [made.execute.optimizer.state_dict()["state"] for made in (bad, clean)]
     for key, state in states[1].items():
         for name, value in state.items():
             assert torch.equal(states[0][key][name], value), name

@@ -42,7 +42,7 @@ def bad_batches(monkeypatch, steps, *, where="loss"):
             if where == "loss":
                 figures = figures * torch.nan
             else:
-                self.optimiser.param_groups[-1]["params"][0].grad.fill_(torch.inf)
+                self.optimizer.param_groups[-1]["params"][0].grad.fill_(torch.inf)
         return figures
 
     monkeypatch.setattr(EagerStep, "gradient", spoiled)
@@ -137,7 +137,7 @@ def test_restore_goes_back_to_the_last_copy_and_on_with_the_next_batch(task, mon
         seen.append(
             {
                 k: v.clone()
-                for k, v in sp.training.training_state.LearnedState(self.objective, self.optimiser).tensors().items()
+                for k, v in sp.training.training_state.LearnedState(self.objective, self.optimizer).tensors().items()
             }
         )
         return execute(self, batch, kl_weight)
@@ -150,7 +150,7 @@ def test_restore_goes_back_to_the_last_copy_and_on_with_the_next_batch(task, mon
         assert torch.equal(tensor, seen[3][name]), name
 
 
-def test_restore_brings_the_optimiser_back_to_before_its_first_step(blora, task, monkeypatch):
+def test_restore_brings_the_optimizer_back_to_before_its_first_step(blora, task, monkeypatch):
     calls = bad_batches(monkeypatch, {1})
     result = fit(blora, task, num_steps=3, on_nonfinite="restore", schedule="constant", warmup=0.0)
     assert len(calls) == 3
@@ -278,7 +278,7 @@ def test_a_parameter_that_is_nan_moves_no_other(name):
         assert torch.equal(parameter.nan_to_num(), value.nan_to_num())
 
 
-LAST = {"lr": 1e39, "scale_lr": 1e4}
+LAST = {"lr": 1e39, "lr_scale": 1e4}
 
 
 @pytest.mark.parametrize("rate", LAST)
@@ -521,7 +521,7 @@ class Deadly(Dataset):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_worker_that_dies_is_an_error_that_says_so_and_costs_no_step(blora, task, tmp_path):
-    def together(pairs):
+    def collective(pairs):
         return collate([e for _, e in pairs], [i for i, _ in pairs], task.pad_token_id)
 
     examples = encode(ROWS, task.encode, need_target=True)
