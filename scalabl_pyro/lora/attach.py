@@ -97,8 +97,8 @@ def attach(
     names = resolve_targets(inner, target_modules, layers_to_transform=layers_to_transform)
     if both := [n for n in names if any(n == h or n.startswith(h + ".") for h in heads)]:
         raise ValueError(
-            f"modules_to_save trains {both[0]!r} in full, so it cannot be adapted too: leave it out of modules_to_save or of "
-            "target_modules."
+            f"modules_to_save trains {both[0]!r} in full, so it cannot be adapted too: leave it out of "
+            "modules_to_save or of target_modules."
         )
     _check_rank(inner, names, r)
     config = LoraConfig(

@@ -27,7 +27,7 @@ def frequent_switches():
     sys.setswitchinterval(before)
 
 
-def collective(*jobs: Callable[[], Any]) -> list[Any]:
+def together(*jobs: Callable[[], Any]) -> list[Any]:
     """Results of the jobs, each in a thread of its own, started at once; an error in any is raised here."""
     barrier, results = threading.Barrier(len(jobs)), [None] * len(jobs)
     errors: list[BaseException] = []

@@ -113,8 +113,8 @@ def test_if_all_are_damaged_there_is_none(folder, caplog):
 
 
 def test_a_newer_format_is_refused_rather_than_passed_over(folder):
-    rewrite(folder.path / "step-00000020" / MANIFEST, lambda m: m.update(format_version=2))
-    with pytest.raises(ValueError, match=r"format_version 2; this version of scalabl_pyro reads 1\. Resume with the"):
+    rewrite(folder.path / "step-00000020" / MANIFEST, lambda m: m.update(format_version=1))
+    with pytest.raises(ValueError, match=r"format_version 1; this version of scalabl_pyro reads 2\. Resume with the"):
         folder.newest()
 
 

@@ -521,7 +521,7 @@ class Deadly(Dataset):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_worker_that_dies_is_an_error_that_says_so_and_costs_no_step(blora, task, tmp_path):
-    def collective(pairs):
+    def together(pairs):
         return collate([e for _, e in pairs], [i for i, _ in pairs], task.pad_token_id)
 
     examples = encode(ROWS, task.encode, need_target=True)

@@ -164,7 +164,7 @@ def loader(*, shuffle=True, rows=ROWS, **options):
     task = sp.MultipleChoice(tiny.tokenizer())
     examples = list(enumerate(encode(rows, task.encode, need_target=True)))
 
-    def collective(pairs):
+    def together(pairs):
         return collate([e for _, e in pairs], [i for i, _ in pairs], task.pad_token_id)
 
     return DataLoader(examples, batch_size=5, shuffle=shuffle, collate_fn=together, **options)
