@@ -1,6 +1,7 @@
 """Words for user mistakes: what was given, what is allowed, and the nearest valid name."""
 
 import difflib
+import numbers
 from collections.abc import Iterable
 
 
@@ -18,11 +19,29 @@ def nearest(name: str, allowed: Iterable[str], *, limit: int = 3) -> str:
     return f"Known names: {shown}."
 
 
-def check_positive(**numbers: float) -> None:
+def check_positive(**values: float) -> None:
     """Raise ValueError unless every number, named as the caller's option is, is positive and finite."""
-    for name, value in numbers.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value} must be positive and finite.")
+    for name, value in values.items():
+        if not _is_number(value) or not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value!r} must be positive and finite.")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise ValueError unless every number, named as the caller's option is, is 0 or more and finite."""
+    for name, value in values.items():
+        if not _is_number(value) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name}={value!r} must be a finite number, 0 or more.")
+
+
+def check_count(*, least: int = 1, **values: int) -> None:
+    """Raise ValueError unless every number, named as the caller's option is, is a whole number from ``least`` on."""
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number, {least} or more.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:

@@ -112,7 +112,7 @@ def wrapped(guide: object) -> object:
     return AutoInstance(guide) if isinstance(guide, autoguide.AutoGuide) else guide
 
 
-def describe(guide: Guide) -> dict[str, Any]:
+def to_config(guide: Guide) -> dict[str, Any]:
     """What is saved of a guide besides its tensors."""
     built_in = type(guide) is FAMILIES.get(guide.family or "")
     return {"family": guide.family if built_in else None, "class": type(guide).__name__, "options": guide.options()}

@@ -92,7 +92,7 @@ def saved_prior(config: SavedConfig, tensors: Mapping[str, Tensor], adapter: Ada
         prior = priors.from_saved(config.prior, own, adapter.subspace)
     except (ValueError, TypeError, RuntimeError) as error:  # of the distribution's own checks
         raise ValueError(f"{POSTERIOR}: prior {config.prior['family']!r}: {error}") from error
-    _check_options("prior", config.prior["options"], priors.describe(prior)["options"])
+    _check_options("prior", config.prior["options"], priors.to_config(prior)["options"])
     return prior
 
 
@@ -175,7 +175,7 @@ def saved_guide(
         guide = guides.from_options(family, config.guide["options"], blora).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{CONFIG_FILE}: guide: {error}") from error
-    _check_options("guide", config.guide["options"], guides.describe(guide)["options"])
+    _check_options("guide", config.guide["options"], guides.to_config(guide)["options"])
     return guide
 
 

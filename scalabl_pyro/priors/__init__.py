@@ -79,7 +79,7 @@ def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
     raise TypeError(_not_a_prior(prior))
 
 
-def describe(prior: Prior) -> dict[str, Any]:
+def to_config(prior: Prior) -> dict[str, Any]:
     """What is saved of a prior besides its tensors."""
     if type(prior) is FixedPrior:
         family, parameters = prior.family_name, list(prior.parameter_names)

@@ -22,7 +22,7 @@ __all__ = ["MultipleChoice", "Regression", "SequenceClassification", "Task", "at
 TASKS: dict[str, type[Task]] = {task.__name__: task for task in (MultipleChoice, SequenceClassification, Regression)}
 
 
-def describe(task: Task) -> dict[str, Any]:
+def to_config(task: Task) -> dict[str, Any]:
     """What is saved of a task besides its tensors and its tokenizer."""
     name = type(task).__name__
     if name in TASKS and type(task) is not TASKS[name]:
