@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..training.cuda_graphs import GraphedStep
-from ..training.optimizer import set_rates
+from ..training.optimizer import parameters_of, set_rates
 from ..training.step import EagerStep
 
 
@@ -42,6 +42,8 @@ class AlternatingStep:
         self.latents = latents
         self.adamw = torch.optim.AdamW([*learned, *latents.parameters()], lr=lr, eps=1e-6, weight_decay=0.0)
         self.sgd = torch.optim.SGD(latents.parameters(), lr=lr_kl)
+        for p in parameters_of(self.adamw):
+            p.grad = torch.zeros_like(p)  # from then on it keeps its memory, which a CUDA graph captures
 
     def __call__(self, nll: Callable[[Tensor], Tensor], *, weight: float, rate: float) -> tuple[float, float]:
         """One step of both; the mean NLL before it and the KL between the two.
@@ -76,37 +78,62 @@ class AlternatingStep:
         self.sgd.step()
         return value, kl.item()
 
-    def zero_grad(self, *, set_to_none: bool) -> None:
-        """Nothing: gradients keep the memory that they have from the start, whoever captures them."""
 
-
-class EagerGradient(EagerStep):
-    """The gradient of the NLL of a batch, without an update.
+class GradientObjective:
+    """The mean NLL of a batch under one draw, as an objective of :class:`~scalabl_pyro.training.step.EagerStep`.
 
     Args:
-        step: puts it into ``.grad``.
-        nll: batch -> mean NLL as a function of s.
-        device: of the first adapted layer.
+        step: Puts the gradient into ``.grad``.
+        nll: Maps a batch to its mean NLL as a function of s.
     """
 
-    def __init__(
-        self, step: AlternatingStep, nll: Callable[[Batch], Callable[[Tensor], Tensor]], *, device: torch.device
-    ) -> None:
-        self.objective: Any = step
+    def __init__(self, step: AlternatingStep, nll: Callable[[Batch], Callable[[Tensor], Tensor]]) -> None:
+        self.step = step
         self.nll = nll
-        self.device = device
-        for group in step.adamw.param_groups:
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
 
-    def __call__(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
-        """The NLL; ``kl_weight`` plays no part."""
-        step: AlternatingStep = self.objective
-        return step.gradient(self.nll(batch.to(self.device)))
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """Keep the gradients: ``accumulate`` sets them to zero in the memory that a CUDA graph has captured."""
+
+    def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
+        """Put the gradient of the NLL into ``.grad``; ``kl_weight`` and ``share`` (1: the whole batch) are not used.
+
+        Returns:
+            (3,) loss, NLL (the same number) and 0 in the place of the KL, nats per example.
+        """
+        loss = self.step.gradient(self.nll(batch))
+        return torch.stack([loss, loss, torch.zeros_like(loss)])
+
+    def finish(self) -> None:
+        """Leave the gradient as it is."""
 
 
-class GraphedGradient(GraphedStep, EagerGradient):
-    """An :class:`EagerGradient` that is replayed where it was captured."""
+class NoUpdate:
+    """An optimizer that changes nothing: the two updates of :class:`AlternatingStep` come after the gradient.
+
+    Args:
+        param_groups: Groups of the optimizer that makes the update.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        self.param_groups = param_groups
+
+    def step(self) -> None:
+        """Change nothing."""
+
+
+def gradient_step(
+    step: AlternatingStep, nll: Callable[[Batch], Callable[[Tensor], Tensor]], *, device: torch.device, graphed: bool
+) -> EagerStep:
+    """A step that computes the gradient of the NLL of a batch, and updates nothing.
+
+    Args:
+        step: Puts the gradient into ``.grad``.
+        nll: Maps a batch to its mean NLL as a function of s.
+        device: Device of the first adapted layer.
+        graphed: Replay the gradient as a CUDA graph.
+    """
+    objective: Any = GradientObjective(step, nll)
+    return (GraphedStep if graphed else EagerStep)(objective, NoUpdate(step.adamw.param_groups), device=device)
 
 
 def _finite(name: str, value: Tensor) -> float:
