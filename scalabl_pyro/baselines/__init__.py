@@ -5,19 +5,18 @@ start from a fitted posterior. ``posterior.blora().unload()`` gives the base mod
 """
 
 from . import saving
-from .blob import NormalNoise, blob
-from .deep_ensemble import EnsemblePosterior, deep_ensemble
+from .bayes_by_backprop import NormalNoise, blob
+from .dropout import DropoutNoise, mc_dropout
+from .ensembles import EnsemblePosterior, deep_ensemble
 from .factor_posterior import NOISES, FactorNoise, FactorPosterior
-from .kl_reweighting import KLReweighting
-from .laplace_lora import KroneckerNoise, laplace_lora
-from .map_lora import map_lora
-from .mc_dropout import DropoutNoise, mc_dropout
-from .mle import mle
+from .kronecker_laplace import KroneckerNoise, laplace_lora
+from .point_lora import map_lora, mle
 from .predictor import BaselineResult, Predictor
+from .released_kl import KLReweighting
+from .released_training import scalabl_released
 from .saving import load
-from .scalabl_released import scalabl_released
-from .temperature_scaling import TemperatureScaled, temperature_scaling
-from .tfb import SpectralNoise, tfb
+from .temperature import TemperatureScaled, temperature_scaling
+from .training_free import SpectralNoise, tfb
 
 __all__ = [
     "BaselineResult",

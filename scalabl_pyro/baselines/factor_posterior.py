@@ -1,6 +1,6 @@
 """Posteriors over the factors A and B themselves: a point posterior, and noise that makes draws of its factors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .._errors import check_choice, check_positive
-from ..lora.adapter import Adapter
+from ..lora.adapter import Adapter, RowNoise
 from ..lora.factors import Factors
-from ..lora.forward import AdaptedLLM
+from ..lora.forward import AdaptedLLM, num_rows
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
 from ..prediction.result import NumericPrediction, Prediction
@@ -174,3 +174,23 @@ def as_function(posterior: Posterior, factors: Factors) -> Function:
     else:
         s = torch.ones(adapter.subspace.dim)
     return AdaptedLLM(adapter, factors=placed, heads=llm.heads), s.to(adapter.loc.dtype)
+
+
+class NoisyLoRA(BayesianLoRA):
+    """An adapted LLM whose layers compute with noisy A; subclasses define the noise of a pass."""
+
+    def row_noise(self, s: Tensor, rows: int) -> Sequence[RowNoise]:
+        """Noise of each layer for a pass of ``rows`` rows, given the value of the site ``"s"``."""
+        raise NotImplementedError(f"{type(self).__name__} must define row_noise(s, rows).")
+
+    def forward(self, *args: Any, s: Tensor | None = None, positions: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run the LLM with s = 1 and noise in each layer, see :class:`~scalabl_pyro.BayesianLoRA`."""
+        s = self.sample_latents() if s is None else s
+        if s.shape[:-1].numel() != 1:
+            raise ValueError(
+                f"The site 's' has shape {tuple(s.shape)}: rows share one draw here, which their own signs or masks "
+                "make different. Use an ELBO without vectorized particles, and draws='shared'."
+            )
+        ones = torch.ones(self.subspace.dim, device=self.device, dtype=self.adapter.loc.dtype)
+        noise = self.row_noise(s.reshape(-1), num_rows(args, kwargs))
+        return self._adapted(*args, s=ones, positions=positions, noise=noise, **kwargs)

@@ -1,4 +1,4 @@
-"""The step of :mod:`scalabl_pyro.baselines.scalabl_released`: AdamW on the NLL, then SGD on the weighted KL.
+"""The step of :mod:`scalabl_pyro.baselines.released_training`: AdamW on the NLL, then SGD on the weighted KL.
 
 On a GPU the gradient of the NLL, nearly all of the work, is replayed as a CUDA graph; the two updates are not.
 """

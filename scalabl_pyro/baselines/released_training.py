@@ -24,7 +24,6 @@ from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from ..data.batch import Batch
 from ..data.training_batches import training_source
-from ..guides import NormalGuide
 from ..lora.train_mode import sole_use
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..posterior.posterior import Posterior
@@ -32,12 +31,9 @@ from ..tasks import Task
 from ..training.cuda_graphs import GRAPH_TOKENS, why_not
 from ..training.optimizer import rate_schedule
 from ..training.result import FitResult, TrainingError
-from .kl_reweighting import KLReweighting
-from .mle import unloaded_on_error
+from .point_lora import unloaded_on_error
+from .released_kl import PRIOR_LOC, PRIOR_SCALE, KLReweighting, LogNormals
 from .released_step import AlternatingStep, gradient_step
-
-#: Its mean is stored as a logarithm there, so it cannot be 0.
-PRIOR_LOC, PRIOR_SCALE = 1e-8, 1.0
 
 
 @renamed_arguments(kl_lr="lr_kl")
@@ -168,41 +164,6 @@ def _train(
             history.append({**row, "seconds": seconds})
             bar.set_postfix(nll=f"{nll:.4g}", kl=f"{kl:.4g}", refresh=False)
     return history, None
-
-
-class LogNormals(nn.Module):
-    """q(s) = Normal(exp(log_loc), exp(log_scale)): means, too, are positive there.
-
-    Args:
-        loc: (D,) initial means.
-        init_scale: largest initial standard deviation.
-        seed: of the initial standard deviations.
-    """
-
-    def __init__(self, loc: Tensor, *, init_scale: float, seed: int) -> None:
-        super().__init__()
-        uniform = torch.rand(loc.shape, generator=torch.Generator().manual_seed(seed), dtype=loc.dtype)
-        self.log_loc = nn.Parameter(loc.log())
-        self.log_scale = nn.Parameter((init_scale * (0.5**0.5 + (1 - 0.5**0.5) * uniform)).log())
-
-    def draw(self) -> Tensor:
-        """(D,) one draw, reparametrized."""
-        return self.log_loc.exp() + self.log_scale.exp() * torch.randn_like(self.log_scale)
-
-    def kl(self) -> Tensor:
-        """KL(prior || q), nats."""
-        return reversed_kl(self.log_loc.exp(), self.log_scale.exp())
-
-    @torch.no_grad()
-    def guide(self) -> NormalGuide:
-        """The same family in the library's words."""
-        return NormalGuide(self.log_loc.exp(), self.log_scale.exp())
-
-
-def reversed_kl(loc: Tensor, scale: Tensor) -> Tensor:
-    """KL(p || q) = sum of log(scale / sp) + (sp^2 + (mp - loc)^2) / (2 scale^2) - 1/2, the wrong way round."""
-    moments = (PRIOR_SCALE**2 + (PRIOR_LOC - loc).square()) / (2 * scale.square())
-    return ((scale / PRIOR_SCALE).log() + moments - 0.5).sum()
 
 
 def _nll(blora: BayesianLoRA, task: Task, batch: Batch) -> Callable[[Tensor], Tensor]:

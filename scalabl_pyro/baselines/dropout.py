@@ -16,9 +16,8 @@ from torch import Generator, Tensor, nn
 from ..lora.adapter import RowNoise
 from ..lora.factors import Factors
 from ..tasks import Task
-from .factor_posterior import FactorNoise, FactorPosterior
-from .mle import POINT_LR, fit_point, plain_lora, unloaded_on_error
-from .noisy import NoisyLoRA
+from .factor_posterior import FactorNoise, FactorPosterior, NoisyLoRA
+from .point_lora import POINT_LR, fit_point, plain_lora, unloaded_on_error
 from .predictor import BaselineResult
 
 

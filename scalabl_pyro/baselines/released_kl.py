@@ -3,7 +3,14 @@
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
 from .._errors import check_positive
+from ..guides import NormalGuide
+
+#: Its mean is stored as a logarithm there, so it cannot be 0.
+PRIOR_LOC, PRIOR_SCALE = 1e-8, 1.0
 
 
 @dataclass(frozen=True)
@@ -42,3 +49,38 @@ class KLReweighting:
     def __call__(self, step: int) -> float:
         """N pi_i."""
         return self.num_data * self.share(step)
+
+
+class LogNormals(nn.Module):
+    """q(s) = Normal(exp(log_loc), exp(log_scale)): means, too, are positive there.
+
+    Args:
+        loc: (D,) initial means.
+        init_scale: largest initial standard deviation.
+        seed: of the initial standard deviations.
+    """
+
+    def __init__(self, loc: Tensor, *, init_scale: float, seed: int) -> None:
+        super().__init__()
+        uniform = torch.rand(loc.shape, generator=torch.Generator().manual_seed(seed), dtype=loc.dtype)
+        self.log_loc = nn.Parameter(loc.log())
+        self.log_scale = nn.Parameter((init_scale * (0.5**0.5 + (1 - 0.5**0.5) * uniform)).log())
+
+    def draw(self) -> Tensor:
+        """(D,) one draw, reparametrized."""
+        return self.log_loc.exp() + self.log_scale.exp() * torch.randn_like(self.log_scale)
+
+    def kl(self) -> Tensor:
+        """KL(prior || q), nats."""
+        return reversed_kl(self.log_loc.exp(), self.log_scale.exp())
+
+    @torch.no_grad()
+    def guide(self) -> NormalGuide:
+        """The same family in the library's words."""
+        return NormalGuide(self.log_loc.exp(), self.log_scale.exp())
+
+
+def reversed_kl(loc: Tensor, scale: Tensor) -> Tensor:
+    """KL(p || q) = sum of log(scale / sp) + (sp^2 + (mp - loc)^2) / (2 scale^2) - 1/2, the wrong way round."""
+    moments = (PRIOR_SCALE**2 + (PRIOR_LOC - loc).square()) / (2 * scale.square())
+    return ((scale / PRIOR_SCALE).log() + moments - 0.5).sum()

@@ -25,9 +25,8 @@ from ..priors import Prior, as_prior
 from ..tasks import Task
 from ..training.fit import fit
 from ..training.result import FitResult, TrainingError
-from .factor_posterior import FactorNoise, FactorPosterior
-from .mle import plain_lora, unloaded_on_error
-from .noisy import NoisyLoRA
+from .factor_posterior import FactorNoise, FactorPosterior, NoisyLoRA
+from .point_lora import plain_lora, unloaded_on_error
 from .predictor import BaselineResult
 
 

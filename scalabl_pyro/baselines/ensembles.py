@@ -17,7 +17,7 @@ from ..posterior.posterior import Posterior
 from ..prediction.result import NumericPrediction, Prediction
 from ..tasks import Task, copy_task
 from . import saving
-from .mle import POINT_LR, fit_point, plain_lora, unloaded_on_error
+from .point_lora import POINT_LR, fit_point, plain_lora, unloaded_on_error
 from .predictor import BaselineResult, Predictor, concatenate
 
 
