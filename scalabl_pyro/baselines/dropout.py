@@ -1,9 +1,9 @@
-"""Monte Carlo dropout on the input of A (Gal and Ghahramani, 2016), with masks that belong to draws.
+"""Monte Carlo dropout on the input of A (Gal and Ghahramani, 2016), with one fixed mask per draw.
 
-Dropout is a distribution over weights when a mask is held for a whole forward pass: A_i = A diag(m_i), with m_i in
-{0, 1 / (1 - p)} for each input feature. So a mask is drawn for a *draw* (in training: for each row), and holds for all
-its tokens. Ordinary dropout draws anew for each token and each batch; its "draw i" is no function, so that neither
-joint predictions nor mutual information would mean anything.
+Dropout is a distribution over weights if a mask is fixed for a whole forward pass: A_i = A diag(m_i), where each entry
+of m_i is 0 or 1 / (1 - p). So prediction samples one mask per *draw*, and training samples one mask per row; all tokens
+share it. Ordinary dropout samples a new mask for each token and batch. A "draw" is then not a function, so joint
+predictions and mutual information have no meaning.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +16,9 @@ from torch import Generator, Tensor, nn
 from ..lora.adapter import RowNoise
 from ..lora.factors import Factors
 from ..tasks import Task
-from .factor_posterior import FactorNoise, FactorPosterior, NoisyLoRA
-from .point_lora import POINT_LR, fit_point, plain_lora, unloaded_on_error
+from ..training.result import FitResult
+from .factor_posterior import FactorPosterior, NoisyLoRA, WeightNoise
+from .point_lora import POINT_LR, fit_point, plain_lora
 from .predictor import BaselineResult
 
 
@@ -31,41 +32,54 @@ def mc_dropout(
     lora: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> BaselineResult:
-    """Plain LoRA trained and used with dropout on the input of A.
+    """Fine-tune plain LoRA with dropout on the input of A, and keep the dropout for prediction.
 
-    In training each row of a batch has a mask of its own over the input features of each layer, which all its tokens
-    share; a draw of the posterior is one such mask. No KL enters the loss; ``factor_scale=`` adds the weight decay that
-    makes dropout an approximate posterior.
+    In training each row of a batch has one mask per layer over the input features. All tokens of the row share it. A
+    draw of the posterior is one such mask per layer. The loss has no KL term. ``factor_scale=`` adds the weight decay
+    that makes dropout an approximate posterior.
 
     Args:
-        module: the base model; it is adapted in place.
-        task: the likelihood.
-        train_data: as for :func:`scalabl_pyro.fit`.
-        p: probability that a feature is dropped.
-        lr: of both factors, heads, and the task's parameters.
-        lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
-        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``lr_A`` is ``lr`` by default.
+        module: Base model. It is adapted in place.
+        task: Task that encodes the rows and defines the likelihood.
+        train_data: Training rows, as for :func:`scalabl_pyro.fit`.
+        p: Probability that a feature is dropped.
+        lr: Learning rate of both factors, the heads, and the task's parameters.
+        lora: Options of :func:`scalabl_pyro.bayesian_lora`, such as ``r`` and ``target_modules``.
+        options: Options of :func:`scalabl_pyro.fit`, such as ``num_steps``. ``lr_A`` is ``lr`` by default.
 
     Returns:
         A result whose posterior draws masks.
 
     Raises:
-        ValueError: p outside of (0, 1).
+        ValueError: ``p`` is not between 0 and 1.
+        TrainingError: The loss or gradient is not finite. ``result`` of the error holds what was learned before.
+
+    References:
+        Gal and Ghahramani, Dropout as a Bayesian Approximation, ICML 2016.
+
+    Example:
+        >>> result = scalabl_pyro.baselines.mc_dropout(llm, task, train_data, p=0.1, num_steps=1000)
+        >>> result.posterior.predict(test_data, num_draws=10).epistemic
     """
     noise = DropoutNoise(p)
+
+    def convert(result: FitResult) -> BaselineResult:
+        posterior = FactorPosterior(result.posterior, noise, {"method": "MC dropout", "p": p})
+        return BaselineResult(posterior, result.history)
+
     blora = DropoutLoRA(plain_lora(module, lora).adapter, p)
-    with unloaded_on_error(blora):
-        result = fit_point(blora, task, train_data, lr=lr, **options)
-    provenance = {"method": "MC dropout", "p": p}
-    return BaselineResult(FactorPosterior(result.posterior, noise, provenance), result.history)
+    return fit_point(blora, task, train_data, lr=lr, convert=convert, **options)
 
 
 @dataclass(frozen=True)
-class DropoutNoise(FactorNoise):
-    """A_i = A diag(m_i) with m_i = 0 with probability p, else 1 / (1 - p).
+class DropoutNoise(WeightNoise):
+    """Dropout of the columns of A: A_i = A diag(m_i), where m_i is 0 with probability p, else 1 / (1 - p).
 
     Attributes:
-        p: probability that an input feature of a layer is dropped.
+        p: Probability that an input feature of a layer is dropped.
+
+    Example:
+        >>> scalabl_pyro.baselines.FactorPosterior(point, scalabl_pyro.baselines.DropoutNoise(0.1)).sample(3)
     """
 
     family: ClassVar[str] = "dropout"
@@ -77,26 +91,26 @@ class DropoutNoise(FactorNoise):
             raise ValueError(f"p={self.p!r}: the probability to drop a feature must lie between 0 and 1.")
 
     def draws(self, factors: Factors, generator: Generator) -> Iterator[Factors]:
-        """Factors with the columns of A masked."""
+        """Yield factors whose A has masked columns."""
         while True:
             yield tuple((A * keep(A.new_empty(A.shape[1]), self.p, generator), B) for A, B in factors)
 
     def options(self) -> dict[str, Any]:
-        """The probability."""
+        """Return the probability."""
         return {"p": self.p}
 
     @classmethod
     def from_saved(cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor], factors: Factors) -> "DropoutNoise":
-        """The noise again."""
+        """Restore the noise."""
         return cls(**options)
 
 
 class DropoutLoRA(NoisyLoRA):
-    """An adapted LLM with a mask a row and layer.
+    """An adapted LLM that uses one dropout mask per row and layer.
 
     Args:
-        adapter: the LoRA layers.
-        p: probability that a feature is dropped.
+        adapter: LoRA layers.
+        p: Probability that a feature is dropped.
     """
 
     def __init__(self, adapter: Any, p: float) -> None:
@@ -104,10 +118,10 @@ class DropoutLoRA(NoisyLoRA):
         self.p = p
 
     def row_noise(self, s: Tensor, rows: int) -> Sequence[RowNoise]:
-        """A diag(m) = A + A diag(m - 1)."""
+        """Return the noise A diag(m - 1), so that A plus noise is A diag(m)."""
         return [RowNoise(A, inputs=keep(A.new_empty(rows, A.shape[1]), self.p) - 1) for A, _ in self.adapter.factors()]
 
 
 def keep(like: Tensor, p: float, generator: Generator | None = None) -> Tensor:
-    """A tensor of 0 with probability p, else 1 / (1 - p), of the shape of ``like``."""
+    """Sample a mask with the shape of ``like``: 0 with probability p, else 1 / (1 - p)."""
     return torch.empty_like(like).bernoulli_(1 - p, generator=generator) / (1 - p)

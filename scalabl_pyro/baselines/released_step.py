@@ -1,6 +1,6 @@
-"""The step of :mod:`scalabl_pyro.baselines.released_training`: AdamW on the NLL, then SGD on the weighted KL.
+"""The optimizer step of the released ScalaBL code: AdamW on the NLL, then SGD on the weighted KL.
 
-On a GPU the gradient of the NLL, nearly all of the work, is replayed as a CUDA graph; the two updates are not.
+On a GPU a CUDA graph replays the gradient of the NLL, which is nearly all of the work. The two updates run eagerly.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,26 +16,26 @@ from ..training.step import EagerStep
 
 
 class Latents(Protocol):
-    """q(s), with parameters of its own."""
+    """A distribution q(s) with learned parameters."""
 
     def parameters(self) -> Any:
-        """What SGD moves."""
+        """Return the parameters that SGD updates."""
 
     def draw(self) -> Tensor:
-        """(D,) one draw, reparametrized."""
+        """Return one reparametrized draw (D,)."""
 
     def kl(self) -> Tensor:
-        """The divergence, nats."""
+        """Return the KL in nats."""
 
 
 class AlternatingStep:
-    """AdamW on the NLL, then SGD on the weighted KL.
+    """Update all parameters with AdamW on the NLL, then those of q(s) with SGD on the weighted KL.
 
     Args:
-        latents: q(s).
-        learned: A, B, heads, parameters of the task.
-        lr: of AdamW.
-        lr_kl: of SGD.
+        latents: Distribution q(s).
+        learned: Parameters besides those of q(s): A, B, heads, and the task's parameters.
+        lr: Learning rate of AdamW.
+        lr_kl: Learning rate of SGD.
     """
 
     def __init__(self, latents: Latents, learned: Sequence[nn.Parameter], *, lr: float, lr_kl: float) -> None:
@@ -46,27 +46,27 @@ class AlternatingStep:
             p.grad = torch.zeros_like(p)  # from then on it keeps its memory, which a CUDA graph captures
 
     def __call__(self, nll: Callable[[Tensor], Tensor], *, weight: float, rate: float) -> tuple[float, float]:
-        """One step of both; the mean NLL before it and the KL between the two.
+        """Make both updates; return the mean NLL before them, and the KL between them.
 
         Args:
-            nll: mean NLL of a batch as a function of s.
-            weight: pi_i.
-            rate: factor of both learning rates.
+            nll: Mean NLL of a batch as a function of s.
+            weight: Weight pi_i of the KL.
+            rate: Factor of both learning rates.
 
         Raises:
-            FloatingPointError: one of the two is not finite; the step that it belongs to was not made.
+            FloatingPointError: The NLL or the KL is not finite. The update that belongs to it was not made.
         """
         return self.update(self.gradient(nll), weight=weight, rate=rate)
 
     def gradient(self, nll: Callable[[Tensor], Tensor]) -> Tensor:
-        """Put the gradient of the NLL into ``.grad``, in the memory where the last one lies; the NLL."""
+        """Put the gradient of the NLL into ``.grad``, in the same memory as before; return the NLL."""
         self.adamw.zero_grad(set_to_none=False)
         loss = nll(self.latents.draw())
         loss.backward()
         return loss.detach()
 
     def update(self, loss: Tensor, *, weight: float, rate: float) -> tuple[float, float]:
-        """The step of AdamW with the gradient that is there, and that of SGD; see :meth:`__call__`."""
+        """Make the AdamW update with the gradient in ``.grad``, then the SGD update; see :meth:`__call__`."""
         set_rates(self.adamw, rate)
         set_rates(self.sgd, rate)
         value = _finite("NLL", loss)

@@ -1,9 +1,9 @@
-"""ScalaBL as its authors' released code trains it, which is not the ELBO that the paper writes down.
+"""ScalaBL as the code released by its authors trains it. Its loss differs from the ELBO in the paper.
 
-In each step AdamW follows the mean NLL of a batch; then a second optimizer, plain SGD, follows the KL times a weight
-from a schedule. The KL is KL(prior || posterior), where the ELBO has KL(posterior || prior): it grows as 1 / scale^2
-where the scale is small, so that the schedule and the SGD learning rate, rather than the data, set the scale. Use it to
-compare with published figures, and :func:`scalabl_pyro.fit` for the method itself.
+In each step AdamW updates the parameters on the mean NLL of a batch. Then a second optimizer, plain SGD, updates q(s)
+on the KL times a weight from a schedule. The KL is KL(prior || posterior); the ELBO has KL(posterior || prior). It
+grows as 1 / scale^2 for small scales, so the schedule and the SGD learning rate set the scale, not the data. Use it to
+compare with published figures. Use :func:`scalabl_pyro.fit` for the method itself.
 """
 
 import time
@@ -55,37 +55,45 @@ def scalabl_released(
     seed: int = 0,
     progress: bool = True,
 ) -> FitResult:
-    """Fine-tune A, B, loc and scale of s the way the released code does.
+    """Fine-tune A, B and the posterior of s as the released ScalaBL code does.
 
-    loc = exp(log_loc) and scale = exp(log_scale); all rows of a batch share one draw; A is free of any gauge. Unlike
-    there, predictions use fixed draws. Defaults are those of the authors' scripts.
+    The posterior has loc = exp(log_loc) and scale = exp(log_scale). All rows of a batch share one draw. The rows of A
+    are not normalized. Predictions use fixed draws, which the released code does not. The defaults are those of the
+    authors' scripts.
 
     Args:
-        module: the base model; it is adapted in place.
-        task: the likelihood.
-        train_data: as for :func:`scalabl_pyro.fit`.
-        num_steps: steps, each of both optimizers.
-        batch_size: rows a step.
-        lr: of AdamW (eps 1e-6, no weight decay), on everything, for the NLL.
-        lr_kl: of SGD, on log_loc and log_scale, for the KL; 0.1 or 0.2 in the scripts, 0.02 by default in their code.
-        init_scale: largest initial standard deviation; they start uniform on (init_scale / sqrt(2), init_scale).
-        warmup: share of the steps over which both learning rates rise; then they fall to 0.
-        gamma: of :class:`~scalabl_pyro.baselines.KLReweighting`.
-        num_data: N; needed when ``train_data`` yields batches.
-        lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
-        cuda_graph: on a GPU, replay the gradient of the NLL as a CUDA graph, captured once for each batch shape.
-        seed: of the factors, the initial scales, the data order and the noise.
-        progress: show a progress bar.
+        module: Base model. It is adapted in place.
+        task: Task that encodes the rows and defines the likelihood.
+        train_data: Training rows, as for :func:`scalabl_pyro.fit`.
+        num_steps: Number of steps. Each step updates with both optimizers.
+        batch_size: Rows per step.
+        lr: Learning rate of AdamW (eps 1e-6, no weight decay), which updates all parameters on the NLL.
+        lr_kl: Learning rate of SGD, which updates log_loc and log_scale on the KL. The scripts use 0.1 or 0.2; the
+            default in the released code is 0.02.
+        init_scale: Largest initial standard deviation. Initial values are uniform on (init_scale / sqrt(2),
+            init_scale).
+        warmup: Share of the steps over which both learning rates rise. Then they fall to 0.
+        gamma: Constant of :class:`~scalabl_pyro.baselines.KLReweighting`.
+        num_data: Number of training rows N. Required when ``train_data`` yields batches.
+        lora: Options of :func:`scalabl_pyro.bayesian_lora`, such as ``r`` and ``target_modules``.
+        cuda_graph: Whether to replay the gradient of the NLL as a CUDA graph on a GPU, captured once per batch shape.
+        seed: Seed of the factors, the initial scales, the data order and the noise.
+        progress: Whether to show a progress bar.
 
     Returns:
-        A posterior with a :class:`~scalabl_pyro.guides.NormalGuide`, and a history whose ``kl`` is KL(prior ||
-        posterior) in nats, and ``kl_weight`` is pi_i.
+        A result whose posterior has a :class:`~scalabl_pyro.guides.NormalGuide`. In its history, ``kl`` is
+        KL(prior || posterior) in nats, and ``kl_weight`` is the weight pi_i.
 
     Raises:
-        TrainingError: an NLL or KL that is not finite; its ``result`` holds what was learned before.
+        ValueError: An option is out of range, or rows do not fit the task.
+        TrainingError: The NLL or KL is not finite. ``result`` of the error holds what was learned before.
 
     References:
-        Samplawski et al., UAI 2025, and the code released with it.
+        Samplawski et al., Scalable Bayesian Low-Rank Adaptation, UAI 2025, and the code released with it.
+
+    Example:
+        >>> result = scalabl_pyro.baselines.scalabl_released(llm, task, train_data, num_steps=100)
+        >>> result.history[["nll", "kl", "kl_weight"]].tail()
     """
     check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, lr_kl=lr_kl, init_scale=init_scale, gamma=gamma)
     if not 0 <= warmup <= 1:
@@ -118,17 +126,8 @@ def scalabl_released(
             seed=seed,
             progress=progress,
         )
-        provenance = {
-            "method": "ScalaBL as released",
-            "num_data": num_data,
-            "num_steps": len(history),
-            "batch_size": batch_size,
-            "seed": seed,
-            "lr_kl": lr_kl,
-        }
-        posterior = Posterior.capture(blora, task, latents.guide(), provenance=provenance)
-        blora.adapter.loc = posterior.mean()
-        result = FitResult(posterior, pd.DataFrame(history))
+        provenance = {"num_data": num_data, "batch_size": batch_size, "seed": seed, "lr_kl": lr_kl}
+        result = _as_result(blora, task, latents, history, provenance)
         if error is not None:
             error.result = result if history else None
             raise error
@@ -148,7 +147,7 @@ def _train(
     seed: int,
     progress: bool,
 ) -> tuple[list[dict[str, float]], TrainingError | None]:
-    """All steps; what was done of them, and why the rest was not."""
+    """Make all steps; return the history, and the error that stopped the training early, if any."""
     history: list[dict[str, float]] = []
     start, lr = time.perf_counter(), step.adamw.param_groups[0]["lr"]
     gradient = gradient_step(step, lambda batch: _nll(blora, task, batch), device=blora.device, graphed=graphed)
@@ -166,6 +165,16 @@ def _train(
     return history, None
 
 
+def _as_result(
+    blora: BayesianLoRA, task: Task, latents: LogNormals, history: list[dict[str, float]], provenance: dict[str, Any]
+) -> FitResult:
+    """Freeze what was learned into a posterior; the module itself stays at the posterior mean."""
+    provenance = {"method": "ScalaBL as released", "num_steps": len(history), **provenance}
+    posterior = Posterior.capture(blora, task, latents.guide(), provenance=provenance)
+    blora.adapter.loc = posterior.mean()
+    return FitResult(posterior, pd.DataFrame(history))
+
+
 def _nll(blora: BayesianLoRA, task: Task, batch: Batch) -> Callable[[Tensor], Tensor]:
     def nll(s: Tensor) -> Tensor:
         return -task.likelihood(task.outputs(blora, batch, s), batch).log_prob(cast(Tensor, batch.target)).mean()
@@ -175,7 +184,7 @@ def _nll(blora: BayesianLoRA, task: Task, batch: Batch) -> Callable[[Tensor], Te
 
 @contextmanager
 def _training_scope(blora: BayesianLoRA, seed: int) -> Iterator[None]:
-    """As in :func:`scalabl_pyro.fit`: seeded noise, no dropout of the base model, no mark on Pyro's settings."""
+    """Seed the noise, turn off dropout of the base model, and keep Pyro's settings, as in :func:`scalabl_pyro.fit`."""
     with (
         sole_use(blora.llm),
         scoped_seed(seed),
