@@ -9,7 +9,7 @@ import numpy as np
 
 import scalabl_pyro as sp
 from scalabl_pyro import metrics
-from scalabl_pyro.baselines.temperature_scaling import apply_temperature, fit_temperature
+from scalabl_pyro.baselines.temperature import apply_temperature, fit_temperature
 from scalabl_pyro.prediction.predict import Prediction
 
 COLUMNS = ("accuracy", "nll", "ece", "brier", "adaptive_ece", "error_auroc", "aurc")
