@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from .._process.random_state import derive_seed
 from .._version import __version__
 from ..analysis import arviz_data
 from ..guides import EmpiricalGuide
@@ -52,5 +53,6 @@ def _replicate(prediction: Prediction | NumericPrediction, seed: int) -> np.ndar
     """One simulated answer a draw and row, (S, N)."""
     if isinstance(prediction, NumericPrediction):
         return prediction.replicates
-    gumbel = np.random.default_rng(seed).gumbel(size=prediction.log_probs.shape)  # Gumbel-max trick
+    rng = np.random.default_rng(derive_seed(seed, "answers"))
+    gumbel = rng.gumbel(size=prediction.log_probs.shape)  # Gumbel-max trick
     return (prediction.log_probs + gumbel).argmax(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._process.lock import LOCK
-from .._process.random_state import Stream
+from .._process.random_state import Stream, derive_seed
 from ..data.batch import Batch, Example
 from ..data.encoding import check_tokens, evaluation_batches
 from ..distributed.processes import Processes, collective, current_processes
@@ -67,7 +67,7 @@ def predict(
     batches = list(evaluation_batches(examples, batch_size, task.pad_token_id))
     if any(batch.target is None for batch in batches):  # one row without answer: nothing is scored
         batches = [batch.without_target() for batch in batches]
-    noise = Stream(seed)
+    noise = Stream(derive_seed(seed, "answers"))
     joint = current_processes()
     if joint.are_several:
         outputs = _shared_outputs(joint, llm, task, s, batches, chunk=chunk, progress=progress)
@@ -87,7 +87,7 @@ def predict_from_outputs(
     task: Task, examples: Sequence[Example], outputs: Sequence[tuple[Batch, Tensor]], *, seed: int = 0
 ) -> Prediction | NumericPrediction:
     """A prediction from outputs (S, B, K) that were computed elsewhere, a batch at a time."""
-    noise = Stream(seed)
+    noise = Stream(derive_seed(seed, "answers"))
     if any(batch.target is None for batch, _ in outputs):
         outputs = [(batch.without_target(), draws) for batch, draws in outputs]
     parts = [(b.index, _keep(task, o.to(b.index.device), b, noise)) for b, o in outputs]
