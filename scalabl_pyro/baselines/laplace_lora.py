@@ -22,7 +22,7 @@ from ..data.encoding import encode, evaluation_batches
 from ..data.rows import read_rows
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
-from ..prediction.predict import predict_from_outputs
+from ..prediction.collect import predict_from_outputs
 from ..prediction.result import NumericPrediction, Prediction
 from .factor_posterior import FactorNoise, FactorPosterior, as_function, plain_factors
 from .kfac import Eigen, kronecker_factors, output_directions, record

@@ -143,7 +143,7 @@ def test_classifiers_fold_draws_too(family):
 
 def test_running_out_of_memory_halves_the_draws_a_pass(posterior, monkeypatch, caplog):
     reference = posterior.predict(ROWS, num_draws=8)
-    real, sizes = predictive._moments, []
+    real, sizes = predictive._outputs, []
 
     def limited(llm, task, s, *rest):
         sizes.append(len(s))
@@ -151,10 +151,10 @@ def test_running_out_of_memory_halves_the_draws_a_pass(posterior, monkeypatch, c
             raise torch.OutOfMemoryError("pretend")
         return real(llm, task, s, *rest)
 
-    monkeypatch.setattr(predictive, "_moments", limited)
+    monkeypatch.setattr(predictive, "_outputs", limited)
     prediction = posterior.predict(ROWS, num_draws=8)
     assert sizes[:3] == [8, 4, 2]
-    assert "going on with 2 draws a pass" in caplog.text
+    assert "going on with 2 draws per pass" in caplog.text
     np.testing.assert_allclose(prediction.log_probs, reference.log_probs, rtol=1e-4, atol=1e-5)
 
 
@@ -162,7 +162,7 @@ def test_running_out_of_memory_with_one_draw_is_an_error(posterior, monkeypatch)
     def never(*args):
         raise torch.OutOfMemoryError("pretend")
 
-    monkeypatch.setattr(predictive, "_moments", never)
+    monkeypatch.setattr(predictive, "_outputs", never)
     with pytest.raises(torch.OutOfMemoryError):
         posterior.predict(ROWS, num_draws=2)
 
@@ -270,6 +270,8 @@ def test_simulated_answers_do_not_follow_the_draws(kind, dim):
 
 def test_replicates_in_arviz_data_have_random_numbers_of_their_own(posterior):
     prediction = posterior.predict(ROWS, num_draws=6, seed=3)
-    answers = np.asarray(posterior.to_arviz(num_draws=6, seed=3, prediction=prediction)["posterior_predictive"]["label"])
+    answers = np.asarray(
+        posterior.to_arviz(num_draws=6, seed=3, prediction=prediction)["posterior_predictive"]["label"]
+    )
     shared = (prediction.log_probs + np.random.default_rng(3).gumbel(size=prediction.log_probs.shape)).argmax(-1)
     assert not np.array_equal(answers[0], shared)
