@@ -46,8 +46,8 @@ def kept_prefixes(adapter: Adapter, batches: Sequence[Batch]) -> list[Prefix]:
     if not adapter.has_fixed_prefix:
         raise ValueError(
             "cache_prefix=True: no fixed blocks lie below the first adapted one, so there is nothing to keep. "
-            "To have them, adapt the upper blocks alone, with bayesian_lora(..., layers_to_transform=range(16, 32)) of a "
-            "causal LM. Or leave cache_prefix out."
+            "Adapt the upper blocks alone, with bayesian_lora(..., layers_to_transform=range(16, 32)) of a causal LM, "
+            "or leave cache_prefix out."
         )
     if is_sharded(adapter.module):
         raise ValueError(
