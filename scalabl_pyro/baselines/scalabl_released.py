@@ -25,6 +25,7 @@ from .._process.random_state import scoped_seed
 from ..data.batch import Batch
 from ..data.training_batches import training_source
 from ..guides import NormalGuide
+from ..guides.initial_scale import draw_initial_scale
 from ..lora.train_mode import sole_use
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..posterior.posterior import Posterior
@@ -183,9 +184,8 @@ class LogNormals(nn.Module):
 
     def __init__(self, loc: Tensor, *, init_scale: float, seed: int) -> None:
         super().__init__()
-        uniform = torch.rand(loc.shape, generator=torch.Generator().manual_seed(seed), dtype=loc.dtype)
         self.log_loc = nn.Parameter(loc.log())
-        self.log_scale = nn.Parameter((init_scale * (0.5**0.5 + (1 - 0.5**0.5) * uniform)).log())
+        self.log_scale = nn.Parameter(draw_initial_scale(loc, init_scale, seed=seed).log())
 
     def draw(self) -> Tensor:
         """(D,) one draw, reparametrized."""

@@ -18,8 +18,7 @@ from ..analysis.checks import (
 from ..analysis.psis import check_num_draws
 from ..data.encoding import encode
 from ..data.rows import Row
-from ..guides import EmpiricalGuide, MixtureGuide
-from ..prediction.draws import sample, sample_prior
+from ..prediction.draws import sample_prior
 from ..prediction.predict import predict
 from .state import PosteriorState
 
@@ -51,11 +50,10 @@ def diagnose(
     weights = posterior.log_weights(rows, num_draws=num_draws, num_data=num_data, **options)
     if weights.log_q is not None:
         findings += check_weights(weights.log_weights)
-    if isinstance(guide, EmpiricalGuide) and guide.num_chains is not None:
-        chains = guide.points("s").detach().unflatten(0, (guide.num_chains, -1))
-        findings += check_chains(chains.double().numpy(), "chain")
-    elif isinstance(guide, MixtureGuide):
-        members = [sample(member, num_draws, seed=seed).s for member in guide.component_list()]
+    if (chains := guide.chains()) is not None:
+        findings += check_chains(chains["s"].double().numpy(), "chain")
+    elif components := guide.component_list():
+        members = [component.sample(num_draws, seed=seed)["s"] for component in components]
         findings += check_chains(torch.stack(members).double().numpy(), "restart")
     # Moved onto the mean of many, the first draws lose their Monte Carlo error of first order, which is no drift.
     centered = s[:DRIFT_DRAWS] - s[:DRIFT_DRAWS].mean(0) + s.mean(0)

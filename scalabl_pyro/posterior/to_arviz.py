@@ -8,7 +8,6 @@ import xarray as xr
 from .._process.random_state import derive_seed
 from .._version import __version__
 from ..analysis import arviz_data
-from ..guides import EmpiricalGuide
 from ..prediction.result import NumericPrediction, Prediction
 from .state import PosteriorState
 
@@ -39,11 +38,9 @@ def as_arviz(
 
 
 def _posterior_group(posterior: PosteriorState, num_draws: int, seed: int) -> xr.Dataset:
-    chains = posterior.guide.num_chains if isinstance(posterior.guide, EmpiricalGuide) else None
-    if chains is not None and chains > 1:  # MCMC: all draws, chain by chain
-        sites = {
-            n: posterior.guide.points(n).detach().unflatten(0, (chains, -1)).numpy() for n in posterior.guide.sites
-        }
+    chains = posterior.guide.chains()
+    if chains is not None and len(chains["s"]) > 1:  # MCMC: all draws, chain by chain
+        sites = {name: value.numpy() for name, value in chains.items()}
     else:
         sites = {k: v.unsqueeze(0).numpy() for k, v in posterior.sample(num_draws, seed=seed).sites.items()}
     return arviz_data.posterior_group(sites, posterior.subspace)
