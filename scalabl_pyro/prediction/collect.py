@@ -47,7 +47,7 @@ def predict_batches(
     start = time.perf_counter()
     collect = _Collector(task, passes.batches, seed=seed)
     parts = passes.map(lambda batch: collect(batch, outputs_of(batch)), progress=progress)
-    return _as_prediction(parts, task, examples, is_mean=is_mean, seconds=time.perf_counter() - start)
+    return _as_prediction(parts, collect, examples, is_mean=is_mean, seconds=time.perf_counter() - start)
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def predict_from_outputs(
     """
     collect = _Collector(task, [batch for batch, _ in outputs], seed=seed)
     parts = [collect(batch, draws) for batch, draws in outputs]
-    return _as_prediction(parts, task, examples, is_mean=is_mean, seconds=seconds)
+    return _as_prediction(parts, collect, examples, is_mean=is_mean, seconds=seconds)
 
 
 class _Collector:
@@ -91,6 +91,7 @@ class _Collector:
         self.task = task
         self.is_scored = all(batch.target is not None for batch in batches)
         # The draws of s come from the plain seed: with the same random numbers the answers would follow them.
+        self.is_normal = False
         self.noise = Stream(derive_seed(seed, "answers"))
 
     def __call__(self, batch: Batch, outputs: Tensor) -> Part:
@@ -104,6 +105,7 @@ class _Collector:
         else:
             with self.noise.use():
                 replicates = d.sample()
+            self.is_normal = isinstance(d, torch.distributions.Normal)
             kept = {"means": d.mean, "variances": d.variance, "replicates": replicates}
             if batch.target is not None:
                 kept["log_density"] = d.log_prob(batch.target)
@@ -122,7 +124,7 @@ def _check_outputs(batch: Batch, outputs: Tensor) -> None:
 
 
 def _as_prediction(
-    parts: Sequence[Part], task: Task, examples: Sequence[Example], *, is_mean: bool, seconds: float
+    parts: Sequence[Part], collect: _Collector, examples: Sequence[Example], *, is_mean: bool, seconds: float
 ) -> Prediction | NumericPrediction:
     """Join what was kept of each batch, rows back in the order of the data."""
     order = torch.cat([index for index, _ in parts]).argsort()
@@ -132,8 +134,9 @@ def _as_prediction(
     arrays: dict[str, Any] = dict(kept)
     if "log_probs" not in arrays:
         arrays.setdefault("log_density", None)
+        arrays["is_normal"] = collect.is_normal
         return NumericPrediction(target=target, is_mean=is_mean, seconds=seconds, **arrays)
     log_probs = arrays["log_probs"]
-    classes = task.classes or tuple(str(c) for c in range(log_probs.shape[-1]))
+    classes = collect.task.classes or tuple(str(c) for c in range(log_probs.shape[-1]))
     used = max((e.extras.get("num_choices", len(classes)) for e in examples), default=len(classes))
     return Prediction(log_probs[..., :used], target, tuple(classes[:used]), is_mean=is_mean, seconds=seconds)
