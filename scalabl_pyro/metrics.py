@@ -1,7 +1,7 @@
 """Accuracy, calibration and uncertainty metrics: pure functions of probabilities (N, C) and labels (N,).
 
 Proportions and errors lie in [0, 1]; log losses are in nats. Accuracy and AUROC come from torchmetrics. Its calibration
-error is not used: it gives p = 1 a bin of its own, and it reads all rows as logits when rounding lifts one value above 1.
+error is not used: it gives p = 1 a bin of its own, and reads all rows as logits when rounding lifts one value above 1.
 
 Example:
     >>> probs, labels = np.array([[0.8, 0.2], [0.4, 0.6]]), np.array([0, 0])

@@ -93,7 +93,7 @@ class Prediction(Summarized):
         return metrics.classification_report(self.probs, self._labeled(), bootstrap=bootstrap, level=level, seed=seed)
 
     def to_frame(self) -> pd.DataFrame:
-        """Make a table of one line per row: predicted class, its probability, uncertainties, and the target if known."""
+        """Make a table of predicted class, its probability, uncertainties and known target, one line per row."""
         frame = pd.DataFrame(
             {
                 "prediction": np.asarray(self.classes, dtype=object)[self.labels],
@@ -271,5 +271,6 @@ class NumericPrediction(Summarized):
         return frame
 
     def _summary(self) -> Mapping[str, object]:
-        facts = {"rows": self.means.shape[1], "draws": self.num_draws, "likelihood": "normal" * self.is_normal or "other"}
+        likelihood = "normal" if self.is_normal else "not normal"
+        facts = {"rows": self.means.shape[1], "draws": self.num_draws, "likelihood": likelihood}
         return {**facts, "answers": self.target is not None, "seconds": self.seconds}

@@ -204,7 +204,7 @@ def test_a_laplace_posterior_is_saved_and_loaded(fitted, tmp_path):
         ("horseshoe", {}, r"HorseshoePrior\(\) is not normal: pass prior_scale="),
         ("rank_mask", {}, r"RankMaskPrior\(\) is not normal"),
         (dist.MultivariateNormal(torch.zeros(3), torch.eye(3)), {}, "factorized normal"),
-        (1.0, {"batch_size": 0}, "batch_size=0 must be positive"),
+        (1.0, {"batch_size": 0}, "batch_size=0 must be a whole number, 1 or more"),
         (1.0, {"newton_steps": -1}, "newton_steps=-1"),
     ],
     ids=lambda value: str(value)[:30],

@@ -73,7 +73,7 @@ def test_zero_draws_are_the_posterior_mean(posterior):
     assert mean.log_probs.shape == (1, 11, 4)
     assert torch.equal(posterior.sample(0).s[0], posterior.mean())
     np.testing.assert_allclose(mean.epistemic, 0, atol=1e-6)
-    with pytest.raises(ValueError, match="num_draws=-1 must be 0"):
+    with pytest.raises(ValueError, match="num_draws=-1 must be a whole number, 0 or more"):
         posterior.predict(ROWS, num_draws=-1)
 
 
