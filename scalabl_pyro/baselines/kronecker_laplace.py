@@ -21,7 +21,7 @@ from ..data.rows import read_rows
 from ..inference.evidence import scale_of_largest_evidence
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
-from ..prediction.predict import predict_from_outputs
+from ..prediction.collect import predict_from_outputs
 from ..prediction.result import NumericPrediction, Prediction
 from .factor_posterior import FactorPosterior, WeightNoise, as_function, plain_factors
 from .kfac import Eigen, kronecker_factors, output_directions, record
