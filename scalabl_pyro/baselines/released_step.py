@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..training.cuda_graphs import GraphedStep
+from ..training.cuda_graphs import GraphReplay
 from ..training.optimizer import set_rates
-from ..training.step import EagerStep
 
 
 class Latents(Protocol):
@@ -76,11 +75,8 @@ class AlternatingStep:
         self.sgd.step()
         return value, kl.item()
 
-    def zero_grad(self, *, set_to_none: bool) -> None:
-        """Nothing: gradients keep the memory that they have from the start, whoever captures them."""
 
-
-class EagerGradient(EagerStep):
+class EagerGradient:
     """The gradient of the NLL of a batch, without an update.
 
     Args:
@@ -92,7 +88,7 @@ class EagerGradient(EagerStep):
     def __init__(
         self, step: AlternatingStep, nll: Callable[[Batch], Callable[[Tensor], Tensor]], *, device: torch.device
     ) -> None:
-        self.objective: Any = step
+        self.step = step
         self.nll = nll
         self.device = device
         for group in step.adamw.param_groups:
@@ -101,12 +97,12 @@ class EagerGradient(EagerStep):
 
     def __call__(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
         """The NLL; ``kl_weight`` plays no part."""
-        step: AlternatingStep = self.objective
-        return step.gradient(self.nll(batch.to(self.device)))
+        return self.step.gradient(self.nll(batch.to(self.device)))
 
 
-class GraphedGradient(GraphedStep, EagerGradient):
-    """An :class:`EagerGradient` that is replayed where it was captured."""
+def graphed_gradient(eager: EagerGradient) -> GraphReplay:
+    """Replay a gradient where it was captured. Gradients keep the memory that they have from the start."""
+    return GraphReplay(eager, device=eager.device)
 
 
 def _finite(name: str, value: Tensor) -> float:

@@ -34,7 +34,7 @@ from ..training.optimizer import rate_schedule
 from ..training.result import FitResult, TrainingError
 from .kl_reweighting import KLReweighting
 from .mle import unloaded_on_error
-from .released_step import AlternatingStep, EagerGradient, GraphedGradient
+from .released_step import AlternatingStep, EagerGradient, graphed_gradient
 
 #: Its mean is stored as a logarithm there, so it cannot be 0.
 PRIOR_LOC, PRIOR_SCALE = 1e-8, 1.0
@@ -155,9 +155,8 @@ def _train(
     """All steps; what was done of them, and why the rest was not."""
     history: list[dict[str, float]] = []
     start, lr = time.perf_counter(), step.adamw.param_groups[0]["lr"]
-    gradient = (GraphedGradient if graphed else EagerGradient)(
-        step, lambda batch: _nll(blora, task, batch), device=blora.device
-    )
+    eager = EagerGradient(step, lambda batch: _nll(blora, task, batch), device=blora.device)
+    gradient = graphed_gradient(eager) if graphed else eager
     with _training_scope(blora, seed), tqdm(range(num_steps), disable=not progress, desc="scalabl_released") as bar:
         for i in bar:
             loss = gradient(batches(i), 1.0)
