@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +115,7 @@ class Trainer:
             RuntimeError: No gradient reaches some layers.
         """
         validates = not is_sharded(self.execute.objective.model.blora.llm)  # other processes would wait for ever
-        with self.execute.check:
+        with self.execute.check or nullcontext():
             for step in steps:
                 if not self._pending:
                     self.recovery.remember(step)

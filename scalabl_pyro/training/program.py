@@ -19,6 +19,7 @@ from ..model.joint import TaskModel
 from ..tasks import Task
 from .checkpoints import Checkpoints
 from .cuda_graphs import GRAPH_TOKENS, GraphedStep, uses_graph
+from .gradient_check import GradientCheck
 from .loop import Trainer
 from .objective import Objective, ScopedGuide, TrainingObjective, allows_row_draws, elbo_for, weight_at
 from .optimizer import build_optimizer, rate_schedule
@@ -187,6 +188,7 @@ def build_trainer(
         store=program.store,
         processes=program.processes,
         signals=signals,
+        check=GradientCheck(program.model.blora),
     )
     return Trainer(
         step,

@@ -43,9 +43,9 @@ class EagerStep:
         store: Hidden states below the first adapted block, if they are cached.
         processes: Processes that share each batch.
         signals: Signals that this process has received.
+        check: Check that the gradient reaches every layer. It is active inside ``with step.check:`` only.
 
     Attributes:
-        check: Check that the gradient reaches every layer. It is active inside ``with step.check:`` only.
         blocked: () 1.0 on the device after a step that was not finite, until the host sets it to 0.
     """
 
@@ -60,6 +60,7 @@ class EagerStep:
         store: PrefixStore | None = None,
         processes: Processes | None = None,
         signals: StopSignals | None = None,
+        check: GradientCheck | None = None,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -69,7 +70,7 @@ class EagerStep:
         self.store = store
         self.processes = processes or Processes()
         self.signals = signals or StopSignals(terminate=False)
-        self.check = GradientCheck(objective.model.blora)
+        self.check = check
         self.blocked = torch.zeros((), device=device, dtype=torch.float32)  # whatever the default dtype is
         # What a GradScaler sets on a fused optimizer: no update while ``found_inf`` is 1.
         optimizer.grad_scale, optimizer.found_inf = None, self.blocked
@@ -90,7 +91,8 @@ class EagerStep:
             signal = self.processes.synchronize(batch, self.signals.received or 0)
             terms = self.processes.all_reduce_gradients(parameters_of(self.optimizer), terms)
         self.objective.finish()
-        self.check(terms[0])
+        if self.check is not None:
+            self.check(terms[0])
         norm = clip_gradients(self.optimizer, self.max_grad_norm).to(terms)
         finite = torch.isfinite(terms[0]) & torch.isfinite(norm)
         self.blocked.copy_(torch.maximum(self.blocked, (~finite).to(self.blocked)))
