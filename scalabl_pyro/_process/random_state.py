@@ -1,5 +1,6 @@
 """Randomness enters as a seed and leaves no mark on the global generators."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -7,6 +8,30 @@ import torch
 from torch import Tensor
 
 from .lock import LOCK
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """Derive the seed of one random stream from the seed of a whole call.
+
+    Streams that start from one integer are copies of each other: initial scales would follow the noise. Derived seeds
+    give each purpose a stream of its own.
+
+    Args:
+        seed: Seed that the user gave.
+        purpose: Name of the stream, such as ``"noise"``.
+
+    Returns:
+        A whole number below 2**48: the first bytes of a SHA-256 sum, so that streams are independent in practice.
+
+    Raises:
+        TypeError: ``seed`` is not an integer.
+
+    Example:
+        >>> derive_seed(0, "noise") == derive_seed(0, "initial scales")
+        False
+    """
+    _check_seed(seed)
+    return int.from_bytes(hashlib.sha256(f"{purpose}: {int(seed)}".encode()).digest()[:6], "big")
 
 
 class Stream:
@@ -18,8 +43,7 @@ class Stream:
     """
 
     def __init__(self, seed: int, *, gpus: bool = True) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise TypeError(f"seed={seed!r}: expected an integer.")
+        _check_seed(seed)
         self.seed = seed
         self.gpus = gpus
         self._states: dict[str, Tensor] = {}
@@ -61,6 +85,11 @@ def set_generator_states(states: Mapping[str, Tensor]) -> list[str]:
     for name in set(states) & set(generators):
         generators[name].set_state(states[name])
     return sorted(set(states) ^ set(generators))
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed={seed!r}: expected an integer.")
 
 
 def _generators() -> dict[str, torch.Generator]:

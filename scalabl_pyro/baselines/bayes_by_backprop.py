@@ -6,7 +6,6 @@ the *noise* E = A - M of all layers in one vector, with q(E) = Normal(0, G^2) an
 equals the KL of A, and M is stored where every other method stores A.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from .._errors import check_positive
 from ..guides import DeltaGuide, Guide
+from ..guides.initial_scale import draw_initial_scale
 from ..lora.adapter import Adapter, RowNoise
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
@@ -149,9 +149,7 @@ class NoiseGuide(Guide):
 
     def __init__(self, adapter: Adapter, *, init_root_scale: float, seed: int) -> None:
         super().__init__()
-        A = flat(adapter)
-        uniform = torch.rand(A.shape, generator=torch.Generator().manual_seed(seed), dtype=A.dtype)
-        self.root_scale = nn.Parameter(init_root_scale * (math.sqrt(0.5) + (1 - math.sqrt(0.5)) * uniform))
+        self.root_scale = nn.Parameter(draw_initial_scale(flat(adapter), init_root_scale, seed=seed))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the noise."""
