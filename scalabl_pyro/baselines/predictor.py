@@ -114,16 +114,16 @@ def predict_functions(
     is_mean: bool = False,
     progress: bool = False,
 ) -> Prediction | NumericPrediction:
-    """Predict rows under S functions, one pass a function and batch.
+    """Predict rows under S functions, with one forward pass per function and batch.
 
     Args:
-        functions: S functions on one adapter.
-        task: the likelihood.
-        data: rows for the task.
-        seed: of the simulated answers of a likelihood over numbers.
-        batch_size: rows a pass.
-        is_mean: marks the only function as the posterior mean.
-        progress: show a progress bar.
+        functions: S functions that share one adapter.
+        task: Task that defines the likelihood.
+        data: Rows for the task.
+        seed: Seed of the simulated answers of a likelihood over numbers.
+        batch_size: Rows per forward pass.
+        is_mean: Whether the only function is the posterior mean.
+        progress: Whether to show a progress bar.
     """
     examples = encode(read_rows(data, split="test"), task.encode, need_target=False)
     adapter = functions[0][0].adapter
