@@ -18,7 +18,8 @@ from torch import Generator, Tensor, nn
 
 from .._errors import check_positive
 from ..guides import DeltaGuide, Guide
-from ..lora.adapter import Adapter, RowNoise
+from ..lora.adapter import Adapter
+from ..lora.binding import RowNoise
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
 from ..priors import Prior, as_prior
@@ -85,7 +86,7 @@ def blob(
             error.result = _as_result(error.result, prior_scale)  # type: ignore[assignment]
         raise
     finally:
-        adapter.loc = torch.ones(adapter.subspace.dim, dtype=adapter.factors()[0][0].dtype)
+        adapter.rest_at(torch.ones(adapter.subspace.dim, dtype=adapter.factors()[0][0].dtype))
     return _as_result(result, prior_scale)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lora.adapter import RowNoise
+from ..lora.binding import RowNoise
 from ..lora.forward import num_rows
 from ..model.bayesian_lora import BayesianLoRA
 

@@ -131,7 +131,7 @@ def scalabl_released(
             "lr_kl": lr_kl,
         }
         posterior = Posterior.capture(blora, task, latents.guide(), provenance=provenance)
-        blora.adapter.loc = posterior.mean()
+        blora.adapter.rest_at(posterior.mean())
         result = FitResult(posterior, pd.DataFrame(history))
         if error is not None:
             error.result = result if history else None

@@ -48,5 +48,5 @@ def freeze(blora: BayesianLoRA, task: Task, guide: Guide, provenance: dict[str, 
             if A.requires_grad:  # factors held fixed have unit rows already, and stay as they are to the last bit
                 A.copy_(nn.functional.normalize(A, dim=-1))
     posterior = Posterior.capture(blora, task, guide, provenance=provenance)
-    adapter.loc = posterior.mean()
+    adapter.rest_at(posterior.mean())
     return posterior

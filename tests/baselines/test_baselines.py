@@ -18,7 +18,7 @@ from scalabl_pyro.baselines.mc_dropout import DropoutLoRA
 from scalabl_pyro.baselines.predictor import predict_functions
 from scalabl_pyro.baselines.scalabl_released import AlternatingStep, LogNormals, reversed_kl
 from scalabl_pyro.baselines.temperature_scaling import apply_temperature, fit_temperature
-from scalabl_pyro.lora.adapter import RowNoise
+from scalabl_pyro.lora.binding import RowNoise
 from scalabl_pyro.prediction.predict import NumericPrediction, Prediction
 
 ROWS, TEST = tiny.question_rows(24), tiny.question_rows(11, seed=1)
