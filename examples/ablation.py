@@ -26,9 +26,8 @@ from matplotlib import pyplot as plt
 with warnings.catch_warnings(action="ignore"):  # ArviZ 0.x announces ArviZ 1.x
     import arviz as az
 
-from scalabl_pyro.analysis.arviz import arviz_version
-
 import scalabl_pyro as sp
+from scalabl_pyro.analysis.arviz_data import arviz_version
 from scalabl_pyro.data import read_rows
 from scalabl_pyro.priors import DISTRIBUTIONS, FAMILIES
 
