@@ -18,7 +18,8 @@ from torch import Generator, Tensor, nn
 from .._errors import check_positive
 from ..guides import DeltaGuide, Guide
 from ..guides.initial_scale import draw_initial_scale
-from ..lora.adapter import Adapter, RowNoise
+from ..lora.adapter import Adapter
+from ..lora.binding import RowNoise
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
 from ..priors import Prior, as_prior
@@ -87,7 +88,7 @@ def blob(
         with unloaded_on_error(blora, lambda partial: _as_result(partial, prior_scale)):
             result = fit(blora, task, train_data, guide=guide, kl_weight=kl_weight, seed=seed, **options)
     finally:  # fit left the mean of the noise there, which has another length
-        adapter.loc = torch.ones(adapter.subspace.dim, dtype=adapter.factors()[0][0].dtype)
+        adapter.rest_at(torch.ones(adapter.subspace.dim, dtype=adapter.factors()[0][0].dtype))
     return _as_result(result, prior_scale)
 
 

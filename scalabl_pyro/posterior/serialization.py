@@ -10,12 +10,11 @@ learned on, no file may have changed since, and a failed load leaves the model a
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import guides, priors, tasks
@@ -23,9 +22,9 @@ from .._process.lock import LOCK
 from .._version import __version__
 from ..guides import Guide
 from ..lora.adapter import Adapter
-from ..lora.attach import find_adapter, reattach
-from ..lora.factors import Factors
+from ..lora.attach import find_adapter
 from ..lora.fingerprint import check_fingerprint, describe_layers, fingerprint
+from ..lora.inject import reattach
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
 from ..storage.directories import staged
@@ -131,7 +130,7 @@ def _load(
             adapter.unload()
         raise
     if carried is None:
-        _rest_at(adapter, mean, factors, heads)
+        adapter.rest_at(mean, factors=factors, heads=heads)
     return {
         "adapter": adapter,
         "task": own_task.requires_grad_(False),
@@ -207,14 +206,3 @@ def _check_carried(carried: Adapter, config: SavedConfig, path: Path) -> None:
             f"The module already carries Bayesian LoRA with gauge={carried.gauge!r}, but {path} was learned with "
             f"gauge={config.gauge!r}: call .unload() first, or load into another copy of the model."
         )
-
-
-@torch.no_grad()
-def _rest_at(adapter: Adapter, mean: Tensor, factors: Factors, heads: Mapping[str, nn.Module]) -> None:
-    """Give a freshly adapted module what was loaded, for calls outside of any draw."""
-    for (A, B), (saved_A, saved_B) in zip(adapter.factors(), factors, strict=True):
-        A.copy_(saved_A)
-        B.copy_(saved_B)
-    for name, head in heads.items():
-        adapter.heads[name].load_state_dict(head.state_dict())
-    adapter.loc = mean

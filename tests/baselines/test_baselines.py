@@ -19,7 +19,7 @@ from scalabl_pyro.baselines.predictor import predict_functions
 from scalabl_pyro.baselines.released_kl import LogNormals, reversed_kl
 from scalabl_pyro.baselines.released_step import AlternatingStep
 from scalabl_pyro.baselines.temperature import apply_temperature, fit_temperature
-from scalabl_pyro.lora.adapter import RowNoise
+from scalabl_pyro.lora.binding import RowNoise
 from scalabl_pyro.prediction.predict import NumericPrediction, Prediction
 
 ROWS, TEST = tiny.question_rows(24), tiny.question_rows(11, seed=1)

@@ -113,7 +113,7 @@ def test_rows_with_fewer_choices_give_no_weight_to_the_missing_ones(posterior):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sharing_the_lower_blocks_between_draws_changes_nothing(family):
+def test_sharing_the_lower_blocks_between_draws_changes_nothing(family, monkeypatch):
     """With the second block adapted alone, the first runs once for all draws."""
     posterior = trained(family, layers_to_transform=[1])
     blocks = posterior.adapter.module.get_submodule("transformer.h" if family == "gpt2" else "model.layers")
@@ -122,7 +122,7 @@ def test_sharing_the_lower_blocks_between_draws_changes_nothing(family):
     assert posterior.adapter.shares_prefix
     shared = posterior.predict(ROWS, num_draws=5, batch_size=11)
     assert rows_seen == [11]
-    posterior.adapter.shares_prefix = False
+    monkeypatch.setattr(type(posterior.adapter), "shares_prefix", property(lambda self: False))
     plain = posterior.predict(ROWS, num_draws=5, batch_size=11)
     assert rows_seen == [11, 55]
     handle.remove()
