@@ -580,7 +580,7 @@ def test_a_damaged_baseline_is_named(trained, tmp_path, change, message):
 
 def test_a_baseline_does_not_write_over_something_else(trained, tmp_path):
     (tmp_path / "thesis.txt").write_text("important")
-    with pytest.raises(FileExistsError, match="holds no baseline"):
+    with pytest.raises(FileExistsError, match="does not hold a baseline"):
         trained("mc_dropout").save_pretrained(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "important"
 

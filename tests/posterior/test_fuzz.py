@@ -569,7 +569,7 @@ def test_baseline_that_holds_itself_is_refused(baselines):
     baselines.put("temperature", {})
     shutil.rmtree(baselines.folder / "base")
     (baselines.folder / "base").symlink_to(baselines.folder)
-    with pytest.raises(ValueError, match="a baseline of baselines deeper than"):
+    with pytest.raises(ValueError, match="baselines are nested deeper than 4"):
         sp.baselines.load(baselines.llm, baselines.folder)
 
 
