@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from ..guides import GuideLike
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
@@ -60,24 +58,6 @@ def refit(
 def frozen_factors(posterior: Posterior) -> Iterator[BayesianLoRA]:
     """Give the LLM the posterior's factors and heads, frozen; restore its own factors and heads on exit."""
     adapter = posterior.adapter
-    blora = posterior.blora()
-    live = list(blora.point_estimates.parameters())
-    before = [(p, p.detach().clone(), p.requires_grad) for p in live]
-    loc = adapter.loc
-    try:
-        with torch.no_grad():
-            for pair, saved in zip(adapter.factors(), posterior.factors, strict=True):
-                for factor, value in zip(pair, saved, strict=True):
-                    factor.copy_(value)
-            for name, head in posterior.heads.items():
-                adapter.heads[name].load_state_dict(head.state_dict())
-        adapter.loc = posterior.mean().to(loc)
-        for p in live:
-            p.requires_grad_(False)
-        yield blora
-    finally:
-        adapter.loc = loc
-        with torch.no_grad():
-            for p, value, flag in before:
-                p.copy_(value)
-                p.requires_grad_(flag)
+    loc = posterior.mean().to(adapter.loc)
+    with adapter.resting_at(loc, factors=posterior.factors, heads=posterior.heads):
+        yield posterior.blora()

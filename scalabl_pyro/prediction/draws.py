@@ -7,14 +7,15 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .._display import Summarized
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from ..guides import Guide
 from ..priors import Prior
 
 
-@dataclass(frozen=True)
-class Draws:
+@dataclass(frozen=True, repr=False)
+class Draws(Summarized):
     """S posterior draws on the CPU. Draw i is the same vector whatever S is.
 
     Attributes:
@@ -41,6 +42,10 @@ class Draws:
 
     def __len__(self) -> int:
         return len(self.s)
+
+    def _summary(self) -> Mapping[str, object]:
+        sites = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.sites.items())
+        return {"draws": 0 if self.is_mean else len(self), "sites": sites, "seed": self.seed}
 
 
 def sample(guide: Guide, num_draws: int, *, seed: int) -> Draws:
