@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import check_positive
-from ..data.batch import Batch
-from ..data.encoding import check_tokens, encode, evaluation_batches
+from ..data.batch import Batch, evaluation_batches
+from ..data.encoding import check_tokens, encode
 from ..data.rows import read_rows
 from ..lora.adapter import Adapter
 from ..lora.forward import AdaptedLLM

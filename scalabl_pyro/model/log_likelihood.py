@@ -8,8 +8,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._process.lock import LOCK
-from ..data.batch import Batch, Example
-from ..data.encoding import check_tokens, evaluation_batches
+from ..data.batch import Batch, Example, evaluation_batches
+from ..data.encoding import check_tokens
 from ..lora.forward import AdaptedLLM
 from ..lora.hidden_state_cache import Prefix, reuse
 from ..lora.train_mode import eval_mode

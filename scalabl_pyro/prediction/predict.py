@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from .._process.lock import LOCK
 from .._process.random_state import Stream
-from ..data.batch import Batch, Example
-from ..data.encoding import check_tokens, evaluation_batches
+from ..data.batch import Batch, Example, evaluation_batches
+from ..data.encoding import check_tokens
 from ..distributed.processes import Processes, collective, current_processes
 from ..lora.forward import AdaptedLLM
 from ..lora.sharding import is_sharded
