@@ -82,6 +82,7 @@ def training_source(
     num_data: int | None = None,
     seed: int = 0,
     multiple: int = 1,
+    keeps_digest: bool = False,
 ) -> tuple[Callable[[int], Batch], int]:
     """Return the function ``step -> batch`` that training reads, and the size N of the data set.
 
@@ -94,6 +95,7 @@ def training_source(
         num_data: N, needed for an iterable of batches whose data set has no length.
         seed: Seed of the order.
         multiple: For data given as rows, the number of tokens per row is rounded up to a multiple of this number.
+        keeps_digest: For an iterable of batches, whether to keep a digest of them, which a replay is compared with.
 
     Returns:
         The function, and N.
@@ -122,7 +124,7 @@ def training_source(
                 "train_data yields batches, so the size N of the data set is unknown: pass num_data=N. It weights the "
                 "log-likelihood against the KL."
             )
-        return Cycle(data, seed=seed), num_data
+        return Cycle(data, seed=seed, keeps_digest=keeps_digest), num_data
     examples = encode(read_rows(data), encode_row, need_target=True)
     if num_data not in (None, len(examples)):
         raise ValueError(f"num_data={num_data}, but train_data has {len(examples)} rows: leave num_data out.")
@@ -143,10 +145,10 @@ class Cycle:
     Args:
         batches: Iterable of batches that can be restarted.
         seed: Seed of what the iterable draws.
+        keeps_digest: Whether to keep a digest of the batches, which a replay is compared with.
 
     Attributes:
         count: Number of batches returned so far.
-        keeps_digest: Whether to keep a digest of the batches, which a replay is compared with.
 
     Example:
         >>> import torch
@@ -157,12 +159,12 @@ class Cycle:
         (1, 1, 2)
     """
 
-    def __init__(self, batches: Iterable[Batch], *, seed: int = 0) -> None:
+    def __init__(self, batches: Iterable[Batch], *, seed: int = 0, keeps_digest: bool = False) -> None:
         self.batches = batches
         self.seed = seed
         self.iterator: Iterator[Batch] = iter(())
         self.count = 0
-        self.keeps_digest = False
+        self.keeps_digest = keeps_digest
         self._digest = hashlib.sha256()
 
     def __call__(self, step: int) -> Batch:
@@ -205,6 +207,6 @@ class Cycle:
             raise ValueError(
                 f"train_data does not give the {position['count']} batches again that the run was trained on. "
                 "Possible causes: other data, an iterator that was used before, or an order that depends on more than "
-                "the seed. To resume, pass rows, or a loader that yields the same batches each time the "
-                "program starts: give it a seeded generator=, or let it shuffle by torch's global generator, which fit seeds."
+                "the seed. To resume, pass rows, or a loader that yields the same batches each time the program starts: "
+                "give it a seeded generator=, or let it shuffle by torch's global generator (fit seeds it)."
             )

@@ -134,7 +134,7 @@ def saved_guide(
     if isinstance(override, Guide):
         return override.snapshot()
     if override is not None:
-        built: Any = guides.wrapped(override(blora))
+        built: Any = guides.wrap_autoguide(override(blora))
         _check_class("guide", built, Guide)
         return built.cpu()
     family = config.guide.get("family")

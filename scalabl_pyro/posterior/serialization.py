@@ -9,22 +9,21 @@ Loading is strict. Every name and shape must be the expected one, the base model
 learned on, and no file may have changed since it was saved. If loading fails, the model stays as it was.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import guides, priors, tasks
 from .._process.lock import LOCK
 from .._version import __version__
 from ..guides import Guide
 from ..lora.adapter import Adapter
-from ..lora.attach import find_adapter, reattach
-from ..lora.factors import Factors
+from ..lora.attach import find_adapter
 from ..lora.fingerprint import check_fingerprint, describe_layers, fingerprint
+from ..lora.inject import reattach
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
 from ..storage.directories import staged
@@ -118,7 +117,7 @@ def _load(path: Path, llm: nn.Module, overrides: Overrides) -> dict[str, Any]:
             adapter.unload()
         raise
     if carried is None:
-        _fill(adapter, mean, factors, heads)
+        adapter.rest_at(mean, factors=factors, heads=heads)
     return {
         "adapter": adapter,
         "task": parts.task.requires_grad_(False),
@@ -182,14 +181,3 @@ def _check_carried(carried: Adapter, config: SavedConfig, path: Path) -> None:
             f"The module already carries Bayesian LoRA with gauge={carried.gauge!r}, but {path} was learned with "
             f"gauge={config.gauge!r}: call .unload() first, or load into another copy of the model."
         )
-
-
-@torch.no_grad()
-def _fill(adapter: Adapter, mean: Tensor, factors: Factors, heads: Mapping[str, nn.Module]) -> None:
-    """Copy the loaded numbers into a fresh adapter, for calls of the model without a bound draw."""
-    for (A, B), (saved_A, saved_B) in zip(adapter.factors(), factors, strict=True):
-        A.copy_(saved_A)
-        B.copy_(saved_B)
-    for name, head in heads.items():
-        adapter.heads[name].load_state_dict(head.state_dict())
-    adapter.loc = mean

@@ -108,8 +108,8 @@ class MultipleChoice(Task):
         logits = llm(**inputs, s=s, positions=batch.last).logits
         if logits.dim() < 3 or logits.shape[-1] <= self._largest_id:
             raise ValueError(
-                f"The model returns {logits.shape[-1]} logits, but the labels need {self._largest_id + 1} per token: load "
-                "a causal LM (AutoModelForCausalLM) with its own tokenizer."
+                f"The model returns {logits.shape[-1]} logits, but the labels need {self._largest_id + 1} per token: "
+                "load a causal LM (AutoModelForCausalLM) with its own tokenizer."
             )
         logits = logits[..., 0, :]
         return at_least_float32(logits[..., self.label_ids.to(logits.device)])

@@ -612,7 +612,7 @@ class RunPlace(Place):
         with torch.no_grad():  # a run before may have left anything
             for own, start in zip(self.blora.point_estimates.parameters(), self.start, strict=True):
                 own.copy_(start)
-        self.blora.adapter.loc = self.loc.clone()
+        self.blora.adapter.rest_at(self.loc.clone())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             try:

@@ -13,13 +13,14 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from toys import LinearToy
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import Example, collate, encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import as_guide
-from scalabl_pyro.training import recovery as faults
+from scalabl_pyro.training import gradient_check, recovery
 from scalabl_pyro.training.gradient_check import GradientCheck
 from scalabl_pyro.training.messages import largest_scale
 from scalabl_pyro.training.step import EagerStep
@@ -114,7 +115,7 @@ def read_late(read_every):
 
 
 def test_restore_goes_back_to_the_last_copy_and_on_with_the_next_batch(task, monkeypatch, caplog):
-    monkeypatch.setattr(faults, "SNAPSHOT_EVERY", 3)
+    monkeypatch.setattr(recovery, "SNAPSHOT_EVERY", 3)
     states = []
     load = sp.training.training_state.LearnedState.load
 
@@ -161,12 +162,12 @@ def test_restore_brings_the_optimizer_back_to_before_its_first_step(blora, task,
 
 def test_restore_raises_when_it_happens_again_soon(blora, task, monkeypatch):
     bad_batches(monkeypatch, {2, 40})
-    with pytest.raises(sp.TrainingError, match=r"At step 40: .* second time within 50 steps: going back does not help"):
+    with pytest.raises(sp.TrainingError, match=r"At step 40: .* second time within 50 steps: restoring does not help"):
         fit(blora, task, num_steps=60, on_nonfinite="restore")
 
 
 def test_restore_goes_back_as_often_as_it_takes_if_rarely(blora, task, monkeypatch):
-    monkeypatch.setattr(faults, "SNAPSHOT_EVERY", 3)
+    monkeypatch.setattr(recovery, "SNAPSHOT_EVERY", 3)
     bad_batches(monkeypatch, {2, 6, 10})
     assert fit(blora, task, num_steps=12, on_nonfinite="restore").history["skipped"].iloc[-1] == 3
 
@@ -175,7 +176,7 @@ def test_restore_goes_back_as_often_as_it_takes_if_rarely(blora, task, monkeypat
 @pytest.mark.parametrize("stop", [2, 4, 5, 7])
 def test_a_run_with_faults_resumes_bit_for_bit(task, policy, stop, tmp_path, monkeypatch):
     """Faults belong to batches here, so that a resumed run meets them too."""
-    monkeypatch.setattr(faults, "SNAPSHOT_EVERY", 2)
+    monkeypatch.setattr(recovery, "SNAPSHOT_EVERY", 2)
     plan = TrainingBatches(encode(ROWS, task.encode, need_target=True), 4, task.pad_token_id, seed=0)
     bad = {tuple(plan(step).index.tolist()) for step in (3, 6)}
     gradient = EagerStep.gradient
@@ -294,7 +295,7 @@ def test_a_last_update_that_overflows_is_neither_returned_nor_saved(task, policy
 
 def test_restore_goes_back_behind_an_update_that_overflowed(blora, task, monkeypatch):
     """A copy that is due just then is not taken: it would be of no use."""
-    monkeypatch.setattr(faults, "SNAPSHOT_EVERY", 2)
+    monkeypatch.setattr(recovery, "SNAPSHOT_EVERY", 2)
 
     def blow_up(row):
         if row["step"] == 1:  # the copy of step 2 is due
@@ -427,8 +428,8 @@ def test_a_loss_that_depends_on_nothing_is_explained(llm, tokenizer):
 
 def test_the_gradient_is_looked_at_once(blora, task, monkeypatch):
     looked, hooks = [], hooks_of(blora)
-    moved = faults._is_moved
-    monkeypatch.setattr(faults, "_is_moved", lambda p: looked.append(p) or moved(p))
+    moved = gradient_check._is_moved
+    monkeypatch.setattr(gradient_check, "_is_moved", lambda p: looked.append(p) or moved(p))
     fit(blora, task)
     assert 5 <= len(looked) <= 10  # 5 layers, A and B at most
     assert hooks_of(blora) == hooks
@@ -479,7 +480,7 @@ def test_a_gradient_that_is_zero_for_long_is_no_accident():
     steps = []
     with pytest.raises(RuntimeError, match="No gradient reaches 1 of 2 adapted layers: 'first'"):
         sp.fit(blora, Dead(), FEATURES, num_steps=15, progress=False, callbacks=[lambda row: steps.append(row["step"])])
-    assert steps == list(range(faults.MAX_ZERO_STEPS - 1))
+    assert steps == list(range(gradient_check.MAX_ZERO_STEPS - 1))
 
 
 def test_masks_of_zero_are_let_pass():
@@ -520,14 +521,15 @@ class Deadly(Dataset):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_worker_that_dies_is_an_error_that_says_so_and_costs_no_step(blora, task, tmp_path):
+def test_a_worker_that_dies_is_an_error_that_says_so_and_costs_no_step(blora, task, tmp_path, monkeypatch):
+    # torch looks every five seconds whether its workers live.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+
     def together(pairs):
         return collate([e for _, e in pairs], [i for i, _ in pairs], task.pad_token_id)
 
     examples = encode(ROWS, task.encode, need_target=True)
-    loader = DataLoader(
-        Deadly(examples), batch_size=4, num_workers=1, prefetch_factor=1, collate_fn=together, timeout=60
-    )
+    loader = DataLoader(Deadly(examples), batch_size=4, num_workers=1, prefetch_factor=1, collate_fn=together)
     message = r"At step \d: a worker process of the data loader died \(DataLoader worker .*lower num_workers"
     with pytest.raises(RuntimeError, match=message):
         fit(blora, task, loader, checkpoint_dir=tmp_path, checkpoint_every=1)
