@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from .._errors import check_positive
 from .._process.random_state import scoped_seed
-from ..data.encoding import encode, evaluation_batches
+from ..data.batch import evaluation_batches
+from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..inference.evidence import scale_of_largest_evidence
 from ..lora.factors import Factors

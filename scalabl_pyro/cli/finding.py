@@ -13,9 +13,8 @@ class Finding:
         advice: What to do about a problem.
 
     Example:
-        >>> print(Finding(False, "scipy is not installed", "pip install scipy"))
-        PROBLEM  scipy is not installed
-                 -> pip install scipy
+        >>> str(Finding(True, "device cpu, 2 threads"))
+        'ok       device cpu, 2 threads'
     """
 
     ok: bool

@@ -7,8 +7,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .._errors import check_count
-from ..data.batch import Batch, Example
-from ..data.encoding import check_tokens, evaluation_batches
+from ..data.batch import Batch, Example, evaluation_batches
+from ..data.encoding import check_tokens
 from ..lora.adapter import Adapter
 from ..lora.hidden_state_cache import Prefix, reuse
 from ..lora.train_mode import eval_mode

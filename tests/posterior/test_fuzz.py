@@ -746,7 +746,9 @@ def test_edited_configuration_is_parsed_to_its_types_or_refused(sources, cases):
         assert all(layer["rank"] >= 1 and np.isfinite(layer["scaling"]) for layer in config.layers)
         assert all(type(layer["rank"]) is int and type(layer["name"]) is str for layer in config.layers)
         assert isinstance(config.task["options"], dict) and isinstance(config.task["class"], str)
-        assert all(type(file["bytes"]) is int and not Path(name).is_absolute() for name, file in config.files.items())
+        assert all(
+            type(file["bytes"]) is int and not Path(name).is_absolute() for name, file in config.files.to_json().items()
+        )
 
     run(cases, check, kind=KIND, edits=JSON_EDITS, raw=st.none() | BYTE_EDITS)
 

@@ -1,5 +1,7 @@
 """Tasks: the prompt and target of a row, and the distribution of its answer given the LLM."""
 
+import doctest
+import importlib
 import inspect
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -387,6 +389,33 @@ def test_the_options_of_a_task_build_it_again(task):
     assert options(again) == options(task)
     row = {**QUESTION, "answer": 1, "text": "sky", "count": 1}
     assert again.encode(row) == task.encode(row)
+
+
+def test_repr_of_a_task_is_one_short_line_of_options(tokenizer, task):
+    assert repr(task) == (
+        r"MultipleChoice(labels=('A', ..., 'Z'), template='{question}\n{choices}\nAnswer:', chat=False)"
+    )
+    assert repr(sp.MultipleChoice(tokenizer, labels="AB", template="{question}" * 9, max_length=40)) == (
+        "MultipleChoice(labels=('A', 'B'), template='{question}{question}{question}{ques...', chat=False, "
+        "max_length=40)"
+    )
+    assert repr(classifying(tokenizer)) == (
+        "SequenceClassification(classes=('no', 'yes', 'maybe'), text='text', target='label')"
+    )
+    assert repr(regressing(tokenizer, noise_scale=0.25, text_pair="other")) == (
+        "Regression(noise_scale=0.25, text='text', text_pair='other', target='label')"
+    )
+    assert repr(Counts(tokenizer)) == "Counts()"
+    assert repr(Counts(tokenizer, max_length=5)) == "Counts(max_length=5)"
+    many = [f"class {i}" for i in range(1000)]
+    assert "classes=('class 0', ..., 'class 999')" in repr(sp.SequenceClassification(tokenizer, classes=many))
+
+
+@pytest.mark.parametrize("name", ["base", "multiple_choice", "text"])
+def test_examples_of_docstrings_run(name, tokenizer):
+    module = importlib.import_module(f"scalabl_pyro.tasks.{name}")
+    result = doctest.testmod(module, extraglobs={"tokenizer": tokenizer})
+    assert result.attempted and not result.failed
 
 
 # likelihoods --------------------------------------------------------------------------------------------------
