@@ -109,7 +109,7 @@ class Processes:
         if largest != -smallest:
             raise ValueError(
                 "The processes hold different batches. Give each process the same batches, with batch_size rows for "
-                "all processes together; fit takes the part of each process itself. So pass rows, or a loader without a "
+                "all processes together; fit takes the part of each process itself. Pass rows, or a loader without a "
                 "DistributedSampler that accelerate has not prepared."
             )
         return signal
