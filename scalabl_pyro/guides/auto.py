@@ -43,8 +43,8 @@ class AutoFamily(Guide):
     Args:
         prior: the program that samples the latents.
         auto_class: a class of ``pyro.infer.autoguide``.
-        options: its keyword arguments, such as ``init_scale`` or ``rank``.
         init_loc_fn: where the sites start.
+        auto_options: Keyword arguments of the class, such as ``init_scale`` or ``rank``.
 
     Raises:
         ValueError: a class that needs the likelihood, or a prior of discrete latents.

@@ -117,12 +117,37 @@ def site(tmp_path_factory):
             warnings.warn(reason, stacklevel=1)
             pytest.skip(reason)
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     quiet = {"NO_MKDOCS_2_WARNING": "1"}  # an announcement of the theme's authors
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **quiet}, timeout=120)
     assert done.returncode == 0, done.stderr
     assert not re.search(r"WARNING|ERROR", done.stderr), done.stderr
     return folder
+
+
+@pytest.mark.parametrize(
+    ("link", "passes"),
+    [("other.md#there", True), ("missing.md", False), ("other.md#missing", False), ("#missing", False)],
+)
+def test_dead_links_and_anchors_fail_the_build(site, tmp_path, link, passes):
+    """A site of two pages under the options of mkdocs.yml, without its plugins, which no link needs."""
+    pages = tmp_path / "docs"
+    pages.mkdir()
+    (pages / "index.md").write_text(f"# Start\n\n[link]({link})\n", "utf-8")
+    (pages / "other.md").write_text("# Other\n\n## There\n", "utf-8")
+    config = {"INHERIT": str(ROOT / "mkdocs.yml"), "docs_dir": str(pages), "nav": ["index.md", "other.md"]}
+    config |= {"plugins": [], "site_dir": str(tmp_path / "site"), "theme": {"name": "mkdocs"}}
+    (tmp_path / "mkdocs.yml").write_text(json.dumps(config), "utf-8")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(tmp_path / "mkdocs.yml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode == 0) == passes, done.stderr
+
+
+def test_make_docs_counts_warnings():
+    """With ``--quiet`` mkdocs does not count warnings, so ``--strict`` would let them pass."""
+    (command,) = re.findall(r"mkdocs build.*", (ROOT / "Makefile").read_text("utf-8"))
+    assert "--strict" in command
+    assert "--quiet" not in command
 
 
 def public_names() -> set[str]:
