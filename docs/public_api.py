@@ -40,7 +40,7 @@ class Long:
 def signature(value: object) -> inspect.Signature | None:
     """Signature of a function or of a class's constructor, without types; None for constants and exceptions."""
     is_error = isinstance(value, type) and issubclass(value, BaseException)
-    if is_error or not callable(value) or not inspect.isclass(value) and not inspect.isfunction(value):
+    if is_error or not callable(value) or (not inspect.isclass(value) and not inspect.isfunction(value)):
         return None
     full = inspect.signature(value)
     plain = [
