@@ -1,6 +1,7 @@
-"""What every method gives back: something that predicts; and prediction under functions that share no factors."""
+"""The interface of every trained method, and prediction under functions that each have factors of their own."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,44 +27,84 @@ from ..prediction.result import NumericPrediction, Prediction
 from ..tasks import Task
 
 Function = tuple[AdaptedLLM, Tensor]
-"""An LLM with factors of its own, and the s (D,) that it is called with."""
+"""An LLM with its own factors, and the latents s (D,) that it is called with."""
 
 
 @runtime_checkable
 class Predictor(Protocol):
-    """What the methods have in common; :class:`~scalabl_pyro.Posterior` is one."""
+    """The interface of every trained method; :class:`~scalabl_pyro.Posterior` satisfies it.
+
+    Example:
+        >>> assert isinstance(posterior, scalabl_pyro.baselines.Predictor)
+        >>> posterior.predict(test_data, num_draws=10, seed=0).metrics()
+    """
 
     @property
     def adapter(self) -> Adapter:
-        """The LoRA layers inside the LLM."""
+        """LoRA layers inside the LLM."""
 
     @property
     def task(self) -> Task:
-        """The likelihood."""
+        """Task that defines the likelihood."""
 
     def blora(self) -> BayesianLoRA:
-        """The adapted LLM, to unload."""
+        """Return the adapted LLM, for example to unload it."""
 
     def predict(
         self, data: Any, *, num_draws: int = 10, seed: int = 0, batch_size: int = 16, progress: bool = False
     ) -> Prediction | NumericPrediction:
-        """Predict rows under fixed draws: draw i of a seed is one function, whatever the batch."""
+        """Predict rows under fixed draws: draw i of a seed is the same function for every batch."""
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write safetensors and JSON to the directory ``path``."""
 
 
+class DerivedPredictor(ABC):
+    """A predictor that is built on another one, and shares its adapted LLM and task."""
+
+    @property
+    @abstractmethod
+    def source(self) -> Predictor:
+        """Predictor that this one is built on."""
+
+    @property
+    def adapter(self) -> Adapter:
+        """LoRA layers inside the LLM."""
+        return self.source.adapter
+
+    @property
+    def task(self) -> Task:
+        """Task that defines the likelihood."""
+        return self.source.task
+
+    def blora(self) -> BayesianLoRA:
+        """Return the adapted LLM, for example to unload it."""
+        return self.source.blora()
+
+    def _describe(self, **fields: object) -> str:
+        """One line for ``repr``: the given fields, the number of adapted layers, and the task."""
+        fields |= {"layers": len(self.adapter.layers), "task": type(self.task).__name__}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in fields.items())})"
+
+
 @dataclass(frozen=True)
 class BaselineResult:
-    """What a baseline returns whose draws differ in more than s.
+    """Posterior and history of a baseline whose draws differ in more than s.
 
     Attributes:
-        posterior: predicts and saves itself.
-        history: as of :func:`scalabl_pyro.fit`.
+        posterior: Predicts rows and saves itself.
+        history: One row per step, as in the result of :func:`scalabl_pyro.fit`.
+
+    Example:
+        >>> result = scalabl_pyro.baselines.blob(llm, task, train_data, num_steps=1000)
+        >>> result.history["loss"].plot()
     """
 
     posterior: Predictor
     history: pd.DataFrame
+
+    def __repr__(self) -> str:
+        return f"BaselineResult(\n  posterior={self.posterior!r},\n  history={len(self.history)} steps,\n)"
 
 
 @torch.no_grad()
@@ -111,7 +152,7 @@ def predict_functions(
 
 
 def concatenate(predictions: Sequence[Prediction | NumericPrediction]) -> Prediction | NumericPrediction:
-    """The draws of several predictions of the same rows, one behind the other."""
+    """Join the draws of several predictions of the same rows along the first axis."""
     first = predictions[0]
     per_draw = ("log_probs",) if isinstance(first, Prediction) else ("means", "variances", "replicates", "log_density")
     joined: dict[str, Any] = {}

@@ -25,6 +25,7 @@ import scalabl_pyro as sp
 from scalabl_pyro import distributed
 from scalabl_pyro.data import encode
 from scalabl_pyro.data.training_batches import TrainingBatches
+from scalabl_pyro.distributed.processes import Processes, current_processes
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.prediction import predict as predictive
@@ -145,12 +146,12 @@ def gradient(processes, dtype):
 
 
 def gradient_in_both(rank, dtype):
-    return gradient(distributed.current_processes(), dtype)
+    return gradient(current_processes(), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_gradient_is_that_of_the_joint_batch(tmp_path, dtype):
-    slopes, loss = gradient(distributed.Processes(), dtype)
+    slopes, loss = gradient(Processes(), dtype)
     for own, terms in results(run_together(gradient_in_both, tmp_path, dtype)):
         torch.testing.assert_close(terms, loss, rtol=1e-6, atol=1e-6)
         assert set(own) == set(slopes) and len(own) > 10
@@ -597,12 +598,12 @@ def test_a_model_in_a_wrapper_that_adds_up_gradients_is_refused(tmp_path):
 def test_a_launch_without_a_group_is_pointed_out(monkeypatch, caplog):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with caplog.at_level(logging.WARNING):
-        assert not distributed.current_processes().are_several
+        assert not current_processes().are_several
     assert "torch.distributed is not initialized" in caplog.text
 
 
 def test_alone_there_is_nobody_to_talk_to(tmp_path):
-    own = distributed.Processes()
+    own = Processes()
     batch = object()
     assert own.shard(batch) == (batch, 1.0) and own.all_gather(lambda: 3) == [3] and own.from_rank_zero(lambda: 3) == 3
     assert not dist.is_initialized()

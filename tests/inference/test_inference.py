@@ -358,7 +358,10 @@ def test_chains_are_saved_and_loaded(fitted, tmp_path):
 
 
 def test_the_seed_decides_and_the_batch_size_does_not(toy, unchanged_rng, monkeypatch):
-    module, hidden = sys.modules["scalabl_pyro.mcmc"], []  # whether Pyro's bar is; stderr depends on what ran before
+    module, hidden = (
+        sys.modules["scalabl_pyro.inference.mcmc"],
+        [],
+    )  # whether Pyro's bar is; stderr depends on what ran before
     MCMC = module.MCMC
 
     def watched(*args, **kwargs):

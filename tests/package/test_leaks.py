@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import scalabl_pyro as sp
-from scalabl_pyro.lora import forward as adapted
+from scalabl_pyro.lora import train_mode
 
 ROWS = tiny.question_rows(4)
 #: MB that the process may grow by over a thousand cycles: fragmentation, not one adapter of 40 kB each.
@@ -79,7 +79,7 @@ class World:
             "attributes": {n: sorted(vars(m)) for n, m in modules.items()},
             "hooks": {n: [len(m._forward_hooks), len(m._forward_pre_hooks)] for n, m in modules.items()},
             "grad": {n: (p.requires_grad, p.grad is None) for n, p in self.llm.named_parameters()},
-            "in use": len(adapted._IN_USE),
+            "in use": len(train_mode._IN_USE),
         }
 
 

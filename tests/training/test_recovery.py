@@ -19,7 +19,7 @@ import scalabl_pyro as sp
 from scalabl_pyro.data import Example, collate, encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import as_guide
-from scalabl_pyro.training import recovery as faults
+from scalabl_pyro.training import gradient_check, recovery
 from scalabl_pyro.training.gradient_check import GradientCheck
 from scalabl_pyro.training.messages import largest_scale
 from scalabl_pyro.training.step import EagerStep
@@ -114,7 +114,7 @@ def read_late(read_every):
 
 
 def test_restore_goes_back_to_the_last_copy_and_on_with_the_next_batch(task, monkeypatch, caplog):
-    monkeypatch.setattr(faults, "SNAPSHOT_EVERY", 3)
+    monkeypatch.setattr(recovery, "SNAPSHOT_EVERY", 3)
     states = []
     load = sp.training.training_state.LearnedState.load
 
@@ -166,7 +166,7 @@ def test_restore_raises_when_it_happens_again_soon(blora, task, monkeypatch):
 
 
 def test_restore_goes_back_as_often_as_it_takes_if_rarely(blora, task, monkeypatch):
-    monkeypatch.setattr(faults, "SNAPSHOT_EVERY", 3)
+    monkeypatch.setattr(recovery, "SNAPSHOT_EVERY", 3)
     bad_batches(monkeypatch, {2, 6, 10})
     assert fit(blora, task, num_steps=12, on_nonfinite="restore").history["skipped"].iloc[-1] == 3
 
@@ -175,7 +175,7 @@ def test_restore_goes_back_as_often_as_it_takes_if_rarely(blora, task, monkeypat
 @pytest.mark.parametrize("stop", [2, 4, 5, 7])
 def test_a_run_with_faults_resumes_bit_for_bit(task, policy, stop, tmp_path, monkeypatch):
     """Faults belong to batches here, so that a resumed run meets them too."""
-    monkeypatch.setattr(faults, "SNAPSHOT_EVERY", 2)
+    monkeypatch.setattr(recovery, "SNAPSHOT_EVERY", 2)
     plan = TrainingBatches(encode(ROWS, task.encode, need_target=True), 4, task.pad_token_id, seed=0)
     bad = {tuple(plan(step).index.tolist()) for step in (3, 6)}
     gradient = EagerStep.gradient
@@ -294,7 +294,7 @@ def test_a_last_update_that_overflows_is_neither_returned_nor_saved(task, policy
 
 def test_restore_goes_back_behind_an_update_that_overflowed(blora, task, monkeypatch):
     """A copy that is due just then is not taken: it would be of no use."""
-    monkeypatch.setattr(faults, "SNAPSHOT_EVERY", 2)
+    monkeypatch.setattr(recovery, "SNAPSHOT_EVERY", 2)
 
     def blow_up(row):
         if row["step"] == 1:  # the copy of step 2 is due
@@ -427,8 +427,8 @@ def test_a_loss_that_depends_on_nothing_is_explained(llm, tokenizer):
 
 def test_the_gradient_is_looked_at_once(blora, task, monkeypatch):
     looked, hooks = [], hooks_of(blora)
-    moved = faults._is_moved
-    monkeypatch.setattr(faults, "_is_moved", lambda p: looked.append(p) or moved(p))
+    moved = gradient_check._is_moved
+    monkeypatch.setattr(gradient_check, "_is_moved", lambda p: looked.append(p) or moved(p))
     fit(blora, task)
     assert 5 <= len(looked) <= 10  # 5 layers, A and B at most
     assert hooks_of(blora) == hooks
@@ -479,7 +479,7 @@ def test_a_gradient_that_is_zero_for_long_is_no_accident():
     steps = []
     with pytest.raises(RuntimeError, match="No gradient reaches 1 of 2 adapted layers: 'first'"):
         sp.fit(blora, Dead(), FEATURES, num_steps=15, progress=False, callbacks=[lambda row: steps.append(row["step"])])
-    assert steps == list(range(faults.MAX_ZERO_STEPS - 1))
+    assert steps == list(range(gradient_check.MAX_ZERO_STEPS - 1))
 
 
 def test_masks_of_zero_are_let_pass():

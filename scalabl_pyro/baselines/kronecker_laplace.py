@@ -1,15 +1,15 @@
 """Laplace-LoRA: a normal posterior of A and B with Kronecker-factored curvature (Yang et al., ICLR 2024).
 
-Written here because laplace-torch 0.3 cannot express it on these layers: its Kronecker backend (curvlinops) finds
-``nn.Linear`` modules by hooks, while a layer here multiplies by factors that are bound for one pass; and it keeps both
-sides of each Kronecker factor whole, of which the one of the LM head's B is vocabulary x vocabulary.
+It is written here because laplace-torch 0.3 does not support these layers. Its Kronecker backend (curvlinops) finds
+``nn.Linear`` modules by hooks, but a layer here multiplies by factors that are bound for one forward pass. It also
+stores both sides of each Kronecker factor in full. For B of the LM head that would be a vocabulary x vocabulary matrix.
 """
 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
 from ..prediction.predict import predict_from_outputs
 from ..prediction.result import NumericPrediction, Prediction
-from .factor_posterior import FactorNoise, FactorPosterior, as_function, plain_factors
+from .factor_posterior import FactorPosterior, WeightNoise, as_function, plain_factors
 from .kfac import Eigen, kronecker_factors, output_directions, record
 
 
@@ -32,35 +32,43 @@ def laplace_lora(
     posterior: Posterior,
     train_data: Any,
     *,
-    prior_scale: float | str = "evidence",
+    prior_scale: float | Literal["evidence"] = "evidence",
     rank: int = 10,
     exact_up_to: int = 256,
     linearized: bool = True,
     batch_size: int = 4,
     seed: int = 0,
 ) -> FactorPosterior:
-    """Put a normal around a trained adapter, with the curvature of the training loss.
+    """Fit a normal posterior around a trained adapter, from the curvature of the training loss.
 
-    q(W) = Normal(W_trained, (G (x) X + I / prior_scale^2)^-1) for W each A and each B, with G and X the Kronecker
-    factors of :mod:`scalabl_pyro.baselines.kfac`. One pass over the data, with a backward pass for each class.
+    For W each A and each B, q(W) = Normal(W_trained, (G (x) X + I / prior_scale^2)^-1). G and X are the Kronecker
+    factors from :mod:`scalabl_pyro.baselines.kfac`. The cost is one pass over the data, with one backward pass per
+    class.
 
     Args:
-        posterior: of a trained adapter, such as ``baselines.map_lora(...).posterior``; of others, their mean is taken.
-        train_data: the training rows.
-        prior_scale: standard deviation of the prior of each entry; ``"evidence"`` chooses the one of the largest
-            Laplace evidence in [1e-3, 1e3].
-        rank: eigenvectors that are kept of a Kronecker factor with more than ``exact_up_to`` dimensions.
-        exact_up_to: largest Kronecker factor that is kept whole.
-        linearized: predict with outputs linear in A and B, as the approximation asks for: a draw is then one linear
-            function. Otherwise draws of A and B go through the LLM itself.
-        batch_size: rows a pass.
-        seed: of the randomized eigenvectors.
+        posterior: Posterior of a trained adapter, such as ``baselines.map_lora(...).posterior``. Only its mean is used.
+        train_data: Training rows.
+        prior_scale: Standard deviation of the prior of each entry. ``"evidence"`` chooses the scale in [1e-3, 1e3] with
+            the largest Laplace evidence.
+        rank: Number of eigenvectors to keep of a Kronecker factor with more than ``exact_up_to`` dimensions.
+        exact_up_to: Largest number of dimensions of a Kronecker factor that is stored in full.
+        linearized: Whether predictions use outputs that are linear in A and B, as the approximation assumes. A draw is
+            then one linear function. With False, the LLM runs with draws of A and B.
+        batch_size: Rows per forward pass.
+        seed: Seed of the randomized eigenvectors.
 
     Returns:
-        A posterior over factors; its provenance holds the prior's scale.
+        A posterior of the factors. Its provenance holds ``prior_scale``.
 
     Raises:
-        ValueError: a scale that is not positive, or rows without answers.
+        ValueError: The scale is not positive, or rows have no answers.
+
+    References:
+        Yang et al., Bayesian Low-Rank Adaptation for Large Language Models, ICLR 2024.
+
+    Example:
+        >>> posterior = scalabl_pyro.baselines.laplace_lora(point, train_data)
+        >>> posterior.predict(test_data, num_draws=10).metrics()
     """
     check_positive(rank=rank, batch_size=batch_size)
     if isinstance(prior_scale, str):
@@ -87,13 +95,17 @@ def laplace_lora(
 
 
 @dataclass(frozen=True)
-class KroneckerNoise(FactorNoise):
-    """Normal noise of A and B with Kronecker-factored precision.
+class KroneckerNoise(WeightNoise):
+    """Normal noise on A and B with Kronecker-factored precision.
 
     Attributes:
-        eigen: of each factor (A and B of each layer in turn), eigenvectors and values of output and input side.
-        prior_scale: standard deviation of the prior.
-        linearized: whether predictions use outputs that are linear in the factors.
+        eigen: Eigenvectors and eigenvalues of the output side and the input side, for A and B of each layer in turn.
+        prior_scale: Standard deviation of the prior.
+        linearized: Whether predictions use outputs that are linear in the factors.
+
+    Example:
+        >>> noise = scalabl_pyro.baselines.laplace_lora(point, train_data, prior_scale=0.1).noise
+        >>> assert isinstance(noise, scalabl_pyro.baselines.KroneckerNoise)
     """
 
     family: ClassVar[str] = "kronecker"
@@ -102,8 +114,12 @@ class KroneckerNoise(FactorNoise):
     prior_scale: float
     linearized: bool = True
 
+    def __repr__(self) -> str:
+        layers = len(self.eigen) // 2
+        return f"KroneckerNoise(layers={layers}, prior_scale={self.prior_scale:.4g}, linearized={self.linearized})"
+
     def deviations(self, factors: Factors, generator: Generator) -> Iterator[list[Tensor]]:
-        """Endless draws of the noise of each factor."""
+        """Yield draws of the noise of each factor without end."""
         like = [factor for pair in factors for factor in pair]
         while True:
             yield [
@@ -112,14 +128,14 @@ class KroneckerNoise(FactorNoise):
             ]
 
     def draws(self, factors: Factors, generator: Generator) -> Iterator[Factors]:
-        """Factors with noise."""
+        """Yield factors with noise on A and B."""
         for noise in self.deviations(factors, generator):
             yield tuple((A + noise[2 * i].to(A), B + noise[2 * i + 1].to(B)) for i, (A, B) in enumerate(factors))
 
     def predict(
         self, center: Posterior, data: Any, *, num_draws: int, seed: int, batch_size: int, progress: bool
     ) -> Prediction | NumericPrediction:
-        """Predict rows, with outputs linear in the factors (see :func:`predict_linear`) or with draws of them."""
+        """Predict rows, with :func:`predict_linear` or with draws of the factors."""
         options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
         if not self.linearized:
             return super().predict(center, data, num_draws=num_draws, **options)
@@ -129,7 +145,7 @@ class KroneckerNoise(FactorNoise):
         return predict_linear(center, factors, deltas, data, **options)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Eigenvectors and values by factor and side."""
+        """Return eigenvectors and eigenvalues by factor and side."""
         named: dict[str, Tensor] = {}
         for i, sides in enumerate(self.eigen):
             for side, (vectors, values) in zip(("out", "in"), sides, strict=True):
@@ -137,14 +153,14 @@ class KroneckerNoise(FactorNoise):
         return named
 
     def options(self) -> dict[str, Any]:
-        """The prior's scale, and how predictions are made."""
+        """Return the scale of the prior, and how predictions are made."""
         return {"prior_scale": self.prior_scale, "linearized": self.linearized}
 
     @classmethod
     def from_saved(
         cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor], factors: Factors
     ) -> "KroneckerNoise":
-        """The noise again."""
+        """Restore the noise."""
         eigen = []
         for i, factor in enumerate(f for pair in factors for f in pair):
             sides = []
@@ -160,8 +176,8 @@ class KroneckerNoise(FactorNoise):
 def correlate(noise: Tensor, outer: Eigen, inner: Eigen, prior_scale: float) -> Tensor:
     """Turn standard normal ``noise`` (m, n) into a draw of Normal(0, (G (x) X + I / prior_scale^2)^-1).
 
-    Where the eigenvalues are g and x, the standard deviation is prior_scale / sqrt(1 + prior_scale^2 g x); in all other
-    directions it is prior_scale.
+    In a direction with eigenvalues g and x, the standard deviation is prior_scale / sqrt(1 + prior_scale^2 g x). In all
+    other directions it is prior_scale.
     """
     (U, g), (V, x) = outer, inner
     shrunk = (1 + prior_scale**2 * torch.outer(g, x)).rsqrt() - 1
@@ -194,18 +210,18 @@ def predict_linear(
     batch_size: int = 4,
     progress: bool = False,
 ) -> Prediction | NumericPrediction:
-    """Predict with outputs f(W) + J (W_s - W), one linear function a draw.
+    """Predict with outputs f(W) + J (W_s - W), which is one linear function per draw.
 
-    One forward pass a batch, and one backward pass a class, serve all draws.
+    One forward pass per batch and one backward pass per class serve all draws.
 
     Args:
-        center: the trained adapter.
-        factors: its plain factors W.
-        deltas: W_s - W of each draw, by factor.
-        data: rows for the task.
-        seed: of the simulated answers of a likelihood over numbers.
-        batch_size: rows a pass.
-        progress: show a progress bar.
+        center: Posterior of the trained adapter.
+        factors: Plain factors W of the adapter.
+        deltas: Differences W_s - W of each draw, by factor.
+        data: Rows for the task.
+        seed: Seed of the simulated answers of a likelihood over numbers.
+        batch_size: Rows per forward pass.
+        progress: Whether to show a progress bar.
     """
     start = time.perf_counter()
     task, device = center.task, center.adapter.device

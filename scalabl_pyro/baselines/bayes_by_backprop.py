@@ -1,9 +1,9 @@
-"""BLoB: a mean-field normal posterior of the factor A (Wang et al., NeurIPS 2024).
+"""BLoB, Bayesian LoRA by backpropagation: a mean-field normal posterior of the factor A (Wang et al., NeurIPS 2024).
 
-q(A) = Normal(M, G^2), where G^2 are standard deviations and G is what is learned; p(A) = Normal(0, 0.2); B is a point.
-The ELBO is that of :func:`scalabl_pyro.fit`: the Pyro site ``"s"`` is the *noise* E = A - M of all layers in one
-vector, q(E) = Normal(0, G^2) and p(E) = Normal(-M, 0.2), so that KL(q || p) is that of A, and M stays where every other
-method has its A.
+The posterior is q(A) = Normal(M, G^2), where G^2 are standard deviations and training learns M and G. The prior is
+p(A) = Normal(0, 0.2). B is a point estimate. The loss is the ELBO of :func:`scalabl_pyro.fit`. The Pyro site ``"s"`` is
+the *noise* E = A - M of all layers in one vector, with q(E) = Normal(0, G^2) and p(E) = Normal(-M, 0.2). So KL(q || p)
+equals the KL of A, and M is stored where every other method stores A.
 """
 
 import math
@@ -24,10 +24,9 @@ from ..posterior.posterior import Posterior
 from ..priors import Prior, as_prior
 from ..tasks import Task
 from ..training.fit import fit
-from ..training.result import FitResult, TrainingError
-from .factor_posterior import FactorNoise, FactorPosterior
-from .mle import plain_lora, unloaded_on_error
-from .noisy import NoisyLoRA
+from ..training.result import FitResult
+from .factor_posterior import FactorPosterior, NoisyLoRA, WeightNoise
+from .point_lora import plain_lora, unloaded_on_error
 from .predictor import BaselineResult
 
 
@@ -44,33 +43,40 @@ def blob(
     seed: int = 0,
     **options: Any,
 ) -> BaselineResult:
-    """Learn mean and standard deviation of each entry of A, and B, by one ELBO.
+    """Learn the mean and the standard deviation of each entry of A, and B, with one ELBO.
 
-    All rows of a batch share one draw of the noise, made pseudo-independent by random signs a row (Flipout, Wen et al.,
-    2018), so that the gradient's noise falls with the batch size. A draw of the posterior is one matrix a layer. (The
-    released code draws signs for each *token*, and steps the KL with an optimizer of its own.)
+    All rows of a batch share one draw of the noise. Random signs per row make the rows nearly independent (Flipout, Wen
+    et al., 2018), so the noise of the gradient falls with the batch size. A draw of the posterior is one matrix per
+    layer. (The released code draws signs for each *token*, and uses a second optimizer for the KL.)
 
     Args:
-        module: the base model; it is adapted in place.
-        task: the likelihood.
-        train_data: as for :func:`scalabl_pyro.fit`.
-        prior_scale: standard deviation of the prior of each entry of A.
-        init_root_scale: square root of the largest initial standard deviation; the roots start uniform on
+        module: Base model. It is adapted in place.
+        task: Task that encodes the rows and defines the likelihood.
+        train_data: Training rows, as for :func:`scalabl_pyro.fit`.
+        prior_scale: Standard deviation of the prior of each entry of A.
+        init_root_scale: Square root of the largest initial standard deviation. The initial roots G are uniform on
             (init_root_scale / sqrt(2), init_root_scale).
-        kl_weight: weight of KL(q || p), 1 is the ELBO; the paper's schedule is
+        kl_weight: Weight of KL(q || p). 1 gives the ELBO. The schedule of the paper is
             ``KLReweighting(num_data=N, batch_size=B)``.
-        lr: of A's means, B and heads.
-        lora: options of :func:`scalabl_pyro.bayesian_lora` (rank, targets, ...).
-        seed: of the initial roots, the data order and the noise.
-        options: options of :func:`scalabl_pyro.fit` (steps, ...); ``lr_A`` and ``lr_scale``, of the roots, are ``lr``
-            by default.
+        lr: Learning rate of the means of A, of B and of the heads.
+        lora: Options of :func:`scalabl_pyro.bayesian_lora`, such as ``r`` and ``target_modules``.
+        seed: Seed of the initial roots, the data order and the noise.
+        options: Options of :func:`scalabl_pyro.fit`, such as ``num_steps``. ``lr_A`` and ``lr_scale`` (the rate of the
+            roots) are ``lr`` by default.
 
     Returns:
         A result whose posterior draws A.
 
     Raises:
-        ValueError: a scale that is not positive and finite.
-        TrainingError: a loss or gradient that is not finite; its ``result`` holds what was learned before.
+        ValueError: A scale is not positive and finite.
+        TrainingError: The loss or gradient is not finite. ``result`` of the error holds what was learned before.
+
+    References:
+        Wang et al., BLoB, NeurIPS 2024, section 3.
+
+    Example:
+        >>> result = scalabl_pyro.baselines.blob(llm, task, train_data, num_steps=1000, kl_weight=0.1)
+        >>> result.posterior.predict(test_data, num_draws=10).metrics()
     """
     check_positive(prior_scale=prior_scale, init_root_scale=init_root_scale)
     adapter = plain_lora(module, lora).adapter
@@ -78,31 +84,35 @@ def blob(
     blora = FlipoutLoRA(adapter, prior=NoisePrior(adapter, prior_scale))
     options = {"lr": lr, "lr_A": lr, "lr_scale": lr, **options}
     try:
-        with unloaded_on_error(blora):
+        with unloaded_on_error(blora, lambda partial: _as_result(partial, prior_scale)):
             result = fit(blora, task, train_data, guide=guide, kl_weight=kl_weight, seed=seed, **options)
-    except TrainingError as error:
-        if error.result is not None:
-            error.result = _as_result(error.result, prior_scale)  # type: ignore[assignment]
-        raise
-    finally:
+    finally:  # fit left the mean of the noise there, which has another length
         adapter.loc = torch.ones(adapter.subspace.dim, dtype=adapter.factors()[0][0].dtype)
     return _as_result(result, prior_scale)
 
 
 @dataclass(frozen=True)
-class NormalNoise(FactorNoise):
-    """A ~ Normal(M, scale), independent entries.
+class NormalNoise(WeightNoise):
+    """Independent normal noise on the entries of A: A ~ Normal(M, scale).
 
     Attributes:
-        scales: (r, in) standard deviations of each layer.
+        scales: One tensor (r, in) of standard deviations per layer.
+
+    Example:
+        >>> scales = tuple(torch.full_like(A, 0.01) for A, _ in point.factors)
+        >>> scalabl_pyro.baselines.FactorPosterior(point, scalabl_pyro.baselines.NormalNoise(scales)).sample(3)
     """
 
     family: ClassVar[str] = "normal"
 
     scales: tuple[Tensor, ...]
 
+    def __repr__(self) -> str:
+        low, high = (float(of(torch.stack([of(scale) for scale in self.scales]))) for of in (torch.min, torch.max))
+        return f"NormalNoise(layers={len(self.scales)}, scales={low:.3g} to {high:.3g})"
+
     def draws(self, factors: Factors, generator: Generator) -> Iterator[Factors]:
-        """Factors with noise on A."""
+        """Yield factors with noise on A."""
         while True:
             yield tuple(
                 (A + scale * torch.randn(A.shape, generator=generator, dtype=A.dtype), B)
@@ -110,29 +120,32 @@ class NormalNoise(FactorNoise):
             )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The scales by layer."""
+        """Return the standard deviations of each layer."""
         return {f"scale_{i}": scale for i, scale in enumerate(self.scales)}
 
     @classmethod
     def from_saved(cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor], factors: Factors) -> "NormalNoise":
-        """The noise again."""
+        """Restore the noise."""
         scales = tuple(tensors[f"scale_{i}"] for i in range(len(factors)))
         for scale, (A, _) in zip(scales, factors, strict=True):
             if scale.shape != A.shape or not (scale >= 0).all():
-                raise ValueError(f"A saved scale is {tuple(scale.shape)}, expected {tuple(A.shape)}, and no negative.")
+                raise ValueError(
+                    f"A saved scale must have the shape {tuple(A.shape)} and no negative entry, but it has the shape "
+                    f"{tuple(scale.shape)} or a negative entry. The file is damaged or belongs to another model."
+                )
         return cls(scales)
 
 
 class NoiseGuide(Guide):
-    """q(E) = Normal(0, G^2) at the site ``"s"``, E being the noise of all layers in one vector.
+    """Guide q(E) = Normal(0, G^2) at the site ``"s"``, where E is the noise of all layers in one vector.
 
     Args:
-        adapter: the LoRA layers.
-        init_root_scale: largest initial G.
-        seed: of the initial G.
+        adapter: LoRA layers.
+        init_root_scale: Largest initial G.
+        seed: Seed of the initial G.
     """
 
-    per_example = False  # Flipout makes the rows differ
+    per_example = False  # Flipout makes the rows differ already
 
     def __init__(self, adapter: Adapter, *, init_root_scale: float, seed: int) -> None:
         super().__init__()
@@ -146,36 +159,38 @@ class NoiseGuide(Guide):
         return pyro.sample("s", dist.Normal(torch.zeros_like(scale), scale).to_event(1))
 
     def mean(self) -> dict[str, Tensor]:
-        """No noise."""
+        """Return zero noise."""
         return {"s": torch.zeros_like(self.root_scale)}
 
 
 class NoisePrior(Prior):
-    """p(E) = Normal(-M, scale), which is A = M + E ~ Normal(0, scale).
+    """Prior p(E) = Normal(-M, scale), which means A = M + E ~ Normal(0, scale).
 
     Args:
-        adapter: the LoRA layers, whose A are M.
-        scale: standard deviation of the prior of A.
+        adapter: LoRA layers. Their factors A are the means M.
+        scale: Standard deviation of the prior of A.
     """
 
     def __init__(self, adapter: Adapter, scale: float) -> None:
         super().__init__()
-        self._means = [A for A, _ in adapter.factors()]  # a list: they are trained as factors, not as a prior
+        self._means = [
+            A for A, _ in adapter.factors()
+        ]  # a list, so that they are no parameters of the prior: they are trained as factors
         self.scale_of_A = scale
 
     def forward(self) -> Tensor:
         """Sample the noise."""
         device = self._means[0].device
         mean = torch.cat([A.reshape(-1).to(device) for A in self._means])
-        scale = torch.full_like(mean, self.scale_of_A)  # a number would come from the host, which no capture allows
+        scale = torch.full_like(mean, self.scale_of_A)  # on the device: a CUDA graph cannot copy from the host
         return pyro.sample("s", dist.Normal(-mean, scale).to_event(1))
 
 
 class FlipoutLoRA(NoisyLoRA):
-    """An adapted LLM that takes the noise of A for s, and gives each row signs of its own."""
+    """An adapted LLM whose site ``"s"`` is the noise of A. Each row multiplies it by its own random signs."""
 
     def row_noise(self, s: Tensor, rows: int) -> Sequence[RowNoise]:
-        """E times an outer product of signs, for each row."""
+        """Return E times an outer product of random signs for each row."""
         factors = self.adapter.factors()
         parts = s.split([A.numel() for A, _ in factors])
         return [
@@ -185,17 +200,17 @@ class FlipoutLoRA(NoisyLoRA):
 
 
 def signs(like: Tensor, *shape: int) -> Tensor:
-    """1 or -1 with equal probability."""
+    """Sample 1 or -1 with equal probability."""
     return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(0.5).mul_(2).sub_(1)
 
 
 def flat(adapter: Adapter) -> Tensor:
-    """A of all layers in one vector, on the CPU."""
+    """Return A of all layers in one vector on the CPU."""
     return torch.cat([A.detach().reshape(-1).cpu() for A, _ in adapter.factors()])
 
 
 def _as_result(result: FitResult, prior_scale: float) -> BaselineResult:
-    """The posterior of E as a point posterior at M, and noise around it."""
+    """Turn the posterior of E into a point posterior at M with noise around it."""
     fitted = result.posterior
     ones = torch.ones(fitted.subspace.dim, dtype=fitted.factors[0][0].dtype)
     point: Posterior = replace(

@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, in bfloat16 or 4 bits: time and memory depend on shapes alone."""
+"""Models with the shapes of real LLMs and random weights, for benchmarks of time and memory."""
 
 import torch
 from torch import nn
@@ -24,12 +24,19 @@ SHAPES = {
 
 
 def random_llm(shape: str, device: str, dtype: torch.dtype, *, four_bit: bool = False) -> nn.Module:
-    """A causal LM of a shape; with ``four_bit`` the linear layers of its blocks are NF4, as bitsandbytes makes them."""
+    """Make a causal LM with random weights.
+
+    Args:
+        shape: Key of ``SHAPES``.
+        device: Device of the model.
+        dtype: Type of the weights.
+        four_bit: Whether bitsandbytes stores the linear layers of the blocks in NF4.
+    """
     config = _config(shape, SHAPES[shape]["num_hidden_layers"])
     with torch.device(device):
         if not four_bit:
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        # Block by block, since the whole model in 16 bits may not fit.
+        # Blocks are quantized one by one, because the whole model in 16 bits may not fit.
         llm = AutoModelForCausalLM.from_config(_config(shape, 1), dtype=dtype)
         block = type(llm.model.layers[0])
         config._attn_implementation = llm.config._attn_implementation
@@ -41,7 +48,12 @@ def random_llm(shape: str, device: str, dtype: torch.dtype, *, four_bit: bool = 
 
 
 def num_weights(shape: str, *, embeddings: bool) -> int:
-    """Weights of a shape, counted without allocating them; without ``embeddings`` those of the blocks alone."""
+    """Count the weights of a shape without allocating them.
+
+    Args:
+        shape: Key of ``SHAPES``.
+        embeddings: Whether embeddings and LM head count too; else only the blocks do.
+    """
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(_config(shape, SHAPES[shape]["num_hidden_layers"]))
     total = sum(p.numel() for p in llm.parameters())
@@ -49,12 +61,12 @@ def num_weights(shape: str, *, embeddings: bool) -> int:
 
 
 def fuse_elementwise(llm: nn.Module) -> None:
-    """Liger's Triton kernels for what a Llama or Qwen2 model does between matrix products, before it is adapted."""
+    """Install Liger's Triton kernels for norms, rotations and gates in a Llama or Qwen2 model, before it is adapted."""
     from liger_kernel import transformers as kernels
 
     apply = {"llama": kernels.apply_liger_kernel_to_llama, "qwen2": kernels.apply_liger_kernel_to_qwen2}
     if (kind := llm.config.model_type) not in apply:
-        raise SystemExit(f"--liger knows {' and '.join(apply)} models, this one is {kind!r}: leave it out.")
+        raise SystemExit(f"--liger supports {' and '.join(apply)} models, but this one is {kind!r}: leave --liger out.")
     apply[kind](fused_linear_cross_entropy=False, model=llm)
 
 
@@ -65,7 +77,7 @@ def _config(shape: str, blocks: int):
 
 
 def _in_four_bits(block: nn.Module) -> nn.Module:
-    """Replace the linear layers of a block."""
+    """Replace the linear layers of a block by 4-bit layers."""
     import bitsandbytes as bnb
 
     for module in list(block.modules()):
@@ -81,7 +93,7 @@ def _in_four_bits(block: nn.Module) -> nn.Module:
                         quant_type="nf4",
                     )
                 codes = bnb.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4", module=small)
-                small.weight = codes.to(weight.device)  # the move is what quantizes
+                small.weight = codes.to(weight.device)  # Moving to the device quantizes.
                 small.bias = bias
                 setattr(module, name, small)
     return block

@@ -1,7 +1,7 @@
-"""The methods of the quality benchmark on one LLM and one budget: each adapts the LLM, learns, and gives it back.
+"""The methods of the quality benchmark: each adapts the same LLM, is trained on the same budget, and restores the LLM.
 
-All of them share steps, batches, rank and targets. What a method has besides is its default in the
-library, but for ``EXTRAS``; ``--set`` and ``--variant`` change it.
+All methods share steps, batches, rank and targets. The other options of a method have the defaults of the library,
+except those in ``EXTRAS``. ``--set`` and ``--variant`` change them.
 """
 
 import gc
@@ -13,7 +13,6 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from quality_data import DataSet, FixedWidthBatches
 from torch import nn
 
 import scalabl_pyro as sp
@@ -21,15 +20,17 @@ from scalabl_pyro import baselines
 from scalabl_pyro.guides import DeltaGuide
 from scalabl_pyro.lora.attach import find_adapter
 
-#: Options that belong to the adapter, and to prediction; the others are the method's own.
+from .data import DataSet, FixedWidthBatches
+
+#: Options of the adapter, and options of predictions. All others are options of the method.
 LORA = {"gauge", "lora_alpha", "lora_dropout", "layers_to_transform", "prior", "r", "target_modules"}
 PREDICT = {"design", "num_draws"}
-#: Where a default of the library is not that of the benchmark.
+#: Options whose default in the benchmark differs from that of the library.
 EXTRAS: dict[str, dict[str, Any]] = {
-    "blob": {"kl_weight": "paper"},  # the schedule of its paper: with weight 1 its KL outweighs little data
-    "scalabl_released": {"lr": 1e-3},  # the library has that of its paper, which trains 12 times as long
+    "blob": {"kl_weight": "paper"},  # The schedule of its paper: with weight 1 the KL outweighs a small data set.
+    "scalabl_released": {"lr": 1e-3},  # The default is that of its paper, which trains 12 times as long.
 }
-#: Methods that start from another one's result, and the one they start from.
+#: Methods that start from the result of another method, and that method.
 BASES = {"tfb": "mle", "laplace_lora": "map"}
 TRAINED = ("mle", "map", "mc_dropout", "ensemble", "blob", "scalabl", "scalabl_released")
 METHODS = ("mle", "tfb", "map", "laplace_lora", "mc_dropout", "ensemble", "blob", "scalabl", "scalabl_released")
@@ -37,12 +38,12 @@ METHODS = ("mle", "tfb", "map", "laplace_lora", "mc_dropout", "ensemble", "blob"
 
 @dataclass(frozen=True)
 class Method:
-    """A method, or a variant of one, as a line of the table.
+    """A method, or a variant of a method: one line of the report.
 
     Attributes:
-        name: of the line.
-        kind: one of ``METHODS``.
-        options: its own, beside the shared budget.
+        name: Name of the line.
+        kind: One of ``METHODS``.
+        options: Options beside the shared budget.
     """
 
     name: str
@@ -52,17 +53,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Budget:
-    """What all methods have in common.
+    """Budget that all methods share.
 
     Attributes:
-        num_steps: steps of an optimizer, a training.
-        batch_size: rows a step.
-        lr: of all methods, where it is not an option of a method; None: each has its default.
-        rank: r.
-        lora_alpha: gamma = lora_alpha / r.
-        target_modules: which layers are adapted.
-        num_draws: behind each prediction.
-        num_widths: widths that prompts are padded to.
+        num_steps: Optimizer steps per training.
+        batch_size: Rows per step.
+        lr: Learning rate of methods that have no ``lr`` option of their own. None: the default of each method.
+        rank: Rank r of LoRA.
+        lora_alpha: Scale of LoRA, gamma = lora_alpha / r.
+        target_modules: Names of the adapted layers.
+        num_draws: Draws per prediction.
+        num_widths: Number of widths that prompts are padded to.
     """
 
     num_steps: int = 400
@@ -77,13 +78,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a training left.
+    """Result of a training.
 
     Attributes:
-        posterior: a predictor.
-        seconds: it took.
-        peak: largest memory of the GPU in use at a time, bytes; None on a CPU.
-        predict: options of its predictions.
+        posterior: Object with a ``predict`` method.
+        seconds: Duration of the training.
+        peak: Peak GPU memory in bytes; None on a CPU.
+        predict: Options of predictions.
     """
 
     posterior: Any
@@ -95,13 +96,13 @@ class Learned:
 class Workbench:
     """One LLM in memory, adapted by one method at a time.
 
-    A point posterior stays until another training begins, so that methods that start from it need not train it again;
-    its cost is counted in theirs.
+    A point posterior is kept until another training begins, so that methods that start from it need not train it again.
+    Its cost is included in theirs.
 
     Args:
-        llm: the base model.
-        budget: shared by all methods.
-        predict_batch: rows of a forward pass in prediction.
+        llm: Base model.
+        budget: Budget of all methods.
+        predict_batch: Rows per forward pass of predictions.
     """
 
     def __init__(self, llm: nn.Module, budget: Budget, *, predict_batch: int = 16) -> None:
@@ -111,7 +112,13 @@ class Workbench:
         self._held: tuple[str, Learned] | None = None
 
     def learn(self, method: Method, data: DataSet, seed: int) -> Learned:
-        """Train a method on a data set."""
+        """Train a method on a data set.
+
+        Args:
+            method: Method to train.
+            data: Data set.
+            seed: Seed of the training.
+        """
         options = dict(method.options)
         predict = {name: options.pop(name) for name in PREDICT & set(options)}
         if method.kind in BASES:
@@ -124,18 +131,18 @@ class Workbench:
         return Learned(learned.posterior, learned.seconds, learned.peak, predict)
 
     def predict(self, learned: Learned, rows: Any, *, seed: int) -> sp.prediction.predict.Prediction:
-        """Predict rows under the draws of a posterior."""
+        """Predict rows with the draws of a posterior."""
         draws = 0 if is_point(learned.posterior) else self.budget.num_draws
         options = {"num_draws": draws, "batch_size": self._predict_batch(learned.posterior), **learned.predict}
         return learned.posterior.predict(rows, seed=seed, **options)
 
     def _predict_batch(self, posterior: Any) -> int:
-        """Rows a pass; fewer where predictions need a backward pass, and so all activations."""
+        """Rows per pass. Linearized predictions need a backward pass, and so more memory per row."""
         noise = getattr(posterior, "noise", None)
         return min(self.predict_batch, 32) if getattr(noise, "linearized", False) else self.predict_batch
 
     def clear(self) -> None:
-        """Give the base model back."""
+        """Restore the base model, and free memory."""
         self._held = None
         if (adapter := find_adapter(self.llm)) is not None:
             adapter.unload()
@@ -179,7 +186,7 @@ class Workbench:
             posterior = sp.fit(sp.bayesian_lora(self.llm, **lora), data.task, batches, **common).posterior
             return posterior if refit is None else sp.laplace(posterior, data.train, **refit)
         if kind == "ensemble":
-            common["seed"] = 1000 * seed  # members count on from it: no two runs share one
+            common["seed"] = 1000 * seed  # Members have the seeds after it, so that no two runs share a member.
         function: Any = {"map": baselines.map_lora, "ensemble": baselines.deep_ensemble}.get(kind)
         function = getattr(baselines, kind) if function is None else function
         return function(self.llm, data.task, batches, lora=lora, **common).posterior
@@ -192,15 +199,18 @@ class Workbench:
 
 
 def prior(given: Any) -> Any:
-    """A prior from what JSON can say: a scale, a name, or ``{"loc": m, "scale": t}``, a normal."""
+    """Make a prior from JSON: a scale, a name, or ``{"loc": m, "scale": t}`` for a normal prior."""
     return dist.Normal(float(given["loc"]), float(given["scale"])) if isinstance(given, Mapping) else given
 
 
 def kl_weight(given: Any, num_data: int, batch_size: int) -> Any:
-    """The weight of the KL from what JSON can say.
+    """Make the weight of the KL from JSON.
 
-    A number; ``"paper"``, the schedule of BLoB's paper; or ``{"to": w, "over": n}``, a linear rise from 0 to w over n
-    steps.
+    Args:
+        given: A number; ``"paper"``, the schedule of the BLoB paper; or ``{"to": w, "over": n}``, a linear rise from 0
+            to w over n steps.
+        num_data: Number of training rows.
+        batch_size: Rows per step.
     """
     if given == "paper":
         return baselines.KLReweighting(num_data=num_data, batch_size=batch_size)
@@ -211,12 +221,16 @@ def kl_weight(given: Any, num_data: int, batch_size: int) -> Any:
 
 
 def is_point(posterior: Any) -> bool:
-    """Whether all draws would be the same."""
+    """Tell whether all draws of a posterior are the same."""
     return isinstance(posterior, sp.Posterior) and isinstance(posterior.guide, DeltaGuide)
 
 
 def num_parameters(posterior: Any) -> dict[str, int]:
-    """Numbers beside the base model: all that prediction needs, and those of them beside one A and B a layer."""
+    """Count the parameters that predictions need beside the base model.
+
+    Returns:
+        ``"total"``, all of them; and ``"extra"``, those beside one A and one B per layer.
+    """
     adapter = posterior.adapter
     lora = sum(A.numel() + B.numel() for A, B in adapter.factors())
     extra = 0
@@ -225,6 +239,6 @@ def num_parameters(posterior: Any) -> dict[str, int]:
     elif isinstance(posterior, baselines.FactorPosterior):
         tensors = posterior.noise.tensors().values()
         extra = sum(t.numel() for t in tensors) or (1 if isinstance(posterior.noise, baselines.SpectralNoise) else 0)
-    elif not (is_point(posterior) and bool((posterior.mean() == 1).all())):  # s = 1 throughout is plain LoRA
+    elif not (is_point(posterior) and bool((posterior.mean() == 1).all())):  # s = 1 everywhere is plain LoRA.
         extra = sum(t.numel() for t in (*posterior.guide.parameters(), *posterior.guide.buffers()))
     return {"total": lora + extra, "extra": extra}

@@ -1,4 +1,4 @@
-"""Fits of the upper blocks alone, and rows that many such posteriors predict: what lies below runs once for all."""
+"""Fits of the upper blocks, and rows that many such posteriors predict: the lower blocks run once for all of them."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,16 +11,18 @@ from scalabl_pyro.lora.hidden_state_cache import Prefix, reuse
 from scalabl_pyro.lora.train_mode import eval_mode
 from scalabl_pyro.prediction.predict import predict_from_outputs
 
+from .models import upper_blocks
+
 
 class KeptRows:
-    """What ``posterior.predict`` gives for the same rows, with the hidden states at the first adapted block kept.
+    """Rows that keep their hidden states at the first adapted block, so that only the blocks above run again.
 
-    All posteriors must adapt the same upper blocks of the same LLM.
+    The predictions are those of ``posterior.predict``. All posteriors must adapt the same upper blocks of the same LLM.
 
     Args:
-        rows: rows for the task; answers are optional.
-        task: the likelihood.
-        batch_size: rows of a pass.
+        rows: Rows for the task. Answers are optional.
+        task: Task that encodes the rows.
+        batch_size: Rows per forward pass.
     """
 
     def __init__(self, rows: Sequence[dict], task: sp.Task, *, batch_size: int = 32) -> None:
@@ -34,11 +36,11 @@ class KeptRows:
         """Predict all rows under fixed draws.
 
         Raises:
-            ValueError: adapted blocks with nothing fixed below them.
+            ValueError: The first block is adapted, so that there is nothing to keep.
         """
         llm = posterior.llm()
         if not llm.adapter.has_fixed_prefix:
-            raise ValueError("No fixed blocks lie below the first adapted one: adapt the upper blocks alone.")
+            raise ValueError("The first block is adapted, so no hidden states can be kept: adapt only upper blocks.")
         check_tokens(self.examples, llm.llm, self.task.pad_token_id)
         s = posterior.sample(num_draws, seed=seed).s.to(llm.adapter.device).unsqueeze(1)
         outputs = []
@@ -50,9 +52,8 @@ class KeptRows:
 
 
 def fit_upper_blocks(llm, task: sp.Task, rows: Sequence[dict], args: argparse.Namespace, seed: int) -> sp.Posterior:
-    """ScalaBL in the uppermost ``args.blocks`` blocks and the head, from scratch; unload it before the next."""
-    depth = llm.config.get_text_config().num_hidden_layers
-    blora = sp.bayesian_lora(llm, layers_to_transform=range(depth - args.blocks, depth), seed=seed)
+    """Fit ScalaBL in the uppermost ``args.blocks`` blocks and the head. Unload the result before the next fit."""
+    blora = sp.bayesian_lora(llm, layers_to_transform=upper_blocks(llm, args.blocks), seed=seed)
     return sp.fit(
         blora,
         task,
@@ -60,7 +61,7 @@ def fit_upper_blocks(llm, task: sp.Task, rows: Sequence[dict], args: argparse.Na
         num_steps=args.steps,
         batch_size=args.batch_size,
         lr=args.lr,
-        lr_A=args.lr,  # as the results kept were made
+        lr_A=args.lr,  # The stored results were made with this rate, not with the default.
         lr_scale=5e-2,
         init_scale=0.3,
         seed=seed,

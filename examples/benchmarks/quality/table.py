@@ -1,4 +1,4 @@
-"""The table of the quality benchmark: one JSON line a run, appended whole, so that it can be killed at any time."""
+"""The table of the quality benchmark: one JSON line per run, written so that the process may be killed at any time."""
 
 import hashlib
 import json
@@ -7,29 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: What tells one run from another; everything else in a row is its outcome.
+#: Columns that identify a run. All other columns are its outcome.
 IDENTITY = ("dataset", "method", "seed", "split", "settings")
 
 
 def run_key(row: Mapping[str, Any]) -> str:
-    """Digest of what identifies a run."""
+    """Compute a digest of the columns that identify a run."""
     return _digest({name: row[name] for name in IDENTITY})
 
 
 def setting_key(row: Mapping[str, Any]) -> str:
-    """Digest of the settings, which all seeds of a line of the report share."""
+    """Compute a digest of the settings, which all seeds of one line of the report share."""
     return _digest(row["settings"])[:8]
 
 
 class Table:
-    """The runs of a folder. Each process appends to a file of its own, and reads those of all.
+    """Runs of a folder. Each process appends to its own file and reads the files of all processes.
 
-    A line is written by one call and synced to the disk. A broken last line, which a killed process leaves, is cut off
-    before the next one is written, and is no row.
+    A line is written with one call and synced to the disk. A killed process may leave a broken last line. It is not
+    read as a row, and is cut off before the next line is written.
 
     Args:
-        folder: of the table.
-        shard: (i, n) for the i-th of n processes that share the work.
+        folder: Folder of the table.
+        shard: (i, n) for process i of n that share the work.
     """
 
     def __init__(self, folder: Path, shard: tuple[int, int] = (0, 1)) -> None:
@@ -39,7 +39,7 @@ class Table:
         folder.mkdir(parents=True, exist_ok=True)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All runs of the folder, each once, in the order in which they were written."""
+        """Read all runs of the folder, each once, in the order in which they were written."""
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("table*.jsonl")):
             for row in read(path):
@@ -57,19 +57,18 @@ class Table:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file; a last line that is broken is left out.
+    """Read the rows of a file without a broken last line.
 
     Raises:
-        ValueError: a broken line before the last one.
+        ValueError: A line before the last one is broken.
     """
-    *whole, rest = path.read_bytes().split(b"\n")
+    *whole, _ = path.read_bytes().split(b"\n")  # The part after the last line break is empty or broken.
     rows = []
     for number, line in enumerate(whole, start=1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error}): remove that line.") from None
-    del rest  # what stands behind the last line break was not written to its end
     return rows
 
 

@@ -1,26 +1,26 @@
-"""Where the rows of the quality benchmark come from, and how each data set is asked."""
+"""Sources of the rows of the quality benchmark, and the prompt of each data set."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import sources
+from _support.datasets import NEWS, R8_TOPICS, TREC, newsgroups, reuters_r8
 
 from scalabl_pyro.data import read_rows
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set is found, and how it is asked.
+    """Source and prompt of a data set.
 
     Attributes:
-        hub: name and configuration on the Hugging Face hub.
-        test: hub split whose labels are public, and which is the test set here.
-        text: makes the question of a hub row that is no multiple choice, from its fields.
-        files: stems of local files, ``STEM_train.jsonl`` and ``STEM_test.jsonl``.
-        template: the prompt.
-        labels: answers, one token each; empty: letters, with the choices in the prompt; None: the rows' own choices.
-        max_length: longest prompt in tokens; longer questions lose their end. None: nothing is cut.
-        ood: data sets from elsewhere that are asked the same question.
+        hub: Name and configuration on the Hugging Face hub.
+        test: Hub split that is the test set here. Its labels are public.
+        text: Template that makes the question from the fields of a hub row, for data sets that are not multiple choice.
+        files: Stems of local files, ``STEM_train.jsonl`` and ``STEM_test.jsonl``.
+        template: Prompt.
+        labels: Answers, one token each. Empty: letters, with choices in the prompt. None: the choices of the rows.
+        max_length: Longest prompt in tokens; longer questions lose their end. None: no question is cut.
+        ood: Other data sets that get the question of this one.
     """
 
     hub: tuple[str, str | None] | None = None
@@ -43,7 +43,7 @@ SOURCES = {
     "boolq": Source(("google/boolq", None), "validation", template="{question}\nAnswer:", labels=None, max_length=512),
     "mmlu_chemistry": Source((MMLU, "college_chemistry")),
     "mmlu_physics": Source((MMLU, "college_physics")),
-    "trec": Source(template=sources.TREC, labels=None, max_length=96, ood=("agnews",)),
+    "trec": Source(template=TREC, labels=None, max_length=96, ood=("agnews",)),
     "sst2": Source(
         ("stanfordnlp/sst2", None),
         "validation",
@@ -63,13 +63,13 @@ SOURCES = {
     "agnews": Source(
         ("fancyzhx/ag_news", None),
         text="{text}",
-        template=sources.NEWS,
+        template=NEWS,
         labels=("world", "sports", "business", "technology"),
         max_length=128,
     ),
     "r8": Source(
-        template=sources.NEWS,
-        labels=tuple(sources.R8_TOPICS.values()),
+        template=NEWS,
+        labels=tuple(R8_TOPICS.values()),
         max_length=96,
         ood=("newsgroups",),
     ),
@@ -77,18 +77,31 @@ SOURCES = {
 
 
 def source_of(name: str) -> Source:
-    """The entry of ``SOURCES``."""
+    """Look up a data set in ``SOURCES``.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
     if name not in SOURCES:
         raise ValueError(f"The data set {name!r} is unknown: use {', '.join(SOURCES)}, or name=train.jsonl,test.jsonl.")
     return SOURCES[name]
 
 
 def rows_of(name: str, part: str, data_dir: Path | None) -> list[dict]:
-    """Rows of the part ``"train"`` or ``"test"``: from local files, a package, or the hub."""
+    """Read rows from local files, a package, or the hub.
+
+    Args:
+        name: Key of ``SOURCES``.
+        part: ``"train"`` or ``"test"``.
+        data_dir: Folder that is searched first for local files, itself and one level below.
+
+    Raises:
+        ValueError: The rows exist only in local files, and there are none.
+    """
     if name == "newsgroups":
-        return sources.newsgroups(count=10**6, seed=0)
+        return newsgroups(count=10**6, seed=0)
     if name == "r8":
-        return sources.reuters_r8(part, count=10**6, seed=0)
+        return reuters_r8(part, count=10**6, seed=0)
     source = source_of(name)
     if data_dir is not None:
         for stem in (name, *source.files):
@@ -97,7 +110,7 @@ def rows_of(name: str, part: str, data_dir: Path | None) -> list[dict]:
                 return [dict(row) for row in read_rows(found[0])]
     if source.hub is None:
         raise ValueError(
-            f"{name} is read from {name}_train.jsonl and {name}_test.jsonl: give their folder, --data-dir."
+            f"{name} is read from {name}_train.jsonl and {name}_test.jsonl: give their folder with --data-dir."
         )
     path, config = source.hub
     options = {} if config is None else {"name": config}

@@ -1,4 +1,4 @@
-"""Which rows to have labeled next: scores of a prediction, and the books of a pool."""
+"""Chooses the rows to label next: scores of a prediction, and a pool that knows which rows have a label."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,18 @@ STRATEGIES = ("bald", "entropy", "random")
 
 
 def scores(strategy: str, prediction: Prediction) -> NDArray[np.floating]:
-    """(N,) how much each row is wanted, higher = more.
+    """Score how useful the label of each row would be.
 
-    ``bald`` is the mutual information of answer and draw, H[E p] - E H[p] (Houlsby et al., 2011); ``entropy`` is
-    H[E p]; ``random`` wants all rows alike. Nats.
+    Args:
+        strategy: ``"bald"``, the mutual information of answer and draw, H[E p] - E H[p] (Houlsby et al., 2011);
+            ``"entropy"``, H[E p]; or ``"random"``, the same score for all rows.
+        prediction: Prediction of N rows.
+
+    Returns:
+        (N,) scores in nats. Higher means more useful.
 
     Raises:
-        ValueError: an unknown strategy, or BALD of a single function, for which it is 0 everywhere.
+        ValueError: The strategy is unknown, or BALD is asked of a single draw, where it is 0 for every row.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is unknown: use {', '.join(STRATEGIES)}.")
@@ -27,7 +32,7 @@ def scores(strategy: str, prediction: Prediction) -> NDArray[np.floating]:
         return prediction.total
     if prediction.num_draws < 2:
         raise ValueError(
-            f"BALD compares draws, but there are {prediction.num_draws}: predict with num_draws=2 or more."
+            f"BALD compares draws, but num_draws={prediction.num_draws}: predict with num_draws=2 or more."
         )
     return prediction.epistemic
 
@@ -36,11 +41,11 @@ class Pool:
     """Rows with and without a label, by position.
 
     Args:
-        size: N, all rows.
-        labeled: positions whose label is known from the start.
+        size: N, number of all rows.
+        labeled: Positions whose label is known from the start.
 
     Raises:
-        ValueError: positions that repeat or lie outside of the pool.
+        ValueError: Positions repeat or lie outside the pool.
     """
 
     def __init__(self, size: int, labeled: Sequence[int]) -> None:
@@ -51,26 +56,26 @@ class Pool:
 
     @property
     def unlabeled(self) -> NDArray[np.integer]:
-        """Positions without a label, in order."""
+        """Positions without a label, in ascending order."""
         return np.setdiff1d(np.arange(self.size), self.labeled)
 
     def acquire(self, wanted: NDArray[np.floating], count: int, rng: np.random.Generator) -> list[int]:
-        """Label the ``count`` unlabeled rows that are wanted most, or all that are left; ties at random.
+        """Label the unlabeled rows with the highest scores.
 
         Args:
-            wanted: (N,) scores of all rows; those of labeled rows are not looked at.
-            count: rows to acquire.
-            rng: breaks ties.
+            wanted: (N,) scores of all rows. The scores of labeled rows are ignored.
+            count: Number of rows to label. Fewer are labeled if fewer are left.
+            rng: Generator that breaks ties.
 
         Returns:
-            Positions acquired, most wanted first.
+            Positions of the new labels, highest score first.
 
         Raises:
-            ValueError: scores of another length, a NaN among those looked at, or no rows asked for.
+            ValueError: The scores have another length, the score of an unlabeled row is NaN, or count is below 1.
         """
         wanted, rows = np.asarray(wanted), self.unlabeled
         if wanted.shape != (self.size,):
-            raise ValueError(f"The scores have shape {wanted.shape}: expected ({self.size},), one a row of the pool.")
+            raise ValueError(f"The scores have shape {wanted.shape}: expected ({self.size},), one per row of the pool.")
         if count < 1:
             raise ValueError(f"count={count}: acquire one row or more.")
         if np.isnan(wanted[rows]).any():

@@ -1,4 +1,4 @@
-"""Answer only where it is safe: scores of doubt, and a threshold that keeps the error of what is answered low."""
+"""Selective prediction: scores of doubt, and a threshold on doubt that keeps the error of answered rows low."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +10,15 @@ SCORES = ("max_prob", "entropy", "mutual_information")
 
 
 def doubt(prediction: Prediction, score: str) -> NDArray[np.floating]:
-    """(N,) uncertainty of each row, higher = less certain.
+    """Compute the uncertainty of each row.
 
-    ``max_prob`` is 1 - max_c p_c, the risk of the answer as the model predicts it; ``entropy`` is H[p];
-    ``mutual_information`` of answer and draw is the part of the entropy in which the draws disagree (nats).
+    Args:
+        prediction: Prediction of N rows.
+        score: ``"max_prob"``, 1 - max_c p_c, the error rate that the model predicts; ``"entropy"``, H[p] in nats; or
+            ``"mutual_information"`` of answer and draw in nats, the part of the entropy that draws disagree on.
+
+    Returns:
+        (N,) uncertainties. Higher means less certain.
     """
     if score not in SCORES:
         raise ValueError(f"score={score!r} is unknown: use {', '.join(SCORES)}.")
@@ -25,33 +30,33 @@ def doubt(prediction: Prediction, score: str) -> NDArray[np.floating]:
 def threshold(
     uncertainty: NDArray[np.floating], wrong: NDArray[np.bool_], risk: float, *, delta: float | None = None
 ) -> float:
-    """Largest threshold t on validation such that the rows with uncertainty <= t have an error of ``risk`` at most.
+    """Find the largest threshold t such that rows with uncertainty <= t have an error rate of at most ``risk``.
 
-    Without ``delta`` this is the error seen on validation. With it, the error of *new* rows is at most ``risk`` with
-    probability 1 - delta: bounds of Clopper and Pearson (1934) at the thresholds that a binary search visits (Geifman
-    and El-Yaniv, 2017, algorithm 1).
+    Without ``delta``, the error rate is the one seen on the given validation rows. With ``delta``, the error rate of
+    *new* rows is at most ``risk`` with probability 1 - delta. This uses the bounds of Clopper and Pearson (1934) at the
+    thresholds that a binary search visits (Geifman and El-Yaniv, 2017, algorithm 1).
 
     Args:
-        uncertainty: (N,) of validation rows.
-        wrong: (N,) whether their answers are wrong.
-        risk: error among answered rows that is allowed, between 0 and 1.
-        delta: probability that the bound may fail.
+        uncertainty: (N,) uncertainties of validation rows.
+        wrong: (N,) whether the answer to each row is wrong.
+        risk: Largest allowed error rate of answered rows, between 0 and 1.
+        delta: Probability that the bound may fail, between 0 and 1.
 
     Returns:
-        The threshold; -inf where no row may be answered.
+        The threshold; -inf if no row may be answered.
 
     Raises:
-        ValueError: no rows, other lengths, or a risk or delta outside of (0, 1).
+        ValueError: There are no rows, the lengths differ, or risk or delta lies outside (0, 1).
     """
     uncertainty, wrong = np.asarray(uncertainty), np.asarray(wrong, dtype=bool)
     if uncertainty.ndim != 1 or uncertainty.shape != wrong.shape or len(wrong) == 0:
         raise ValueError(
-            f"uncertainty has shape {uncertainty.shape}, wrong {wrong.shape}: expected (N,) twice, N >= 1."
+            f"uncertainty has shape {uncertainty.shape} and wrong has shape {wrong.shape}: expected (N,) twice, N >= 1."
         )
     for name, value in {"risk": risk, "delta": 0.5 if delta is None else delta}.items():
         if not 0 < value < 1:
             raise ValueError(f"{name}={value} must lie between 0 and 1.")
-    values, ends = np.unique(np.sort(uncertainty), return_index=True)  # rows that tie are answered together
+    values, ends = np.unique(np.sort(uncertainty), return_index=True)  # Tied rows are answered together or not at all.
     answered = np.append(ends[1:], len(wrong))
     errors = np.cumsum(wrong[np.argsort(uncertainty, kind="stable")])[answered - 1]
     if delta is None:
@@ -69,5 +74,11 @@ def threshold(
 
 
 def upper_bound(errors: int, rows: int, delta: float) -> float:
-    """Exact upper bound of an error rate of which ``errors`` of ``rows`` were seen, with probability 1 - delta."""
+    """Compute the exact upper bound of an error rate that holds with probability 1 - delta.
+
+    Args:
+        errors: Number of wrong answers seen.
+        rows: Number of answers seen.
+        delta: Probability that the true error rate is larger.
+    """
     return 1.0 if errors == rows else float(beta.ppf(1 - delta, errors + 1, rows - errors))

@@ -1,8 +1,8 @@
-"""One number that makes probabilities flatter or sharper, fitted on validation rows (Guo et al., 2017).
+"""Temperature scaling: one number, fitted on validation rows, that makes probabilities flatter (Guo et al., 2017).
 
-The logits of *each draw* are divided by the temperature, and the mixture of the draws is what is fitted and scored. So
-a scaled prediction keeps its draws, and with them the split of its uncertainty; of a point posterior it is ordinary
-temperature scaling. (Scaling the logits of the averaged probabilities instead would leave no draws.)
+The logits of *each draw* are divided by the temperature. The fit minimizes the NLL of the mixture of the draws. So a
+scaled prediction keeps its draws and the split of its uncertainty. For a point posterior this is ordinary temperature
+scaling. (Scaling the logits of the averaged probabilities would lose the draws.)
 """
 
 import math
@@ -19,14 +19,11 @@ from scipy.special import log_softmax, logsumexp
 from torch import Tensor
 
 from .._errors import ScalaBLWarning, check_positive
-from ..lora.adapter import Adapter
-from ..model.bayesian_lora import BayesianLoRA
 from ..prediction.result import NumericPrediction, Prediction
-from ..tasks import Task
 from . import saving
-from .predictor import Predictor
+from .predictor import DerivedPredictor, Predictor
 
-#: Temperatures that are considered.
+#: Smallest and largest temperature of the search.
 LIMITS = (0.01, 100.0)
 
 
@@ -45,21 +42,30 @@ def temperature_scaling(
 def temperature_scaling(
     predictor: Predictor | Prediction, validation: Any, *, num_draws: int = 10, seed: int = 0, **options: Any
 ) -> "TemperatureScaled | Prediction":
-    """Fit a temperature on validation rows, which the other methods do not see, and apply it.
+    """Fit a temperature on validation rows and apply it to a predictor or a prediction.
+
+    The other methods do not use validation rows, so compare with care.
 
     Args:
-        predictor: a posterior or baseline; or a prediction that was made before, to be scaled.
-        validation: labeled rows; or a prediction of such rows by the same method, made before.
-        num_draws: draws behind the fit where ``validation`` are rows.
-        seed: of those draws.
-        options: of ``predict`` (``batch_size``, ``progress``).
+        predictor: Posterior or baseline to scale; or an existing prediction to scale.
+        validation: Labeled rows; or an existing prediction of such rows by the same method.
+        num_draws: Number of draws for the fit if ``validation`` are rows.
+        seed: Seed of those draws.
+        options: Options of ``predict``: ``batch_size``, ``progress``.
 
     Returns:
-        What was given, scaled: something that predicts, or a prediction.
+        A :class:`TemperatureScaled` predictor; or a scaled prediction if ``predictor`` is a prediction.
 
     Raises:
-        TypeError: a prediction without classes, or a prediction to be scaled with rows to fit on.
-        ValueError: validation rows without answers.
+        TypeError: The prediction has no classes, or ``predictor`` is a prediction but ``validation`` are rows.
+        ValueError: The validation rows have no answers.
+
+    References:
+        Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equation 9.
+
+    Example:
+        >>> scaled = scalabl_pyro.baselines.temperature_scaling(posterior, validation_rows)
+        >>> scaled.temperature, scaled.predict(test_data).metrics()
     """
     if isinstance(validation, Prediction | NumericPrediction):
         seen = validation
@@ -78,20 +84,20 @@ def temperature_scaling(
 
 
 def fit_temperature(prediction: Prediction | NumericPrediction) -> float:
-    """The temperature of the smallest NLL of the mixture, in float64.
+    """Find the temperature with the smallest NLL of the mixture of draws, in float64.
 
     Args:
-        prediction: of labeled rows.
+        prediction: Prediction of labeled rows.
     """
     log_probs = _log_probs(prediction)
     target: Any = prediction.target
     if target is None:
-        raise ValueError("The validation rows have no answers, so no temperature can be fitted on them.")
+        raise ValueError("The validation rows have no answers: pass labeled rows to fit a temperature.")
 
     def loss(log_temperature: float) -> float:
         return mixture_nll(log_probs, target, math.exp(log_temperature))
 
-    # The mixture's NLL may have several minima: a grid finds the best one, and a bounded search its bottom.
+    # The NLL of a mixture may have several minima: a grid finds the lowest one, a bounded search refines it.
     grid = np.linspace(math.log(LIMITS[0]), math.log(LIMITS[1]), 93)
     best = int(np.argmin([loss(t) for t in grid]))
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
@@ -99,7 +105,7 @@ def fit_temperature(prediction: Prediction | NumericPrediction) -> float:
     if best in (0, len(grid) - 1):
         warnings.warn(
             f"The NLL of the validation rows is still falling at temperature {temperature:.3g}: they are all answered "
-            "right (or there is nothing in them to learn from). Use more validation rows.",
+            "right, or they hold no information about the temperature. Use more validation rows.",
             ScalaBLWarning,
             stacklevel=3,
         )
@@ -116,20 +122,24 @@ def apply_temperature(prediction: Prediction | NumericPrediction, temperature: f
 
 
 def mixture_nll(log_probs: NDArray[np.floating], target: NDArray[np.integer], temperature: float) -> float:
-    """Mean of -log 1/S sum_s softmax(log_probs[s] / temperature)[target], nats a row."""
+    """Return the mean of -log 1/S sum_s softmax(log_probs[s] / temperature)[target], in nats per row."""
     scaled = log_softmax(log_probs / temperature, axis=-1)
     chosen = np.take_along_axis(scaled, target[None, :, None], axis=2)[..., 0]
     return float(-(logsumexp(chosen, axis=0) - np.log(len(log_probs))).mean())
 
 
 @dataclass(frozen=True)
-class TemperatureScaled:
-    """A predictor whose probabilities are scaled.
+class TemperatureScaled(DerivedPredictor):
+    """A predictor whose logits are divided by a temperature.
 
     Attributes:
-        base: what predicts.
-        temperature: above 1 it makes probabilities flatter.
-        provenance: how it came about.
+        base: Predictor whose logits are scaled.
+        temperature: Divisor of the logits. Above 1 it makes probabilities flatter.
+        provenance: Settings of the fit.
+
+    Example:
+        >>> scaled = scalabl_pyro.baselines.TemperatureScaled(posterior, temperature=1.5)
+        >>> scaled.predict(test_data, num_draws=10).probs
     """
 
     kind: ClassVar[str] = "temperature"
@@ -142,28 +152,22 @@ class TemperatureScaled:
         check_positive(temperature=self.temperature)
 
     @property
-    def adapter(self) -> Adapter:
-        """The LoRA layers inside the LLM."""
-        return self.base.adapter
+    def source(self) -> Predictor:
+        """Base, which gives adapter and task."""
+        return self.base
 
-    @property
-    def task(self) -> Task:
-        """The likelihood."""
-        return self.base.task
-
-    def blora(self) -> BayesianLoRA:
-        """The adapted LLM, to unload."""
-        return self.base.blora()
+    def __repr__(self) -> str:
+        return self._describe(temperature=f"{self.temperature:.4g}", base=type(self.base).__name__)
 
     def predict(
         self, data: Any, *, num_draws: int = 10, seed: int = 0, batch_size: int = 16, progress: bool = False
     ) -> Prediction:
-        """Predict rows with the base, and scale the logits of each draw."""
+        """Predict rows with the base, and divide the logits of each draw by the temperature."""
         options: dict[str, Any] = {"num_draws": num_draws, "batch_size": batch_size, "progress": progress}
         return apply_temperature(self.base.predict(data, seed=seed, **options), self.temperature)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the base, and the temperature beside it; :func:`scalabl_pyro.baselines.load` reads it."""
+        """Write the base, and the temperature next to it. :func:`scalabl_pyro.baselines.load` reads it."""
         options = {"temperature": self.temperature, "provenance": dict(self.provenance)}
         saving.save(path, self.kind, options, children={"base": self.base})
 
@@ -171,7 +175,7 @@ class TemperatureScaled:
     def from_saved(
         cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor], children: Mapping[str, Predictor]
     ) -> "TemperatureScaled":
-        """What :func:`scalabl_pyro.baselines.load` read."""
+        """Build the predictor from what :func:`scalabl_pyro.baselines.load` has read."""
         temperature = options["temperature"]
         if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature!r} must be a positive finite number.")
@@ -181,7 +185,7 @@ class TemperatureScaled:
 def _log_probs(prediction: Prediction | NumericPrediction) -> NDArray[np.float64]:
     if not isinstance(prediction, Prediction):
         raise TypeError(
-            f"A temperature scales the probabilities of classes, but this is a {type(prediction).__name__}: a "
-            "likelihood over numbers has a scale of its own to learn."
+            f"Temperature scaling needs a Prediction of classes, but this is a {type(prediction).__name__}: a "
+            "likelihood over numbers has a scale of its own, which training learns."
         )
     return prediction.log_probs.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Tables and pictures of the runs in a folder: mean and standard error, ranks, reliability, risk-coverage, cost."""
+"""The report of the quality benchmark: tables of means and ranks, and pictures, from the runs in a folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from quality_scores import kept
-from quality_table import Table, setting_key
 
 from scalabl_pyro import plots
 from scalabl_pyro.prediction.predict import Prediction
+
+from .scores import kept
+from .table import Table, setting_key
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -32,7 +33,10 @@ COST += (("predict s", "predict_seconds", 1, 2), ("peak GiB", "peak_gib", 1, 2))
 
 
 def frame_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A line a run, nested columns flat; ``line`` names method and, where they differ, settings."""
+    """Make a table with one row per run and flat columns.
+
+    The column ``line`` holds the method, and also a digest of its settings if the method has several.
+    """
     flat = []
     for row in rows:
         own = {k: v for k, v in row.items() if not isinstance(v, dict | list)}
@@ -48,7 +52,11 @@ def frame_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def summary(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Mean and standard error over seeds of each data set and line: columns (name, "mean"), (name, "se"), "runs"."""
+    """Compute mean and standard error over seeds of each data set and line.
+
+    Returns:
+        Columns (name, "mean"), (name, "se"), and ("runs", "").
+    """
     grouped = frame.groupby(["dataset", "line"], sort=False)
     parts: dict[Any, pd.Series] = {("runs", ""): grouped.size()}
     for column in columns:
@@ -58,10 +66,11 @@ def summary(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def ranks(frame: pd.DataFrame, columns: Sequence[str] = RANKED) -> pd.DataFrame:
-    """Mean rank of each line, 1 the smallest value, and its standard error over the blocks (data set, seed).
+    """Compute the mean rank of each line and its standard error over blocks. A block is a data set and a seed.
 
-    Blocks in which a line has no run are left out, so that all lines are ranked on the same ones. Ties share the mean
-    of their ranks. The column ``mean`` averages the ranks of all ``columns`` within a block first.
+    Rank 1 is the smallest value. Ties share the mean of their ranks. Blocks in which a line has no run are left out, so
+    that all lines are ranked on the same blocks. The column ``mean`` first averages the ranks of all ``columns`` within
+    a block.
     """
     lines = frame["line"].unique()
     by_column = {}
@@ -78,7 +87,11 @@ def ranks(frame: pd.DataFrame, columns: Sequence[str] = RANKED) -> pd.DataFrame:
 
 
 def write(folder: Path) -> str:
-    """Write ``report.md`` and pictures beside the table; the text of the report."""
+    """Write ``report.md``, ``runs.csv`` and pictures beside the table.
+
+    Returns:
+        Text of the report.
+    """
     rows = Table(folder).rows()
     if not rows:
         return f"There are no runs in {folder}."
@@ -101,7 +114,7 @@ def write(folder: Path) -> str:
 
 
 def dataset_table(frame: pd.DataFrame) -> str:
-    """Markdown of one data set: mean ± standard error over seeds."""
+    """Format the table of one data set in Markdown: mean ± standard error over seeds."""
     extra = [
         (c.removeprefix("ood."), c, 1, 3) for c in frame if c.startswith("ood.") and "auroc_" in c and "error" not in c
     ]
@@ -117,7 +130,7 @@ def dataset_table(frame: pd.DataFrame) -> str:
 
 
 def rank_table(table: pd.DataFrame, columns: Sequence[str] = RANKED) -> str:
-    """Markdown of the ranks."""
+    """Format the ranks in Markdown."""
     lines = {}
     for line, row in table.iterrows():
         cells = {column: f"{row[column]:.2f}" for column in columns}
@@ -126,14 +139,14 @@ def rank_table(table: pd.DataFrame, columns: Sequence[str] = RANKED) -> str:
 
 
 def cell(mean: float, se: float, digits: int) -> str:
-    """``mean ± se``; a single run has no standard error."""
+    """Format ``mean ± se``, or the mean alone for a single run."""
     if np.isnan(mean):
         return "-"
     return f"{mean:,.{digits}f}" if np.isnan(se) else f"{mean:,.{digits}f} ± {se:,.{digits}f}"
 
 
 def markdown(lines: dict[str, dict[str, str]]) -> str:
-    """A table in Markdown, a line a method."""
+    """Format a table in Markdown with one line per method."""
     headings = ["method", *next(iter(lines.values()), {})]
     rule = ["---"] * len(headings)
     body = [[name, *cells.values()] for name, cells in lines.items()]
@@ -141,12 +154,12 @@ def markdown(lines: dict[str, dict[str, str]]) -> str:
 
 
 def markdown_of_failure(row: dict[str, Any]) -> str:
-    """A line about a training that did not end well."""
+    """Format a line about a training that failed."""
     return f"**Failed:** {row['dataset']}, {row['line']}, seed {row['seed']}: {row['error']}"
 
 
 def draw(frame: pd.DataFrame, folder: Path, split: str) -> None:
-    """Reliability and risk-coverage of all seeds together, and NLL against cost."""
+    """Draw all pictures of one split: reliability, risk-coverage, and NLL against cost."""
     names, lines = frame["dataset"].unique(), frame["line"].unique()
     colors = dict(zip(lines, plt.get_cmap("tab20")(np.linspace(0, 1, max(len(lines), 2))), strict=False))
     predictions = {key: pooled(part, folder) for key, part in frame.groupby(["dataset", "line"])}
@@ -178,7 +191,7 @@ def draw(frame: pd.DataFrame, folder: Path, split: str) -> None:
 
 
 def pooled(frame: pd.DataFrame, folder: Path) -> Prediction | None:
-    """The predictions of all seeds, one behind the other, as of so many rows more."""
+    """Concatenate the predictions of all seeds, as if they had other rows; None if no probabilities are stored."""
     if "probs" not in frame:
         return None
     paths = [folder / file for file in frame["probs"].dropna() if (folder / file).exists()]

@@ -1,4 +1,4 @@
-"""What is measured of a prediction: the columns of the quality benchmark."""
+"""Scores of a prediction: the columns of the quality benchmark."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,43 +9,49 @@ import numpy as np
 
 import scalabl_pyro as sp
 from scalabl_pyro import metrics
-from scalabl_pyro.baselines.temperature_scaling import apply_temperature, fit_temperature
+from scalabl_pyro.baselines.temperature import apply_temperature, fit_temperature
 from scalabl_pyro.prediction.predict import Prediction
 
 COLUMNS = ("accuracy", "nll", "ece", "brier", "adaptive_ece", "error_auroc", "aurc")
 
 
 def scores(prediction: Prediction) -> dict[str, float]:
-    """Metrics of the averaged probabilities."""
+    """Compute the metrics of the averaged probabilities."""
     found = prediction.metrics().loc["value"]
     return {name: float(found[name]) for name in COLUMNS}
 
 
 def scaled_scores(prediction: Prediction, validation: Prediction) -> dict[str, float]:
-    """The temperature that validation asks for, and NLL, ECE and Brier score with it."""
+    """Fit a temperature on validation, and compute NLL, ECE and Brier score with it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", sp.ScalaBLWarning)  # at the limit of its range: the column shows it
+        warnings.simplefilter("ignore", sp.ScalaBLWarning)  # The column shows a temperature at the limit of its range.
         temperature = fit_temperature(validation)
     found = scores(apply_temperature(prediction, temperature))
     return {"temperature": temperature, **{f"ts_{name}": found[name] for name in ("nll", "ece", "brier")}}
 
 
 def ood_scores(inside: Prediction, outside: Prediction) -> dict[str, float]:
-    """How well each uncertainty tells rows from elsewhere; and how they are answered, where they have answers."""
+    """Compute how well each uncertainty detects rows of another data set, and score these rows if they have answers."""
     found = {
         "auroc_max_prob": metrics.ood_auroc(1 - inside.probs.max(1), 1 - outside.probs.max(1)),
         "auroc_entropy": metrics.ood_auroc(inside.total, outside.total),
         "auroc_mutual_information": metrics.ood_auroc(inside.epistemic, outside.epistemic),
     }
     if outside.num_draws < 2:
-        found["auroc_mutual_information"] = float("nan")  # one function does not disagree with itself
+        found["auroc_mutual_information"] = float("nan")  # A single draw cannot disagree with itself.
     if outside.target is not None:
         found |= scores(outside)
     return found
 
 
 def keep(path: Path, prediction: Prediction, outside: Mapping[str, Prediction]) -> None:
-    """Write averaged probabilities and answers to a compressed file."""
+    """Write averaged probabilities and answers to a compressed file.
+
+    Args:
+        path: File to write.
+        prediction: Prediction of the test rows.
+        outside: Predictions of other data sets by name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {f"ood_{name}": p.probs.astype(np.float32) for name, p in outside.items()}
     temporary = path.with_suffix(".tmp.npz")
@@ -55,7 +61,7 @@ def keep(path: Path, prediction: Prediction, outside: Mapping[str, Prediction]) 
 
 
 def kept(path: Path) -> Prediction:
-    """The kept prediction, as one draw."""
+    """Read a prediction that :func:`keep` wrote. It has one draw."""
     with np.load(path) as arrays:
         probs, target = arrays["probs"].astype(np.float64), arrays["target"].astype(np.int64)
     with np.errstate(divide="ignore"):

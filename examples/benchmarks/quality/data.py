@@ -1,35 +1,35 @@
-"""Data sets of the quality benchmark: where rows come from, how they are asked, and the one split of all runs."""
+"""Data sets of the quality benchmark: the split that all runs share, the task, and batches with few shapes."""
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import sources
 import torch
-from quality_sources import Source, rows_of, source_of
+from _support.datasets import distinct, pick
 from transformers import PreTrainedTokenizerBase
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import Batch, collate, encode, read_rows
 
-#: Prompts are padded to one of a few widths, each a multiple of so many tokens.
+from .sources import Source, rows_of, source_of
+
+#: Prompts are padded to a few widths in tokens. Each width is a multiple of this number.
 MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Rows of one data set, split once, with the task that asks them.
+    """Rows of one data set after the split, and their task.
 
     Attributes:
-        name: of the data set.
-        train: what methods learn from.
-        val: cut from the published training set.
-        test: for the end of a run.
-        ood: rows from elsewhere by name, asked the same question.
-        task: the likelihood.
+        name: Name of the data set.
+        train: Training rows.
+        val: Validation rows, cut from the published training set.
+        test: Test rows, predicted once at the end of a run.
+        ood: Rows of other data sets by name, with the question of this one.
+        task: Task of all rows.
     """
 
     name: str
@@ -41,16 +41,16 @@ class DataSet:
 
 
 class FixedWidthBatches:
-    """Full batches of the training rows, again and again, padded to one of a few widths so that shapes repeat.
+    """Full batches of the training rows, padded to a few widths so that shapes repeat.
 
-    An epoch takes all rows in random order, but for a rest smaller than a batch: another one each time. Rows are sorted
-    by length within windows of 16 batches.
+    Each iteration is one epoch. It visits the rows in random order, and leaves out the last rows if they do not fill a
+    batch. Rows are sorted by length within windows of 16 batches.
 
     Args:
-        rows: the training set.
-        task: encodes them.
-        batch_size: rows of a batch.
-        num_widths: at most so many widths, at quantiles of the rows' lengths.
+        rows: Training rows.
+        task: Task that encodes the rows.
+        batch_size: Rows per batch.
+        num_widths: Largest number of widths. The widths are quantiles of the lengths of the rows.
     """
 
     WINDOW = 16
@@ -64,7 +64,7 @@ class FixedWidthBatches:
         self.widths = sorted({-(-end // MULTIPLE) * MULTIPLE for end in ends})
 
     def __iter__(self) -> Iterator[Batch]:
-        """One epoch, in an order drawn from torch's global generator, which ``fit`` seeds."""
+        """Yield one epoch, in an order drawn from torch's global generator, which ``fit`` seeds."""
         size = self.batch_size
         order = torch.randperm(len(self.examples)).tolist()
         order = order[: len(order) // size * size]
@@ -90,20 +90,20 @@ def load(
     ood_rows: int = 1000,
     split_seed: int = 0,
 ) -> DataSet:
-    """A data set, split: validation comes out of the published training set, never out of test.
+    """Load and split a data set. Validation rows come from the published training set, never from the test set.
 
     Args:
-        name: a key of ``SOURCES``, or ``name=train.jsonl,test.jsonl``.
-        tokenizer: of the LLM.
-        data_dir: folder where local files are looked for first, and in the folders right below it.
-        train_rows: rows to learn from (0: all that validation leaves).
-        val_rows: rows of validation.
-        test_rows: rows of test (0: all).
-        ood_rows: rows of each set from elsewhere, at most.
-        split_seed: of the split; not that of a run.
+        name: Key of ``SOURCES``, or ``name=train.jsonl,test.jsonl``.
+        tokenizer: Tokenizer of the LLM.
+        data_dir: Folder that is searched first for local files, itself and one level below.
+        train_rows: Number of training rows (0: all rows that are left after validation).
+        val_rows: Number of validation rows.
+        test_rows: Number of test rows (0: all).
+        ood_rows: Largest number of rows of each other data set.
+        split_seed: Seed of the split. It is not the seed of a run.
 
     Raises:
-        ValueError: an unknown name, or too few rows.
+        ValueError: The name is unknown, or there are too few rows.
     """
     if "=" in name:
         name, _, paths = name.partition("=")
@@ -114,31 +114,33 @@ def load(
         pool, test = rows_of(name, "train", data_dir), rows_of(name, "test", data_dir)
     train, val, test = split(pool, test, train_rows=train_rows, val_rows=val_rows, seed=split_seed)
     if test_rows:
-        test = sources.pick(test, test_rows, split_seed)
+        test = pick(test, test_rows, split_seed)
     task = make_task(source, train, tokenizer)
     ood = {}
     for other in source.ood:
         try:
             found = rows_of(other, "test", data_dir)
         except (OSError, ValueError) as error:
-            print(f"{name}: the set {other} from elsewhere is left out: {str(error).splitlines()[0]}", flush=True)
+            print(f"{name}: the other data set {other} is left out: {str(error).splitlines()[0]}", flush=True)
             continue
-        if source.labels != ():  # the question of this data set, which those rows have no answer to
+        if source.labels != ():  # Rows get the question of this data set, and have no answer.
             found = [{"question": row["question"], "choices": train[0]["choices"]} for row in found]
-        ood[other] = sources.pick(found, ood_rows, split_seed)
+        ood[other] = pick(found, ood_rows, split_seed)
     return DataSet(name, train, val, test, ood, task)
 
 
 def split(
     pool: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]], *, train_rows: int, val_rows: int, seed: int
 ) -> tuple[list[dict], list[dict], list[dict]]:
-    """Train and validation from ``pool``, at random, without rows that repeat or that stand in test as well."""
-    seen = {_content(row) for row in test}
-    fresh = []
-    for row in pool:
-        if (content := _content(row)) not in seen:
-            seen.add(content)
-            fresh.append(dict(row))
+    """Draw training and validation rows from ``pool`` at random, without duplicates and without rows of test.
+
+    Returns:
+        Training, validation and test rows.
+
+    Raises:
+        ValueError: The pool has too few different rows.
+    """
+    fresh = [dict(row) for row in distinct(pool, but=test)]
     wanted = val_rows + (train_rows or 1)
     if len(fresh) < wanted:
         raise ValueError(
@@ -151,7 +153,7 @@ def split(
 
 
 def make_task(source: Source, rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> sp.MultipleChoice:
-    """The likelihood: one word of the answer, or a letter."""
+    """Make the task, which is answered with a word or a letter."""
     options: dict[str, Any] = {"template": source.template, "chat": False, "max_length": source.max_length}
     if source.labels != ():
         options["labels"] = source.labels or tuple(rows[0]["choices"])
@@ -163,8 +165,3 @@ def _two(paths: str) -> list[str]:
     if len(parts) != 2:
         raise ValueError(f"{paths!r}: expected two files, name=train.jsonl,test.jsonl.")
     return parts
-
-
-def _content(row: Mapping[str, Any]) -> str:
-    """What makes two rows the same row: question and choices."""
-    return json.dumps([str(row["question"]).strip().lower(), list(row["choices"])])
