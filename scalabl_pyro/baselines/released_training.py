@@ -153,7 +153,7 @@ def _train(
     gradient = gradient_step(step, lambda batch: _nll(blora, task, batch), device=blora.device, graphed=graphed)
     with _training_scope(blora, seed), tqdm(range(num_steps), disable=not progress, desc="scalabl_released") as bar:
         for i in bar:
-            loss = gradient(batches(i), 1.0)[0]
+            loss = gradient(batches(i), 1.0).statistics[0]
             try:
                 nll, kl = step.update(loss, weight=weight(i), rate=rate(i))
             except FloatingPointError as failure:

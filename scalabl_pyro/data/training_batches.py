@@ -72,6 +72,7 @@ def training_source(
     num_data: int | None = None,
     seed: int = 0,
     multiple: int = 1,
+    keeps_digest: bool = False,
 ) -> tuple[Callable[[int], Batch], int]:
     """What training reads: a function step -> batch, and N.
 
@@ -84,6 +85,7 @@ def training_source(
         num_data: N; needed for an iterable of batches whose data set has no length.
         seed: of the order.
         multiple: batches made from rows are padded to a multiple of so many tokens.
+        keeps_digest: Whether an iterable of batches keeps a digest of them, by which a replay is checked.
 
     Raises:
         ValueError: N is unknown, or contradicts the rows.
@@ -100,7 +102,7 @@ def training_source(
                 "train_data yields batches, so the size of the data set is unknown: pass num_data=N. It sets the "
                 "weight of the KL against the data."
             )
-        return Cycle(data, seed=seed), num_data
+        return Cycle(data, seed=seed, keeps_digest=keeps_digest), num_data
     examples = encode(read_rows(data), encode_row, need_target=True)
     if num_data not in (None, len(examples)):
         raise ValueError(f"num_data={num_data}, but train_data has {len(examples)} rows: leave num_data out.")
@@ -121,18 +123,18 @@ class Cycle:
     Args:
         batches: the iterable.
         seed: of its draws.
+        keeps_digest: Whether to keep a digest of the batches, by which a replay is checked.
 
     Attributes:
         count: batches handed out so far.
-        keeps_digest: whether to keep a digest of them, by which a replay is checked.
     """
 
-    def __init__(self, batches: Iterable[Batch], *, seed: int = 0) -> None:
+    def __init__(self, batches: Iterable[Batch], *, seed: int = 0, keeps_digest: bool = False) -> None:
         self.batches = batches
         self.seed = seed
         self.iterator: Iterator[Batch] = iter(())
         self.count = 0
-        self.keeps_digest = False
+        self.keeps_digest = keeps_digest
         self._digest = hashlib.sha256()
 
     def __call__(self, step: int) -> Batch:

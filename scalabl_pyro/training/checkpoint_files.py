@@ -1,12 +1,12 @@
-"""Checkpoints of a run as folders that are whole or ignored; no pickle is written or read.
+"""Checkpoints of a run as folders that are complete or ignored. No pickle is written or read.
 
     step-00000300/
         tensors.safetensors   parameters, optimizer state, random states, history
-        record.json           numbers and words: the step, and what the run was asked for
+        record.json           numbers and words: the step, and the identity of the run
         manifest.json         size and SHA-256 of the two, written last
 
-A checkpoint is written beside its place, brought to the disk and renamed (``storage.directories``), so whatever
-stops the writing leaves those before it as they were.
+A checkpoint is written under a temporary name, flushed to the disk and renamed (``storage.directories``). If the
+writing is interrupted, earlier checkpoints stay as they were.
 """
 
 import json
@@ -41,10 +41,10 @@ class Checkpoint(NamedTuple):
     """What was saved at a step.
 
     Attributes:
-        path: its folder.
-        step: number of steps taken.
-        tensors: by name.
-        record: numbers and words.
+        path: Folder of the checkpoint.
+        step: Number of steps taken.
+        tensors: Saved tensors by name.
+        record: Saved numbers and words.
     """
 
     path: Path
@@ -57,8 +57,8 @@ class CheckpointFolder:
     """The checkpoints of one run.
 
     Args:
-        path: created when the first one is written.
-        keep: so many are kept, the newest.
+        path: Folder, created with the first checkpoint.
+        keep: Number of most recent checkpoints to keep.
     """
 
     def __init__(self, path: str | Path, *, keep: int) -> None:
@@ -66,16 +66,16 @@ class CheckpointFolder:
         self.keep = keep
 
     def paths(self) -> list[Path]:
-        """Folders of all checkpoints, whole or not, by step."""
+        """List the folders of all checkpoints, complete or damaged, by step."""
         if not self.path.is_dir():
             return []
         return sorted((p for p in self.path.iterdir() if NAME.fullmatch(p.name)), key=_step)
 
     def write(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Save a step, then delete all but the last ``keep``.
+        """Save a step, then delete all but the last ``keep`` checkpoints.
 
         Raises:
-            OSError: it could not be written; those before are as they were.
+            OSError: The checkpoint could not be written. Earlier ones stay as they were.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with staged(self.path / f"step-{step:08d}") as staging:
@@ -87,20 +87,27 @@ class CheckpointFolder:
         self._prune()
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; damaged ones are passed over with a warning.
+        """Read the newest valid checkpoint. Damaged ones are skipped with a warning.
+
+        Returns:
+            The checkpoint, or None if there is none.
 
         Raises:
-            ValueError: it was written by another version of the format.
+            ValueError: The checkpoint was written in another version of the format.
         """
         for path in reversed(self.paths()):
             try:
                 return read(path)
             except (OSError, Damaged) as error:
-                logger.warning("the checkpoint %s cannot be used, the one before it is looked at: %s", path, error)
+                logger.warning("the checkpoint %s is damaged and is skipped: %s", path, error)
         return None
 
     def set_aside(self, above: int) -> None:
-        """Rename what lies above a step, because it could not be used; delete what was never finished, or left over."""
+        """Rename damaged checkpoints above a step, and delete unfinished ones.
+
+        Args:
+            above: Step of the checkpoint that the run resumes from, or -1.
+        """
         if not self.path.is_dir():
             return
         with suppress(OSError):
@@ -109,7 +116,7 @@ class CheckpointFolder:
             for path in self.paths():
                 if _step(path) > above:
                     os.replace(path, path.with_name(f"damaged-{path.name}-{os.urandom(2).hex()}"))
-        self._prune()  # a run killed between its last checkpoint and this left one too many
+        self._prune()  # a run that was killed after writing may have left one too many
 
     def _prune(self) -> None:
         for path in self.paths()[: -self.keep]:
@@ -117,7 +124,7 @@ class CheckpointFolder:
 
 
 class Damaged(ValueError):
-    """A checkpoint that is not what its manifest says."""
+    """A checkpoint that differs from its manifest."""
 
 
 def read(path: Path) -> Checkpoint:
@@ -171,7 +178,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _delete(path: Path) -> None:
-    """Take the name away first: a checkpoint deleted by half must not look like one."""
+    """Delete a checkpoint. It is renamed first, because a half-deleted one must not look complete."""
     try:
         gone = path.with_name(f".{path.name}-gone")
         os.replace(path, gone)
