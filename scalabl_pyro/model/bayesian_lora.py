@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._deprecated import renamed_arguments
 from .._process.pyro_modes import KeepPlates, Program
 from ..data.batch import Batch
-from ..lora.adapter import Adapter
+from ..lora.adapter import Adapter, Gauge
 from ..lora.attach import attach
 from ..lora.forward import AdaptedLLM
 from ..lora.memory import MemoryEstimate, estimate_memory
@@ -32,7 +32,7 @@ def bayesian_lora(
     layers_to_transform: int | Iterable[int] | None = None,
     lora_dropout: float = 0.0,
     prior: PriorLike = 1.0,
-    gauge: str = "unit_rows",
+    gauge: Gauge = "unit_rows",
     modules_to_save: Sequence[str] | None = None,
     seed: int = 0,
 ) -> "BayesianLoRA":

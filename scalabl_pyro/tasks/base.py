@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .._errors import nearest
+from .._process.lock import LOCK
 from .._process.pyro_modes import Program
 from ..data.batch import Batch, Example
 from ..data.rows import Row
@@ -65,6 +66,22 @@ class Task(Program):
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.TorchDistribution:
         """Distribution of y given ``outputs`` (..., B, K): batch shape (..., B)."""
         raise NotImplementedError(f"{type(self).__name__} must define likelihood(outputs, batch) -> distribution.")
+
+    def distribution(self, outputs: Tensor, batch: Batch) -> dist.TorchDistribution:
+        """Build :meth:`likelihood` while no other thread runs a Pyro program.
+
+        A task is a Pyro program, and Pyro's settings belong to the process. Only the construction takes the lock: use
+        the distribution (``log_prob``, ``sample``) without it.
+
+        Args:
+            outputs: What :meth:`outputs` gave, shape (..., B, K).
+            batch: The B rows.
+
+        Returns:
+            Distribution of y, batch shape (..., B).
+        """
+        with LOCK:
+            return self.likelihood(outputs, batch)
 
     def forward(self, outputs: Tensor, batch: Batch) -> dist.TorchDistribution:
         """:meth:`likelihood` as a Pyro program, in which the task's PyroParams are param sites."""

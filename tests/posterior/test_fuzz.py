@@ -569,7 +569,7 @@ def test_baseline_that_holds_itself_is_refused(baselines):
     baselines.put("temperature", {})
     shutil.rmtree(baselines.folder / "base")
     (baselines.folder / "base").symlink_to(baselines.folder)
-    with pytest.raises(ValueError, match="a baseline of baselines deeper than"):
+    with pytest.raises(ValueError, match="baselines are nested deeper than 4"):
         sp.baselines.load(baselines.llm, baselines.folder)
 
 
@@ -612,7 +612,7 @@ class RunPlace(Place):
         with torch.no_grad():  # a run before may have left anything
             for own, start in zip(self.blora.point_estimates.parameters(), self.start, strict=True):
                 own.copy_(start)
-        self.blora.adapter.loc = self.loc.clone()
+        self.blora.adapter.rest_at(self.loc.clone())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             try:

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyro.distributions as dist
@@ -13,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import scalabl_pyro as sp
+from scalabl_pyro._process.lock import LOCK
 from scalabl_pyro.data import Example, collate, encode, read_rows
 
 QUESTION = {"id": "q0", "question": "what is the sky ?", "choices": ["red", "green", "blue"], "answer": 2}
@@ -413,6 +415,24 @@ def test_a_likelihood_keeps_the_dimensions_of_draws(task, tokenizer, draws):
         d = each.likelihood(outputs, batch_of(each, rows))
         assert d.batch_shape == (*draws, 2)
         assert d.event_shape == ()
+
+
+def test_distribution_is_the_likelihood_built_while_the_lock_is_held(task, monkeypatch):
+    batch = batch_of(task, [QUESTION, QUESTION])
+    outputs = torch.zeros(2, len(batch), 26)
+    expected = task.likelihood(outputs, batch)
+    seen = []
+
+    def likelihood(outputs, batch):
+        with ThreadPoolExecutor(1) as other:
+            seen.append(other.submit(LOCK.acquire, blocking=False).result())
+        return expected
+
+    monkeypatch.setattr(task, "likelihood", likelihood)
+    assert task.distribution(outputs, batch) is expected
+    assert seen == [False]  # no other thread could take the lock meanwhile
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: LOCK.acquire(blocking=False) and LOCK.release() is None).result()
 
 
 def test_classes_are_categorical_in_the_logits_of_the_head(tokenizer):
