@@ -2,7 +2,7 @@
 
 A row is a dict, one line of a JSONL file, or one item of a ``datasets.Dataset``; a task turns it into an
 :class:`Example`. Batches are right-padded: left padding gives NaN in some fused attention kernels, and with the
-last real token of each row known there is no need for it.
+last real token of each row known it is not needed.
 """
 
 import logging
@@ -47,8 +47,8 @@ class Batch:
         index: (B,) position of each row in its data set.
         last: (B,) index of the last real token of each row.
         extras: further tensors (B, ...) for the likelihood.
-        start: of a part of a joint batch of several processes: its first row there.
-        joint: rows of that joint batch; None where there is no other.
+        start: First row of this part in the joint batch of several processes.
+        joint: Number of rows of that joint batch. None in one process.
     """
 
     inputs: dict[str, Tensor]

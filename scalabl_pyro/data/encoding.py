@@ -35,7 +35,7 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
             need = "which training and the likelihood need"
             raise ValueError(f"Row {i}{_row_id(row)} has no answer, {need}; its fields are {list(row)}.")
         if example.target is not None and not isinstance(example.target, numbers.Real):
-            raise TypeError(f"Row {i}{_row_id(row)}: the answer {example.target!r} is no number.")
+            raise TypeError(f"Row {i}{_row_id(row)}: the answer {example.target!r} is not a number.")
         if example.target is not None and not math.isfinite(example.target):
             raise ValueError(f"Row {i}{_row_id(row)}: the answer {example.target} is not finite.")
         examples.append(example)

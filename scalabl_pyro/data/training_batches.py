@@ -22,7 +22,7 @@ class TrainingBatches:
     Args:
         examples: the training set.
         batch_size: rows in a batch, at most.
-        seed: of the order.
+        seed: Seed of the order.
         multiple: batches are padded to a multiple of so many tokens, so that shapes repeat.
     """
 
@@ -83,7 +83,7 @@ def training_source(
         batch_size: rows in a batch made from rows.
         pad_token_id: fills shorter rows.
         num_data: N; needed for an iterable of batches whose data set has no length.
-        seed: of the order.
+        seed: Seed of the order.
         multiple: batches made from rows are padded to a multiple of so many tokens.
         keeps_digest: Whether an iterable of batches keeps a digest of them, by which a replay is checked.
 
@@ -122,7 +122,7 @@ class Cycle:
 
     Args:
         batches: the iterable.
-        seed: of its draws.
+        seed: Seed of its draws.
         keeps_digest: Whether to keep a digest of the batches, by which a replay is checked.
 
     Attributes:

@@ -57,7 +57,7 @@ def bayesian_lora(
             prior of s a meaning of its own.
         modules_to_save: modules trained in full (point estimates) and saved; default: the new head of a Hugging Face
             classifier.
-        seed: of the initial factors; the global random state is left alone.
+        seed: Seed of the initial factors. The global random state stays as it was.
 
     Returns:
         A PyroModule to call in place of the LLM.
@@ -92,7 +92,7 @@ class BayesianLoRA(Program):
     """An LLM as a Pyro program over the D latents of its LoRA layers.
 
     Calling it samples the site ``"s"`` from the prior (or takes ``s=``), and runs the LLM with it. The base model
-    is no submodule: it never enters a trace, and ``parameters()`` are the trainable ones alone. Batches of draws
+    is not a submodule: it never enters a trace, and ``parameters()`` are the trainable ones alone. Batches of draws
     are folded into the rows of the input, so ``Trace_ELBO(vectorize_particles=True)``,
     ``Predictive(parallel=True)`` and plates over rows work unchanged.
 
