@@ -13,18 +13,18 @@
 # %% [markdown]
 """# Two priors, three guides, one data set.
 
-SmolLM2-135M learns the topic of Reuters news six times: every pair of a prior and a guide, from the same start, on the
-same batches. What differs then comes from the prior, from the guide, or from chance, and the last question of this page
-is which. It took 23 minutes of processor time.
+SmolLM2-135M learns the topic of Reuters news six times, once for every pair of a prior and a guide, from the same start
+and on the same batches. Differences come from the prior, from the guide, or from chance. The last section says which.
+The notebook took 23 minutes of processor time.
 
-This notebook is made from `ablation_notebook.py` by `make notebook`. It calls the functions of `ablation.py`, which is
-the same ablation for the command line, over any priors, guides and data.
+This notebook is built from `ablation_notebook.py` by `make notebook`. It calls the functions of `ablation.py`, the
+script that compares any priors and guides on any data.
 """
 
 # %%
 import os
 
-os.environ["TQDM_DISABLE"] = "1"  # progress bars read badly in a file; read when torch imports tqdm
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars in the file; read at the import of tqdm
 
 import argparse
 import itertools
@@ -38,26 +38,26 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-with warnings.catch_warnings(action="ignore"):  # of the next ArviZ, at import
+with warnings.catch_warnings(action="ignore"):  # ArviZ 0.x warns about ArviZ 1.x
     import transformers
 
-    sys.path.insert(0, "examples")  # when run from the top of the repository
+    sys.path.insert(0, "examples")  # makes ablation importable from the top of the repository
     import ablation
 
 from scalabl_pyro import plots
 from scalabl_pyro.analysis.checks import check_history
 
-logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # that long articles are cut is known here
+logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # no warning about articles that are cut
 transformers.utils.logging.disable_progress_bar()
 pd.options.display.max_columns = 20
 
 # %% [markdown]
-"""With `SCALABL_TOY=1` all of this runs on a random model of two blocks, in seconds. Its numbers mean nothing.
+"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing.
 
-The priors: `normal` is Normal(0, 1); `horseshoe` expects most latents to be near zero, and infers how near, with scales
-of its own beside `s`. The guides: `normal` knows no correlations, `layer_covariance` those within a layer,
-`full_covariance` all of them. The upper two of thirty blocks are adapted, and the LM head. A seventh fit repeats the
-first with another seed (other initial factors, another order of the rows), to see what chance does.
+Priors: `normal` is Normal(0, 1). `horseshoe` expects most latents to be near zero, and infers how near with additional
+latent scales. Guides: `normal` has no correlations, `layer_covariance` has correlations within a layer, and
+`full_covariance` has all of them. The upper two of thirty blocks and the LM head are adapted. A seventh fit repeats the
+first with another seed (other initial factors, another order of the rows), to measure the effect of chance.
 """
 
 # %%
@@ -77,15 +77,15 @@ print(f"{len(train)} rows to train on, {len(test)} to test, {args.steps} steps o
 # %% [markdown]
 """## The table
 
-- `accuracy`, `nll` (nats a row), `ece`: on the test rows, averaged over 20 draws. Lower is better of the last two.
+- `accuracy`, `nll` (nats per row), `ece`: on the test rows, averaged over 20 draws. For NLL and ECE, lower is better.
 - `elbo`: nats per data set, estimated from 32 training rows and scaled up. It bounds the log evidence *of its own prior
-  and factors*: within a prior it compares fits, between priors also how well the prior fits.
-- `elpd_loo`, `se`: leave-one-out log density of those rows, nats.
-- `pareto_k`: how far the guide is from the posterior with the factors held fixed. Above `good_k` it is not close enough
-  for weights p / q, and `elpd_loo` is then the guide's and not the posterior's; `bad_rows` is the share of rows of
-  which that holds.
-- `parameters` are those of the guide; `seconds` are those of the fit, here on two cores shared with other work, so that
-  they compare nothing.
+  and factors*. Within a prior it compares fits; between priors it also compares how well the priors fit.
+- `elpd_loo`, `se`: leave-one-out log density of these rows in nats, and its standard error.
+- `pareto_k`: distance of the guide from the posterior with the factors held fixed. Above `good_k` the guide is too far
+  for weights p / q, and `elpd_loo` is then that of the guide and not of the posterior. `bad_rows` is the share of rows
+  above the threshold.
+- `parameters`: number of parameters of the guide.
+- `seconds`: duration of the fit. The two cores were shared with other work, so do not compare these numbers.
 """
 
 # %%
@@ -94,10 +94,10 @@ table = pd.DataFrame.from_dict(lines, orient="index")
 display(table.round(3))
 
 # %% [markdown]
-"""## Had they finished?
+"""## Have they converged?
 
-The loss is the negative ELBO a row. A guide that is still moving is judged too early: `loss_slope` is by how many
-standard errors the loss falls over the last third of the steps (below -3 it clearly does).
+The loss is the negative ELBO per row. A guide that still changes should not be judged yet. `loss_slope` is the change
+of the loss over the last third of the steps in standard errors. Below -3 the loss clearly still falls.
 """
 
 # %%
@@ -107,7 +107,7 @@ for ax, prior in zip(axes, args.priors, strict=True):
         history = outcomes[f"{prior} / {guide}"].result.history
         ax.plot(history["step"], history["loss"].rolling(10, min_periods=1).mean(), color=color, label=guide)
     ax.set(title=f"prior {prior}", xlabel="step")
-axes[0].set(ylabel="loss, nats a row (mean of 10 steps)", yscale="log")
+axes[0].set(ylabel="loss, nats per row (mean of 10 steps)", yscale="log")
 axes[0].legend(frameon=False)
 plt.show()
 slopes = {name: [f.value for f in check_history(outcome.result.history)] for name, outcome in outcomes.items()}
@@ -116,16 +116,16 @@ display(pd.DataFrame.from_dict(slopes, orient="index").rename(columns={0: "loss_
 # %% [markdown]
 """## What is a difference?
 
-All pairs answer the same test rows, so that their log scores can be compared row by row: `difference` is the NLL minus
-that of the first pair, in nats a row, and `se` its standard error over rows. A difference of less than two standard
-errors, or of no more than what another seed makes, is none.
+All pairs answer the same test rows, so their log scores can be compared row by row. `difference` is the NLL minus that
+of the first pair in nats per row, and `se` is its standard error over rows. Ignore a difference below two standard
+errors, and one that is not larger than the difference between two seeds.
 """
 
 # %%
 
 
 def log_scores(prediction):
-    """Log probability of the right topic of each row."""
+    """Compute the log probability of the right topic of each row."""
     return np.log(prediction.probs[np.arange(len(prediction.target)), prediction.target])
 
 
@@ -139,8 +139,8 @@ display(pd.DataFrame.from_dict(gaps, orient="index").round(3))
 # %% [markdown]
 """## The latents of one layer
 
-The layer whose latents are correlated most under `full_covariance`. Its factors were trained with each pair, so that
-the medians differ for many reasons; what to look at is the width.
+The plot shows the layer with the largest correlation under `full_covariance`. Its factors were trained anew with each
+pair, so the medians differ for many reasons. Compare the widths.
 """
 
 # %%
@@ -161,7 +161,8 @@ plt.show()
 # %% [markdown]
 """## Correlations
 
-The two latents that are correlated most, and a third, under the guide that can say so and under the one that cannot.
+The plots show the two latents with the largest correlation, and a third one. The first guide can represent correlations
+and the second cannot.
 """
 
 # %%
@@ -175,14 +176,15 @@ for guide in ("full_covariance", "normal"):
 # %% [markdown]
 """## What this run says
 
-Of 120 training rows, 120 steps of 8 rows, 100 test rows, and one seed each (two for the first pair):
+With 120 training rows, 120 steps of 8 rows, 100 test rows, and one seed each (two for the first pair):
 
-- **The guide hardly matters here.** Within a prior the NLL of the guides differs by 0.007 nats a row at most; another
+- **The guide hardly matters here.** Within a prior the NLL of the guides differs by 0.007 nats per row at most; another
   seed makes 0.041. No correlation that `full_covariance` found is above 0.10, so it had little to say that the
   factorized guide cannot. The pair plots look alike.
-- **The prior does something.** Under the horseshoe the NLL is lower by 0.07 nats a row, four standard errors over rows
-  and more than the seed makes; whether it would be under other seeds this run cannot tell. Its latents are smaller and
-  half as wide. Its ELBO is lower by more than 60 nats, as it pays for the scales it infers, one a latent and two more.
+- **The prior does something.** Under the horseshoe the NLL is lower by 0.07 nats per row, four standard errors over
+  rows and more than the seed makes; whether it would be under other seeds this run cannot tell. Its latents are smaller
+  and half as wide. Its ELBO is lower by more than 60 nats, as it pays for the scales it infers, one per latent and two
+  more.
 - **Numbers to mistrust.** `pareto_k` is above its threshold for every pair but two, and for the horseshoe far above:
   its factorized guide of the scales is not close to the posterior. There `elpd_loo` and `elbo` do not rank anything.
 - **Not finished.** No loss still fell clearly against its noise, but 120 steps are few, and a slope that small batches

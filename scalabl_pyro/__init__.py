@@ -14,14 +14,18 @@ from .prediction.draws import Draws
 from .prediction.result import NumericPrediction, Prediction
 from .tasks import MultipleChoice, Regression, SequenceClassification, Task
 from .training.fit import fit
+from .training.options import CheckpointOptions, HardwareOptions, OptimizerOptions
 from .training.result import FitResult, TrainingError
 
 __all__ = [
     "BayesianLoRA",
+    "CheckpointOptions",
     "Draws",
     "FitResult",
+    "HardwareOptions",
     "MultipleChoice",
     "NumericPrediction",
+    "OptimizerOptions",
     "Posterior",
     "Prediction",
     "Regression",

@@ -1,4 +1,4 @@
-"""Words for user mistakes: what was given, what is allowed, and the nearest valid name."""
+"""Errors for user mistakes: what was given, what is allowed, and the nearest valid name."""
 
 import difflib
 import numbers
@@ -6,11 +6,24 @@ from collections.abc import Iterable
 
 
 class ScalaBLWarning(UserWarning):
-    """Something works, but probably not the way the user meant it."""
+    """Warns that something works, but probably not the way the user meant it."""
 
 
 def nearest(name: str, allowed: Iterable[str], *, limit: int = 3) -> str:
-    """A hint such as ``Did you mean 'q_proj', 'k_proj'?``, or what exists when nothing is near."""
+    """Suggest names near a wrong one.
+
+    Args:
+        name: The wrong name.
+        allowed: The valid names.
+        limit: Largest number of suggestions.
+
+    Returns:
+        A sentence such as ``Did you mean 'q_proj', 'k_proj'?``, or the valid names if none is near.
+
+    Example:
+        >>> nearest("norml", ["normal", "delta"])
+        "Did you mean 'normal'?"
+    """
     allowed = sorted(set(allowed))
     hits = difflib.get_close_matches(name, allowed, n=limit, cutoff=0.5)
     if hits:
@@ -20,21 +33,43 @@ def nearest(name: str, allowed: Iterable[str], *, limit: int = 3) -> str:
 
 
 def check_positive(**values: float) -> None:
-    """Raise ValueError unless every number, named as the caller's option is, is positive and finite."""
+    """Check that numbers are positive and finite.
+
+    Args:
+        values: Numbers, named as the options of the caller.
+
+    Raises:
+        ValueError: A number is not.
+    """
     for name, value in values.items():
         if not _is_number(value) or not 0 < value < float("inf"):
             raise ValueError(f"{name}={value!r} must be positive and finite.")
 
 
 def check_not_negative(**values: float) -> None:
-    """Raise ValueError unless every number, named as the caller's option is, is 0 or more and finite."""
+    """Check that numbers are finite, and 0 or more.
+
+    Args:
+        values: Numbers, named as the options of the caller.
+
+    Raises:
+        ValueError: A number is not.
+    """
     for name, value in values.items():
         if not _is_number(value) or not 0 <= value < float("inf"):
             raise ValueError(f"{name}={value!r} must be a finite number, 0 or more.")
 
 
 def check_count(*, least: int = 1, **values: int) -> None:
-    """Raise ValueError unless every number, named as the caller's option is, is a whole number from ``least`` on."""
+    """Check that numbers are whole numbers from ``least`` on.
+
+    Args:
+        least: Smallest number allowed.
+        values: Numbers, named as the options of the caller.
+
+    Raises:
+        ValueError: A number is not.
+    """
     for name, value in values.items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number, {least} or more.")
@@ -45,7 +80,16 @@ def _is_number(value: object) -> bool:
 
 
 def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
-    """Raise ValueError unless ``given`` is one of the ``allowed`` names."""
+    """Check that an option is one of the allowed words.
+
+    Args:
+        what: Name of the option.
+        given: Its value.
+        allowed: The valid words.
+
+    Raises:
+        ValueError: It is another value; the message suggests a word near it.
+    """
     allowed = list(allowed)
     if given not in allowed:
         raise ValueError(f"{what}={given!r} is unknown. {nearest(str(given), allowed)}")

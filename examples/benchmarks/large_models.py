@@ -1,30 +1,43 @@
-"""Which shapes train on this GPU, how long a step takes, and whether ``estimate_memory`` knew.
+"""Measures which shapes train on this GPU, the time per step, and how close ``estimate_memory`` is to the truth.
 
     python examples/benchmarks/large_models.py --runs qwen2.5-32b:checkpointing qwen2.5-72b:4bit:checkpointing
     python examples/benchmarks/large_models.py --runs tiny tiny:4bit:checkpointing --device cpu
 
-A run is a shape and what it is trained with: ``4bit`` (bitsandbytes, NF4) and ``checkpointing`` (blocks run again in
-the backward pass). Weights are random. ``estimated`` is what ``blora.estimate_memory`` says, ``measured`` the peak that
-torch's allocator saw over the steps of ``fit``, both in GiB with the weights.
+A run is a shape and its options: ``4bit`` (weights in NF4 by bitsandbytes) and ``checkpointing`` (blocks run again in
+the backward pass to save memory). Weights are random. ``estimated`` is the result of ``blora.estimate_memory``, and
+``measured`` the peak of torch's allocator over the steps of ``fit``. Both are in GiB and include the weights.
 """
 
 import argparse
 import gc
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
-from random_llms import SHAPES, random_llm
-from speed import TARGETS, AnswerTokens, random_batch
 
 import scalabl_pyro as sp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes _support importable
+from _support.random_llms import SHAPES, random_llm
+from _support.timing import TARGETS, AnswerTokens, random_batch
 
 STEPS = 8
 
 
 def one(run: str, rows: int, tokens: int, device: str) -> dict:
-    """Build, estimate, train a few steps; a line of the table."""
+    """Build a model, estimate its memory, and train a few steps.
+
+    Args:
+        run: Shape and options, such as ``"tiny:4bit"``.
+        rows: Rows per batch.
+        tokens: Tokens per row.
+        device: ``"cuda"`` or ``"cpu"``.
+
+    Returns:
+        A line of the table.
+    """
     shape, *options = run.split(":")
     cuda = device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -52,11 +65,11 @@ def one(run: str, rows: int, tokens: int, device: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help=f"SHAPE[:4bit][:checkpointing]; shapes: {[*SHAPES]}")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--runs", nargs="+", required=True, help=f"SHAPE[:4bit][:checkpointing] of {', '.join(SHAPES)}")
+    parser.add_argument("--rows", type=int, default=4, help="rows per batch")
+    parser.add_argument("--tokens", type=int, default=300, help="tokens per row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("large_models.json"))
+    parser.add_argument("--out", type=Path, default=Path("large_models.json"), help="JSON file of the results")
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     table = {"device": device, "lines": []}

@@ -1,13 +1,48 @@
-"""One lock for what the whole process shares, so that threads may sample and predict at the same time.
+"""One lock for what the whole process shares, so that threads may train, sample and predict at the same time.
 
 torch's default generators, Pyro's handler stack and settings, and fast tokenizers belong to the process, not to a
-thread. Whoever changes or needs them holds :data:`LOCK` for that while. Passes through an LLM run without it; the
-train modes they depend on are counted in :mod:`scalabl_pyro.lora.forward`.
+thread. A thread that changes or needs them holds :data:`LOCK` for that time. A training holds it per step. Predictions
+run the LLM without it; :mod:`scalabl_pyro.lora.train_mode` counts them.
 """
 
 import threading
+from typing import Any
+
+
+class FairLock:
+    """A reentrant lock that a waiting thread gets before the thread that releases it can take it again.
+
+    ``threading.RLock`` is not fair: a training loop that releases it and takes it again at once would keep all other
+    threads waiting. Here a waiting thread holds a gate in front of the lock, where the next one has to wait.
+    """
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()
+        self._lock = threading.RLock()
+        # What threading.Condition uses.
+        self._is_owned = self._lock._is_owned  # type: ignore[attr-defined]
+        self._release_save = self._lock._release_save  # type: ignore[attr-defined]
+        self._acquire_restore = self._lock._acquire_restore  # type: ignore[attr-defined]
+
+    def acquire(self) -> bool:
+        """Wait for the lock and take it."""
+        if self._is_owned():
+            return self._lock.acquire()
+        with self._gate:
+            return self._lock.acquire()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *error: Any) -> None:
+        self.release()
+
 
 #: Reentrant: a function that holds it may call others that take it.
-LOCK = threading.RLock()
-#: Notified when a module is no longer used by any prediction.
-IDLE = threading.Condition(LOCK)
+LOCK = FairLock()
+#: Notified when a prediction or a training no longer uses a module.
+IDLE = threading.Condition(LOCK)  # type: ignore[arg-type]

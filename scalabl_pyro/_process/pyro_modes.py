@@ -1,4 +1,4 @@
-"""What every Pyro program here is built on: both of Pyro's parameter modes, and latents that keep their plates."""
+"""The base class of all Pyro programs here: it supports both of Pyro's parameter modes, and keeps plates."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from .lock import LOCK
 
 @contextmanager
 def local_params() -> Iterator[None]:
-    """Parameters stay in their modules and Pyro's global store empty; one thread at a time, as the mode is global."""
+    """Keep parameters in their modules and Pyro's global store empty. One thread at a time: the mode is global."""
     with LOCK, pyro.settings.context(module_local_params=True):
         yield
 
@@ -23,7 +23,7 @@ class Program(PyroModule):
 
     Stock ``SVI`` keeps parameters in Pyro's global store; ELBO modules under
     ``pyro.settings.context(module_local_params=True)`` leave that store empty. A context that was created in the
-    second mode serves both, one created in the first only the first.
+    second mode works in both modes; a context from the first mode works only there.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class KeepPlates(Messenger):
     """Give a latent the plate dimensions of its site.
 
     ``Predictive(parallel=True)`` conditions on draws (S, D) in a plate of shape (S, 1), because it cannot know that D
-    is an event dimension; without the 1, draws would be taken for rows.
+    is an event dimension. Without the 1, the program would read draws as rows.
     """
 
     def _pyro_post_sample(self, msg: Any) -> None:

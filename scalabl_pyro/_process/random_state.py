@@ -1,5 +1,6 @@
-"""Randomness enters as a seed and leaves no mark on the global generators."""
+"""Random streams that start from a seed and leave torch's global generators as they were."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -9,24 +10,52 @@ from torch import Tensor
 from .lock import LOCK
 
 
+def derive_seed(seed: int, purpose: str) -> int:
+    """Derive the seed of one random stream from the seed of a whole call.
+
+    Streams that start from one integer are copies of each other: initial scales would follow the noise. Derived seeds
+    give each purpose a stream of its own.
+
+    Args:
+        seed: Seed that the caller gave.
+        purpose: Name of the stream, such as ``"noise"``.
+
+    Returns:
+        63-bit integer: the first bits of the SHA-256 of purpose and seed.
+
+    Raises:
+        TypeError: ``seed`` is not an integer.
+
+    Example:
+        >>> derive_seed(0, "noise") == derive_seed(0, "initial scales")
+        False
+    """
+    _check_seed(seed)
+    digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 class Stream:
     """Random numbers from one seed, drawn in pieces from torch's global generators (CPU, and GPUs in use).
 
     Args:
-        seed: of the first piece; each later one goes on where the piece before it ended.
-        gpus: whether the generators of GPUs take part.
+        seed: Seed of the first piece. Each later piece continues where the one before it ended.
+        gpus: Whether the generators of GPUs take part.
     """
 
     def __init__(self, seed: int, *, gpus: bool = True) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise TypeError(f"seed={seed!r}: expected an integer.")
+        _check_seed(seed)
         self.seed = seed
         self.gpus = gpus
         self._states: dict[str, Tensor] = {}
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """The next piece: no other thread uses the generators meanwhile, and they are as before afterwards."""
+        """Draw the next piece inside the context.
+
+        No other thread of the package uses the generators meanwhile. Afterwards they are as before. A piece that ends
+        with an exception does not count: the next one starts where it started.
+        """
         with LOCK:
             generators = {name: g for name, g in _generators().items() if self.gpus or name == "cpu"}
             before = {name: generator.get_state() for name, generator in generators.items()}
@@ -42,6 +71,29 @@ class Stream:
                 for name, generator in generators.items():
                     generator.set_state(before[name])
 
+    def states(self) -> dict[str, Tensor]:
+        """States of the generators at the start of the next piece: ``cpu``, and ``cuda.<index>`` of GPUs in use."""
+        if not self._states:
+            with self.use():
+                pass
+        return dict(self._states)
+
+    def load_states(self, states: Mapping[str, Tensor]) -> list[str]:
+        """Continue from saved states.
+
+        Args:
+            states: States by name, as :meth:`states` gives them.
+
+        Returns:
+            Names of generators without a saved state, and of saved states without a generator on this machine.
+
+        Raises:
+            RuntimeError: A tensor is not a state of its generator.
+            TypeError: A tensor has another type than a state.
+        """
+        with self.use():
+            return set_generator_states(states)
+
 
 @contextmanager
 def scoped_seed(seed: int, *, gpus: bool = True) -> Iterator[None]:
@@ -50,17 +102,21 @@ def scoped_seed(seed: int, *, gpus: bool = True) -> Iterator[None]:
         yield
 
 
-def generator_states() -> dict[str, Tensor]:
-    """States of torch's global generators by name: ``cpu``, and ``cuda.<index>`` of GPUs in use."""
-    return {name: generator.get_state() for name, generator in _generators().items()}
-
-
 def set_generator_states(states: Mapping[str, Tensor]) -> list[str]:
-    """Put states back; the names of those that this machine has no generator for, or no state, come back."""
+    """Set the states of torch's global generators.
+
+    Returns:
+        Names that only one side has: the saved states, or the generators of this machine.
+    """
     generators = _generators()
     for name in set(states) & set(generators):
         generators[name].set_state(states[name])
     return sorted(set(states) ^ set(generators))
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed={seed!r}: expected an integer.")
 
 
 def _generators() -> dict[str, torch.Generator]:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM wait for the end of the running step, so that nothing is half done when they take effect."""
+"""Delays Ctrl-C and SIGTERM until the running step ends, so that no step stays half done."""
 
 import signal
 import threading
@@ -7,16 +7,16 @@ from typing import Any
 
 
 class StopSignals:
-    """Inside the context a signal is kept until :meth:`deliver`; handlers are as before afterwards.
+    """Keep signals inside the context until :meth:`deliver`. Afterwards the handlers are as before.
 
-    Only the main thread can do so, and only what would end the program is kept: a handler of the caller's own for
-    SIGINT stays in force. A second Ctrl-C takes effect at once, in the middle of a step.
+    Only the main thread can keep signals. It keeps only those that would end the program: a handler of the caller's own
+    for SIGINT stays in force. A second Ctrl-C takes effect at once, in the middle of a step.
 
     Args:
-        terminate: keep SIGTERM too.
+        terminate: Whether to keep SIGTERM too.
 
     Attributes:
-        received: the signal that waits.
+        received: Number of the signal that waits, or None.
     """
 
     def __init__(self, *, terminate: bool) -> None:
@@ -35,22 +35,26 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-        if self.received == signal.SIGTERM:  # came too late for the last step; it is not ours to swallow
+        if self.received == signal.SIGTERM:  # it came after the last step; raise it for the caller
             signal.raise_signal(signal.SIGTERM)
+
+    def adopt(self, signum: int) -> None:
+        """Take over a signal that another process has received."""
+        self.received = signum
 
     def deliver(self) -> None:
         """Let the signal that waits take effect.
 
         Raises:
-            KeyboardInterrupt: for SIGINT.
-            SystemExit: for SIGTERM, with status 143 = 128 + 15; the caller's own handler is called instead if there is
-                one, and may return.
+            KeyboardInterrupt: The signal is SIGINT.
+            SystemExit: The signal is SIGTERM; the status is 143 = 128 + 15. If the caller has a handler of its own,
+                that handler is called instead, and may return.
         """
         signum, self.received = self.received, None
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
         if signum == signal.SIGTERM:
-            handler = self._before.get(signum)  # None where another process received it
+            handler = self._before.get(signum)  # None if another process received the signal
             if not callable(handler):
                 raise SystemExit(128 + signum)
             handler(signum, None)

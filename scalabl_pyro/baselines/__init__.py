@@ -1,29 +1,30 @@
-"""Other ways to fine-tune, one file each, with the verbs of :func:`scalabl_pyro.fit`.
+"""Methods to compare with: point estimates, dropout, ensembles, BLoB, TFB, Laplace-LoRA, temperature scaling.
 
-Those that train take the *base* model, adapt it, and return a result with ``.posterior`` and ``.history``; the others
-start from a fitted posterior. ``posterior.blora().unload()`` gives the base model back for the next method.
+Some methods train. They take the *base* model, adapt it, and return a result with ``.posterior`` and ``.history``. The
+others start from a fitted posterior. ``posterior.blora().unload()`` gives the base model back for the next method.
 """
 
+import warnings
+from typing import Any
+
 from . import saving
-from .blob import NormalNoise, blob
-from .deep_ensemble import EnsemblePosterior, deep_ensemble
-from .factor_posterior import NOISES, FactorNoise, FactorPosterior
-from .kl_reweighting import KLReweighting
-from .laplace_lora import KroneckerNoise, laplace_lora
-from .map_lora import map_lora
-from .mc_dropout import DropoutNoise, mc_dropout
-from .mle import mle
+from .bayes_by_backprop import NormalNoise, blob
+from .dropout import DropoutNoise, mc_dropout
+from .ensembles import EnsemblePosterior, deep_ensemble
+from .factor_posterior import NOISES, FactorPosterior, WeightNoise
+from .kronecker_laplace import KroneckerNoise, laplace_lora
+from .point_lora import map_lora, mle
 from .predictor import BaselineResult, Predictor
+from .released_kl import KLReweighting
+from .released_training import scalabl_released
 from .saving import load
-from .scalabl_released import scalabl_released
-from .temperature_scaling import TemperatureScaled, temperature_scaling
-from .tfb import SpectralNoise, tfb
+from .temperature import TemperatureScaled, temperature_scaling
+from .training_free import SpectralNoise, tfb
 
 __all__ = [
     "BaselineResult",
     "DropoutNoise",
     "EnsemblePosterior",
-    "FactorNoise",
     "FactorPosterior",
     "KLReweighting",
     "KroneckerNoise",
@@ -31,6 +32,7 @@ __all__ = [
     "Predictor",
     "SpectralNoise",
     "TemperatureScaled",
+    "WeightNoise",
     "blob",
     "deep_ensemble",
     "laplace_lora",
@@ -45,3 +47,14 @@ __all__ = [
 
 NOISES |= {noise.family: noise for noise in (DropoutNoise, KroneckerNoise, NormalNoise, SpectralNoise)}
 saving.KINDS |= {kind.kind: kind.from_saved for kind in (EnsemblePosterior, FactorPosterior, TemperatureScaled)}
+
+#: Old name -> new name; old names work for one release.
+_RENAMED = {"FactorNoise": "WeightNoise"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(f"{__name__}.{name} is now called {new}.", DeprecationWarning, stacklevel=2)
+    return globals()[new]

@@ -1,6 +1,6 @@
-"""Posteriors over the factors A and B themselves: a point posterior, and noise that makes draws of its factors."""
+"""Posteriors of the LoRA factors A and B: a center, and noise around it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,33 +10,36 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .._errors import check_choice, check_positive
-from ..lora.adapter import Adapter
+from ..lora.binding import RowNoise
 from ..lora.factors import Factors
-from ..lora.forward import AdaptedLLM
+from ..lora.forward import AdaptedLLM, num_rows
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
 from ..prediction.result import NumericPrediction, Prediction
 from ..storage.tensor_files import check_keys, check_like
-from ..tasks import Task
 from . import saving
-from .predictor import Function, predict_functions
+from .predictor import DerivedPredictor, Function, Predictor, predict_functions
 
 
-class FactorNoise:
-    """A distribution over the factors of all layers around those of a point posterior.
+class WeightNoise:
+    """Base class of noise on the LoRA weights: a distribution of A and B of all layers around their center.
 
-    Subclasses are dataclasses whose fields are tensors by layer or JSON-able numbers.
+    Subclasses are dataclasses. Their fields are tensors (one per layer) or numbers that JSON can hold.
+
+    Example:
+        >>> noise = scalabl_pyro.baselines.SpectralNoise(0.01)
+        >>> scalabl_pyro.baselines.FactorPosterior(point, noise).predict(test_data, num_draws=10)
     """
 
-    #: Name under which it is saved.
+    #: Name of the family in saved files.
     family: ClassVar[str]
 
     def draws(self, factors: Factors, generator: Generator) -> Iterator[Factors]:
-        """Endless draws on the CPU, float32 or better.
+        """Yield draws of the factors without end, on the CPU, in float32 or float64.
 
         Args:
-            factors: (A, B) of the center, with y = W0 x + gamma B A x.
-            generator: the only source of randomness, so that draw i depends on its seed alone.
+            factors: Pairs (A, B) of the center, with y = W0 x + gamma B A x.
+            generator: The only source of randomness, so that draw i depends only on the seed.
         """
         raise NotImplementedError(f"{type(self).__name__} must define draws(factors, generator).")
 
@@ -49,55 +52,53 @@ class FactorNoise:
         return predict_functions(functions, center.task, data, seed=seed, batch_size=batch_size, progress=progress)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved as safetensors."""
+        """Return what is saved as safetensors."""
         return {}
 
     def options(self) -> dict[str, Any]:
-        """What is saved as JSON."""
+        """Return what is saved as JSON."""
         return {}
 
     @classmethod
-    def from_saved(cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor], factors: Factors) -> "FactorNoise":
-        """The noise again; ``factors`` are those of the center, whose shapes the tensors must fit."""
+    def from_saved(cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor], factors: Factors) -> "WeightNoise":
+        """Restore the noise. The saved tensors must fit the shapes of ``factors``, the factors of the center."""
         raise NotImplementedError(f"{cls.__name__} must define from_saved(options, tensors, factors).")
 
 
-#: Families that a saved baseline can name; filled in by the package, see ``__init__.py``.
-NOISES: dict[str, type[FactorNoise]] = {}
+#: Families that saved files can name. The package fills it in, see ``__init__.py``.
+NOISES: dict[str, type[WeightNoise]] = {}
 
 
 @dataclass(frozen=True)
-class FactorPosterior:
-    """A distribution over A and B, by its center and the noise around it.
+class FactorPosterior(DerivedPredictor):
+    """A posterior of A and B: a center, and noise around it.
 
     Attributes:
-        center: a posterior whose mean is the center: task, heads, and factors.
-        noise: makes the draws.
-        provenance: how the noise came about.
+        center: Posterior whose mean is the center. It also gives the task and the heads.
+        noise: Makes the draws.
+        provenance: Method and settings that made the noise.
+
+    Example:
+        >>> posterior = scalabl_pyro.baselines.tfb(point, train_data)
+        >>> posterior.predict(test_data, num_draws=10, seed=0).probs
     """
 
     kind: ClassVar[str] = "factors"
 
     center: Posterior
-    noise: FactorNoise
+    noise: WeightNoise
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def adapter(self) -> Adapter:
-        """The LoRA layers inside the LLM."""
-        return self.center.adapter
+    def source(self) -> Predictor:
+        """Center, which gives adapter and task."""
+        return self.center
 
-    @property
-    def task(self) -> Task:
-        """The likelihood."""
-        return self.center.task
-
-    def blora(self) -> BayesianLoRA:
-        """The adapted LLM, to unload."""
-        return self.center.blora()
+    def __repr__(self) -> str:
+        return self._describe(method=repr(self.provenance.get("method", "")), noise=self.noise)
 
     def sample(self, num_draws: int, *, seed: int = 0) -> list[Factors]:
-        """Draws of the factors on the CPU, y = W0 x + gamma B A x; draw i is the same whatever their number."""
+        """Draw factors on the CPU, with y = W0 x + gamma B A x. Draw i does not depend on ``num_draws``."""
         check_positive(num_draws=num_draws)
         draws = self.noise.draws(plain_factors(self.center), torch.Generator().manual_seed(seed))
         return [next(draws) for _ in range(num_draws)]
@@ -108,11 +109,11 @@ class FactorPosterior:
         """Predict rows under fixed draws of the factors.
 
         Args:
-            data: rows for the task; answers are optional.
-            num_draws: S; 0 predicts with the center.
-            seed: of the draws.
-            batch_size: rows of data a pass.
-            progress: show a progress bar.
+            data: Rows for the task. Answers are optional.
+            num_draws: Number of draws. 0 predicts with the center.
+            seed: Seed of the draws.
+            batch_size: Rows of data per forward pass.
+            progress: Whether to show a progress bar.
         """
         if num_draws < 0:
             raise ValueError(f"num_draws={num_draws} must be 0 (the center) or more.")
@@ -122,7 +123,7 @@ class FactorPosterior:
         return self.noise.predict(self.center, data, num_draws=num_draws, **options)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the center as a posterior, and the noise beside it; :func:`scalabl_pyro.baselines.load` reads it."""
+        """Write the center as a posterior, and the noise next to it. :func:`scalabl_pyro.baselines.load` reads it."""
         options = {"noise": self.noise.family, "options": self.noise.options(), "provenance": dict(self.provenance)}
         saving.save(path, self.kind, options, tensors=self.noise.tensors(), children={"center": self.center})
 
@@ -130,7 +131,7 @@ class FactorPosterior:
     def from_saved(
         cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor], children: Mapping[str, Any]
     ) -> "FactorPosterior":
-        """What :func:`scalabl_pyro.baselines.load` read."""
+        """Build the posterior from what :func:`scalabl_pyro.baselines.load` has read."""
         center = children["center"]
         if not isinstance(center, Posterior):
             raise ValueError(f"The center of the factors must be a posterior, found a {type(center).__name__}.")
@@ -142,8 +143,8 @@ class FactorPosterior:
         return cls(center, noise, options["provenance"])
 
 
-def _check_draw(noise: FactorNoise, factors: Factors) -> None:
-    """A draw has the shapes of the factors, and finite numbers."""
+def _check_draw(noise: WeightNoise, factors: Factors) -> None:
+    """Check that a draw has the shapes of the factors and finite values."""
     drawn = next(iter(noise.draws(factors, torch.Generator().manual_seed(0))))
     for pair, own in zip(drawn, factors, strict=True):
         for value, like in zip(pair, own, strict=True):
@@ -153,7 +154,7 @@ def _check_draw(noise: FactorNoise, factors: Factors) -> None:
 
 
 def plain_factors(posterior: Posterior) -> Factors:
-    """Factors on the CPU in which the posterior mean computes y = W0 x + gamma B A x, without s and gauge."""
+    """Return factors on the CPU with which the posterior mean is y = W0 x + gamma B A x, without s and gauge."""
     plain = []
     for (A, B), s in zip(posterior.factors, posterior.subspace.split(posterior.mean()), strict=True):
         rows = F.normalize(A, dim=-1) if posterior.adapter.gauge == "unit_rows" else A
@@ -162,15 +163,35 @@ def plain_factors(posterior: Posterior) -> Factors:
 
 
 def as_function(posterior: Posterior, factors: Factors) -> Function:
-    """The LLM with heads and task of a posterior, and plain factors of its own."""
+    """Return the LLM with the heads of a posterior and the given plain factors."""
     llm = posterior.llm()
     adapter = posterior.adapter
     placed = tuple(
         (A.to(like.device, like.dtype), B.to(like.device, like.dtype))
         for (A, B), (like, _) in zip(factors, adapter.factors(), strict=True)
     )
-    if adapter.gauge == "unit_rows":  # which takes the norms out of A; s puts them back
+    if adapter.gauge == "unit_rows":  # this gauge divides A by the norms of its rows, so s must hold the norms
         s = torch.cat([A.norm(dim=-1).cpu() for A, _ in placed])
     else:
         s = torch.ones(adapter.subspace.dim)
     return AdaptedLLM(adapter, factors=placed, heads=llm.heads), s.to(adapter.loc.dtype)
+
+
+class NoisyLoRA(BayesianLoRA):
+    """An adapted LLM that adds noise to A in training, different for each row. Subclasses define the noise."""
+
+    def row_noise(self, s: Tensor, rows: int) -> Sequence[RowNoise]:
+        """Return the noise of each layer for ``rows`` rows, given the value of the site ``"s"``."""
+        raise NotImplementedError(f"{type(self).__name__} must define row_noise(s, rows).")
+
+    def forward(self, *args: Any, s: Tensor | None = None, positions: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run the LLM with s = 1 and noise in each layer. See :class:`~scalabl_pyro.BayesianLoRA`."""
+        s = self.sample_latents() if s is None else s
+        if s.shape[:-1].numel() != 1:
+            raise ValueError(
+                f"The site 's' has shape {tuple(s.shape)}, but this baseline takes one draw per batch. Use an ELBO "
+                "without vectorized particles, and draws='shared'."
+            )
+        ones = torch.ones(self.subspace.dim, device=self.device, dtype=self.adapter.loc.dtype)
+        noise = self.row_noise(s.reshape(-1), num_rows(args, kwargs))
+        return self._adapted(*args, s=ones, positions=positions, noise=noise, **kwargs)

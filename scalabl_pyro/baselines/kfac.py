@@ -1,8 +1,9 @@
-"""Kronecker factors of the Gauss-Newton matrix of LoRA factors, from what their layers see and what flows back.
+"""Kronecker factors of the Gauss-Newton matrix of LoRA factors, from the inputs and gradients of the layers.
 
-A layer computes u = A x and y = W0 x + B h with h = gamma u. For A the curvature is that of inputs x and gradients in
-u, for B that of inputs h and gradients in y: (mean of inputs inputs') times (sum of gradients gradients'), over rows
-and tokens (Martens and Grosse, 2015; over tokens the *expand* form of Eschenhagen et al., 2023).
+A layer computes u = A x and y = W0 x + B h with h = gamma u. The curvature of A uses the inputs x and the gradients
+with respect to u. The curvature of B uses the inputs h and the gradients with respect to y. It is the Kronecker product
+of the mean of inputs inputs' and the sum of gradients gradients', over rows and tokens (Martens and Grosse, 2015; over
+tokens the *expand* form of Eschenhagen et al., 2023).
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..data.batch import Batch, Example
-from ..data.encoding import evaluation_batches
+from ..data.batch import Batch, Example, evaluation_batches
 from ..lora.adapter import Adapter
 from ..lora.factors import Factors
 from ..lora.layers import SubspaceVariant
@@ -25,34 +25,34 @@ from ..model.derivatives import output_hessian
 from ..tasks import Task
 from .predictor import Function
 
-#: Directions that are kept between batches beyond those wanted.
+#: Number of directions to keep between batches beyond the requested rank.
 OVERSAMPLING = 10
 
 Eigen = tuple[Tensor, Tensor]
-"""Orthonormal columns (n, k), and the eigenvalue of each (k,); that of all other directions is 0."""
+"""Orthonormal eigenvectors (n, k) and their eigenvalues (k,). All other directions have eigenvalue 0."""
 
 
 @dataclass
 class Pass:
-    """What a forward pass left of the 2 L factors: A of layer l has number 2 l, its B 2 l + 1.
+    """Recorded inputs and products of the 2 L factors in one forward pass. Layer l has A at 2 l and B at 2 l + 1.
 
     Attributes:
-        inputs: (rows, tokens, n) what a factor multiplies.
-        targets: (rows, ..., m) what its product is added to, with a graph.
+        inputs: Input (rows, tokens, n) of each factor.
+        targets: Tensor (rows, ..., m) that the product of the factor ends up in, with a graph.
     """
 
     inputs: dict[int, Tensor] = field(default_factory=dict)
     targets: dict[int, Tensor] = field(default_factory=dict)
 
     def gradients(self, output: Tensor) -> list[Tensor]:
-        """Gradient of the scalar ``output`` in the target of each factor, (rows, tokens, m)."""
+        """Return the gradient (rows, tokens, m) of the scalar ``output`` with respect to the target of each factor."""
         targets = [self.targets[i] for i in range(len(self.targets))]
         found = torch.autograd.grad(output, targets, retain_graph=True, allow_unused=True)
         return [_by_row(torch.zeros_like(t) if g is None else g) for g, t in zip(found, targets, strict=True)]
 
 
 class RecordingVariant(SubspaceVariant):
-    """Computes with plain factors, and keeps what goes in and out of them."""
+    """A layer that computes with plain factors and records their inputs and products."""
 
     def __init__(self, adapter: Adapter, index: int, factors: tuple[Tensor, Tensor], kept: Pass) -> None:
         super().__init__(adapter, index)
@@ -62,7 +62,7 @@ class RecordingVariant(SubspaceVariant):
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """W0 x + gamma B A x."""
+        """Return W0 x + gamma B A x."""
         A, B = (factor.to(x.device, x.dtype) for factor in self.pair)
         u = F.linear(x, A)
         h = module.scaling[active_adapter] * u
@@ -70,8 +70,8 @@ class RecordingVariant(SubspaceVariant):
         for number, seen, target in ((2 * self.index, x, u), (2 * self.index + 1, h, y)):
             if number in self.kept.inputs:
                 raise ValueError(
-                    f"Layer {self.adapter.subspace.names[self.index]!r} runs more than once in a pass: leave it out of "
-                    "target_modules."
+                    f"Layer {self.adapter.subspace.names[self.index]!r} runs more than once per forward pass: leave it "
+                    "out of target_modules."
                 )
             self.kept.inputs[number] = _by_row(seen.detach())
             self.kept.targets[number] = target
@@ -79,12 +79,12 @@ class RecordingVariant(SubspaceVariant):
 
 
 def record(function: Function, task: Task, batch: Batch, factors: Factors) -> tuple[Tensor, Pass]:
-    """Outputs (B, K) of a batch with plain ``factors``, and what each of them saw."""
+    """Return the outputs (B, K) of a batch with plain ``factors``, and the recorded pass."""
     llm, s = function
     with _recording(llm.adapter, factors) as kept:
         outputs = task.outputs(llm, batch, s.to(llm.adapter.device)).reshape(len(batch), -1)
     if len(kept.inputs) != 2 * len(factors):
-        raise ValueError("Some adapted layers did not run in a pass of the LLM: leave them out of target_modules.")
+        raise ValueError("Some adapted layers did not run in the forward pass: leave them out of target_modules.")
     for number, x in kept.inputs.items():
         if len(x) != len(batch):
             raise ValueError(
@@ -98,11 +98,11 @@ def record(function: Function, task: Task, batch: Batch, factors: Factors) -> tu
 def _recording(adapter: Adapter, factors: Factors) -> Iterator[Pass]:
     kept, name = Pass(), adapter.adapter_name
     before = [layer.lora_variant[name] for layer in adapter.layers]
-    with sole_use(adapter.module), torch.enable_grad():  # passes of other threads would be recorded too
+    with sole_use(adapter.module), torch.enable_grad():  # forward passes of other threads would be recorded too
         try:
             for index, layer in enumerate(adapter.layers):
                 A, B = factors[index]
-                own = (A.detach().clone().requires_grad_(True), B)  # so that there is a graph from the first layer on
+                own = (A.detach().clone().requires_grad_(True), B)  # so that the graph starts at the first layer
                 layer.lora_variant[name] = RecordingVariant(adapter, index, own, kept)
             yield kept
         finally:
@@ -111,12 +111,12 @@ def _recording(adapter: Adapter, factors: Factors) -> Iterator[Pass]:
 
 
 class SecondMoment:
-    """Sum of v v' over many vectors v, exact for few dimensions, else by its leading directions.
+    """The sum of v v' over many vectors v: exact for few dimensions, else its leading directions only.
 
     Args:
-        dim: n, length of the vectors.
-        rank: k, directions that are kept.
-        exact_up_to: largest n for which the whole matrix is kept.
+        dim: Length n of the vectors.
+        rank: Number k of directions to keep.
+        exact_up_to: Largest n for which the full matrix is stored.
     """
 
     def __init__(self, dim: int, *, rank: int, exact_up_to: int) -> None:
@@ -132,7 +132,7 @@ class SecondMoment:
             vectors = vectors.double()
             self._sum = self._sum.to(vectors.device) + vectors.T @ vectors
             return
-        # Rows whose second moment is the sum so far, and the new ones: the leading right singular vectors of both.
+        # Stack rows whose second moment is the sum so far with the new rows, and keep the leading singular vectors.
         rows = torch.cat([self._sum.to(vectors.device), vectors.float()])
         wanted = min(self.rank + OVERSAMPLING, *rows.shape)
         if min(rows.shape) <= 4 * wanted:
@@ -143,7 +143,7 @@ class SecondMoment:
         self._sum = d[:wanted, None] * Vh[:wanted]
 
     def eigen(self) -> Eigen:
-        """Leading eigenvectors and eigenvalues, float32, on the CPU."""
+        """Return the leading eigenvectors and eigenvalues in float32 on the CPU."""
         if self.is_exact:
             values, vectors = torch.linalg.eigh(self._sum)
             return vectors.float().cpu(), values.clamp_min(0).float().cpu()
@@ -161,10 +161,10 @@ def kronecker_factors(
     exact_up_to: int,
     batch_size: int,
 ) -> list[tuple[Eigen, Eigen]]:
-    """For each of the 2 L factors: eigenvectors of its output side and of its input side.
+    """Compute eigenvectors and eigenvalues of the output side and the input side of each of the 2 L factors.
 
-    The Gauss-Newton matrix of a factor W (m, n) is about the Kronecker product of the two, so that entry (i, j) of W in
-    their bases has curvature values_out[i] * values_in[j].
+    The Gauss-Newton matrix of a factor W (m, n) is approximately the Kronecker product of the two sides. So entry (i,
+    j) of W in their bases has the curvature values_out[i] * values_in[j].
     """
     llm, _ = function
     sides = [side for A, B in factors for side in (A.shape, B.shape)]
@@ -178,7 +178,7 @@ def kronecker_factors(
             real = _real_tokens(kept.inputs[number], batch)
             inner.add(real)
             tokens[number] += len(real)
-        # The Hessian of the loss in the outputs is root' root, so each row of the root is one backward pass.
+        # The Hessian of the loss with respect to the outputs is root' root: one backward pass per row of the root.
         values, vectors = torch.linalg.eigh(output_hessian(task, batch, outputs.detach()).double())
         root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)).transpose(1, 2).to(outputs.dtype)
         used = root.abs().amax(dim=(0, 2)) > 1e-6 * root.abs().amax()
@@ -193,7 +193,7 @@ def kronecker_factors(
 
 
 def output_directions(task: Task, batch: Batch, outputs: Tensor) -> list[int]:
-    """Outputs that matter for some row: of a categorical likelihood, those of classes that some row has."""
+    """Return the outputs to differentiate: for a categorical likelihood, the classes that some row has."""
     likelihood = task.likelihood(outputs.detach(), batch)
     if isinstance(likelihood, Categorical):
         return (likelihood.probs > 0).any(0).nonzero()[:, 0].tolist()
@@ -201,7 +201,7 @@ def output_directions(task: Task, batch: Batch, outputs: Tensor) -> list[int]:
 
 
 def _real_tokens(inputs: Tensor, batch: Batch) -> Tensor:
-    """(M, n) inputs at tokens that are not padding."""
+    """Return the inputs (M, n) at tokens that are not padding."""
     mask = batch.inputs.get("attention_mask")
     if mask is None or mask.shape[:2] != inputs.shape[:2]:
         return inputs.flatten(0, 1)
@@ -209,5 +209,5 @@ def _real_tokens(inputs: Tensor, batch: Batch) -> Tensor:
 
 
 def _by_row(x: Tensor) -> Tensor:
-    """(rows, ..., n) as (rows, tokens, n)."""
+    """Reshape (rows, ..., n) to (rows, tokens, n)."""
     return x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)

@@ -1,6 +1,6 @@
-"""What every method gives back: something that predicts; and prediction under functions that share no factors."""
+"""The interface of every trained method, and prediction under functions that each have factors of their own."""
 
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,63 +10,100 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .._errors import check_positive
 from ..data.batch import Batch
-from ..data.encoding import check_tokens, encode, evaluation_batches
+from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..lora.adapter import Adapter
 from ..lora.forward import AdaptedLLM
 from ..lora.hidden_state_cache import Prefix, reuse
-from ..lora.train_mode import eval_mode
 from ..model.bayesian_lora import BayesianLoRA
-from ..prediction.predict import predict_from_outputs
+from ..model.passes import Passes
+from ..prediction.collect import predict_batches
 from ..prediction.result import NumericPrediction, Prediction
 from ..tasks import Task
 
 Function = tuple[AdaptedLLM, Tensor]
-"""An LLM with factors of its own, and the s (D,) that it is called with."""
+"""An LLM with its own factors, and the latents s (D,) that it is called with."""
 
 
 @runtime_checkable
 class Predictor(Protocol):
-    """What the methods have in common; :class:`~scalabl_pyro.Posterior` is one."""
+    """The interface of every trained method; :class:`~scalabl_pyro.Posterior` satisfies it.
+
+    Example:
+        >>> assert isinstance(posterior, scalabl_pyro.baselines.Predictor)
+        >>> posterior.predict(test_data, num_draws=10, seed=0).metrics()
+    """
 
     @property
     def adapter(self) -> Adapter:
-        """The LoRA layers inside the LLM."""
+        """LoRA layers inside the LLM."""
 
     @property
     def task(self) -> Task:
-        """The likelihood."""
+        """Task that defines the likelihood."""
 
     def blora(self) -> BayesianLoRA:
-        """The adapted LLM, to unload."""
+        """Return the adapted LLM, for example to unload it."""
 
     def predict(
         self, data: Any, *, num_draws: int = 10, seed: int = 0, batch_size: int = 16, progress: bool = False
     ) -> Prediction | NumericPrediction:
-        """Predict rows under fixed draws: draw i of a seed is one function, whatever the batch."""
+        """Predict rows under fixed draws: draw i of a seed is the same function for every batch."""
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write safetensors and JSON to the directory ``path``."""
 
 
+class DerivedPredictor(ABC):
+    """A predictor that is built on another one, and shares its adapted LLM and task."""
+
+    @property
+    @abstractmethod
+    def source(self) -> Predictor:
+        """Predictor that this one is built on."""
+
+    @property
+    def adapter(self) -> Adapter:
+        """LoRA layers inside the LLM."""
+        return self.source.adapter
+
+    @property
+    def task(self) -> Task:
+        """Task that defines the likelihood."""
+        return self.source.task
+
+    def blora(self) -> BayesianLoRA:
+        """Return the adapted LLM, for example to unload it."""
+        return self.source.blora()
+
+    def _describe(self, **fields: object) -> str:
+        """One line for ``repr``: the given fields, the number of adapted layers, and the task."""
+        fields |= {"layers": len(self.adapter.layers), "task": type(self.task).__name__}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in fields.items())})"
+
+
 @dataclass(frozen=True)
 class BaselineResult:
-    """What a baseline returns whose draws differ in more than s.
+    """Posterior and history of a baseline whose draws differ in more than s.
 
     Attributes:
-        posterior: predicts and saves itself.
-        history: as of :func:`scalabl_pyro.fit`.
+        posterior: Predicts rows and saves itself.
+        history: One row per step, as in the result of :func:`scalabl_pyro.fit`.
+
+    Example:
+        >>> result = scalabl_pyro.baselines.blob(llm, task, train_data, num_steps=1000)
+        >>> result.history["loss"].plot()
     """
 
     posterior: Predictor
     history: pd.DataFrame
 
+    def __repr__(self) -> str:
+        return f"BaselineResult(\n  posterior={self.posterior!r},\n  history={len(self.history)} steps,\n)"
 
-@torch.no_grad()
+
 def predict_functions(
     functions: Sequence[Function],
     task: Task,
@@ -77,41 +114,30 @@ def predict_functions(
     is_mean: bool = False,
     progress: bool = False,
 ) -> Prediction | NumericPrediction:
-    """Predict rows under S functions, one pass a function and batch.
+    """Predict rows under S functions, with one forward pass per function and batch.
 
     Args:
-        functions: S functions on one adapter.
-        task: the likelihood.
-        data: rows for the task.
-        seed: of the simulated answers of a likelihood over numbers.
-        batch_size: rows a pass.
-        is_mean: marks the only function as the posterior mean.
-        progress: show a progress bar.
+        functions: S functions that share one adapter.
+        task: Task that defines the likelihood.
+        data: Rows for the task.
+        seed: Seed of the simulated answers of a likelihood over numbers.
+        batch_size: Rows per forward pass.
+        is_mean: Whether the only function is the posterior mean.
+        progress: Whether to show a progress bar.
     """
-    check_positive(batch_size=batch_size)
-    start = time.perf_counter()
     examples = encode(read_rows(data, split="test"), task.encode, need_target=False)
     adapter = functions[0][0].adapter
-    check_tokens(examples, adapter.module, task.pad_token_id)
-    outputs: list[tuple[Batch, Tensor]] = []
-    batches = list(evaluation_batches(examples, batch_size, task.pad_token_id))
-    with eval_mode(adapter.module), tqdm(batches, disable=not progress, desc="predict", unit="batch") as bar:
-        for batch in bar:
-            own = batch.to(adapter.device)
-            with reuse(adapter, Prefix() if adapter.has_fixed_prefix else None):
-                draws = torch.stack([task.outputs(llm, own, s.to(adapter.device)) for llm, s in functions])
-            if torch.isnan(draws).any():
-                raise FloatingPointError(
-                    f"The LLM's outputs of some of the rows {batch.index.tolist()} are NaN: check these inputs, and "
-                    "use bfloat16 or float32 instead of float16."
-                )
-            outputs.append((own, draws))
-    prediction = predict_from_outputs(task, examples, outputs, seed=seed)
-    return replace(prediction, is_mean=is_mean, seconds=time.perf_counter() - start)
+    passes = Passes.over(examples, task, adapter, batch_size=batch_size)
+
+    def outputs_of(batch: Batch) -> Tensor:
+        with reuse(adapter, Prefix() if adapter.has_fixed_prefix else None):  # the lower blocks run once for all
+            return torch.stack([task.outputs(llm, batch, s.to(adapter.device)) for llm, s in functions])
+
+    return predict_batches(passes, outputs_of, task, examples, seed=seed, is_mean=is_mean, progress=progress)
 
 
 def concatenate(predictions: Sequence[Prediction | NumericPrediction]) -> Prediction | NumericPrediction:
-    """The draws of several predictions of the same rows, one behind the other."""
+    """Join the draws of several predictions of the same rows along the first axis."""
     first = predictions[0]
     per_draw = ("log_probs",) if isinstance(first, Prediction) else ("means", "variances", "replicates", "log_density")
     joined: dict[str, Any] = {}

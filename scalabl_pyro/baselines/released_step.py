@@ -1,6 +1,6 @@
-"""The step of :mod:`scalabl_pyro.baselines.scalabl_released`: AdamW on the NLL, then SGD on the weighted KL.
+"""The optimizer step of the released ScalaBL code: AdamW on the NLL, then SGD on the weighted KL.
 
-On a GPU the gradient of the NLL, nearly all of the work, is replayed as a CUDA graph; the two updates are not.
+On a GPU a CUDA graph replays the gradient of the NLL, which is nearly all of the work. The two updates run eagerly.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,60 +11,62 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..training.cuda_graphs import GraphedStep
-from ..training.optimizer import set_rates
+from ..training.optimizer import parameters_of, set_rates
 from ..training.step import EagerStep
 
 
 class Latents(Protocol):
-    """q(s), with parameters of its own."""
+    """A distribution q(s) with learned parameters."""
 
     def parameters(self) -> Any:
-        """What SGD moves."""
+        """Return the parameters that SGD updates."""
 
     def draw(self) -> Tensor:
-        """(D,) one draw, reparametrized."""
+        """Return one reparametrized draw (D,)."""
 
     def kl(self) -> Tensor:
-        """The divergence, nats."""
+        """Return the KL in nats."""
 
 
 class AlternatingStep:
-    """AdamW on the NLL, then SGD on the weighted KL.
+    """Update all parameters with AdamW on the NLL, then those of q(s) with SGD on the weighted KL.
 
     Args:
-        latents: q(s).
-        learned: A, B, heads, parameters of the task.
-        lr: of AdamW.
-        lr_kl: of SGD.
+        latents: Distribution q(s).
+        learned: Parameters besides those of q(s): A, B, heads, and the task's parameters.
+        lr: Learning rate of AdamW.
+        lr_kl: Learning rate of SGD.
     """
 
     def __init__(self, latents: Latents, learned: Sequence[nn.Parameter], *, lr: float, lr_kl: float) -> None:
         self.latents = latents
         self.adamw = torch.optim.AdamW([*learned, *latents.parameters()], lr=lr, eps=1e-6, weight_decay=0.0)
         self.sgd = torch.optim.SGD(latents.parameters(), lr=lr_kl)
+        for p in parameters_of(self.adamw):
+            p.grad = torch.zeros_like(p)  # from then on it keeps its memory, which a CUDA graph captures
 
     def __call__(self, nll: Callable[[Tensor], Tensor], *, weight: float, rate: float) -> tuple[float, float]:
-        """One step of both; the mean NLL before it and the KL between the two.
+        """Make both updates; return the mean NLL before them, and the KL between them.
 
         Args:
-            nll: mean NLL of a batch as a function of s.
-            weight: pi_i.
-            rate: factor of both learning rates.
+            nll: Mean NLL of a batch as a function of s.
+            weight: Weight pi_i of the KL.
+            rate: Factor of both learning rates.
 
         Raises:
-            FloatingPointError: one of the two is not finite; the step that it belongs to was not made.
+            FloatingPointError: The NLL or the KL is not finite. The update that belongs to it was not made.
         """
         return self.update(self.gradient(nll), weight=weight, rate=rate)
 
     def gradient(self, nll: Callable[[Tensor], Tensor]) -> Tensor:
-        """Put the gradient of the NLL into ``.grad``, in the memory where the last one lies; the NLL."""
+        """Put the gradient of the NLL into ``.grad``, in the same memory as before; return the NLL."""
         self.adamw.zero_grad(set_to_none=False)
         loss = nll(self.latents.draw())
         loss.backward()
         return loss.detach()
 
     def update(self, loss: Tensor, *, weight: float, rate: float) -> tuple[float, float]:
-        """The step of AdamW with the gradient that is there, and that of SGD; see :meth:`__call__`."""
+        """Make the AdamW update with the gradient in ``.grad``, then the SGD update; see :meth:`__call__`."""
         set_rates(self.adamw, rate)
         set_rates(self.sgd, rate)
         value = _finite("NLL", loss)
@@ -76,37 +78,62 @@ class AlternatingStep:
         self.sgd.step()
         return value, kl.item()
 
-    def zero_grad(self, *, set_to_none: bool) -> None:
-        """Nothing: gradients keep the memory that they have from the start, whoever captures them."""
 
-
-class EagerGradient(EagerStep):
-    """The gradient of the NLL of a batch, without an update.
+class GradientObjective:
+    """The mean NLL of a batch under one draw, as an objective of :class:`~scalabl_pyro.training.step.EagerStep`.
 
     Args:
-        step: puts it into ``.grad``.
-        nll: batch -> mean NLL as a function of s.
-        device: of the first adapted layer.
+        step: Puts the gradient into ``.grad``.
+        nll: Maps a batch to its mean NLL as a function of s.
     """
 
-    def __init__(
-        self, step: AlternatingStep, nll: Callable[[Batch], Callable[[Tensor], Tensor]], *, device: torch.device
-    ) -> None:
-        self.objective: Any = step
+    def __init__(self, step: AlternatingStep, nll: Callable[[Batch], Callable[[Tensor], Tensor]]) -> None:
+        self.step = step
         self.nll = nll
-        self.device = device
-        for group in step.adamw.param_groups:
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
 
-    def __call__(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
-        """The NLL; ``kl_weight`` plays no part."""
-        step: AlternatingStep = self.objective
-        return step.gradient(self.nll(batch.to(self.device)))
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """Keep the gradients: ``accumulate`` sets them to zero in the memory that a CUDA graph has captured."""
+
+    def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
+        """Put the gradient of the NLL into ``.grad``; ``kl_weight`` and ``share`` (1: the whole batch) are not used.
+
+        Returns:
+            (3,) loss, NLL (the same number) and 0 in the place of the KL, nats per example.
+        """
+        loss = self.step.gradient(self.nll(batch))
+        return torch.stack([loss, loss, torch.zeros_like(loss)])
+
+    def finish(self) -> None:
+        """Leave the gradient as it is."""
 
 
-class GraphedGradient(GraphedStep, EagerGradient):
-    """An :class:`EagerGradient` that is replayed where it was captured."""
+class NoUpdate:
+    """An optimizer that changes nothing: the two updates of :class:`AlternatingStep` come after the gradient.
+
+    Args:
+        param_groups: Groups of the optimizer that makes the update.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        self.param_groups = param_groups
+
+    def step(self) -> None:
+        """Change nothing."""
+
+
+def gradient_step(
+    step: AlternatingStep, nll: Callable[[Batch], Callable[[Tensor], Tensor]], *, device: torch.device, graphed: bool
+) -> EagerStep:
+    """A step that computes the gradient of the NLL of a batch, and updates nothing.
+
+    Args:
+        step: Puts the gradient into ``.grad``.
+        nll: Maps a batch to its mean NLL as a function of s.
+        device: Device of the first adapted layer.
+        graphed: Replay the gradient as a CUDA graph.
+    """
+    objective: Any = GradientObjective(step, nll)
+    return (GraphedStep if graphed else EagerStep)(objective, NoUpdate(step.adamw.param_groups), device=device)
 
 
 def _finite(name: str, value: Tensor) -> float:

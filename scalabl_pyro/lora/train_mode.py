@@ -20,6 +20,8 @@ class _Use:
 
 
 _IN_USE: dict[int, _Use] = {}
+#: Thread that trains each module.
+_TRAINING: dict[int, int] = {}
 
 
 @contextmanager
@@ -30,6 +32,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     """
     own = threading.get_ident()
     with LOCK:
+        IDLE.wait_for(lambda: _TRAINING.get(id(module), own) == own)
         use = _IN_USE.get(id(module))
         if use is None:
             use = _IN_USE[id(module)] = _Use(_modes(module))
@@ -49,23 +52,36 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def sole_use(module: nn.Module) -> Iterator[None]:
-    """Eval mode that no other thread shares, for training: waits for predictions on ``module``, and they for it."""
+    """Put a module into eval mode for training, and let no other thread use it meanwhile.
+
+    It waits for predictions and trainings on ``module`` in other threads, and they wait for it. Other modules stay
+    free.
+    """
+    own = threading.get_ident()
     with LOCK:
-        IDLE.wait_for(lambda: not set(_threads_inside(module)) - {threading.get_ident()})
+        IDLE.wait_for(lambda: not _other_threads(module, own))
+        outer = _TRAINING.get(id(module))
+        _TRAINING[id(module)] = own
         modes = _modes(module)
         inside = _IN_USE.pop(id(module), None)  # of this thread: a callback's predictions count anew
         module.eval()
-        try:
-            yield
-        finally:
+    try:
+        yield
+    finally:
+        with LOCK:
             _restore(modes)
             if inside is not None:
                 _IN_USE[id(module)] = inside
+            if outer is None:
+                del _TRAINING[id(module)]
+            IDLE.notify_all()
 
 
-def _threads_inside(module: nn.Module) -> Iterator[int]:
+def _other_threads(module: nn.Module, own: int) -> set[int]:
+    """Threads that predict with the module or train it, except one."""
     use = _IN_USE.get(id(module))
-    return iter(()) if use is None else iter(use.threads)
+    trains = {_TRAINING[id(module)]} if id(module) in _TRAINING else set()
+    return (trains | set(() if use is None else use.threads)) - {own}
 
 
 def _modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:

@@ -1,51 +1,61 @@
-"""The whole optimizer step as a CUDA graph, captured once a batch shape and replayed.
+"""The whole optimizer step as a CUDA graph, captured once per batch shape and replayed.
 
-A step of a 7B model launches some 5,000 kernels, and the host needs about 100 ms for that whatever the model's size. A
-replay is one launch.
+A step of a 7B model launches about 5,000 kernels, which takes the host about 100 ms. A replay is one launch.
 """
 
 import contextlib
 import gc
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pyro.infer import ELBO
 from torch import Tensor
 
 from ..data.batch import Batch
 from ..lora.causal_masks import decided_as_in_eager_passes
-from .device_elbo import stays_on_device
-from .objective import Objective
-from .step import EagerStep
-from .svgd import SteinObjective
+from .objective import TrainingObjective
+from .step import EagerStep, StepResult
 
 logger = logging.getLogger(__name__)
 
-#: Batches are padded to multiples of so many tokens where steps are captured.
+#: Batches are padded to a multiple of this number of tokens if steps are captured.
 GRAPH_TOKENS = 16
 
 
 class Captured(NamedTuple):
-    """A graph, and the tensors it reads and writes."""
+    """A graph, and the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     batch: Batch
     kl_weight: Tensor
-    figures: Tensor
+    statistics: Tensor
 
 
-class GraphedStep(EagerStep):
-    """An :class:`~scalabl_pyro.training.step.EagerStep` that is replayed where it was captured.
+class GraphReplay:
+    """Run a function of a batch as a CUDA graph where it was captured.
 
     The first batch of a shape runs eagerly (lazily created state must exist before a capture), the second is captured,
-    later ones are copied into the captured batch. All of it runs on one stream of its own, as captures demand. Noise
-    is drawn inside the graph, from the generator that the run has seeded. A capture that fails is logged with its
-    reason, and all steps run eagerly from then on.
+    later ones are copied into the captured batch. All of it runs on a stream of its own, as captures demand. Noise is
+    drawn inside the graph, from the generator that the run has seeded. If a capture fails, the reason is logged, and
+    all later batches run eagerly.
+
+    Args:
+        function: What is captured: batch, KL weight -> statistics on the device.
+        device: Device of the batches.
+        clear_gradients: Called before a capture, so that gradients come to lie in the memory of the graph.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        function: Callable[[Batch, float | Tensor], Tensor],
+        *,
+        device: torch.device,
+        clear_gradients: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.function = function
+        self.device = device
+        self.clear_gradients = clear_gradients
         # Graphs of earlier passes tie the parameters' gradients to another stream, which a capture must not touch.
         gc.collect()
         self.stream = torch.cuda.Stream(self.device)
@@ -55,19 +65,19 @@ class GraphedStep(EagerStep):
         self.gives_up = False
 
     def __call__(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
-        """As the eager step."""
+        """Statistics of a batch, as the function gives them."""
         batch = batch.pin_memory().to(self.device)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            figures = self._run(batch, float(kl_weight))
+            statistics = self._run(batch, float(kl_weight))
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        return figures
+        return statistics
 
     def _run(self, batch: Batch, kl_weight: float) -> Tensor:
         key = (*batch.shapes(), kl_weight == 0)  # at 0 the KL is left out of the program
         if self.gives_up or key not in self.seen:
             self.seen.add(key)
-            return super().__call__(batch, kl_weight)
+            return self.function(batch, kl_weight)
         if key not in self.captured:
             try:
                 self.captured[key] = self._capture(batch, kl_weight)
@@ -76,23 +86,23 @@ class GraphedStep(EagerStep):
                 logger.warning("steps run without CUDA graphs, which this model does not allow: %s", reason)
                 self.gives_up = True
                 self._recover()
-                return super().__call__(batch, kl_weight)
+                return self.function(batch, kl_weight)
         captured = self.captured[key]
         captured.batch.copy_(batch)
         captured.kl_weight.fill_(kl_weight)
         captured.graph.replay()
-        return captured.figures.clone()
+        return captured.statistics.clone()
 
     def _capture(self, batch: Batch, kl_weight: float) -> Captured:
         """Record the step of a batch; nothing is computed yet."""
         static = batch.map(torch.clone)
         weight = torch.tensor(kl_weight, device=self.device)
-        self.objective.zero_grad(set_to_none=True)  # gradients come to lie in the memory of the graph
+        self.clear_gradients()
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         with decided_as_in_eager_passes(batch.inputs), capture:
-            figures = super().__call__(static, weight if kl_weight else 0.0)
-        return Captured(graph, static, weight, figures)
+            statistics = self.function(static, weight if kl_weight else 0.0)
+        return Captured(graph, static, weight, statistics)
 
     def _recover(self) -> None:
         """Undo what a failed capture leaves behind in torch.
@@ -106,19 +116,46 @@ class GraphedStep(EagerStep):
             torch.empty(1, device=self.device).normal_()
 
 
+class GraphedStep(EagerStep):
+    """An :class:`~scalabl_pyro.training.step.EagerStep` that is replayed where it was captured."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        eager = super().__call__
+        self.replay = GraphReplay(
+            lambda batch, kl_weight: eager(batch, kl_weight).statistics,
+            device=self.device,
+            clear_gradients=lambda: self.objective.zero_grad(set_to_none=True),
+        )
+
+    def __call__(self, batch: Batch, kl_weight: float | Tensor) -> StepResult:
+        """Take one step, as the eager step does."""
+        return StepResult(self.replay(batch, kl_weight))
+
+
 def uses_graph(
-    wanted: bool | str,
-    objective: Objective | SteinObjective,
-    elbo: ELBO,
+    wanted: bool | Literal["auto"],
+    objective: TrainingObjective,
     device: torch.device,
+    *,
     keeps_prefix: bool,
     are_several: bool,
 ) -> bool:
-    """Whether steps are captured; see ``cuda_graph`` of :func:`scalabl_pyro.fit`."""
-    if wanted not in (True, False, "auto"):
-        raise ValueError(f"cuda_graph={wanted!r}: expected True, False or 'auto'.")
-    on_device = isinstance(objective, Objective) and stays_on_device(elbo)
-    reason = why_not(device, stays_on_device=on_device, keeps_prefix=keeps_prefix, are_several=are_several)
+    """Decide whether steps are captured.
+
+    Args:
+        wanted: ``cuda_graph`` of :class:`scalabl_pyro.HardwareOptions`.
+        objective: What is minimized.
+        device: Device of the first adapted layer.
+        keeps_prefix: Whether hidden states are cached.
+        are_several: Whether several processes share each batch.
+
+    Raises:
+        ValueError: ``wanted`` is True, but the step cannot be captured.
+    """
+    reason = why_not(
+        device, stays_on_device=objective.stays_on_device, keeps_prefix=keeps_prefix, are_several=are_several
+    )
     if wanted is True and reason:
         raise ValueError(f"cuda_graph=True, but {reason}: leave it out, or use 'auto'.")
     if wanted and reason and device.type == "cuda":
@@ -129,7 +166,7 @@ def uses_graph(
 def why_not(
     device: torch.device, *, stays_on_device: bool, keeps_prefix: bool, are_several: bool = False
 ) -> str | None:
-    """What speaks against graphs, in words; None if nothing does."""
+    """Say what speaks against graphs; None if nothing does."""
     if device.type != "cuda":
         return "it runs on the CPU"
     if are_several:

@@ -1,4 +1,4 @@
-"""Pyro's ELBOs without a visit to the host: the same number, as a tensor that a GPU computes when it gets there."""
+"""Pyro's ELBOs as tensors on the device: the same number, for which the host need not wait."""
 
 from typing import Any, cast
 
@@ -11,15 +11,18 @@ from torch.distributions import kl_divergence
 
 
 def stays_on_device(elbo: ELBO) -> bool:
-    """Whether :func:`device_loss` knows this estimator; others are asked for ``differentiable_loss``."""
+    """Whether :func:`device_loss` can compute this estimator. Others use their own ``differentiable_loss``."""
     return type(elbo) in (Trace_ELBO, TraceMeanField_ELBO)
 
 
 def device_loss(elbo: ELBO, model: Any, guide: Any, *args: Any) -> Tensor | None:
-    """-ELBO in nats per data set, to differentiate; None where a site of the guide has no reparametrized draws.
+    """Compute the negative ELBO to differentiate.
 
-    Equal to ``elbo.differentiable_loss(model, guide, *args)``, which reads its value back on the way (two waits for
-    the GPU a step, and none is allowed while a CUDA graph is captured).
+    It equals ``elbo.differentiable_loss(model, guide, *args)``. Pyro's method reads its value on the host: the host
+    waits for the GPU twice per step, which a CUDA graph does not allow.
+
+    Returns:
+        () Negative ELBO, nats per data set; None if a site of the guide has no reparametrized draws.
     """
     total: Tensor | float = 0.0
     for p, q in cast(Any, elbo)._get_traces(model, guide, args, {}):
@@ -30,7 +33,7 @@ def device_loss(elbo: ELBO, model: Any, guide: Any, *args: Any) -> Tensor | None
 
 
 def _particle(p: Trace, q: Trace, *, closed: bool) -> Tensor | float:
-    """Log p(y, s) - log q(s), with KLs in closed form where asked for and known."""
+    """Log p(y, s) - log q(s) of one draw, with closed-form KLs if ``closed`` is set and the KL is known."""
     elbo: Tensor | float = 0.0
     covered = _samples(q)
     for name, site in _samples(p).items():

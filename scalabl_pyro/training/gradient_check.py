@@ -12,18 +12,19 @@ from ..model.bayesian_lora import BayesianLoRA
 from ..priors.sites import prior_sites
 from .messages import CAUSES, name_layers
 
-#: Steps after which a layer whose gradient was always 0 is taken to be cut off.
+#: Number of steps after which a layer whose gradient was always 0 counts as cut off.
 MAX_ZERO_STEPS = 10
 
 
 class GradientCheck:
-    """Whether the gradient reaches every adapted layer: asked of the first backward pass, and then no more.
+    """Check that the gradient reaches every adapted layer. It is active inside ``with check:`` only.
 
-    A layer that was called, but whose output got no gradient, is cut off. One whose gradient is 0 is asked again for a
-    few steps, as masks or saturation can do that. One that was not called (an expert without rows) is let pass.
+    A layer that was called, but whose output got no gradient, is cut off. A layer whose gradient is 0 is checked again
+    for a few steps, because masks or saturation can cause that. A layer that was not called (an expert without rows) is
+    accepted. The check ends as soon as every layer has passed.
 
     Args:
-        blora: the LLM.
+        blora: The LLM.
     """
 
     def __init__(self, blora: BayesianLoRA) -> None:
@@ -32,37 +33,47 @@ class GradientCheck:
         self.steps = 0
         self.called: set[int] = set()
         self.reached: set[int] = set()
+        self.waiting: set[int] = set()
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> "GradientCheck":
+        self.steps = 0
+        self.called, self.reached = set(), set()
         self.waiting = {i for i, pair in enumerate(self.adapter.factors()) if any(p.requires_grad for p in pair)}
-        self._hooks: list[RemovableHandle] = [
+        self._hooks = [
             cast(nn.Module, layer).register_forward_hook(partial(self._watch, i))
             for i, layer in enumerate(self.adapter.layers)
         ]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
 
     def __call__(self, loss: Tensor) -> None:
-        """Look at ``.grad``, if the loss is finite.
+        """Check ``.grad`` after a backward pass, if the loss is finite.
 
         Raises:
-            RuntimeError: layers that no gradient reaches, by name.
+            RuntimeError: No gradient reaches some layers; the message names them.
         """
         if not self._hooks or _is_captured() or not torch.isfinite(loss):
             return
         self.steps += 1
         factors = self.adapter.factors()
         self.waiting = {i for i in self.waiting if not any(_is_moved(p) for p in factors[i])}
-        asked = self.waiting & self.called
-        cut = asked - self.reached
-        if not cut and asked and self.steps >= MAX_ZERO_STEPS and not self._masks():
-            cut = asked
+        checked = self.waiting & self.called
+        cut = checked - self.reached
+        if not cut and checked and self.steps >= MAX_ZERO_STEPS and not self._masks():
+            cut = checked
         if cut:
             self.close()
             raise RuntimeError(
                 f"No gradient reaches {name_layers(self.adapter, sorted(cut))}. They would never learn. {CAUSES}"
             )
-        if not asked or self.steps >= MAX_ZERO_STEPS:
+        if not checked or self.steps >= MAX_ZERO_STEPS:
             self.close()
 
     def close(self) -> None:
-        """Take the hooks away; it is asked no more."""
+        """Remove the hooks and end the check."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -80,10 +91,10 @@ class GradientCheck:
 
 
 def _is_captured() -> bool:
-    """Whether a CUDA graph is being recorded, in which nothing can be read."""
+    """Whether a CUDA graph is being captured. Nothing can be read then."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_moved(parameter: Tensor) -> bool:
     grad = parameter.grad
-    return parameter.requires_grad and grad is not None and bool((grad != 0).any())  # NaN is dealt with elsewhere
+    return parameter.requires_grad and grad is not None and bool((grad != 0).any())  # the step itself detects NaN

@@ -1,66 +1,69 @@
-"""One optimizer step after another: what the host reads of them and when, and the history that it makes of it."""
+"""Takes one optimizer step after another, reads their statistics, and keeps the history."""
 
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from torch import Tensor
 
-from .._process.random_state import generator_states, set_generator_states
+from .._process.random_state import Stream
 from .._process.stop_signals import StopSignals
 from ..data.batch import Batch
 from ..data.training_batches import Cycle
 from ..lora.sharding import is_sharded
 from ..storage.tensor_files import check_keys
-from .gradient_check import GradientCheck
-from .messages import StepStatistics, describe, overflown, reason, where_not_finite
+from .messages import StepStatistics, describe_batch, overflown, reason, where_not_finite
 from .optimizer import set_rates
+from .options import OnNonfinite
 from .recovery import Recovery
+from .scope import step_scope
 from .step import EagerStep
 from .training_state import LearnedState
 
 logger = logging.getLogger(__name__)
 
-#: Of the history.
+#: Columns of the history.
 COLUMNS = ("step", "loss", "nll", "kl", "kl_weight", "grad_norm", "lr", "seconds", "skipped")
 
 Callback = Callable[[dict[str, float]], bool | None]
 
 
 class Pending(NamedTuple):
-    """A step whose figures the host has not read yet."""
+    """A step whose statistics the host has not read yet."""
 
     step: int
     batch: Batch
     kl_weight: float
     rate: float
     seconds: float
-    figures: Tensor
+    statistics: Tensor
 
 
 class Trainer:
-    """Steps, and what is known of them.
+    """Take steps, read their statistics, and keep the history.
 
     Args:
-        execute: one step, see :class:`~scalabl_pyro.training.step.EagerStep`.
-        batches: step -> batch.
-        kl_weight: step -> weight of the KL.
-        rate: step -> factor of the learning rates.
-        lr: learning rate of B, for the history.
+        execute: Takes one step, see :class:`~scalabl_pyro.training.step.EagerStep`.
+        batches: Gives the batch of a step.
+        noise: Random stream of the steps. It is in use inside each step only.
+        kl_weight: Gives the weight of the KL at a step.
+        rate: Gives the factor of the learning rates at a step.
+        lr: Learning rate of B, for the history.
         num_data: N.
-        read_every: steps after which the host reads the figures; on a GPU each reading waits for it.
-        on_nonfinite: see :class:`~scalabl_pyro.training.recovery.Recovery`.
-        signals: delivered between steps.
+        read_every: Number of steps after which the host reads their statistics. On a GPU each reading waits for it.
+        on_nonfinite: See :class:`~scalabl_pyro.training.recovery.Recovery`.
+        signals: Signals to deliver between two steps.
+        save: Saves the trainer, after every ``save_every`` steps and before a signal is delivered.
+        save_every: Number of steps between two calls of ``save``; None for no calls.
 
     Attributes:
-        history: a row for each step that was taken and read.
-        next_step: number of the step to come.
-        is_whole: False within a step, when parameters may have moved in part.
-        save: called after every ``save_every`` steps, and before a signal is delivered.
+        history: One row per step that was taken and read.
+        next_step: Number of the next step.
+        is_whole: False inside a step, when some parameters may have moved and others not.
     """
 
     def __init__(
@@ -68,109 +71,102 @@ class Trainer:
         execute: EagerStep,
         *,
         batches: Callable[[int], Batch],
+        noise: Stream,
         kl_weight: Callable[[int], float],
         rate: Callable[[int], float],
         lr: float,
         num_data: int,
         read_every: int = 1,
-        on_nonfinite: str = "raise",
+        on_nonfinite: OnNonfinite = "raise",
         signals: StopSignals | None = None,
+        save: Callable[["Trainer"], None] = lambda trainer: None,
+        save_every: int | None = None,
     ) -> None:
         self.execute = execute
         self.batches = batches
+        self.noise = noise
         self.kl_weight = kl_weight
         self.rate = rate
         self.lr = lr
         self.num_data = num_data
         self.read_every = read_every
-        self.signals = signals
-        execute.signal = lambda: (signals and signals.received) or 0
+        self.signals = signals or StopSignals(terminate=False)
+        self.save = save
+        self.save_every = save_every
         self.learned = LearnedState(execute.objective, execute.optimizer)
         self.recovery = Recovery(on_nonfinite, self.learned)
         self.history: list[dict[str, float]] = []
         self.next_step = 0
         self.is_whole = True
-        self.save: Callable[[], None] = lambda: None
-        self.save_every: int | None = None
         self._pending: list[Pending] = []
         self._start = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Time in training, over all runs that it took."""
+        """Seconds of training, added up over all resumptions of the run."""
         return time.perf_counter() - self._start
 
     def run(self, steps: Sequence[int]) -> Iterator[dict[str, float]]:
-        """Go through ``steps`` and yield their history rows, in order, as they are read.
+        """Take the ``steps`` and yield their history rows, in order, as the host reads them.
 
         Raises:
-            FloatingPointError: a loss or gradient that is not finite, with the reason; no parameter was changed by it
-                or since.
-            RuntimeError: a layer that no gradient reaches.
+            FloatingPointError: A loss or gradient is not finite; the message says why. This step and later ones have
+                changed no parameter.
+            RuntimeError: No gradient reaches some layers.
         """
-        blora = self.execute.objective.model.blora
-        check = GradientCheck(blora)
-        self.execute.check = check
-        validates = not is_sharded(blora.llm)  # an error before the backward pass would leave the others alone in it
-        try:
+        validates = not is_sharded(self.execute.objective.model.blora.llm)  # other processes would wait for ever
+        with self.execute.check or nullcontext():
             for step in steps:
                 if not self._pending:
                     self.recovery.remember(step)
-                batch = self.batches(step)
-                with pyro.validation_enabled(validates and step == steps[0]):
-                    self._take(step, batch)
+                is_stopped = self._take(step, validate=validates and step == steps[0])
                 is_due = self.save_every is not None and (step + 1) % self.save_every == 0
-                is_stopped = self._is_stopped()
-                is_asked = step in (steps[0], steps[-1]) or is_due or is_stopped  # the first one is waited for anyway
-                if is_asked or len(self._pending) >= self.read_every:
+                must_read = step in (steps[0], steps[-1]) or is_due or is_stopped  # the first step is slow anyway
+                if must_read or len(self._pending) >= self.read_every:
                     yield from self.read()
                 if is_due or is_stopped:
-                    self.save()
+                    self.save(self)
                     self.recovery.remember(step + 1, now=is_due)  # where a run that resumes from here begins
                 if is_stopped:
-                    assert self.signals is not None
                     self.signals.deliver()
-        finally:
-            self.execute.check = None
-            check.close()
 
     def read(self) -> Iterator[dict[str, float]]:
-        """Rows of the steps since the last reading."""
+        """Read the statistics of all steps since the last reading and yield their history rows."""
         while self._pending:
             pending, self._pending = self._pending, []
-            figures = torch.stack([p.figures for p in pending]).tolist()
-            for number, (one, told) in enumerate(zip(pending, figures, strict=True)):
-                own = StepStatistics(*told)
-                if not own.is_finite:
-                    self._recover(one, own)
-                    for later in pending[number + 1 :]:  # the flag has kept them from updating, too
+            values = torch.stack([p.statistics for p in pending]).tolist()
+            for number, (taken, numbers) in enumerate(zip(pending, values, strict=True)):
+                statistics = StepStatistics(*numbers)
+                if not statistics.is_finite:
+                    self._recover(taken, statistics)
+                    for later in pending[number + 1 :]:  # the flag has kept these from updating, too
                         self._take(later.step, later.batch)
                     break
                 self.recovery.accept()
-                row = self._row(one, own)
+                row = self._row(taken, statistics)
                 self.history.append(row)
                 yield row
 
     def overflown(self) -> list[str]:
-        """Names of parameters that the last update left without a finite value."""
+        """List the names of parameters that the last update left without a finite value."""
         return overflown(self.execute.objective)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and record of all that going on from here needs; the options of the run are not part of it."""
+        """Give tensors and record of all that a resumption needs, except for the options of the run."""
         assert self.is_whole and not self._pending
         columns = COLUMNS if self.history else ()
         rows = {f"history.{c}": torch.tensor([r[c] for r in self.history], dtype=torch.float64) for c in columns}
-        random = {f"random.{name}": state for name, state in generator_states().items()}
+        random = {f"random.{name}": state for name, state in self.noise.states().items()}
         record: dict[str, Any] = {"step": self.next_step, "seconds": self.seconds, "columns": list(columns)}
         record["recovery"] = self.recovery.record()
         record["data"] = self.batches.position() if isinstance(self.batches, Cycle) else None
         return self.learned.tensors() | rows | random, record
 
     def load_state(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state`, inside the random scope of the run.
+        """Continue from a :meth:`state`.
 
         Raises:
-            ValueError: tensors of another run, or data that does not come again.
+            ValueError: The tensors are those of another run, or the data source gives other batches than before.
         """
         history = _rows({k: v for k, v in tensors.items() if k.startswith("history.")}, record["columns"])
         if isinstance(self.batches, Cycle):
@@ -179,76 +175,89 @@ class Trainer:
             self.batches.replay(record["data"])
         states = {k.removeprefix("random."): v for k, v in tensors.items() if k.startswith("random.")}
         try:
-            unmatched = set_generator_states(states)
+            unmatched = self.noise.load_states(states)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"the random states are none of torch's ({error})") from error
+            raise ValueError(f"the random states are not states of torch's generators ({error})") from error
         if unmatched:
-            logger.warning("no random state for %s: the noise from here on is not what it would have been", unmatched)
+            logger.warning(
+                "no random state for %s: from here on the noise differs from that of an uninterrupted run", unmatched
+            )
         self.learned.load({k: v for k, v in tensors.items() if not k.startswith(("history.", "random."))})
         self.history = history
         self.recovery.load_record(record["recovery"])
         self.next_step = record["step"]
         self._start = time.perf_counter() - record["seconds"]
 
-    def _take(self, step: int, batch: Batch) -> None:
-        """Do a step; its figures stay on the device."""
+    def _take(self, step: int, batch: Batch | None = None, *, validate: bool = False) -> bool:
+        """Take a step and keep its statistics on the device.
+
+        Args:
+            step: Number of the step.
+            batch: Its batch, or None to read it.
+            validate: Whether Pyro checks the arguments of distributions.
+
+        Returns:
+            Whether a signal waits to be delivered, in this process or in another one.
+        """
         weight, rate = self.kl_weight(step), self.rate(step)
-        set_rates(self.execute.optimizer, rate)
-        self.is_whole = False
-        figures = self.execute(batch, weight)
-        self.is_whole, self.next_step = True, step + 1
-        self._pending.append(Pending(step, batch, weight, rate * self.lr, self.seconds, figures))
+        with step_scope(self.noise, validate=validate):
+            if batch is None:
+                batch = self.batches(step)
+            set_rates(self.execute.optimizer, rate)
+            self.is_whole = False
+            result = self.execute(batch, weight)
+            self.is_whole, self.next_step = True, step + 1
+        self._pending.append(Pending(step, batch, weight, rate * self.lr, self.seconds, result.statistics))
+        if not self.execute.processes.are_several:
+            return self.signals.received is not None
+        if result.signal:  # all processes stop at the same step, whichever of them received it
+            self.signals.adopt(result.signal)
+        return bool(result.signal)
 
-    def _is_stopped(self) -> bool:
-        """Whether a signal waits; of several processes, whether one was told of in their last step."""
-        if self.signals is None:
-            return False
-        if self.execute.processes.are_several:
-            self.signals.received = self.execute.agreed_signal or self.signals.received
-            return bool(self.execute.agreed_signal)
-        return self.signals.received is not None
-
-    def _recover(self, one: Pending, figures: StepStatistics) -> None:
-        facts = describe(one.batch, figures, self._kl(one, figures), self.execute.objective.guide)
+    def _recover(self, taken: Pending, statistics: StepStatistics) -> None:
+        facts = describe_batch(taken.batch, statistics, self._kl(taken, statistics), self.execute.objective.guide)
         self.is_whole = False
-        stop = self.recovery.reject(one.step, facts)
+        stop = self.recovery.reject(taken.step, facts)
         if stop is not None:
-            cause = None if math.isfinite(figures.loss) else self._explain(one.batch)
-            is_last = self.next_step == one.step + 1  # else the gradients that are there belong to a later step
+            cause = None if math.isfinite(statistics.loss) else self._explain(taken.batch)
+            is_last = self.next_step == taken.step + 1  # else the gradients belong to a later step
             where = where_not_finite(self.execute.objective.model.blora.adapter) if is_last else ""
-            raise FloatingPointError(reason(one.step, figures, facts, cause, where) + stop)
+            raise FloatingPointError(reason(taken.step, statistics, facts, cause, where) + stop)
         self.execute.blocked.zero_()
         self.is_whole = True
 
     def _explain(self, batch: Batch) -> str:
-        """Why the loss is not finite: the first process that finds a cause in its rows is believed by all."""
+        """Say why the loss is not finite. Of several processes, the first that finds a cause in its rows decides."""
         own, _ = self.execute.processes.shard(batch)
-        found = self.execute.processes.all_gather(lambda: self.execute.objective.explain(own.to(self.execute.device)))
+        with step_scope(self.noise):
+            found = self.execute.processes.all_gather(
+                lambda: self.execute.objective.explain(own.to(self.execute.device))
+            )
         return next((cause for cause in found if cause.startswith("site")), found[0])
 
-    def _row(self, one: Pending, figures: StepStatistics) -> dict[str, float]:
+    def _row(self, taken: Pending, statistics: StepStatistics) -> dict[str, float]:
         return {
-            "step": one.step,
-            "loss": figures.loss,
-            "nll": figures.nll,
-            "kl": self._kl(one, figures),
-            "kl_weight": one.kl_weight,
-            "grad_norm": figures.grad_norm,
-            "lr": one.rate,
-            "seconds": one.seconds,
+            "step": taken.step,
+            "loss": statistics.loss,
+            "nll": statistics.nll,
+            "kl": self._kl(taken, statistics),
+            "kl_weight": taken.kl_weight,
+            "grad_norm": statistics.grad_norm,
+            "lr": taken.rate,
+            "seconds": taken.seconds,
             "skipped": self.recovery.skipped,
         }
 
-    def _kl(self, one: Pending, figures: StepStatistics) -> float:
-        """Unweighted, nats per data set."""
-        return figures.weighted_kl * self.num_data / one.kl_weight if one.kl_weight else float("nan")
+    def _kl(self, taken: Pending, statistics: StepStatistics) -> float:
+        """KL without its weight, nats per data set."""
+        return statistics.weighted_kl * self.num_data / taken.kl_weight if taken.kl_weight else float("nan")
 
 
 def _rows(saved: Mapping[str, Tensor], columns: Sequence[str]) -> list[dict[str, float]]:
-    """A history from its columns.
+    """Build a history from its columns.
 
     Raises:
-        ValueError: they are no table, or count steps in no whole numbers.
+        ValueError: The columns differ in length, or step counts are not finite.
     """
     check_keys("The saved history", set(saved), {f"history.{name}" for name in columns})
     table = {name: saved[f"history.{name}"] for name in columns}
@@ -257,5 +266,5 @@ def _rows(saved: Mapping[str, Tensor], columns: Sequence[str]) -> list[dict[str,
     rows = [dict(zip(table, row, strict=True)) for row in zip(*(c.tolist() for c in table.values()), strict=True)]
     counted = ("step", "skipped")
     if not all(torch.isfinite(table[name]).all() for name in counted if table):
-        raise ValueError("the steps of the saved history are no numbers")
+        raise ValueError("the saved history has steps that are not finite")
     return [row | {name: int(row[name]) for name in counted} for row in rows]

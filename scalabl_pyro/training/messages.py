@@ -1,4 +1,4 @@
-"""Words for what goes wrong in a step: which rows, which layers, which parameters."""
+"""Messages for steps that fail: which rows, which layers, which parameters."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,19 +11,22 @@ from torch import nn
 
 from ..data.batch import Batch
 from ..lora.adapter import Adapter
-from .objective import Objective
-from .svgd import SteinObjective
+from .objective import TrainingObjective
 
 
 @contextmanager
 def explained(step: Callable[[], int]) -> Iterator[None]:
-    """Put errors of torch that say little in other words; a worker's death is raised wherever the host is just then."""
+    """Add the step and advice to errors of torch that say little.
+
+    Args:
+        step: Gives the number of the running step. The death of a loader's worker can be raised anywhere in it.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:  # a smaller batch would be another training: that is the caller's to say
+    except torch.OutOfMemoryError as error:  # fit never makes batches smaller by itself: that would be another training
         error.add_note(
             f"At step {step()}, and no row was left out. micro_batch_size= makes the same steps with fewer rows at a "
-            "time, gradient_checkpointing=True with less memory a row."
+            "time, gradient_checkpointing=True with less memory per row (both in hardware=HardwareOptions(...))."
         )
         raise
     except RuntimeError as error:
@@ -38,7 +41,7 @@ def explained(step: Callable[[], int]) -> Iterator[None]:
 
 
 class StepStatistics(NamedTuple):
-    """What the device said of a step: nats per example, and the gradient norm."""
+    """What the host reads of a step: terms of the loss (nats per example), and the gradient norm."""
 
     loss: float
     nll: float
@@ -47,21 +50,35 @@ class StepStatistics(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether the step could be taken."""
+        """Whether the step changed the parameters: loss and gradient are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def describe(batch: Batch, figures: StepStatistics, kl: float, guide: nn.Module) -> str:
-    """Examples, terms of the loss, and the largest scale of the guide, in one sentence."""
+def describe_batch(batch: Batch, statistics: StepStatistics, kl: float, guide: nn.Module) -> str:
+    """Describe a batch in one sentence: examples, terms of the loss, and the largest scale of the guide.
+
+    Args:
+        batch: The batch.
+        statistics: What the host has read of its step.
+        kl: KL, nats per data set.
+        guide: The guide.
+    """
     scale = largest_scale(guide)
     scales = "" if scale is None else f", largest scale of the guide {scale:.4g}"
-    return f"Examples {_some(batch.index.tolist())}: NLL {figures.nll:.4g} nats per example, KL {kl:.4g} nats{scales}."
+    return (
+        f"Examples {_some(batch.index.tolist())}: NLL {statistics.nll:.4g} nats per example, KL {kl:.4g} nats{scales}."
+    )
 
 
-def reason(step: int, figures: StepStatistics, facts: str, cause: str | None, where: str = "") -> str:
-    """The whole message of a step that is not finite.
+def reason(step: int, statistics: StepStatistics, facts: str, cause: str | None, where: str = "") -> str:
+    """Write the message of a step that is not finite.
 
-    ``cause`` is why the loss is not; None if it is, and ``where`` then says whose gradient is not.
+    Args:
+        step: Number of the step.
+        statistics: What the host has read of it.
+        facts: Description of its batch.
+        cause: Why the loss is not finite; None if only the gradient is not finite.
+        where: Which layers have a gradient that is not finite, as the end of a sentence.
     """
     kept = f"Parameters keep their values from before this step. {facts}"
     if cause is None:
@@ -70,25 +87,25 @@ def reason(step: int, figures: StepStatistics, facts: str, cause: str | None, wh
             "use bfloat16 instead of float16."
         )
     return (
-        f"At step {step}: the loss is {figures.loss}: {cause}. {kept} Lower the learning rates, set max_grad_norm, or "
-        "check these examples."
+        f"At step {step}: the loss is {statistics.loss}: {cause}. {kept} Lower the learning rates, set max_grad_norm, "
+        "or check these examples."
     )
 
 
 @torch.no_grad()
 def where_not_finite(adapter: Adapter) -> str:
-    """Adapted layers with a gradient that is not finite, to be added to a sentence; empty if there are none."""
+    """Name the adapted layers with a gradient that is not finite, as the end of a sentence; empty if there are none."""
     grads = [[p.grad for p in pair if p.grad is not None] for pair in adapter.factors()]
-    bad = [i for i, pair in enumerate(grads) if not all(bool(torch.isfinite(g).all()) for g in pair)]
-    return f" in {name_layers(adapter, bad)}" if bad else ""
+    rejected = [i for i, pair in enumerate(grads) if not all(bool(torch.isfinite(g).all()) for g in pair)]
+    return f" in {name_layers(adapter, rejected)}" if rejected else ""
 
 
 @torch.no_grad()
-def overflown(objective: Objective | SteinObjective) -> list[str]:
-    """Names of trained parameters that are not finite, after an update that was too large."""
+def overflown(objective: TrainingObjective) -> list[str]:
+    """List the names of trained parameters that are not finite, after an update that was too large."""
     named = ((name, p) for name, p in objective.named_parameters() if p.requires_grad)
     names = [name.split("point_estimates.")[-1] for name, p in named if not torch.isfinite(p).all()]
-    scale = largest_scale(objective.guide)  # finite as a logarithm, it may not be as a number
+    scale = largest_scale(objective.guide)  # a finite logarithm can have an infinite exponential
     if not names and scale is not None and not math.isfinite(scale):
         names.append("a scale of the guide")
     return names
@@ -96,7 +113,11 @@ def overflown(objective: Objective | SteinObjective) -> list[str]:
 
 @torch.no_grad()
 def largest_scale(guide: nn.Module) -> float | None:
-    """The largest parameter of a guide that is named a scale; NaN wins; None if there is none."""
+    """Find the largest parameter of a guide whose name contains "scale". NaN counts as largest.
+
+    Returns:
+        The value, or None if the guide has no scale.
+    """
     scales = [
         value.detach().max()
         for path, module in guide.named_modules()
@@ -108,7 +129,7 @@ def largest_scale(guide: nn.Module) -> float | None:
 
 
 def name_layers(adapter: Adapter, which: Sequence[int]) -> str:
-    """How many layers of all, and the first of their names."""
+    """Say how many of all adapted layers these are, and give the first five names."""
     names = [adapter.subspace.names[i] for i in which]
     shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"{len(names)} of {len(adapter.subspace.names)} adapted layers: {shown}"
@@ -120,5 +141,5 @@ def _some(index: Sequence[int]) -> str:
 
 CAUSES = (
     "Typical causes: gradient checkpointing on a frozen base (call llm.enable_input_require_grads(), or turn it off), "
-    "an output that is detached, or computed under torch.no_grad()."
+    "an output that is detached, or an output that is computed under torch.no_grad()."
 )

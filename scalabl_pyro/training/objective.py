@@ -1,11 +1,12 @@
-"""The ELBO of a task: the guide under the model's scope, the choice of estimator, and what went wrong when it is NaN.
+"""The ELBO of a task as something to differentiate, the choice of its estimator, and the reason when it is NaN.
 
 elbo = E_q[ sum_n log p(y_n | x_n, s) ] - kl_weight * KL(q || p)         nats per data set, higher is better
 loss = -elbo / N                                                         nats per example, lower is better
 """
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, cast
 
 import pyro
 import torch
@@ -29,10 +30,50 @@ from ..guides.checks import check_sites
 from ..model.joint import TaskModel, latent_scope
 from ..priors import Prior
 from .device_elbo import device_loss, stays_on_device
+from .scope import without_nan_warnings
+
+
+class TrainingObjective(Protocol):
+    """What a training minimizes: a module with a model and a guide that accumulates gradients of its loss."""
+
+    @property
+    def model(self) -> TaskModel:
+        """The joint model."""
+
+    @property
+    def guide(self) -> nn.Module:
+        """The guide."""
+
+    @property
+    def stays_on_device(self) -> bool:
+        """Whether a step computes all its numbers on the device, as a CUDA graph demands."""
+
+    def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
+        """Add ``share`` of the gradient of the loss to ``.grad``; (3,) loss, NLL and weighted KL, nats per example."""
+
+    def finish(self) -> None:
+        """Complete the gradient after the last micro-batch of a step."""
+
+    def explain(self, batch: Batch) -> str:
+        """Say why the loss of a batch is not finite."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients, as ``nn.Module`` does."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give all parameters by name, as ``nn.Module`` does."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give all live tensors by name, as ``nn.Module`` does."""
 
 
 class ScopedGuide(nn.Module):
-    """A guide with the arguments and the scope (plate over rows, KL weight) of a :class:`TaskModel`."""
+    """A guide with the arguments and the scope (plate over rows, KL weight) of a :class:`TaskModel`.
+
+    Args:
+        guide: The guide.
+        draws: ``"per_example"`` or ``"shared"``.
+    """
 
     def __init__(self, guide: Guide, *, draws: str) -> None:
         super().__init__()
@@ -46,11 +87,11 @@ class ScopedGuide(nn.Module):
 
 
 class RecordNLL(Messenger):
-    """Keeps what the last run of the model under it observed.
+    """Record what the last run of the model inside it observed.
 
     Attributes:
-        value: negative log likelihood, nats per example.
-        factor_prior: log density of the MAP prior on A and B, nats.
+        value: Negative log likelihood, nats per example.
+        factor_prior: Log density of the MAP prior on A and B, nats.
     """
 
     value: Tensor | None = None
@@ -68,9 +109,9 @@ class Objective(nn.Module):
     """An ELBO of one model and guide as something to differentiate.
 
     Args:
-        elbo: any Pyro ELBO.
-        model: the joint model.
-        guide: the guide in the model's scope.
+        elbo: Any Pyro ELBO.
+        model: The joint model.
+        guide: The guide in the scope of the model.
     """
 
     def __init__(self, elbo: ELBO, model: TaskModel, guide: ScopedGuide) -> None:
@@ -79,14 +120,19 @@ class Objective(nn.Module):
         self.model = model
         self.guide = guide
 
+    @property
+    def stays_on_device(self) -> bool:
+        """Whether a step computes all its numbers on the device, as a CUDA graph demands."""
+        return stays_on_device(self.elbo)
+
     def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
         """Add ``share`` of the gradient of the loss to ``.grad``.
 
         Returns:
-            (3,) loss, NLL, and KL times its weight, nats per example.
+            (3,) Loss, NLL, and KL times its weight, nats per example.
         """
         num_data = self.model.num_data
-        with RecordNLL() as record:
+        with RecordNLL() as record, self._quiet():
             try:
                 surrogate = self._differentiable(batch, kl_weight)
                 if surrogate is None:
@@ -104,15 +150,21 @@ class Objective(nn.Module):
         return torch.stack([loss, record.value.to(loss), weighted_kl])
 
     def finish(self) -> None:
-        """Called once all micro-batches of a step were accumulated."""
+        """Complete the gradient after the last micro-batch of a step; here it is complete already."""
 
     def explain(self, batch: Batch) -> str:
-        """Why the loss of a batch is not finite, in words."""
+        """Say why the loss of a batch is not finite."""
         return explain_nonfinite(self.model, self.guide, batch)
 
+    def _quiet(self) -> AbstractContextManager[None]:
+        """Pyro warns of NaN where it validates, and in estimators of its own."""
+        if self.stays_on_device and not pyro.settings.get("validate_poutine"):
+            return nullcontext()
+        return without_nan_warnings()
+
     def _differentiable(self, batch: Batch, kl_weight: float | Tensor) -> Tensor | None:
-        """-ELBO to differentiate; None for RenyiELBO and TraceGraph_ELBO, which have but their own backward pass."""
-        if stays_on_device(self.elbo):
+        """The negative ELBO to differentiate; None for RenyiELBO and TraceGraph_ELBO, which lack one."""
+        if self.stays_on_device:
             loss = device_loss(self.elbo, self.model, self.guide, batch, kl_weight)
             if loss is not None:
                 return loss
@@ -132,13 +184,13 @@ class Objective(nn.Module):
 
 
 def allows_row_draws(elbo: ELBO) -> bool:
-    """Whether an estimator is linear in log p - log q, so that the average over rows of their own draws is unbiased."""
+    """Whether an estimator is linear in log p - log q: an average over rows with their own draws is unbiased."""
     linear = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
     return isinstance(elbo, linear) and not isinstance(elbo, TraceTailAdaptive_ELBO)
 
 
 def default_elbo(guide: Guide, prior: Prior) -> ELBO:
-    """The ELBO with closed-form KLs where guide and prior allow it, else ``Trace_ELBO``.
+    """Choose the ELBO with closed-form KLs if guide and prior allow it, else ``Trace_ELBO``.
 
     With several sites the closed forms hold only if the sites are independent under q.
     """
@@ -153,7 +205,12 @@ def default_elbo(guide: Guide, prior: Prior) -> ELBO:
 
 
 def elbo_for(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:
-    """The caller's estimator, or the default one, for a guide that was checked against the prior."""
+    """Check the guide against the prior and give the caller's estimator, or the default one.
+
+    Raises:
+        TypeError: ``elbo`` is not an ELBO.
+        ValueError: The guide does not fit the prior.
+    """
     if elbo is None:
         return default_elbo(guide, prior)
     if not isinstance(elbo, ELBO):
@@ -163,10 +220,10 @@ def elbo_for(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:
 
 
 def weight_at(kl_weight: float | Callable[[int], float], step: int) -> float:
-    """The weight of the KL at a step.
+    """Give the weight of the KL at a step.
 
     Raises:
-        ValueError: it is negative, or not finite.
+        ValueError: The weight is negative or not finite.
     """
     weight = float(kl_weight(step) if callable(kl_weight) else kl_weight)
     if not 0 <= weight < float("inf"):
@@ -184,7 +241,7 @@ def _has_closed_kl(q: Any, p: Any) -> bool:
 
 @torch.no_grad()
 def explain_nonfinite(model: TaskModel, guide: ScopedGuide, batch: Batch) -> str:
-    """Which site of guide or model is not finite on this batch, in words."""
+    """Say which site of guide or model is not finite on this batch."""
     with pyro.validation_enabled(False):
         q = poutine.trace(guide).get_trace(batch)
         for name in q.stochastic_nodes:
@@ -193,9 +250,9 @@ def explain_nonfinite(model: TaskModel, guide: ScopedGuide, batch: Batch) -> str
         p = poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
         for name in (*p.stochastic_nodes, *p.observation_nodes):
             site = _site(p, name)
-            bad = ~torch.isfinite(site["fn"].log_prob(site["value"]))
-            if bad.any():
-                rows = batch.index[bad.nonzero()[:, -1].unique()].tolist() if bad.dim() else "all"
+            rejected = ~torch.isfinite(site["fn"].log_prob(site["value"]))
+            if rejected.any():
+                rows = batch.index[rejected.nonzero()[:, -1].unique()].tolist() if rejected.dim() else "all"
                 return f"site {name!r} of the model (log density not finite for examples {rows})"
     return "no single site (every log density is finite now; the sum or the gradient overflows)"
 

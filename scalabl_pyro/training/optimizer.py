@@ -21,9 +21,18 @@ def build_optimizer(
     weight_decay: float,
     capturable: bool = False,
 ) -> torch.optim.AdamW:
-    """One AdamW over named groups; a group without parameters is left out.
+    """Build one AdamW over named groups. Groups without parameters are left out.
 
-    ``capturable``: step counts and learning rates are tensors on the device, which a CUDA graph reads at each replay.
+    Args:
+        model: The joint model.
+        guide: The guide.
+        lr: Learning rate of B and of the task's parameters.
+        lr_A: Learning rate of A and of new heads.
+        lr_loc: Learning rate of the guide's locations.
+        lr_scale: Learning rate of scales in guide and prior.
+        weight_decay: Decay of A and B.
+        capturable: Whether step counts and learning rates are tensors on the device, which a CUDA graph reads at each
+            replay.
     """
     point = list(model.blora.point_estimates.named_parameters())
     scales = [*_named(guide, scale=True), *_named(model.blora.prior, scale=True)]
@@ -43,12 +52,21 @@ def build_optimizer(
 
 
 def _named(module: nn.Module, *, scale: bool) -> list[nn.Parameter]:
-    """Scales, by name, or the other parameters (correlations, ``scale_tril``, go with the locations)."""
+    """Parameters named as scales, or all others. Correlations (``scale_tril``) count as locations."""
     return [p for name, p in module.named_parameters() if ("scale" in name and "tril" not in name) == scale]
 
 
 def rate_schedule(schedule: str, warmup: float, num_steps: int) -> Callable[[int], float]:
-    """Learning-rate factor of a step: linear rise over the warm-up, then constant or linear to 0."""
+    """Give the learning-rate factor of each step: a linear rise in the warm-up, then constant, or linear to 0.
+
+    Args:
+        schedule: ``"linear"`` or ``"constant"``.
+        warmup: Share of the steps in which the factor rises.
+        num_steps: Number of steps.
+
+    Returns:
+        A function from the step, counted from 0, to the factor.
+    """
     rise = max(round(warmup * num_steps), 1)
 
     def factor(step: int) -> float:
@@ -60,25 +78,29 @@ def rate_schedule(schedule: str, warmup: float, num_steps: int) -> Callable[[int
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Multiply the learning rate that each group started with by ``factor``."""
+    """Set the learning rate of each group to ``factor`` times the rate it started with."""
     for group in optimizer.param_groups:
         base = group.setdefault("initial_lr", float(group["lr"]))
-        if torch.is_tensor(group["lr"]):  # a captured graph reads it from there
+        if torch.is_tensor(group["lr"]):  # a captured graph reads it from this tensor
             group["lr"].fill_(base * factor)
         else:
             group["lr"] = base * factor
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters, in the order of the groups."""
+    """List all parameters, in the order of the groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
-    """The global gradient norm (), clipped at ``limit``; where it is not finite, gradients stay as they are."""
+    """Scale gradients down to a global norm of ``limit``. If the norm is not finite, gradients stay as they are.
+
+    Returns:
+        () The norm before clipping.
+    """
     parameters = [p for p in parameters_of(optimizer) if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit is not None:
-        # NaN would spread to all of them, and hide where it was; no update follows.
+        # NaN would spread to all gradients and hide where it came from; no update follows.
         nn.utils.clip_grads_with_norm_(parameters, limit, norm.nan_to_num(limit, posinf=limit))
     return norm

@@ -1,5 +1,7 @@
-"""What a training returns: the posterior as it was learned, frozen, with its history; or an error that holds them."""
+"""What a training returns: the frozen posterior and its history, or an error that holds them."""
 
+import html
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,28 +14,59 @@ from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
 from ..tasks import Task
 
+#: Number of characters of the posterior's repr that the repr of a result shows.
+MAX_REPR = 1000
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class FitResult:
-    """What :func:`scalabl_pyro.fit` returns.
+    """The posterior and the history that :func:`scalabl_pyro.fit` returns.
 
     Attributes:
-        posterior: frozen; later training does not change it.
-        history: one row a step: ``step``, ``loss`` and ``nll`` (nats per example), ``kl`` (nats per data set,
-            unweighted), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` of B, ``seconds`` since the start, and
+        posterior: The frozen posterior. Later training does not change it.
+        history: One row per step: ``step``, ``loss`` and ``nll`` (nats per example), ``kl`` (nats per data set, without
+            its weight), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` of B, ``seconds`` since the start, and
             ``skipped``, the number of steps left out so far because they were not finite.
+
+    Example:
+        >>> result = scalabl_pyro.fit(blora, task, rows, num_steps=100)
+        >>> result.posterior.predict(rows, num_draws=10).metrics()
     """
 
     posterior: Posterior
     history: pd.DataFrame
 
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name}={value}" for name, value in self._summary().items())
+        return f"FitResult({numbers})\n" + textwrap.indent(f"posterior: {self._describe_posterior()}", "  ")
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks."""
+        cells = self._summary() | {"posterior": self._describe_posterior()}
+        rows = "".join(f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in cells.items())
+        return f"<table><caption>FitResult</caption>{rows}</table>"
+
+    def _describe_posterior(self) -> str:
+        """The posterior's repr if it is short, else its guide, task and number of latents."""
+        shown = repr(self.posterior)
+        if len(shown) <= MAX_REPR:
+            return shown
+        guide, task = type(self.posterior.guide).__name__, type(self.posterior.task).__name__
+        return f"Posterior(guide={guide}, task={task}, dim={self.posterior.adapter.subspace.dim})"
+
+    def _summary(self) -> dict[str, str]:
+        """Steps, and loss, NLL, KL and seconds of the last one."""
+        last = {} if self.history.empty else self.history.iloc[-1].to_dict()
+        names = [name for name in ("loss", "nll", "kl", "seconds") if name in last]
+        return {"steps": str(len(self.history))} | {name: f"{last[name]:.4g}" for name in names}
+
 
 class TrainingError(FloatingPointError):
-    """A loss, gradient or parameter that is not finite.
+    """A loss, gradient or parameter is not finite.
 
     Attributes:
-        result: the :class:`FitResult` of all steps before; None if it was the first step, or if the parameters were no
-            posterior any more.
+        result: The :class:`FitResult` of all earlier steps. It is None if there are none, or if the parameters do not
+            make a posterior any more.
     """
 
     result: FitResult | None = None
@@ -41,11 +74,11 @@ class TrainingError(FloatingPointError):
 
 @torch.no_grad()
 def freeze(blora: BayesianLoRA, task: Task, guide: Guide, provenance: dict[str, Any]) -> Posterior:
-    """Copy what was learned into a posterior; the module itself rests at the posterior mean."""
+    """Copy what was learned into a posterior, and leave the module at the posterior mean."""
     adapter = blora.adapter
     if adapter.gauge == "unit_rows":
         for A, _ in adapter.factors():
-            if A.requires_grad:  # factors held fixed have unit rows already, and stay as they are to the last bit
+            if A.requires_grad:  # fixed factors have unit rows already, and must keep every bit
                 A.copy_(nn.functional.normalize(A, dim=-1))
     posterior = Posterior.capture(blora, task, guide, provenance=provenance)
     adapter.rest_at(posterior.mean())

@@ -1,4 +1,4 @@
-"""What makes a run the same run: told in JSON, compared in words, for checkpoints and between processes."""
+"""Describes what makes a run the same run, and compares two descriptions, for checkpoints and between processes."""
 
 import hashlib
 import json
@@ -18,33 +18,29 @@ from ..lora.fingerprint import check_fingerprint, describe_layers, fingerprint
 from ..model.joint import TaskModel
 from .loop import Trainer
 
-#: Options of ``fit`` that make another run of it. Others change the bits at most (``micro_batch_size``), or nothing.
-OF_A_RUN = (
-    *("num_steps", "batch_size", "lr", "lr_A", "lr_loc", "lr_scale", "weight_decay", "factor_scale", "warmup"),
-    *("schedule", "kl_weight", "elbo", "init_scale", "max_grad_norm", "seed"),
-)
 #: Entries that are digests.
 DATA, FIXED = "train_data", "what is held fixed (frozen parameters, numbers of the prior)"
-#: Steps at which a KL schedule is looked at, to tell one from another.
+#: Number of steps at which KL schedules are compared.
 SCHEDULE_PROBES = 9
 
 
 def describe_run(
     model: TaskModel, guide: Guide, batches: Callable[[int], Batch], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What makes a run the same run, for JSON: options, program, data, base model, and all that is held fixed.
+    """Describe a run for JSON: options, program, data, base model, and all numbers that are held fixed.
 
     Args:
-        model: the joint model.
-        guide: the family.
-        batches: where training reads.
-        options: of ``fit``; callables of the step are told apart by their values, ELBOs by class and draws.
+        model: The joint model.
+        guide: The guide.
+        batches: Gives the batch of a step.
+        options: Options, see :meth:`scalabl_pyro.training.options.TrainingOptions.identity`. Functions of the step are
+            compared by their values, ELBOs by class and number of draws.
     """
     adapter = model.blora.adapter
     prior = {f"prior.{n}": t for n, t in model.blora.prior.named_buffers()}
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     run = {
-        **{name: _told(value, options["num_steps"]) for name, value in options.items()},
+        **{name: _option_value(value, options["num_steps"]) for name, value in options.items()},
         "num_data": model.num_data,
         "draws": model.draws,
         DATA: _data_digest(batches),
@@ -63,44 +59,52 @@ def begin_alike(processes: Processes, trainer: Trainer, run: Mapping[str, Any]) 
     """Start several processes with the parameters of the first one.
 
     Args:
-        processes: that train together.
-        trainer: at its start.
-        run: what this process was asked for.
+        processes: Processes that train together.
+        trainer: The trainer, before its first step.
+        run: Description of the run in this process.
 
     Raises:
-        ValueError: another process was asked for something else.
+        ValueError: The run of another process differs.
     """
     for rank, other in enumerate(processes.all_gather(lambda: run)):
-        words = differences(other, run)
+        differing = differences(other, run)
         try:
             check_fingerprint(other["base_model"], run["base_model"])
         except ValueError as error:
-            words.append(str(error))
-        if words:
+            differing.append(str(error))
+        if differing:
             raise ValueError(
-                f"Process {processes.rank} was asked for another training than process {rank}: {'; '.join(words)}. All "
-                "must call fit with the same options, data and base model."
+                f"Process {processes.rank} was asked for another training than process {rank}: {'; '.join(differing)}. "
+                "All must call fit with the same options, data and base model."
             )
     processes.broadcast([tensor.data for tensor in trainer.learned.tensors().values()])
 
 
 def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Which entries of two runs differ, in words; base models are compared by :func:`check_fingerprint`."""
-    words = []
+    """List the entries in which two runs differ. Base models are compared by :func:`check_fingerprint` instead.
+
+    Args:
+        saved: Description of the saved run.
+        present: Description of the present run.
+
+    Returns:
+        One phrase per entry.
+    """
+    found = []
     for name in sorted((set(saved) | set(present)) - {"base_model"}):
         was, now = saved.get(name), present.get(name)
         if was == now:
             continue
         if isinstance(was, dict) and isinstance(now, dict):
-            words += [f"{name}: {inner}" for inner in differences(was, now)]
+            found += [f"{name}: {inner}" for inner in differences(was, now)]
         elif name in (DATA, FIXED) or len(f"{was}{now}") > 200:
-            words.append(f"{name} differs")
+            found.append(f"{name} differs")
         else:
-            words.append(f"{name} is {now!r}, was {was!r}")
-    return words
+            found.append(f"{name} is {now!r}, was {was!r}")
+    return found
 
 
-def _told(value: Any, num_steps: int) -> Any:
+def _option_value(value: Any, num_steps: int) -> Any:
     if isinstance(value, ELBO):
         own = {k: getattr(value, k) for k in ("num_particles", "vectorize_particles", "alpha") if hasattr(value, k)}
         return {"class": type(value).__name__, **own}
@@ -110,7 +114,7 @@ def _told(value: Any, num_steps: int) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold; of other objects their class."""
+    """Convert a value for JSON. Other objects become the name of their class."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -123,7 +127,7 @@ def _plain(value: Any) -> Any:
 
 
 def _data_digest(batches: Callable[[int], Batch]) -> str:
-    """Of all tokens and targets; a loader's batches are compared when they are gone through again."""
+    """Digest of all tokens and targets. The batches of a loader are compared when a resumption replays them."""
     if not isinstance(batches, TrainingBatches):
         return type(batches).__name__
     digest = hashlib.sha256()

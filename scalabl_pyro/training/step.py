@@ -4,42 +4,54 @@ A step that is not finite changes no parameter. The check stays on the device, s
 host: a flag keeps the optimizer from updating from that step on, until the host has read it.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._process.stop_signals import StopSignals
 from ..data.batch import Batch
 from ..distributed.processes import Processes
 from ..lora.hidden_state_cache import PrefixStore
-from .objective import Objective
+from .gradient_check import GradientCheck
+from .objective import TrainingObjective
 from .optimizer import clip_gradients, parameters_of
-from .svgd import SteinObjective
+
+
+class StepResult(NamedTuple):
+    """What one step gives.
+
+    Attributes:
+        statistics: (4,) Loss, NLL, weighted KL (nats per example) and gradient norm, on the device.
+        signal: Largest signal that any of several processes has received, or 0. It is always 0 in a single process.
+    """
+
+    statistics: Tensor
+    signal: int = 0
 
 
 class EagerStep:
-    """Gradient of the loss of one batch, and an update if loss and gradient are finite.
+    """Compute the gradient of the loss of one batch, and update if loss and gradient are finite.
 
     Args:
-        objective: what is minimized.
-        optimizer: a fused one, which looks at ``found_inf`` before it updates.
-        micro_batch_size: rows a forward pass.
-        max_grad_norm: the global gradient norm is clipped at it.
-        device: of the first adapted layer.
-        store: hidden states below the first adapted block, where they are kept.
-        processes: that share each batch.
+        objective: What is minimized.
+        optimizer: A fused optimizer, which looks at ``found_inf`` before it updates.
+        device: Device of the first adapted layer.
+        micro_batch_size: Rows per forward pass.
+        max_grad_norm: Largest global gradient norm.
+        store: Hidden states below the first adapted block, if they are cached.
+        processes: Processes that share each batch.
+        signals: Signals that this process has received.
+        check: Check that the gradient reaches every layer. It is active inside ``with step.check:`` only.
 
     Attributes:
-        check: looks at the gradient before the update.
-        signal: gives the signal that this process has received, or 0.
-        agreed_signal: the largest one of all processes, as of the last step.
+        blocked: () 1.0 on the device after a step that was not finite, until the host sets it to 0.
     """
 
     def __init__(
         self,
-        objective: Objective | SteinObjective,
+        objective: TrainingObjective,
         optimizer: Any,
         *,
         device: torch.device,
@@ -47,6 +59,8 @@ class EagerStep:
         max_grad_norm: float | None = None,
         store: PrefixStore | None = None,
         processes: Processes | None = None,
+        signals: StopSignals | None = None,
+        check: GradientCheck | None = None,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -55,18 +69,26 @@ class EagerStep:
         self.max_grad_norm = max_grad_norm
         self.store = store
         self.processes = processes or Processes()
-        self.blocked = torch.zeros((), device=device, dtype=torch.float32)  # whatever the default
+        self.signals = signals or StopSignals(terminate=False)
+        self.check = check
+        self.blocked = torch.zeros((), device=device, dtype=torch.float32)  # whatever the default dtype is
         # What a GradScaler sets on a fused optimizer: no update while ``found_inf`` is 1.
         optimizer.grad_scale, optimizer.found_inf = None, self.blocked
-        self.check: Callable[[Tensor], None] | None = None
-        self.signal: Callable[[], int] = lambda: 0
-        self.agreed_signal = 0
 
-    def __call__(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
-        """Loss, NLL, weighted KL (nats per example) and gradient norm of the step, (4,) on the device."""
+    def __call__(self, batch: Batch, kl_weight: float | Tensor) -> StepResult:
+        """Take one step.
+
+        Args:
+            batch: The rows of all processes.
+            kl_weight: Weight of the KL.
+
+        Returns:
+            Statistics of the batch before the update.
+        """
         terms = self.gradient(batch, kl_weight)
+        signal = 0
         if self.processes.are_several:
-            self.agreed_signal = self.processes.synchronize(batch, self.signal())
+            signal = self.processes.synchronize(batch, self.signals.received or 0)
             terms = self.processes.all_reduce_gradients(parameters_of(self.optimizer), terms)
         self.objective.finish()
         if self.check is not None:
@@ -75,13 +97,16 @@ class EagerStep:
         finite = torch.isfinite(terms[0]) & torch.isfinite(norm)
         self.blocked.copy_(torch.maximum(self.blocked, (~finite).to(self.blocked)))
         self.optimizer.step()
-        return torch.cat([terms, norm.reshape(1)])
+        return StepResult(torch.cat([terms, norm.reshape(1)]), signal)
 
     def gradient(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
-        """Put the gradient of the loss of a batch into ``.grad``; loss, NLL and weighted KL, (3,).
+        """Put the gradient of the loss of a batch into ``.grad``.
 
-        Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B. Of several
-        processes each has a part of every micro-batch, and what it computes is its part of the sums.
+        Each micro-batch of b of the B rows gives the whole ELBO scaled to N, so its share is b / B. If several
+        processes share the batch, each has a part of every micro-batch and computes its part of the sums.
+
+        Returns:
+            (3,) Loss, NLL and weighted KL, nats per example.
         """
         self.objective.zero_grad(set_to_none=True)
         parts = []

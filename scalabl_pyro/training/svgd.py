@@ -11,14 +11,17 @@ from ..model.joint import TaskModel
 
 
 class SteinObjective(nn.Module):
-    """The average negative log joint of K particles; the gradient of the particles becomes the Stein direction.
+    """The average negative log joint of K particles. The gradient of the particles becomes the Stein direction.
 
-    Factors, heads and task parameters follow the plain gradient, that is the average over the particles.
+    Factors, heads and task parameters follow the plain gradient: the average over the particles.
 
     Args:
-        model: the joint model.
-        guide: the particles.
+        model: The joint model.
+        guide: The particles.
     """
+
+    #: The kernel of the particles reads its width on the host.
+    stays_on_device = False
 
     def __init__(self, model: TaskModel, guide: ParticleGuide) -> None:
         super().__init__()
@@ -29,8 +32,8 @@ class SteinObjective(nn.Module):
         """Add ``share`` of the gradient of the loss to ``.grad``.
 
         Returns:
-            (3,) loss, NLL, and in the place of the KL -log p(s) times its weight; averaged over particles, nats per
-            example.
+            (3,) Loss, NLL, and -log p(s) times its weight in the place of the KL. All are averages over particles, nats
+            per example.
         """
         model, s = self.model, self.guide.particles.unsqueeze(1)
         likelihood = model.task(model.task.outputs(model.blora, batch, s), batch)
@@ -41,11 +44,11 @@ class SteinObjective(nn.Module):
         return torch.stack([loss, nll.to(loss), divergence.to(loss)]).detach()
 
     def explain(self, batch: Batch) -> str:
-        """Why the loss of a batch is not finite, in words."""
-        return "some particle is far out"
+        """Say why the loss of a batch is not finite."""
+        return "at least one particle lies far from the data"
 
     def finish(self) -> None:
-        """Turn the particles' gradient of the loss into the Stein direction."""
+        """Replace the gradient of the particles by the Stein direction."""
         particles = self.guide.particles
         assert particles.grad is not None
         scale = len(particles) * self.model.num_data

@@ -1,4 +1,4 @@
-"""All that training changes, as tensors by name, and back in place; what a checkpoint says beside them."""
+"""All that training changes, as tensors by name; loading them back in place; the check of a checkpoint's record."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,28 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..storage.tensor_files import check_keys
-from .objective import Objective
-from .svgd import SteinObjective
+from ..storage.tensor_files import below, check_keys
+from .objective import TrainingObjective
 
-#: What a fused AdamW keeps of a parameter: a number, and two tensors like it.
+#: What a fused AdamW stores per parameter: a step count, and two tensors of the parameter's shape.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class LearnedState:
-    """Factors, heads, parameters of task, prior and guide, and what the optimizer keeps of each.
+    """Factors, heads, parameters of task, prior and guide, and the optimizer's moments of each.
 
     Args:
-        objective: holds the modules.
-        optimizer: of their parameters.
+        objective: The objective, which holds all modules.
+        optimizer: The optimizer of their parameters.
     """
 
-    def __init__(self, objective: Objective | SteinObjective, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, objective: TrainingObjective, optimizer: torch.optim.Optimizer) -> None:
         self.objective = objective
         self.optimizer = optimizer
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live tensors: ``module.*``, ``heads.*``, and ``optimizer.<number>.*`` of each parameter it has moved."""
+        """Give the live tensors by name: ``module.*``, ``heads.*``, ``optimizer.<number>.*``."""
         moments = {
             f"optimizer.{number}.{key}": value
             for number, parameter in enumerate(self._parameters())
@@ -37,23 +36,23 @@ class LearnedState:
         return self._modules() | moments
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Copies of them, where they are."""
+        """Copy all tensors on their own devices."""
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Overwrite the live tensors, in place: a captured graph goes on using them.
+        """Overwrite the live tensors in place, because a captured graph continues to use them.
 
         Raises:
-            ValueError: other names, shapes or types, other numbers of what is held fixed, parameters not finite;
-                nothing is overwritten then.
+            ValueError: Names, shapes, types or fixed numbers differ, or parameters are not finite. Nothing is
+                overwritten then.
         """
         modules, parameters = self._modules(), self._parameters()
         mine = tuple(f"optimizer.{number}." for number in range(len(parameters)))
         moments = {k: v for k, v in saved.items() if k.startswith(mine)}
         check_keys("The saved state", set(saved) - set(moments), set(modules))
         for parameter, prefix in zip(parameters, mine, strict=True):
-            if own := _below(moments, prefix):
+            if own := below(moments, prefix):
                 check_keys(f"The saved state of {prefix[:-1]}", set(own), set(MOMENTS))
             for name, tensor in own.items():
                 shape, dtype = (torch.Size(), torch.float32) if name == "step" else (parameter.shape, parameter.dtype)
@@ -68,7 +67,7 @@ class LearnedState:
         for name, live in modules.items():
             live.copy_(saved[name])
         for parameter, prefix in zip(parameters, mine, strict=True):
-            self._load_moments(parameter, _below(moments, prefix))
+            self._load_moments(parameter, below(moments, prefix))
 
     def _load_moments(self, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
         state: dict[str, Any] = self.optimizer.state[parameter]
@@ -76,31 +75,39 @@ class LearnedState:
             if key in state:
                 state[key].copy_(tensor)
             else:
-                state[key] = tensor.to(parameter.device, copy=True)  # fused optimizers keep the step count there too
+                state[key] = tensor.to(
+                    parameter.device, copy=True
+                )  # a fused optimizer keeps the step count on the device too
         for key in set(state) - set(saved):
-            state[key].zero_()  # as before its first update
+            state[key].zero_()  # as before the first update of this parameter
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _modules(self) -> dict[str, Tensor]:
         own = {f"module.{k}": v for k, v in self.objective.state_dict().items()}
-        for name, head in self.objective.model.blora.adapter.heads.items():  # buffers; parameters are above
+        for (
+            name,
+            head,
+        ) in self.objective.model.blora.adapter.heads.items():  # buffers only: the parameters are in the state dict
             own |= {f"heads.{name}.{k}": v for k, v in head.named_buffers()}
         return own
 
 
 def check_record(record: Any, columns: Sequence[str], *, step: int, num_steps: int) -> dict[str, Any]:
-    """What a checkpoint of a step says beside its tensors, once it is known to be what a run writes.
+    """Check the record that a checkpoint stores beside its tensors.
 
     Args:
-        record: ``step``, ``seconds``, ``columns``, ``recovery``, ``data``.
-        columns: of the history.
-        step: that of its folder.
-        num_steps: of the run.
+        record: The entries ``step``, ``seconds``, ``columns``, ``recovery``, ``data``.
+        columns: Columns of a history.
+        step: Step in the name of the checkpoint's folder.
+        num_steps: Number of steps of the run.
+
+    Returns:
+        The record.
 
     Raises:
-        ValueError: an entry that no run has written.
+        ValueError: An entry has a value that no run writes.
     """
     if not isinstance(record, dict):
         raise ValueError("its record does not say where the run was")
@@ -112,11 +119,11 @@ def check_record(record: Any, columns: Sequence[str], *, step: int, num_steps: i
         "recovery": not isinstance(recovery, dict)
         or not all(_is_count(recovery.get(name), 0, step) for name in ("skipped", "in_a_row"))
         or not (recovery.get("restored_at", "") is None or _is_count(recovery["restored_at"], 0, step)),
-        # A step reads a batch; one may have been read ahead.
+        # Each step reads one batch; one more may have been read ahead.
         "data": data is not None and not (isinstance(data, dict) and _is_count(data.get("count"), 0, step + 1)),
     }
     if names := [name for name, is_wrong in wrong.items() if is_wrong]:
-        raise ValueError(f"the entries {names} of its record are none that a run writes at step {step}")
+        raise ValueError(f"the entries {names} of its record have values that no run writes at step {step}")
     return record
 
 
@@ -130,7 +137,3 @@ def _check(name: str, saved: Tensor, shape: torch.Size, dtype: torch.dtype, *, f
         raise ValueError(f"{name!r} was saved as {was}, and is {now} now.")
     if finite and saved.is_floating_point() and not torch.isfinite(saved).all():
         raise ValueError(f"{name!r} was saved with numbers that are not finite.")
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -13,11 +13,12 @@ from torch import nn
 import scalabl_pyro as sp
 from scalabl_pyro import baselines
 from scalabl_pyro._process.random_state import scoped_seed
+from scalabl_pyro.baselines.dropout import DropoutLoRA
 from scalabl_pyro.baselines.factor_posterior import as_function, plain_factors
-from scalabl_pyro.baselines.mc_dropout import DropoutLoRA
 from scalabl_pyro.baselines.predictor import predict_functions
-from scalabl_pyro.baselines.scalabl_released import AlternatingStep, LogNormals, reversed_kl
-from scalabl_pyro.baselines.temperature_scaling import apply_temperature, fit_temperature
+from scalabl_pyro.baselines.released_kl import LogNormals, reversed_kl
+from scalabl_pyro.baselines.released_step import AlternatingStep
+from scalabl_pyro.baselines.temperature import apply_temperature, fit_temperature
 from scalabl_pyro.lora.binding import RowNoise
 from scalabl_pyro.prediction.predict import NumericPrediction, Prediction
 
@@ -579,7 +580,7 @@ def test_a_damaged_baseline_is_named(trained, tmp_path, change, message):
 
 def test_a_baseline_does_not_write_over_something_else(trained, tmp_path):
     (tmp_path / "thesis.txt").write_text("important")
-    with pytest.raises(FileExistsError, match="holds no baseline"):
+    with pytest.raises(FileExistsError, match="does not hold a baseline"):
         trained("mc_dropout").save_pretrained(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "important"
 

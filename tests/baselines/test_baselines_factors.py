@@ -16,12 +16,12 @@ from torch.distributions import kl_divergence
 import scalabl_pyro as sp
 from scalabl_pyro import baselines
 from scalabl_pyro._process.random_state import scoped_seed
-from scalabl_pyro.baselines.blob import FlipoutLoRA, NoiseGuide, NoisePrior, flat
+from scalabl_pyro.baselines.bayes_by_backprop import FlipoutLoRA, NoiseGuide, NoisePrior, flat
 from scalabl_pyro.baselines.factor_posterior import FactorPosterior, as_function, plain_factors
 from scalabl_pyro.baselines.kfac import SecondMoment, kronecker_factors, record
-from scalabl_pyro.baselines.laplace_lora import KroneckerNoise, best_prior_scale, correlate, predict_linear
+from scalabl_pyro.baselines.kronecker_laplace import KroneckerNoise, best_prior_scale, correlate, predict_linear
 from scalabl_pyro.baselines.predictor import predict_functions
-from scalabl_pyro.baselines.tfb import SpectralNoise, largest_passing, mixture_nll, spectral_factors
+from scalabl_pyro.baselines.training_free import SpectralNoise, largest_passing, mixture_nll, spectral_factors
 from scalabl_pyro.data import collate, encode
 from scalabl_pyro.training.result import TrainingError
 

@@ -13,10 +13,10 @@ import torch
 import scalabl_pyro as sp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-import sources
-from acquisition import STRATEGIES, Pool, scores
-from kept_rows import KeptRows, fit_upper_blocks
-from selection import SCORES, doubt, threshold, upper_bound
+from _support import datasets, run_settings
+from _support.acquisition import STRATEGIES, Pool, scores
+from _support.kept_rows import KeptRows, fit_upper_blocks
+from _support.selection import SCORES, doubt, threshold, upper_bound
 
 
 def by_hand() -> sp.Prediction:
@@ -137,7 +137,7 @@ def test_kept_rows_predict_what_a_posterior_predicts_though_the_lower_block_runs
 def test_rows_cannot_be_kept_where_all_blocks_are_adapted():
     llm, task = tiny.causal_lm(), sp.MultipleChoice(tiny.tokenizer())
     result = sp.fit(sp.bayesian_lora(llm), task, tiny.question_rows(8), num_steps=1, progress=False)
-    with pytest.raises(ValueError, match="adapt the upper blocks alone"):
+    with pytest.raises(ValueError, match="adapt only upper blocks"):
         KeptRows(tiny.question_rows(4), task).predict(result.posterior, num_draws=2, seed=0)
 
 
@@ -222,25 +222,25 @@ def test_strategies_are_held_against_random_with_the_same_seed():
 
 def test_rows_that_repeat_or_stand_in_test_are_left_out():
     rows = [{"question": q, "choices": ["a", "b"]} for q in ("One?", "two?", "one? ", "three?")]
-    assert [row["question"] for row in sources.distinct(rows, but=[rows[3]])] == ["One?", "two?"]
+    assert [row["question"] for row in datasets.distinct(rows, but=[rows[3]])] == ["One?", "two?"]
 
 
 def test_trec_is_read_from_a_folder_or_the_one_below(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "trec_test.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 0}\n')
-    assert sources.trec(tmp_path, "test")[0]["answer"] == 0
+    assert datasets.trec(tmp_path, "test")[0]["answer"] == 0
     with pytest.raises(SystemExit, match=r"no trec_train\.jsonl"):
-        sources.trec(tmp_path, "train")
+        datasets.trec(tmp_path, "train")
 
 
 def test_lines_of_other_settings_are_not_mixed(tmp_path):
     table, settings = tmp_path / "runs.csv", tmp_path / "settings.json"
     args = Namespace(steps=2, seeds=[0], out=tmp_path)
-    assert sources.earlier_lines(args, table, settings) == []
+    assert run_settings.earlier_lines(args, table, settings) == []
     pd.DataFrame([{"seed": 0, "nll": 1.5}]).to_csv(table, index=False)
-    sources.save_settings(args, settings)
-    assert sources.earlier_lines(Namespace(steps=2, seeds=[0, 1], out="."), table, settings) == [
+    run_settings.save_settings(args, settings)
+    assert run_settings.earlier_lines(Namespace(steps=2, seeds=[0, 1], out="."), table, settings) == [
         {"seed": 0, "nll": 1.5}
     ]
     with pytest.raises(SystemExit, match="made with other settings"):
-        sources.earlier_lines(Namespace(steps=3, seeds=[0], out="."), table, settings)
+        run_settings.earlier_lines(Namespace(steps=3, seeds=[0], out="."), table, settings)

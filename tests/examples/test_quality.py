@@ -15,17 +15,12 @@ from datasets import Dataset
 
 import scalabl_pyro as sp
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "benchmarks"))
-import quality
-import quality_data
-import quality_methods
-import quality_options
-import quality_report
-import quality_table
-from quality_sources import SOURCES
-from quality_table import Table
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from benchmarks.quality import data, methods, options, report, runner, table
+from benchmarks.quality.sources import SOURCES
+from benchmarks.quality.table import Table
 
-BENCHMARKS = Path(quality.__file__).parent
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TIMES = {"seconds", "train_seconds", "predict_seconds"}
 
 
@@ -51,13 +46,11 @@ def command(tmp_path):
     given = [f"--datasets=toy={tmp_path / 'toy_train.jsonl'},{tmp_path / 'toy_test.jsonl'}", "--device=cpu"]
     given += ["--train-rows=20", "--val-rows=10", "--steps=2", "--batch-size=4", "--rank=2", "--draws=2"]
     given += ["--methods", "mle", "tfb", "scalabl", "--set", 'tfb={"num_bisections": 2, "tolerance": 0.5}']
-    return lambda name, *more: quality_options.arguments(
-        None, [*given, "--seeds", "0", "1", f"--out={tmp_path / name}", *more]
-    )
+    return lambda name, *more: options.arguments(None, [*given, "--seeds", "0", "1", f"--out={tmp_path / name}", *more])
 
 
 def run(args):
-    return quality.run_all(args, tiny.causal_lm(), tiny.tokenizer())
+    return runner.run_all(args, tiny.causal_lm(), tiny.tokenizer())
 
 
 def outcome(args):
@@ -71,7 +64,7 @@ def test_a_benchmark_that_was_killed_goes_on_and_ends_with_the_same_table(comman
     whole, stopped = command("whole"), command("stopped")
     assert run(whole) == 0
     count = 0
-    execute = quality.execute
+    execute = runner.execute
 
     def killed_in_the_third_run(*args):
         nonlocal count
@@ -81,20 +74,20 @@ def test_a_benchmark_that_was_killed_goes_on_and_ends_with_the_same_table(comman
         return execute(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quality, "execute", killed_in_the_third_run)
+        patch.setattr(runner, "execute", killed_in_the_third_run)
         with pytest.raises(KeyboardInterrupt):
             run(stopped)
-    table = stopped.out / "table.jsonl"
+    lines = stopped.out / "table.jsonl"
     assert len(Table(stopped.out).rows()) == 2
-    with table.open("a", encoding="utf-8") as file:
+    with lines.open("a", encoding="utf-8") as file:
         file.write('{"dataset": "toy", "meth')  # a line that was not written to its end
     assert run(stopped) == 0
-    assert len(table.read_text().splitlines()) == 6
+    assert len(lines.read_text().splitlines()) == 6
     assert repr(outcome(stopped)) == repr(outcome(whole))  # NaN is equal to itself there
-    before = table.read_bytes()
+    before = lines.read_bytes()
     assert run(stopped) == 0
-    assert table.read_bytes() == before
-    text = quality_report.write(stopped.out)
+    assert lines.read_bytes() == before
+    text = report.write(stopped.out)
     assert "| tfb | 2 |" in text and "| 6 |" not in text
 
 
@@ -102,7 +95,7 @@ def test_a_benchmark_that_was_killed_goes_on_and_ends_with_the_same_table(comman
 def test_shards_share_the_runs_and_keep_a_base_with_what_starts_from_it(command):
     for i in range(2):
         assert run(command("shared", f"--shard={i}/2")) == 0
-    parts = [quality_table.read(path) for path in sorted((command("shared").out).glob("table-*.jsonl"))]
+    parts = [table.read(path) for path in sorted((command("shared").out).glob("table-*.jsonl"))]
     named = [{(row["method"], row["seed"]) for row in part} for part in parts]
     assert not named[0] & named[1] and len(named[0] | named[1]) == 6
     for part in named:
@@ -114,19 +107,19 @@ def test_other_settings_are_other_runs_and_lines(command):
         assert run(command("two", "--methods", "mle", "--seeds", "0", *more)) == 0
     found = Table(command("two").out).rows()
     assert len(found) == 2
-    assert quality_report.frame_of(found)["line"].nunique() == 2
+    assert report.frame_of(found)["line"].nunique() == 2
 
 
 @pytest.mark.parametrize(("given", "expected"), [([], [None, 1e-3, None]), (["--lr=0.01"], [0.01, 0.01, 0.5])])
 def test_each_method_learns_at_its_own_rate_unless_told_otherwise(command, monkeypatch, given, expected):
     rates = []
     for owner, name in (
-        (quality_methods.baselines, "mle"),
-        (quality_methods.baselines, "scalabl_released"),
+        (methods.baselines, "mle"),
+        (methods.baselines, "scalabl_released"),
         (sp, "fit"),
     ):
         train = getattr(owner, name)
-        spy = lambda *args, train=train, **options: rates.append(options.get("lr")) or train(*args, **options)  # noqa: E731
+        spy = lambda *args, train=train, **kw: rates.append(kw.get("lr")) or train(*args, **kw)  # noqa: E731
         monkeypatch.setattr(owner, name, spy)
     own = ["--set", 'scalabl={"lr": 0.5}'] if given else []
     names = ["--methods", "mle", "scalabl", "scalabl_released", "--seeds", "0"]
@@ -136,19 +129,19 @@ def test_each_method_learns_at_its_own_rate_unless_told_otherwise(command, monke
 
 def test_on_validation_test_rows_are_never_predicted_and_on_test_once(command, monkeypatch):
     seen = []
-    predict = quality_methods.Workbench.predict
+    predict = methods.Workbench.predict
 
     def watched(self, learned, asked, *, seed):
         seen.append({row["question"] for row in asked})
         return predict(self, learned, asked, seed=seed)
 
-    monkeypatch.setattr(quality_methods.Workbench, "predict", watched)
+    monkeypatch.setattr(methods.Workbench, "predict", watched)
     test = {row["question"] for row in rows(12, start=100)}
-    options = ["--methods", "mle", "--seeds", "0", "--split"]
-    run(command("val", *options, "val"))
+    given = ["--methods", "mle", "--seeds", "0", "--split"]
+    run(command("val", *given, "val"))
     assert len(seen) == 1 and not seen[0] & test
     seen.clear()
-    run(command("test", *options, "test"))
+    run(command("test", *given, "test"))
     assert [asked == test for asked in seen] == [False, True]
 
 
@@ -157,8 +150,8 @@ def test_no_run_begins_that_would_not_end_in_time(command, monkeypatch):
         time.sleep(0.2)
         return {"dataset": run.dataset, "method": run.method.name, "seed": run.seed, "split": "test", "settings": {}}
 
-    monkeypatch.setattr(quality, "execute", slow)
-    monkeypatch.setattr(quality, "describe", lambda row: "")
+    monkeypatch.setattr(runner, "execute", slow)
+    monkeypatch.setattr(runner, "describe", lambda row: "")
     args = command("timed", "--time-limit", "0.5")
     args.start = time.perf_counter()
     assert run(args) == 0
@@ -169,63 +162,64 @@ def test_a_training_that_diverges_is_a_row_and_a_bug_is_none(command, monkeypatc
     def broken(run, *_):
         raise FloatingPointError("the loss is nan") if run.method.name == "mle" else RuntimeError("a bug")
 
-    monkeypatch.setattr(quality, "execute", broken)
+    monkeypatch.setattr(runner, "execute", broken)
     args = command("broken", "--methods", "mle", "scalabl", "--seeds", "0")
     assert run(args) == 1
     (row,) = Table(args.out).rows()
     assert row["error"] == "the loss is nan"
     assert "a bug" in capsys.readouterr().err
-    assert "**Failed:** toy, mle, seed 0: the loss is nan" in quality_report.write(args.out)
+    assert "**Failed:** toy, mle, seed 0: the loss is nan" in report.write(args.out)
 
 
 def test_a_killed_writer_leaves_whole_rows(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from quality_table import Table\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from benchmarks.quality.table import Table\n"
         "t = Table(Path(sys.argv[2]))\n"
         "for seed in range(10**6):\n"
         "    t.append({'dataset': 'd', 'method': 'm', 'seed': seed, 'split': 'test', 'settings': {'x': 'y' * 5000}})\n"
     )
-    writer = subprocess.Popen([sys.executable, "-c", code, str(BENCHMARKS), str(tmp_path)])
+    writer = subprocess.Popen([sys.executable, "-c", code, str(EXAMPLES), str(tmp_path)])
     path = tmp_path / "table.jsonl"
     deadline = time.monotonic() + 60
     while not (path.exists() and path.stat().st_size > 20_000) and time.monotonic() < deadline:
         time.sleep(0.01)
     writer.send_signal(signal.SIGKILL)
     writer.wait()
-    table = Table(tmp_path)
-    found = table.rows()
+    kept = Table(tmp_path)
+    found = kept.rows()
     assert [row["seed"] for row in found] == list(range(len(found))) and len(found) > 3
-    table.append({**found[0], "seed": -1})
-    assert [row["seed"] for row in table.rows()][-1] == -1
+    kept.append({**found[0], "seed": -1})
+    assert [row["seed"] for row in kept.rows()][-1] == -1
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "table.jsonl"
     path.write_text('{"a": 1}\n{"a"\n{"a": 2}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 2 is not JSON"):
-        quality_table.read(path)
+        table.read(path)
 
 
 def test_validation_comes_out_of_train_and_never_out_of_test():
     test = rows(20, start=30)
     pool = [*rows(60), *rows(10)]  # 20 rows of test stand in train too, and 10 rows stand there twice
-    train, val, same_test = quality_data.split(pool, test, train_rows=25, val_rows=10, seed=0)
+    train, val, same_test = data.split(pool, test, train_rows=25, val_rows=10, seed=0)
     assert same_test == test
     texts = [{row["question"] for row in part} for part in (train, val, test)]
     assert [len(part) for part in texts] == [25, 10, 20]
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
-    assert quality_data.split(pool, test, train_rows=25, val_rows=10, seed=0) == (train, val, test)
-    assert quality_data.split(pool, test, train_rows=25, val_rows=10, seed=1)[0] != train
-    all_but_val = quality_data.split(pool, test, train_rows=0, val_rows=10, seed=0)[0]
+    assert data.split(pool, test, train_rows=25, val_rows=10, seed=0) == (train, val, test)
+    assert data.split(pool, test, train_rows=25, val_rows=10, seed=1)[0] != train
+    all_but_val = data.split(pool, test, train_rows=0, val_rows=10, seed=0)[0]
     assert len(all_but_val) == 30 and all_but_val[:25] == train
     with pytest.raises(ValueError, match="40 different rows, but 41"):
-        quality_data.split(pool, test, train_rows=31, val_rows=10, seed=0)
+        data.split(pool, test, train_rows=31, val_rows=10, seed=0)
 
 
 def test_batches_have_few_shapes_and_all_rows_in_another_order_each_epoch():
     given = [{**row, "question": row["question"] + " the" * (i % 40)} for i, row in enumerate(rows(70))]
     task = sp.MultipleChoice(tiny.tokenizer())
-    batches = quality_data.FixedWidthBatches(given, task, 8, num_widths=2)
+    batches = data.FixedWidthBatches(given, task, 8, num_widths=2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         first, second = list(batches), list(batches)
@@ -254,33 +248,33 @@ def test_mean_standard_error_and_ranks_are_those_by_hand():
         for method, nll in zip(("x", "y", "z"), values, strict=True)
     ]
     found.append(table_row("b", "x", 1, 0.7))  # y and z lack this block: it has no ranks
-    frame = quality_report.frame_of(found)
-    table = quality_report.summary(frame, ["nll"])
-    assert table.loc[("a", "x"), ("nll", "mean")] == pytest.approx(0.3)
-    assert table.loc[("a", "x"), ("nll", "se")] == pytest.approx(0.1)  # sd 0.1414 / sqrt 2
-    assert table.loc[("b", "x"), ("runs", "")] == 2
-    assert np.isnan(table.loc[("b", "y"), ("nll", "se")])
-    ranks = quality_report.ranks(frame)
+    frame = report.frame_of(found)
+    means = report.summary(frame, ["nll"])
+    assert means.loc[("a", "x"), ("nll", "mean")] == pytest.approx(0.3)
+    assert means.loc[("a", "x"), ("nll", "se")] == pytest.approx(0.1)  # sd 0.1414 / sqrt 2
+    assert means.loc[("b", "x"), ("runs", "")] == 2
+    assert np.isnan(means.loc[("b", "y"), ("nll", "se")])
+    ranks = report.ranks(frame)
     # NLL: x 1, 2.5, 2; y 3, 2.5, 1; z 2, 1, 3. ECE has the same order, and the Brier score here the opposite one.
     assert ranks.loc["x", "nll"] == pytest.approx(5.5 / 3)
     assert ranks.loc["y", "nll"] == pytest.approx(6.5 / 3)
     assert ranks.loc["z", "ece"] == pytest.approx(6 / 3)
     assert ranks.loc["x", "brier"] == pytest.approx((3 + 1.5 + 2) / 3)
-    means = np.array([1 + 1 + 3, 2.5 + 2.5 + 1.5, 2 + 2 + 2]) / 3
-    assert ranks.loc["x", "mean"] == pytest.approx(means.mean())
-    assert ranks.loc["x", "se"] == pytest.approx(means.std(ddof=1) / 3**0.5)
+    by_block = np.array([1 + 1 + 3, 2.5 + 2.5 + 1.5, 2 + 2 + 2]) / 3
+    assert ranks.loc["x", "mean"] == pytest.approx(by_block.mean())
+    assert ranks.loc["x", "se"] == pytest.approx(by_block.std(ddof=1) / 3**0.5)
     assert set(ranks["blocks"]) == {3}
 
 
 def test_the_markdown_shows_percent_and_what_has_no_standard_error():
-    frame = quality_report.frame_of([table_row("a", "x", s, n, accuracy=n) for s, n in ((0, 0.9), (1, 0.94))])
-    text = quality_report.dataset_table(frame)
+    frame = report.frame_of([table_row("a", "x", s, n, accuracy=n) for s, n in ((0, 0.9), (1, 0.94))])
+    text = report.dataset_table(frame)
     assert text.splitlines()[2].startswith("| x | 2 | 92.0 ± 2.0 | 0.920 ± 0.020 |")
-    assert quality_report.cell(1234.5, float("nan"), 1) == "1,234.5"
+    assert report.cell(1234.5, float("nan"), 1) == "1,234.5"
 
 
 def test_methods_are_read_from_the_command_line():
-    found = quality_options.methods_of(
+    found = options.methods_of(
         ["laplace_lora", "mle", "scalabl"], ['scalabl={"kl_weight": 0.5}'], ['cold=scalabl:{"init_scale": 0.3}']
     )
     assert [method.name for method in found] == ["mle", "laplace_lora", "scalabl", "cold"]
@@ -292,34 +286,34 @@ def test_methods_are_read_from_the_command_line():
         ((["mle"], [], ["mle=mle"]), "share a name"),
     ):
         with pytest.raises(ValueError, match=message):
-            quality_options.methods_of(*given)
-    with pytest.raises(ValueError, match="I counts from 0"):
-        quality_options.shard_of("3/3")
+            options.methods_of(*given)
+    with pytest.raises(ValueError, match="I must lie between 0"):
+        options.shard_of("3/3")
 
 
 def test_the_defaults_of_the_command_line_are_those_of_the_budget():
-    args = quality_options.arguments(None, ["--set", "mle={}", "--set", "map={}"])
-    assert repr(quality_options.budget_of(args)) == repr(quality_methods.Budget())
+    args = options.arguments(None, ["--set", "mle={}", "--set", "map={}"])
+    assert repr(options.budget_of(args)) == repr(methods.Budget())
     assert args.set == ["mle={}", "map={}"]
 
 
 def test_weights_of_the_kl_from_json():
-    rise = quality_methods.kl_weight({"to": 0.5, "over": 10}, 100, 4)
+    rise = methods.kl_weight({"to": 0.5, "over": 10}, 100, 4)
     assert [rise(step) for step in (0, 4, 9, 50)] == pytest.approx([0.05, 0.25, 0.5, 0.5])
-    assert quality_methods.kl_weight("paper", 100, 4) == sp.baselines.KLReweighting(100, 4)
-    assert quality_methods.kl_weight(0.3, 100, 4) == 0.3
+    assert methods.kl_weight("paper", 100, 4) == sp.baselines.KLReweighting(100, 4)
+    assert methods.kl_weight(0.3, 100, 4) == 0.3
 
 
 @pytest.mark.filterwarnings("default::scalabl_pyro.ScalaBLWarning")
 def test_parameters_beside_plain_lora_are_counted():
     task = sp.MultipleChoice(tiny.tokenizer())
-    data = quality_data.DataSet("toy", rows(12), rows(4, 20), rows(4, 30), {}, task)
+    toy = data.DataSet("toy", rows(12), rows(4, 20), rows(4, 30), {}, task)
     llm = tiny.causal_lm()
-    bench = quality_methods.Workbench(llm, quality_methods.Budget(num_steps=2, batch_size=4, rank=2, num_draws=2))
+    bench = methods.Workbench(llm, methods.Budget(num_steps=2, batch_size=4, rank=2, num_draws=2))
     extra = {}
     for name in ("mle", "tfb", "map", "mc_dropout", "ensemble", "blob", "scalabl", "scalabl_released"):
-        learned = bench.learn(quality_methods.Method(name, name, {}), data, 0)
-        extra[name] = quality_methods.num_parameters(learned.posterior)["extra"]
+        learned = bench.learn(methods.Method(name, name, {}), toy, 0)
+        extra[name] = methods.num_parameters(learned.posterior)["extra"]
         lora = sum(A.numel() + B.numel() for A, B in learned.posterior.adapter.factors())
         latents = learned.posterior.adapter.subspace.dim
         of_A = sum(A.numel() for A, _ in learned.posterior.adapter.factors())
@@ -361,14 +355,14 @@ def test_data_sets_of_the_hub_come_in_one_form(monkeypatch):
     for name, source in SOURCES.items():
         if source.hub is None:
             continue
-        (row,) = quality_data.rows_of(name, "test", None)
+        (row,) = data.rows_of(name, "test", None)
         assert asked[-1] == (source.hub[0], source.hub[1], source.test)
         assert isinstance(row["question"], str) and row["answer"] in (1, 2) and len(row["choices"]) >= 2
     with pytest.raises(ValueError, match=r"trec_train\.jsonl"):
-        quality_data.rows_of("trec", "train", None)
+        data.rows_of("trec", "train", None)
     with pytest.raises(ValueError, match="is unknown"):
-        quality_data.load("nothing", tiny.tokenizer())
+        data.load("nothing", tiny.tokenizer())
 
 
 def test_no_table_no_report(tmp_path):
-    assert "There are no runs" in quality_report.write(tmp_path)
+    assert "There are no runs" in report.write(tmp_path)

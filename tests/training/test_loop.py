@@ -1,4 +1,4 @@
-"""The step: Pyro's numbers without a visit to the host, no update that is not finite, figures read late or at once."""
+"""The step: Pyro's numbers on the device, no update that is not finite, statistics read late or at once."""
 
 import pyro
 import pytest
@@ -8,6 +8,7 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 import scalabl_pyro as sp
+from scalabl_pyro._process.random_state import Stream
 from scalabl_pyro.data import encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import as_guide
@@ -94,6 +95,7 @@ def trainer(*, read_every=1, poison=None, max_grad_norm=None):
     return Trainer(
         step,
         batches=batches,
+        noise=Stream(0),
         kl_weight=lambda step: 1.0,
         rate=lambda step: 1.0 / (1 + step),
         lr=1e-2,
@@ -103,9 +105,7 @@ def trainer(*, read_every=1, poison=None, max_grad_norm=None):
 
 
 def run(made, steps):
-    with pyro.settings.context(module_local_params=True), torch.random.fork_rng():
-        torch.manual_seed(0)
-        return list(made.run(range(steps)))
+    return list(made.run(range(steps)))
 
 
 @pytest.mark.parametrize("read_every", [2, 3, 10])

@@ -21,6 +21,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from torch.utils.data import DataLoader
 
 import scalabl_pyro as sp
+from scalabl_pyro._process import random_state
 from scalabl_pyro.data import collate, encode
 from scalabl_pyro.training import loop as training
 from scalabl_pyro.training.loop import Trainer
@@ -124,7 +125,7 @@ def test_without_the_random_states_or_the_moments_it_would_be_another_run(left_o
     whole = fit()
     fit(checkpoint_dir=tmp_path, callbacks=stop_after(4))
     if left_out == "random states":
-        monkeypatch.setattr(training, "set_generator_states", lambda states: [])
+        monkeypatch.setattr(random_state, "set_generator_states", lambda states: [])
     else:
         monkeypatch.setattr(sp.training.loop.LearnedState, "_load_moments", lambda *args: None)
     assert differ(whole, fit(checkpoint_dir=tmp_path))
@@ -286,8 +287,8 @@ def test_resume_true_demands_a_checkpoint_and_false_that_there_is_none(begun, tm
     [
         ({"resume": "yes"}, "resume='yes': expected 'auto', True or False"),
         ({"resume": True, "checkpoint_dir": None}, "resume=True needs checkpoint_dir"),
-        ({"checkpoint_every": 0}, "checkpoint_every=0 must be a positive whole number"),
-        ({"keep_checkpoints": 1.5}, "keep_checkpoints=1.5 must be a positive whole number"),
+        ({"checkpoint_every": 0}, "every=0 must be a whole number, 1 or more"),
+        ({"keep_checkpoints": 1.5}, "keep=1.5 must be a whole number, 1 or more"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is unknown"),
     ],
 )

@@ -1,0 +1,219 @@
+"""Options of a training: checked when they are made, immutable, and the identity of a run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any, Literal
+
+from pyro.infer import ELBO
+
+from .._errors import check_choice, check_count, check_not_negative, check_positive
+from ..guides import INIT_SCALE
+from .objective import weight_at
+
+Schedule = Literal["linear", "constant"]
+DrawsPerBatch = Literal["per_example", "shared"]
+OnNonfinite = Literal["raise", "skip", "restore"]
+
+#: Fields of TrainingOptions that may differ between a run and its resumption. ``draws`` is described by the model,
+#: which knows what the guide allows.
+NOT_IN_IDENTITY = frozenset({"optimizer", "checkpoint", "hardware", "on_nonfinite", "draws"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """Options of AdamW beside the learning rates ``lr`` and ``lr_A``.
+
+    Args:
+        lr_loc: Learning rate of the guide's locations. Default: ``lr``.
+        lr_scale: Learning rate of the guide's scales, which are learned as logarithms.
+        weight_decay: Decay of A and B, decoupled from the loss: each step shrinks them by learning rate times decay.
+        factor_scale: Standard deviation of a normal MAP prior on B, and on A if the gauge leaves A free. It is a term
+            of the loss.
+        warmup: Share of the steps in which the learning rates rise from 0.
+        schedule: Learning rates after the warm-up: ``"linear"`` decay to 0, or ``"constant"``.
+        max_grad_norm: Largest global gradient norm. Larger gradients are scaled down to it. Default: no limit.
+
+    Raises:
+        ValueError: A value is out of its range.
+
+    Example:
+        >>> options = scalabl_pyro.OptimizerOptions(lr_scale=1e-2, schedule="constant")
+        >>> options.warmup
+        0.06
+    """
+
+    lr_loc: float | None = None
+    lr_scale: float = 3e-2
+    weight_decay: float = 0.0
+    factor_scale: float | None = None
+    warmup: float = 0.06
+    schedule: Schedule = "linear"
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("lr_loc", "factor_scale"):
+            if getattr(self, name) is not None:
+                check_positive(**{name: getattr(self, name)})
+        check_positive(lr_scale=self.lr_scale)
+        check_not_negative(weight_decay=self.weight_decay)
+        check_choice("schedule", self.schedule, ("linear", "constant"))
+        if not _is_real(self.warmup) or not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup={self.warmup!r} must lie between 0 and 1: it is a share of the steps.")
+        limit = self.max_grad_norm
+        if limit is not None and (not _is_real(limit) or not limit > 0):
+            raise ValueError(f"max_grad_norm={limit!r} must be positive. Leave it out for no limit.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """When checkpoints are written to ``checkpoint_dir``, and what a call does with those it finds there.
+
+    Args:
+        every: Number of steps between two checkpoints.
+        keep: Number of most recent checkpoints to keep.
+        resume: ``"auto"`` resumes from the newest valid checkpoint if there is one. True requires a checkpoint. False
+            requires that the directory holds none.
+
+    Raises:
+        ValueError: A value is out of its range.
+
+    Example:
+        >>> scalabl_pyro.CheckpointOptions(every=50).keep
+        2
+    """
+
+    every: int = 100
+    keep: int = 2
+    resume: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_count(every=self.every, keep=self.keep)
+        if self.resume not in ("auto", True, False):
+            raise ValueError(f"resume={self.resume!r}: expected 'auto', True or False.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareOptions:
+    """Options that trade memory for time. They change the result by rounding at most.
+
+    Args:
+        micro_batch_size: Rows per forward pass of each process. Gradients of the same ELBO are accumulated. Default:
+            the whole batch.
+        cache_prefix: Whether to compute the blocks below the first adapted block once per row, and to keep their
+            output on the device (tokens x width numbers per row) for all later epochs.
+        cuda_graph: Whether to capture the whole step as a CUDA graph, once per batch shape, and to replay it: one
+            launch per step instead of thousands, with the same losses. Prompts are padded to multiples of 16 tokens,
+            so that shapes repeat. ``"auto"`` captures where the step allows it, and logs why if it does not. True
+            raises an error instead.
+        gradient_checkpointing: Whether to keep only the input of each block and to run the block again in the backward
+            pass, with the same draws. It takes about a third more time and far less memory.
+
+    Raises:
+        ValueError: A value is out of its range.
+        TypeError: A switch is not a bool.
+
+    Example:
+        >>> scalabl_pyro.HardwareOptions(micro_batch_size=4).cuda_graph
+        'auto'
+    """
+
+    micro_batch_size: int | None = None
+    cache_prefix: bool = False
+    cuda_graph: bool | Literal["auto"] = "auto"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size is not None:
+            check_count(micro_batch_size=self.micro_batch_size)
+        if self.cuda_graph not in (True, False, "auto"):
+            raise ValueError(f"cuda_graph={self.cuda_graph!r}: expected True, False or 'auto'.")
+        for name in ("cache_prefix", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """All options of one call of :func:`scalabl_pyro.fit` that are numbers or words. They identify the run.
+
+    :meth:`identity` gives the options that make another run: a checkpoint can be resumed only with equal ones.
+
+    Args:
+        num_steps: Number of optimizer steps.
+        batch_size: Rows per step.
+        lr: Learning rate of B and of the task's parameters.
+        lr_A: Learning rate of A and of new heads.
+        kl_weight: Weight of the KL, or a function from the step to the weight.
+        elbo: ELBO estimator of Pyro, or None for the default one.
+        draws: Whether each row gets its own draw, or all rows share one.
+        init_scale: Largest initial standard deviation of the guide.
+        seed: Seed of the data order, the initial scales and the noise.
+        on_nonfinite: What to do after a step that is not finite.
+        optimizer: Options of the optimizer.
+        checkpoint: Options of checkpoints.
+        hardware: Options that trade memory for time.
+
+    Raises:
+        ValueError: A value is out of its range.
+        TypeError: A value has the wrong type.
+    """
+
+    num_steps: int = 1000
+    batch_size: int = 16
+    lr: float = 8e-3
+    lr_A: float = 2.5e-4
+    kl_weight: float | Callable[[int], float] = 1.0
+    elbo: ELBO | None = None
+    draws: DrawsPerBatch = "per_example"
+    init_scale: float = INIT_SCALE
+    seed: int = 0
+    on_nonfinite: OnNonfinite = "raise"
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    hardware: HardwareOptions = field(default_factory=HardwareOptions)
+
+    def __post_init__(self) -> None:
+        check_count(num_steps=self.num_steps, batch_size=self.batch_size)
+        check_positive(lr=self.lr, lr_A=self.lr_A, init_scale=self.init_scale)
+        check_choice("draws", self.draws, ("per_example", "shared"))
+        check_choice("on_nonfinite", self.on_nonfinite, ("raise", "skip", "restore"))
+        if not callable(self.kl_weight):
+            weight_at(self.kl_weight, 0)
+        if self.elbo is not None and not isinstance(self.elbo, ELBO):
+            raise TypeError(f"elbo={self.elbo!r}: expected an instance such as pyro.infer.Trace_ELBO().")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f"seed={self.seed!r}: expected an integer.")
+        for name, kind in GROUPS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name}={getattr(self, name)!r}: expected scalabl_pyro.{kind.__name__}(...).")
+
+    @property
+    def lr_loc(self) -> float:
+        """Learning rate of the guide's locations."""
+        return self.lr if self.optimizer.lr_loc is None else self.optimizer.lr_loc
+
+    def identity(self) -> dict[str, Any]:
+        """Options that make another run, by name. The groups are flat, as in checkpoints."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_IN_IDENTITY}
+        return own | {f.name: getattr(self.optimizer, f.name) for f in fields(self.optimizer)}
+
+
+#: Option groups of ``fit``.
+GROUPS: dict[str, type] = {
+    "optimizer": OptimizerOptions,
+    "checkpoint": CheckpointOptions,
+    "hardware": HardwareOptions,
+}
+
+#: Flat spellings of release 0.2 and before, and where they went.
+MOVED_TO_GROUPS = {
+    **{f.name: f"optimizer.{f.name}" for f in fields(OptimizerOptions)},
+    **{f.name: f"hardware.{f.name}" for f in fields(HardwareOptions)},
+    **{"checkpoint_every": "checkpoint.every", "keep_checkpoints": "checkpoint.keep", "resume": "checkpoint.resume"},
+    **{"loc_lr": "optimizer.lr_loc", "scale_lr": "optimizer.lr_scale"},
+}
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
