@@ -14,18 +14,17 @@ from .prediction.draws import Draws
 from .prediction.result import NumericPrediction, Prediction
 from .tasks import MultipleChoice, Regression, SequenceClassification, Task
 from .training.fit import fit
-from .training.options import CheckpointOptions, HardwareOptions, OptimizerOptions
+from .training.options import CheckpointOptions as CheckpointOptions
+from .training.options import HardwareOptions as HardwareOptions
+from .training.options import OptimizerOptions as OptimizerOptions
 from .training.result import FitResult, TrainingError
 
 __all__ = [
     "BayesianLoRA",
-    "CheckpointOptions",
     "Draws",
     "FitResult",
-    "HardwareOptions",
     "MultipleChoice",
     "NumericPrediction",
-    "OptimizerOptions",
     "Posterior",
     "Prediction",
     "Regression",
