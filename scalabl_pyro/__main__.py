@@ -1,4 +1,4 @@
-"""``python -m scalabl_pyro``."""
+"""Entry point of ``python -m scalabl_pyro``."""
 
 import sys
 

@@ -1,7 +1,12 @@
 """Accuracy, calibration and uncertainty metrics: pure functions of probabilities (N, C) and labels (N,).
 
-Proportions and errors are in [0, 1], log losses in nats. Accuracy and AUROC are torchmetrics'. Its calibration error
-is not used: it gives p = 1 a bin of its own, and takes all rows for logits when rounding lifts one value above 1.
+Proportions and errors lie in [0, 1]; log losses are in nats. Accuracy and AUROC come from torchmetrics. Its calibration
+error is not used: it gives p = 1 a bin of its own, and reads all rows as logits when rounding lifts one value above 1.
+
+Example:
+    >>> probs, labels = np.array([[0.8, 0.2], [0.4, 0.6]]), np.array([0, 0])
+    >>> accuracy(probs, labels), round(nll(probs, labels), 3), round(brier(probs, labels), 2)
+    (0.5, 0.57, 0.4)
 """
 
 from collections.abc import Callable
@@ -14,34 +19,38 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy
 
-Array = NDArray[np.floating]
+from ._errors import check_count
+
+Array = NDArray[Any]
+"""Array of numbers."""
 Labels = NDArray[np.integer]
+"""Class indices (N,)."""
 
 NUM_BINS = 15
 
 
 def accuracy(probs: Array, labels: Labels) -> float:
-    """Share of rows whose most probable class is the label; higher is better."""
+    """Compute the share of rows whose most probable class is the label; higher is better."""
     p, y = torch.as_tensor(np.asarray(probs)), torch.as_tensor(np.asarray(labels))
     return multiclass_accuracy(p.argmax(1), y, num_classes=p.shape[1], average="micro").item()
 
 
 def nll(probs: Array, labels: Labels) -> float:
-    """Mean negative log probability of the label, nats; lower is better."""
+    """Compute the mean negative log probability of the label, nats; lower is better."""
     probs, labels = np.asarray(probs), np.asarray(labels)
     chosen = probs[np.arange(len(labels)), labels]
     return float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean())
 
 
 def ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
-    """Expected calibration error of the top probability over equal-width bins (Guo et al., 2017, eq. 3)."""
+    """Compute the expected calibration error of the top probability over equal-width bins (Guo et al., 2017, eq. 3)."""
     table = reliability(probs, labels, num_bins=num_bins)
     gaps = (table["confidence"] - table["accuracy"]).abs()
     return float((table["count"] * gaps).sum() / table["count"].sum())
 
 
 def adaptive_ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
-    """Expected calibration error over bins of equal counts, which no empty bin distorts (Nixon et al., 2019)."""
+    """Compute the expected calibration error over bins of equal counts, none of them empty (Nixon et al., 2019)."""
     confidence, correct = _confidence(probs, labels)
     order = np.lexsort((correct, confidence))  # ties in a fixed order
     bins = np.array_split(order, min(num_bins, len(order)))
@@ -49,14 +58,14 @@ def adaptive_ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> f
 
 
 def brier(probs: Array, labels: Labels) -> float:
-    """Mean squared distance to the one-hot label, summed over classes: 0 is best, 2 worst (Brier, 1950)."""
+    """Compute the mean squared distance to the one-hot label: 0 is best, 2 is worst (Brier, 1950)."""
     probs, labels = np.asarray(probs), np.asarray(labels)
     onehot = np.eye(probs.shape[1])[labels]
     return float(((probs - onehot) ** 2).sum(1).mean())
 
 
 def auroc(score: Array, positive: NDArray[np.bool_]) -> float:
-    """Probability that a positive row scores above a negative one; NaN when one kind is missing."""
+    """Compute the probability that a positive row scores above a negative row; NaN when one kind is missing."""
     positive = np.asarray(positive, dtype=bool)
     if positive.all() or not positive.any():
         return float("nan")
@@ -65,31 +74,34 @@ def auroc(score: Array, positive: NDArray[np.bool_]) -> float:
 
 
 def error_auroc(probs: Array, labels: Labels) -> float:
-    """How well the entropy of the prediction tells wrong rows from right ones."""
+    """Compute the AUROC of the entropy of the prediction for telling wrong rows from right rows."""
     _, correct = _confidence(probs, labels)
     return auroc(entropy(np.asarray(probs)), ~correct)
 
 
 def ood_auroc(inside: Array, outside: Array) -> float:
-    """AUROC of an uncertainty score (higher = less certain) for telling out-of-distribution rows."""
+    """Compute the AUROC of an uncertainty score (higher = less certain) for detecting out-of-distribution rows."""
     return auroc(np.concatenate([inside, outside]), np.arange(len(inside) + len(outside)) >= len(inside))
 
 
 def risk_coverage(probs: Array, labels: Labels, *, uncertainty: Array | None = None) -> tuple[Array, Array]:
-    """Coverage (share answered) and risk (error among the answered), most certain rows first.
+    """Compute coverage (share answered) and risk (error among the answered), most certain rows first.
 
     Args:
         probs: (N, C) probabilities.
         labels: (N,) class indices.
-        uncertainty: (N,) score that orders the rows, higher = less certain; default: 1 - maximum probability.
+        uncertainty: (N,) score that orders the rows, higher = less certain; None for 1 - maximum probability.
+
+    Returns:
+        (N,) coverages and (N,) risks.
 
     Raises:
-        ValueError: an uncertainty of another shape, or one that is not finite.
+        ValueError: If the uncertainty has another shape, or if it is not finite.
     """
     confidence, correct = _confidence(probs, labels)
     score = -confidence if uncertainty is None else np.asarray(uncertainty)
     if score.shape != correct.shape or not np.isfinite(score).all():
-        raise ValueError(f"uncertainty has shape {score.shape}: expected {correct.shape}, a finite number a row.")
+        raise ValueError(f"uncertainty has shape {score.shape}: expected {correct.shape}, one finite number per row.")
     order = np.argsort(score, kind="stable")
     _, tie = np.unique(score[order], return_inverse=True)
     wrong = ~correct[order]
@@ -99,12 +111,12 @@ def risk_coverage(probs: Array, labels: Labels, *, uncertainty: Array | None = N
 
 
 def aurc(probs: Array, labels: Labels, *, uncertainty: Array | None = None) -> float:
-    """Area under the risk-coverage curve; lower is better (Geifman and El-Yaniv, 2017); see :func:`risk_coverage`."""
+    """Compute the area under :func:`risk_coverage`; lower is better (Geifman and El-Yaniv, 2017)."""
     return float(risk_coverage(probs, labels, uncertainty=uncertainty)[1].mean())
 
 
 def entropy(probs: Array) -> Array:
-    """Entropy of each row, nats, (N,)."""
+    """Compute the entropy of each row, (N,), nats."""
     safe = np.where(probs > 0, probs, 1.0)
     return -(probs * np.log(safe)).sum(-1)
 
@@ -123,31 +135,66 @@ CLASSIFICATION: dict[str, Callable[[Array, Labels], float]] = {
 def classification_report(
     probs: Array, labels: Labels, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
-    """All metrics as one row ``value``; with ``bootstrap`` resamples of the rows also ``low`` and ``high``.
+    """Compute all metrics of a classification.
 
     Args:
         probs: (N, C) probabilities.
         labels: (N,) class indices.
-        bootstrap: number of resamples for percentile intervals (Efron, 1979); 0 for none.
-        level: coverage of the intervals.
-        seed: of the resampling.
+        bootstrap: Number of resamples of the rows for percentile intervals (Efron, 1979); 0 for none.
+        level: Coverage of the intervals, between 0 and 1.
+        seed: Seed of the resampling.
+
+    Returns:
+        Row ``value``, and with ``bootstrap`` also ``low`` and ``high``; one column per metric.
+
+    Raises:
+        ValueError: If the shapes, the probabilities or the labels are wrong, or if an option is out of range.
     """
     probs, labels = np.asarray(probs), np.asarray(labels)
     _check(probs, labels)
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1.")
-    table: dict[str, Any] = {"value": {name: fn(probs, labels) for name, fn in CLASSIFICATION.items()}}
+
+    def scores(rows: NDArray[np.integer] | slice) -> dict[str, float]:
+        return {name: fn(probs[rows], labels[rows]) for name, fn in CLASSIFICATION.items()}
+
+    return report(scores, len(labels), bootstrap=bootstrap, level=level, seed=seed)
+
+
+def report(
+    scores: Callable[[Any], dict[str, float]], num_rows: int, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
+    """Score all rows, and resamples of the rows for percentile intervals.
+
+    Args:
+        scores: Function from row indices (or a slice) to metrics by name.
+        num_rows: Number N of rows.
+        bootstrap: Number of resamples (Efron, 1979); 0 for none.
+        level: Coverage of the intervals, between 0 and 1.
+        seed: Seed of the resampling.
+
+    Returns:
+        Row ``value``, and with ``bootstrap`` also ``low`` and ``high``; one column per metric.
+
+    Raises:
+        ValueError: If ``bootstrap`` is not a whole number from 0 on, or if ``level`` is not between 0 and 1.
+    """
+    check_count(bootstrap=bootstrap, least=0)
+    check_level(level)
+    table: dict[str, Any] = {"value": scores(slice(None))}
     if bootstrap:
-        rng = np.random.default_rng(seed)
-        picks = rng.integers(len(labels), size=(bootstrap, len(labels)))
-        resampled = pd.DataFrame([{n: fn(probs[i], labels[i]) for n, fn in CLASSIFICATION.items()} for i in picks])
-        tails = resampled.quantile([(1 - level) / 2, (1 + level) / 2])
+        picks = np.random.default_rng(seed).integers(num_rows, size=(bootstrap, num_rows))
+        tails = pd.DataFrame([scores(rows) for rows in picks]).quantile([(1 - level) / 2, (1 + level) / 2])
         table["low"], table["high"] = tails.iloc[0].to_dict(), tails.iloc[1].to_dict()
     return pd.DataFrame.from_dict(table, orient="index")
 
 
+def check_level(level: float) -> None:
+    """Raise ValueError unless a coverage lies between 0 and 1."""
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1.")
+
+
 def reliability(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> pd.DataFrame:
-    """Rows ``confidence``, ``accuracy``, ``count`` of each non-empty equal-width bin of the top probability."""
+    """Make a table of ``confidence``, ``accuracy`` and ``count`` of each non-empty bin of the top probability."""
     confidence, correct = _confidence(probs, labels)
     bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
     frame = pd.DataFrame({"bin": bins, "confidence": confidence, "accuracy": correct.astype(float)})

@@ -1,7 +1,10 @@
-"""Pictures of a fit and of its predictions: an axes in (or a new one), the axes out, nothing shown or saved."""
+"""Plots of a fit and of its predictions.
+
+Each function draws on the axes that it is given, or on new ones, and returns them. It neither shows nor saves a figure.
+"""
 
 import itertools
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -9,8 +12,12 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from . import metrics
+from ._errors import check_count
 from .posterior.posterior import Posterior
 from .prediction.result import NumericPrediction, Prediction
+
+Kind = Literal["total", "aleatoric", "epistemic"]
+"""Words for the kinds of uncertainty."""
 
 MARK = "#0b4f8a"
 QUIET = "#9aa5b1"
@@ -18,13 +25,19 @@ WARM = "#c8553d"
 
 
 def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | None = None, color: str = MARK) -> Axes:
-    """Accuracy against confidence over 15 bins; marker area shows how many rows a bin has.
+    """Plot accuracy against confidence over 15 bins; the area of a marker shows how many rows the bin has.
 
     Args:
-        prediction: of rows with answers.
-        ax: axes to draw on.
-        label: legend entry; the ECE is added to it.
-        color: of the line.
+        prediction: Prediction of rows with answers.
+        ax: Axes to draw on; None for new ones.
+        label: Legend entry, to which the ECE is added.
+        color: Color of the markers.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> scalabl_pyro.plots.reliability(prediction)  # doctest: +SKIP
     """
     probs, target = _scored(prediction)
     ax = _axes(ax)
@@ -41,7 +54,7 @@ def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | 
         alpha=0.55,
         linewidths=0,
     )
-    ax.plot([], [], "o", color=color, alpha=0.55, label=name)  # a legend entry whose size does not depend on the rows
+    ax.plot([], [], "o", color=color, alpha=0.55, label=name)  # its size in the legend does not depend on the rows
     ax.set(
         xlabel="confidence (top probability)", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title="Reliability"
     )
@@ -50,13 +63,20 @@ def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | 
 
 
 def history(frame: pd.DataFrame, *, ax: Axes | None = None, smooth: int = 10) -> Axes:
-    """The negative ELBO and its two parts against the step, in nats per example.
+    """Plot the negative ELBO and its two parts against the step, in nats per example.
 
     Args:
         frame: ``FitResult.history``.
-        ax: axes to draw on.
-        smooth: steps of the running mean drawn over the raw values.
+        ax: Axes to draw on; None for new ones.
+        smooth: Number of steps in the running mean, which is drawn over the raw values.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> scalabl_pyro.plots.history(result.history)  # doctest: +SKIP
     """
+    check_count(smooth=smooth)
     ax = _axes(ax)
     parts = {
         "loss = NLL + KL": (frame["loss"], MARK),
@@ -73,16 +93,21 @@ def history(frame: pd.DataFrame, *, ax: Axes | None = None, smooth: int = 10) ->
 
 
 def posterior_by_layer(posterior: Posterior, *, ax: Axes | None = None, num_draws: int = 500, seed: int = 0) -> Axes:
-    """Each latent of s as its mean and a bar of one standard deviation, layer after layer.
+    """Plot mean and standard deviation of each latent of s, layer after layer.
 
     Args:
-        posterior: a fitted posterior.
-        ax: axes to draw on.
-        num_draws: behind mean and standard deviation.
-        seed: of the draws.
+        posterior: Fitted posterior.
+        ax: Axes to draw on; None for new ones.
+        num_draws: Number of draws behind mean and standard deviation, 2 or more.
+        seed: Seed of the draws.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> scalabl_pyro.plots.posterior_by_layer(result.posterior)  # doctest: +SKIP
     """
-    if num_draws < 2:
-        raise ValueError(f"num_draws={num_draws}: a standard deviation needs 2 or more.")
+    check_count(num_draws=num_draws, least=2)
     ax = _axes(ax, width=9.0)
     s = posterior.sample(num_draws, seed=seed).s
     mean, sd = s.mean(0).numpy(), s.std(0).numpy()
@@ -114,18 +139,24 @@ def uncertainty_histogram(
     inside: Prediction | NumericPrediction,
     outside: Prediction | NumericPrediction,
     *,
-    kind: str = "total",
+    kind: Kind = "total",
     ax: Axes | None = None,
 ) -> Axes:
-    """Uncertainty of in-distribution and out-of-distribution rows, with the AUROC that tells them apart.
+    """Plot histograms of the uncertainty of in-distribution and other rows, with the AUROC that tells them apart.
 
     Args:
-        inside: prediction of in-distribution rows.
-        outside: prediction of other rows.
-        kind: ``"total"``, ``"aleatoric"`` or ``"epistemic"``.
-        ax: axes to draw on.
+        inside: Prediction of in-distribution rows.
+        outside: Prediction of out-of-distribution rows.
+        kind: Kind of uncertainty: ``"total"``, ``"aleatoric"`` or ``"epistemic"``.
+        ax: Axes to draw on; None for new ones.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> scalabl_pyro.plots.uncertainty_histogram(inside, outside, kind="epistemic")  # doctest: +SKIP
     """
-    if kind not in ("total", "aleatoric", "epistemic"):
+    if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r} is unknown: use 'total', 'aleatoric' or 'epistemic'.")
     if type(inside) is not type(outside):
         raise TypeError(
@@ -150,22 +181,28 @@ def risk_coverage(
     label: str | None = None,
     color: str = MARK,
 ) -> Axes:
-    """Error among the answered rows against the share answered, most certain first.
+    """Plot the error among the answered rows against the share answered, most certain rows first.
 
     Args:
-        prediction: of rows with answers.
-        uncertainty: (N,) score that orders the rows, such as ``prediction.epistemic``; default: 1 - maximum
+        prediction: Prediction of rows with answers.
+        uncertainty: (N,) score that orders the rows, such as ``prediction.epistemic``; None for 1 - maximum
             probability.
-        ax: axes to draw on.
-        label: legend entry; the area is added to it.
-        color: of the line.
+        ax: Axes to draw on; None for new ones.
+        label: Legend entry, to which the area is added.
+        color: Color of the line.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> scalabl_pyro.plots.risk_coverage(prediction, uncertainty=prediction.epistemic)  # doctest: +SKIP
     """
     coverage, risk = metrics.risk_coverage(*_scored(prediction), uncertainty=uncertainty)
     ax = _axes(ax)
     name = f"area {risk.mean():.3f}" if label is None else f"{label}: area {risk.mean():.3f}"
     ax.plot(coverage, risk, color=color, label=name)
     ax.set(xlabel="coverage", ylabel="error among answered", xlim=(0, 1), title="Selective prediction")
-    ax.set_ylim(bottom=0, auto=True)  # a later, higher curve still fits
+    ax.set_ylim(bottom=0, auto=True)  # a higher curve that is added later still fits
     ax.legend(frameon=False)
     return ax
 
@@ -184,10 +221,10 @@ def _axes(ax: Axes | None, *, width: float = 4.5) -> Axes:
 
 
 def _short(name: str) -> str:
-    """``q_proj`` of ``model.layers.3.self_attn.q_proj``."""
+    """Last part of a path: ``q_proj`` for ``model.layers.3.self_attn.q_proj``."""
     return name.rsplit(".", 1)[-1]
 
 
 def _block(name: str) -> str:
-    """``3`` of ``model.layers.3.self_attn.q_proj``; the last part where there is no block."""
+    """Number of the block in a path: ``3`` for ``model.layers.3.self_attn.q_proj``; the last part if there is none."""
     return next((part for part in name.split(".") if part.isdigit()), _short(name))

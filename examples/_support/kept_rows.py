@@ -9,7 +9,7 @@ import scalabl_pyro as sp
 from scalabl_pyro.data import check_tokens, encode, evaluation_batches
 from scalabl_pyro.lora.hidden_state_cache import Prefix, reuse
 from scalabl_pyro.lora.train_mode import eval_mode
-from scalabl_pyro.prediction.predict import predict_from_outputs
+from scalabl_pyro.prediction.collect import predict_from_outputs
 
 from .models import upper_blocks
 

@@ -1,1 +1,1 @@
-"""Checks of an inference: importance weights, findings, and data for ArviZ."""
+"""Checks of an inference: importance weights, findings, and export to ArviZ."""

@@ -1,7 +1,7 @@
-"""Posteriors as labeled data for ArviZ, whichever generation is installed.
+"""Labeled data for ArviZ, for both of its generations.
 
 ArviZ 0.x (Python 3.11) reads ``InferenceData``, ArviZ 1.x an ``xarray.DataTree``. Groups are built with xarray
-alone, always with ``chain`` and ``draw``: LOO and summary of both generations need them.
+alone, and always have the dimensions ``chain`` and ``draw``, which LOO and summary of both generations need.
 """
 
 import importlib.metadata
@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from packaging.version import Version
 
 from ..lora.subspace import Subspace
-
-Array = NDArray[Any]
+from ..metrics import Array
 
 
 def posterior_group(sites: Mapping[str, Array], subspace: Subspace) -> xr.Dataset:
-    """Draws of the latent sites (chains, S, ...) as a dataset with dims (chain, draw, ...).
+    """Make a dataset with dims (chain, draw, ...) from draws of the latent sites (chains, S, ...).
 
     ``s`` gets dims ``layer`` (module paths) and ``rank`` where all ranks are equal, else one dim ``latent``
     (``path[i]``) with the layer as a second coordinate.
@@ -43,7 +41,12 @@ def posterior_group(sites: Mapping[str, Array], subspace: Subspace) -> xr.Datase
 
 
 def per_row_group(name: str, values: Array) -> xr.Dataset:
-    """Values (S, N) of each draw and row as ``name`` with dims (chain, draw, row)."""
+    """Make a dataset of values (S, N) as ``name`` with dims (chain, draw, row).
+
+    Example:
+        >>> per_row_group("label", np.zeros((4, 3))).sizes["draw"]
+        4
+    """
     values = np.asarray(values)
     return _with_draws(
         xr.Dataset({name: (("chain", "draw", "row"), values[None])}, coords={"row": np.arange(values.shape[1])})
@@ -51,12 +54,12 @@ def per_row_group(name: str, values: Array) -> xr.Dataset:
 
 
 def observed_group(name: str, values: Array) -> xr.Dataset:
-    """Observed values (N,) as ``name`` with dim row."""
+    """Make a dataset of observed values (N,) as ``name`` with dim row."""
     return xr.Dataset({name: ("row", np.asarray(values))}, coords={"row": np.arange(len(values))})
 
 
 def to_arviz(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> Any:
-    """What the installed ArviZ reads: ``InferenceData`` (0.x), or an ``xarray.DataTree`` (1.x, or without ArviZ)."""
+    """Make ``InferenceData`` for ArviZ 0.x, or an ``xarray.DataTree`` for ArviZ 1.x, or where ArviZ is missing."""
     tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items()})
     if arviz_version() < (1, 0):
         import arviz
@@ -66,10 +69,10 @@ def to_arviz(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> Any:
 
 
 def psislw(log_ratio: Array) -> tuple[Array, float]:
-    """Pareto-smoothed log weights (S,) and k-hat of log importance ratios (S,), as ``az.loo`` of this ArviZ has them.
+    """Compute Pareto-smoothed log weights (S,) and k-hat of log importance ratios (S,), as ``az.loo`` does.
 
-    The generations differ by one draw in the length of the tail, hence in the third digit of k-hat; a LOO of ours that
-    is not that of ``az.loo`` on the same draws would be a riddle.
+    The generations differ by one draw in the length of the tail, hence in the third digit of k-hat. This function uses
+    the installed one, so that LOO equals ``az.loo`` on the same draws.
     """
     if arviz_version() < (1, 0):
         import arviz
@@ -78,12 +81,12 @@ def psislw(log_ratio: Array) -> tuple[Array, float]:
     else:
         from arviz_stats.base import array_stats
 
-        smoothed, k = array_stats.psislw(-log_ratio)  # takes log likelihoods and turns their sign itself
+        smoothed, k = array_stats.psislw(-log_ratio)  # this one takes log likelihoods and changes their sign
     return np.asarray(smoothed), float(k)
 
 
 def arviz_version() -> tuple[int, int]:
-    """Major and minor version of the installed ArviZ; (1, 0) where only its split packages are there."""
+    """Find major and minor version of the installed ArviZ; (1, 0) where only its split packages are installed."""
     try:
         version = Version(importlib.metadata.version("arviz"))
     except importlib.metadata.PackageNotFoundError:

@@ -1,15 +1,16 @@
-"""Did the inference work? Findings with a number, a likely cause and a next step."""
+"""Checks whether an inference worked: findings with a number, a likely cause and a next step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from arviz_stats.base import array_stats
-from numpy.typing import NDArray
 
+from .._display import Summarized
 from ..lora.subspace import Subspace
+from ..metrics import Array
 from ..prediction.result import NumericPrediction, Prediction
 from .psis import LOO, LogWeights, good_k, pareto_k, psis_loo
 
@@ -29,7 +30,8 @@ __all__ = [
     "psis_loo",
 ]
 
-Array = NDArray[Any]
+Severity = Literal["error", "warning", "note", "ok"]
+"""Words for how bad a finding is, worst first."""
 
 
 @dataclass(frozen=True)
@@ -37,44 +39,60 @@ class Finding:
     """One thing that was checked.
 
     Attributes:
-        check: what.
+        check: Name of the check.
         severity: ``"ok"``, ``"note"`` (worth knowing), ``"warning"`` or ``"error"``.
-        value: the number it rests on.
-        threshold: what the number is compared with; NaN where there is none.
-        cause: what it likely means.
-        advice: what to do next.
+        value: Number that the finding rests on.
+        threshold: Number that ``value`` is compared with; NaN where there is none.
+        cause: Likely meaning.
+        advice: Next step; empty where there is nothing to do.
+
+    Example:
+        >>> Finding("pareto_k", "ok", 0.2, 0.7, "q is close to the posterior.", "").severity
+        'ok'
     """
 
     check: str
-    severity: str
+    severity: Severity
     value: float
     threshold: float
     cause: str
     advice: str
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """All findings, worst first."""
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Summarized):
+    """All findings about an inference, worst first; ``print`` shows one line per finding.
+
+    Attributes:
+        findings: Findings, worst first.
+
+    Example:
+        >>> print(as_diagnosis([Finding("pareto_k", "ok", 0.2, 0.7, "q is close to the posterior.", "")]))
+             OK  pareto_k = 0.2: q is close to the posterior.
+    """
 
     findings: tuple[Finding, ...]
 
     @property
-    def severity(self) -> str:
-        """Of the worst finding."""
+    def severity(self) -> Severity:
+        """Severity of the worst finding."""
         return self.findings[0].severity
 
     def to_frame(self) -> pd.DataFrame:
-        """One line a finding."""
+        """Make a table with one line per finding."""
         return pd.DataFrame([vars(finding) for finding in self.findings]).set_index("check")
 
     def __str__(self) -> str:
         lines = [f"{f.severity.upper():>7}  {f.check} = {f.value:.3g}: {f.cause} {f.advice}" for f in self.findings]
         return "\n".join(line.rstrip() for line in lines)
 
+    def _summary(self) -> Mapping[str, object]:
+        found = {s: [f.check for f in self.findings if f.severity == s] for s in get_args(Severity)}
+        return {severity: ", ".join(checks) for severity, checks in found.items() if checks}
+
 
 def check_weights(log_weights: Array) -> list[Finding]:
-    """How far q is from the posterior."""
+    """Check how far q is from the posterior, from log weights (S,) in nats."""
     k, threshold, share = pareto_k(log_weights)
     severity = _grade(k, warning=threshold, error=1.0)
     cause, advice = "q is close to the posterior.", ""
@@ -98,7 +116,7 @@ def check_weights(log_weights: Array) -> list[Finding]:
 
 
 def check_history(history: pd.DataFrame | None) -> list[Finding]:
-    """Whether the loss still falls, against its Monte Carlo noise."""
+    """Check whether the loss still falls, compared with its Monte Carlo noise."""
     if history is None or len(history) < 30:
         return []
     tail = history["loss"].to_numpy(dtype=float)[-max(len(history) // 3, 20) :]
@@ -118,7 +136,7 @@ def check_history(history: pd.DataFrame | None) -> list[Finding]:
 
 
 def check_scales(draws: Array, prior_draws: Array, subspace: Subspace) -> list[Finding]:
-    """Latents and layers whose posterior is a point, far too wide, or the prior; from draws (S, D) of both."""
+    """Find latents and layers whose posterior is a point, far too wide, or the prior, from draws (S, D) of both."""
     center, width, is_discrete = _middle(prior_draws)
     for check, values, advice in (
         ("draws", draws, "Train again, with lower learning rates."),
@@ -147,9 +165,9 @@ def check_scales(draws: Array, prior_draws: Array, subspace: Subspace) -> list[F
 
 
 def check_drift(mean: Prediction | NumericPrediction, draws: Prediction | NumericPrediction) -> list[Finding]:
-    """How far the prediction at the posterior mean is from the average over draws.
+    """Check how far the prediction at the posterior mean is from the average over draws.
 
-    The Monte Carlo error of the draws counts as drift: pass draws whose own mean is right.
+    The Monte Carlo error of the draws counts as drift. Pass draws whose average is the posterior mean.
     """
     if isinstance(mean, Prediction) and isinstance(draws, Prediction):
         drift = float(0.5 * np.abs(mean.probs - draws.probs).sum(1).mean())
@@ -164,12 +182,12 @@ def check_drift(mean: Prediction | NumericPrediction, draws: Prediction | Numeri
     return [Finding("mean_vs_draws", "note" if far else "ok", drift, 0.05, cause, advice)]
 
 
-def check_chains(s: Array, what: str) -> list[Finding]:
-    """Agreement of the chains, or of the restarts (C, S, D): the largest R-hat of a latent.
+def check_chains(s: Array, what: Literal["chain", "restart"]) -> list[Finding]:
+    """Check the agreement of chains or restarts (C, S, D): the largest R-hat of a latent.
 
-    For restarts it is the larger of the rank-normalized R-hat and the classical one. The first sees restarts of
-    different width, but is bounded by the number of restarts, however far apart they are; the second passes 2 where two
-    restarts are more than three standard deviations apart.
+    For restarts it is the larger of the rank-normalized and the classical R-hat. The first detects restarts of
+    different width, but has an upper bound, however far apart the restarts are. The second passes 2 where two restarts
+    are more than three standard deviations apart.
     """
     threshold, error, methods = (1.01, 1.1, ["rank"]) if what == "chain" else (1.1, 2.0, ["rank", "split"])
     if len(s) < 2:
@@ -189,8 +207,8 @@ def check_chains(s: Array, what: str) -> list[Finding]:
 
 
 def as_diagnosis(findings: Sequence[Finding]) -> Diagnosis:
-    """Sort by severity; a value that is not a number is never called good."""
-    order = ["error", "warning", "note", "ok"]
+    """Sort findings by severity; a value that is NaN is an error, never ok."""
+    order = get_args(Severity)
     unknown: dict[str, Any] = {
         "severity": "error",
         "cause": "could not be computed.",
@@ -200,8 +218,8 @@ def as_diagnosis(findings: Sequence[Finding]) -> Diagnosis:
     return Diagnosis(tuple(sorted(honest, key=lambda f: order.index(f.severity))))
 
 
-def _grade(value: float, *, warning: float, error: float) -> str:
-    """Severity of a value that should be small; NaN is an error."""
+def _grade(value: float, *, warning: float, error: float) -> Severity:
+    """Grade a value that should be small; NaN is an error."""
     if np.isnan(value) or value >= error:
         return "error"
     return "warning" if value >= warning else "ok"
@@ -214,10 +232,10 @@ def _share(check: str, where: Array, cause: str, advice: str, *, limit: float) -
 
 
 def _middle(draws: Array) -> tuple[Array, Array, Array]:
-    """Center (D,) and width (D,) of draws (S, D), and where these are discrete (D,).
+    """Compute center (D,) and width (D,) of draws (S, D), and which latents are discrete (D,).
 
-    Median and half the central 68 %, which heavy tails do not upset; mean and standard deviation of discrete latents,
-    whose quantiles jump.
+    Center and width are the median and half of the central 68 %, which heavy tails do not change much. For discrete
+    latents, whose quantiles jump, they are mean and standard deviation.
     """
     low, median, high = np.quantile(draws, [0.158655, 0.5, 0.841345], axis=0)
     is_discrete = (np.diff(np.sort(draws, axis=0), axis=0) == 0).mean(0) > 0.5  # continuous draws never repeat

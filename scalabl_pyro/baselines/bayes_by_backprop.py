@@ -6,7 +6,6 @@ the *noise* E = A - M of all layers in one vector, with q(E) = Normal(0, G^2) an
 equals the KL of A, and M is stored where every other method stores A.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -18,7 +17,9 @@ from torch import Generator, Tensor, nn
 
 from .._errors import check_positive
 from ..guides import DeltaGuide, Guide
-from ..lora.adapter import Adapter, RowNoise
+from ..guides.initial_scale import draw_initial_scale
+from ..lora.adapter import Adapter
+from ..lora.binding import RowNoise
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
 from ..priors import Prior, as_prior
@@ -87,7 +88,7 @@ def blob(
         with unloaded_on_error(blora, lambda partial: _as_result(partial, prior_scale)):
             result = fit(blora, task, train_data, guide=guide, kl_weight=kl_weight, seed=seed, **options)
     finally:  # fit left the mean of the noise there, which has another length
-        adapter.loc = torch.ones(adapter.subspace.dim, dtype=adapter.factors()[0][0].dtype)
+        adapter.rest_at(torch.ones(adapter.subspace.dim, dtype=adapter.factors()[0][0].dtype))
     return _as_result(result, prior_scale)
 
 
@@ -149,9 +150,7 @@ class NoiseGuide(Guide):
 
     def __init__(self, adapter: Adapter, *, init_root_scale: float, seed: int) -> None:
         super().__init__()
-        A = flat(adapter)
-        uniform = torch.rand(A.shape, generator=torch.Generator().manual_seed(seed), dtype=A.dtype)
-        self.root_scale = nn.Parameter(init_root_scale * (math.sqrt(0.5) + (1 - math.sqrt(0.5)) * uniform))
+        self.root_scale = nn.Parameter(draw_initial_scale(flat(adapter), init_root_scale, seed=seed))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the noise."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from ..lora.adapter import RowNoise
+from ..lora.binding import RowNoise
 from ..lora.factors import Factors
 from ..tasks import Task
 from ..training.result import FitResult

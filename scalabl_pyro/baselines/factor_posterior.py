@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .._errors import check_choice, check_positive
-from ..lora.adapter import RowNoise
+from ..lora.binding import RowNoise
 from ..lora.factors import Factors
 from ..lora.forward import AdaptedLLM, num_rows
 from ..model.bayesian_lora import BayesianLoRA

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical
 
-from ..data.batch import Batch, Example
-from ..data.encoding import evaluation_batches
+from ..data.batch import Batch, Example, evaluation_batches
 from ..lora.adapter import Adapter
 from ..lora.factors import Factors
 from ..lora.layers import SubspaceVariant

@@ -5,27 +5,30 @@ It is written here because laplace-torch 0.3 does not support these layers. Its 
 stores both sides of each Kronecker factor in full. For B of the LM head that would be a vocabulary x vocabulary matrix.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from .._errors import check_positive
 from .._process.random_state import scoped_seed
-from ..data.encoding import encode, evaluation_batches
+from ..data.batch import evaluation_batches
+from ..data.encoding import encode
 from ..data.rows import read_rows
+from ..inference.evidence import scale_of_largest_evidence
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
-from ..prediction.predict import predict_from_outputs
+from ..prediction.collect import predict_from_outputs
 from ..prediction.result import NumericPrediction, Prediction
 from .factor_posterior import FactorPosterior, WeightNoise, as_function, plain_factors
 from .kfac import Eigen, kronecker_factors, output_directions, record
+
+#: Number of prior scales that ``prior_scale="evidence"`` tries. Each one sums over all weights, which are many here.
+NUM_SCALES = 601
 
 
 def laplace_lora(
@@ -185,19 +188,13 @@ def correlate(noise: Tensor, outer: Eigen, inner: Eigen, prior_scale: float) -> 
 
 
 def best_prior_scale(eigen: Sequence[tuple[Eigen, Eigen]], factors: Factors) -> float:
-    """The scale in [1e-3, 1e3] of the largest Laplace evidence at these factors (MacKay, 1992).
+    """Return the scale in [1e-3, 1e3] of the largest Laplace evidence at these factors.
 
-    log evidence = const - P log scale - |W|^2 / (2 scale^2) - 1/2 sum log(g x + 1 / scale^2), where the directions
-    without curvature cancel between the first and the last term.
+    The eigenvalues of a Kronecker product are the products g x of the eigenvalues of its two sides.
     """
-    curvature = torch.cat([torch.outer(g, x).flatten().double() for (_, g), (_, x) in eigen])
-    curvature = curvature[curvature > 0]
+    eigenvalues = torch.cat([torch.outer(g, x).flatten() for (_, g), (_, x) in eigen])
     squares = sum(float(factor.double().square().sum()) for pair in factors for factor in pair)
-    grid = np.exp(np.linspace(math.log(1e-3), math.log(1e3), 601))
-    evidence = [
-        -0.5 * squares / scale**2 - 0.5 * float((scale**2 * curvature).log1p().sum()) for scale in grid.tolist()
-    ]
-    return float(grid[int(np.argmax(evidence))])
+    return scale_of_largest_evidence(eigenvalues, squares, num_scales=NUM_SCALES)
 
 
 def predict_linear(

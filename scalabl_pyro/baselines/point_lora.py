@@ -98,7 +98,7 @@ def plain_lora(module: nn.Module, lora: Mapping[str, Any] | None = None) -> Baye
         # A = diag(s0) Vh is a default nn.Linear init up to a rotation of the bottleneck, so s can be 1.
         for (A, _), s in zip(adapter.factors(), adapter.subspace.split(adapter.loc), strict=True):
             A.mul_(s.to(A.device).unsqueeze(1))
-    adapter.loc = torch.ones_like(adapter.loc)
+    adapter.rest_at(torch.ones_like(adapter.loc))
     return blora
 
 

@@ -1,6 +1,5 @@
 """The interface of every trained method, and prediction under functions that each have factors of their own."""
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,18 +10,16 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .._errors import check_positive
 from ..data.batch import Batch
-from ..data.encoding import check_tokens, encode, evaluation_batches
+from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..lora.adapter import Adapter
 from ..lora.forward import AdaptedLLM
 from ..lora.hidden_state_cache import Prefix, reuse
-from ..lora.train_mode import eval_mode
 from ..model.bayesian_lora import BayesianLoRA
-from ..prediction.predict import predict_from_outputs
+from ..model.passes import Passes
+from ..prediction.collect import predict_batches
 from ..prediction.result import NumericPrediction, Prediction
 from ..tasks import Task
 
@@ -107,7 +104,6 @@ class BaselineResult:
         return f"BaselineResult(\n  posterior={self.posterior!r},\n  history={len(self.history)} steps,\n)"
 
 
-@torch.no_grad()
 def predict_functions(
     functions: Sequence[Function],
     task: Task,
@@ -118,37 +114,26 @@ def predict_functions(
     is_mean: bool = False,
     progress: bool = False,
 ) -> Prediction | NumericPrediction:
-    """Predict rows under S functions, one pass a function and batch.
+    """Predict rows under S functions, with one forward pass per function and batch.
 
     Args:
-        functions: S functions on one adapter.
-        task: the likelihood.
-        data: rows for the task.
-        seed: of the simulated answers of a likelihood over numbers.
-        batch_size: rows a pass.
-        is_mean: marks the only function as the posterior mean.
-        progress: show a progress bar.
+        functions: S functions that share one adapter.
+        task: Task that defines the likelihood.
+        data: Rows for the task.
+        seed: Seed of the simulated answers of a likelihood over numbers.
+        batch_size: Rows per forward pass.
+        is_mean: Whether the only function is the posterior mean.
+        progress: Whether to show a progress bar.
     """
-    check_positive(batch_size=batch_size)
-    start = time.perf_counter()
     examples = encode(read_rows(data, split="test"), task.encode, need_target=False)
     adapter = functions[0][0].adapter
-    check_tokens(examples, adapter.module, task.pad_token_id)
-    outputs: list[tuple[Batch, Tensor]] = []
-    batches = list(evaluation_batches(examples, batch_size, task.pad_token_id))
-    with eval_mode(adapter.module), tqdm(batches, disable=not progress, desc="predict", unit="batch") as bar:
-        for batch in bar:
-            own = batch.to(adapter.device)
-            with reuse(adapter, Prefix() if adapter.has_fixed_prefix else None):
-                draws = torch.stack([task.outputs(llm, own, s.to(adapter.device)) for llm, s in functions])
-            if torch.isnan(draws).any():
-                raise FloatingPointError(
-                    f"The LLM's outputs of some of the rows {batch.index.tolist()} are NaN: check these inputs, and "
-                    "use bfloat16 or float32 instead of float16."
-                )
-            outputs.append((own, draws))
-    prediction = predict_from_outputs(task, examples, outputs, seed=seed)
-    return replace(prediction, is_mean=is_mean, seconds=time.perf_counter() - start)
+    passes = Passes.over(examples, task, adapter, batch_size=batch_size)
+
+    def outputs_of(batch: Batch) -> Tensor:
+        with reuse(adapter, Prefix() if adapter.has_fixed_prefix else None):  # the lower blocks run once for all
+            return torch.stack([task.outputs(llm, batch, s.to(adapter.device)) for llm, s in functions])
+
+    return predict_batches(passes, outputs_of, task, examples, seed=seed, is_mean=is_mean, progress=progress)
 
 
 def concatenate(predictions: Sequence[Prediction | NumericPrediction]) -> Prediction | NumericPrediction:

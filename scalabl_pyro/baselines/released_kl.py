@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .._errors import check_positive
 from ..guides import NormalGuide
+from ..guides.initial_scale import draw_initial_scale
 
 #: The released code stores the logarithm of the prior mean, so the mean cannot be 0.
 PRIOR_LOC, PRIOR_SCALE = 1e-8, 1.0
@@ -69,9 +70,8 @@ class LogNormals(nn.Module):
 
     def __init__(self, loc: Tensor, *, init_scale: float, seed: int) -> None:
         super().__init__()
-        uniform = torch.rand(loc.shape, generator=torch.Generator().manual_seed(seed), dtype=loc.dtype)
         self.log_loc = nn.Parameter(loc.log())
-        self.log_scale = nn.Parameter((init_scale * (0.5**0.5 + (1 - 0.5**0.5) * uniform)).log())
+        self.log_scale = nn.Parameter(draw_initial_scale(loc, init_scale, seed=seed).log())
 
     def draw(self) -> Tensor:
         """Return one reparametrized draw (D,)."""

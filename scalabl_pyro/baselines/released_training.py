@@ -171,7 +171,7 @@ def _as_result(
     """Freeze what was learned into a posterior; the module itself stays at the posterior mean."""
     provenance = {"method": "ScalaBL as released", "num_steps": len(history), **provenance}
     posterior = Posterior.capture(blora, task, latents.guide(), provenance=provenance)
-    blora.adapter.loc = posterior.mean()
+    blora.adapter.rest_at(posterior.mean())
     return FitResult(posterior, pd.DataFrame(history))
 
 

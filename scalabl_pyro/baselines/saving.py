@@ -1,8 +1,8 @@
-"""Baselines on disk: a directory of JSON and safetensors that holds the posteriors it is made of.
+"""A baseline as a directory of JSON and safetensors files, with the posteriors that it consists of in subdirectories.
 
-baseline.json           kind and options
-tensors.safetensors     where there are any
-NAME/                   a posterior, or again a baseline
+baseline.json           kind, options, names of the subdirectories
+tensors.safetensors     tensors of the baseline, if it has any
+NAME/                   a posterior, or another baseline
 """
 
 import json
@@ -17,24 +17,26 @@ from .._process.lock import LOCK
 from ..lora.attach import find_adapter
 from ..posterior.config import CONFIG_FILE
 from ..posterior.posterior import Posterior
-from ..posterior.serialization import MIN_LIMIT, errors_name
+from ..posterior.serialization import path_in_errors, tensor_limit
 from ..storage import json_reader
 from ..storage.directories import staged, write_file
+from ..storage.manifest import Manifest
 from ..storage.tensor_files import read_tensors, write_tensors
-from ..storage.untrusted_files import check_file, describe_files, find_file, find_folder, read_file
+from ..storage.untrusted_files import find_folder, read_file
 from .predictor import Predictor
 
 CONFIG = "baseline.json"
 TENSORS = "tensors.safetensors"
 FORMAT_VERSION = 1
+#: Largest allowed size of ``baseline.json``.
 MAX_BYTES = 2**20
-#: Baselines of baselines, such as an ensemble that is scaled by a temperature.
+#: Allowed levels of nested baselines. A temperature-scaled ensemble has two.
 MAX_DEPTH = 4
 
 Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Mapping[str, Any]], Predictor]
-"""(options, tensors, children) -> the baseline."""
+"""Function ``(options, tensors, children) -> baseline``."""
 
-#: Filled in by the package, see ``__init__.py``.
+#: Reader of each kind of baseline. ``baselines/__init__.py`` fills it.
 KINDS: dict[str, Reader] = {}
 
 
@@ -46,19 +48,28 @@ def save(
     tensors: Mapping[str, Tensor] | None = None,
     children: Mapping[str, Predictor],
 ) -> None:
-    """Write a baseline to the directory ``path``; one that was there is replaced whole, or kept whole.
+    """Write a baseline to a directory.
+
+    A baseline that was saved there before is replaced completely, or kept completely if writing fails.
+
+    Args:
+        path: Directory, created if it does not exist.
+        kind: Key of the baseline's reader in :data:`KINDS`.
+        options: Options of the baseline, as JSON can hold them.
+        tensors: Tensors of the baseline itself.
+        children: Posteriors and baselines that it consists of, by the name of their subdirectory.
 
     Raises:
         FileExistsError: ``path`` holds something else.
     """
     path = Path(path).resolve()
     if path.exists() and not (path / CONFIG).exists() and (path.is_file() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and holds no baseline: give the path of a new directory.")
+        raise FileExistsError(f"{path} exists and does not hold a baseline: give the path of a new directory.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged(path) as folder:
         if tensors:
             write_tensors(folder / TENSORS, tensors)
-        own = describe_files(folder)
+        own = Manifest.of_folder(folder)  # each child writes a manifest of its own
         for name, child in children.items():
             child.save_pretrained(folder / name)
         content = {
@@ -66,25 +77,35 @@ def save(
             "kind": kind,
             "options": options,
             "children": list(children),
-            "files": own,
+            "files": own.to_json(),
         }
         write_file(folder / CONFIG, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def load(llm: nn.Module, path: str | Path, **overrides: Any) -> Predictor:
-    """Read back what a posterior or a baseline saved.
+    """Load a saved posterior or baseline.
 
     Args:
-        llm: the base model it was learned on; a failed load leaves it as it was.
-        path: directory that ``save_pretrained`` wrote.
-        overrides: ``task=``, ``prior=`` or ``guide=`` where a saved one is a class of your own.
+        llm: Base model that it was learned on. If loading fails, the model stays as it was.
+        path: Directory that ``save_pretrained`` wrote.
+        overrides: ``task=``, ``prior=`` or ``guide=``, to replace a saved part whose class is your own.
+
+    Returns:
+        The posterior or the baseline.
 
     Raises:
-        FileNotFoundError: nothing was saved there.
-        ValueError: another base model, or a damaged file.
+        FileNotFoundError: The directory holds neither.
+        ValueError: The base model is another one, or a file is damaged.
+
+    Example:
+        Save what ``mle`` learned, and load it again for the same base model::
+
+            point = scalabl_pyro.baselines.mle(llm, task, rows)
+            point.save_pretrained("mle")
+            point = scalabl_pyro.baselines.load(llm, "mle")
     """
     path = Path(path)
-    with LOCK, errors_name(path):
+    with LOCK, path_in_errors(path):
         carried = find_adapter(llm)
         try:
             return _load(llm, path, overrides, depth=0)
@@ -101,45 +122,43 @@ def _load(llm: nn.Module, path: Path, overrides: Mapping[str, Any], *, depth: in
             return Posterior.from_pretrained(llm, path, **overrides)
         raise FileNotFoundError(f"{path} holds neither a posterior ({CONFIG_FILE}) nor a baseline ({CONFIG}).")
     if depth >= MAX_DEPTH:
-        raise ValueError(f"{path}: a baseline of baselines deeper than {MAX_DEPTH}.")
-    kind, options, names, described = _read(path)
+        raise ValueError(f"{path}: baselines are nested deeper than {MAX_DEPTH} levels.")
+    kind, options, names, files = _read(path)
     children = {name: _load(llm, find_folder(path, name), overrides, depth=depth + 1) for name in names}
     tensors = {}
-    if TENSORS in described:
-        limit = max(MIN_LIMIT, 8 * sum(p.numel() for p in llm.parameters()))
-        tensors = read_tensors(path, TENSORS, limit=limit)
+    if TENSORS in files.entries:
+        tensors = read_tensors(path, TENSORS, limit=tensor_limit(llm))
     try:
         baseline = KINDS[kind](options, tensors, children)
     except (KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise ValueError(f"{path / CONFIG} is damaged: {type(error).__name__} {error}.") from error
-    for name, expected in described.items():
-        check_file(path, name, expected)
+    files.check(path)
     return baseline
 
 
-def _read(folder: Path) -> tuple[str, dict[str, Any], list[str], dict[str, Any]]:
+def _read(folder: Path) -> tuple[str, dict[str, Any], list[str], Manifest]:
     file = folder / CONFIG
-    find_file(folder, CONFIG)
+    raw = read_file(folder, CONFIG, limit=MAX_BYTES)
     try:
-        content = json_reader.loads(read_file(folder, CONFIG, limit=MAX_BYTES))
+        content = json_reader.loads(raw)
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: not JSON ({error}).") from None
+        raise ValueError(f"{file} is damaged: it is not JSON ({error}).") from None
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{file}: this version of scalabl_pyro reads format_version {FORMAT_VERSION}.")
-    kind, options, names, described = (content.get(key) for key in ("kind", "options", "children", "files"))
+    kind, options, names = (content.get(key) for key in ("kind", "options", "children"))
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{file}: kind={kind!r} is unknown. {nearest(str(kind), KINDS)}")
     if not isinstance(options, dict) or not isinstance(names, list) or not all(map(_is_folder_name, names)):
-        raise ValueError(f"{file} is damaged: 'options' must be an object and 'children' names of folders.")
+        raise ValueError(f"{file} is damaged: 'options' must be an object and 'children' a list of folder names.")
     if not isinstance(options.get("provenance", {}), dict):
         raise ValueError(f"{file} is damaged: 'provenance' must be an object.")
     if len(set(names)) < len(names):
         raise ValueError(f"{file} is damaged: 'children' names a folder twice.")
-    entries = described.values() if isinstance(described, dict) and set(described) <= {TENSORS} else [None]
-    if not all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} for entry in entries):
-        raise ValueError(f"{file} is damaged: 'files' must give the size and SHA-256 of {TENSORS}, if there is one.")
-    assert isinstance(described, dict)
-    return kind, options, names, described
+    try:
+        files = Manifest.from_json(content.get("files"), names=[TENSORS])
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    return kind, options, names, files
 
 
 def _is_folder_name(name: object) -> bool:

@@ -1,7 +1,7 @@
-"""Data: rows, tokenized examples, and batches."""
+"""Data: rows, which become tokenized examples, which become right-padded batches."""
 
-from .batch import Batch, Example
-from .encoding import check_tokens, collate, encode, evaluation_batches
+from .batch import Batch, Example, collate, evaluation_batches
+from .encoding import check_tokens, encode
 from .rows import Row, as_question, read_rows
 from .training_batches import Cycle, TrainingBatches, training_source
 

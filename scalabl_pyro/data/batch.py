@@ -1,20 +1,16 @@
-"""Rows of data -> tokenized examples -> right-padded batches of similar length.
+"""Examples (tokenized rows), and right-padded batches of them.
 
-A row is a dict, one line of a JSONL file, or one item of a ``datasets.Dataset``; a task turns it into an
-:class:`Example`. Batches are right-padded: left padding gives NaN in some fused attention kernels, and with the
-last real token of each row known there is no need for it.
+Batches are padded on the right, because left padding gives NaN in some fused attention kernels. The position of the
+last real token of each row is kept, so left padding is not needed.
 """
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .rows import read_rows as read_rows  # public as scalabl_pyro.data.read_rows
-
-logger = logging.getLogger(__name__)
+from .._errors import check_positive
 
 
 @dataclass(frozen=True)
@@ -22,10 +18,15 @@ class Example:
     """One tokenized row.
 
     Attributes:
-        inputs: token lists of one length, by the name the LLM knows them by; ``input_ids`` always.
-        target: class index or number; None when the row has no answer.
-        extras: further numbers that the task's likelihood needs.
-        is_cut: whether the text was too long and lost its end.
+        inputs: Lists of one length, by the name of the LLM's argument. ``input_ids`` is required.
+        target: Class index or number. None if the row has no answer.
+        extras: Other numbers that the likelihood of the task needs.
+        is_cut: Whether the text was too long and lost its end.
+
+    Example:
+        >>> from scalabl_pyro.data import Example
+        >>> len(Example({"input_ids": [5, 6, 7]}, target=1))
+        3
     """
 
     inputs: dict[str, list[int]]
@@ -41,14 +42,24 @@ class Example:
 class Batch:
     """B examples as tensors.
 
+    Where several processes train together, each one works on a part of their joint batch.
+
     Attributes:
-        inputs: keyword arguments of the LLM, each (B, tokens).
-        target: (B,) or None.
-        index: (B,) position of each row in its data set.
-        last: (B,) index of the last real token of each row.
-        extras: further tensors (B, ...) for the likelihood.
-        start: of a part of a joint batch of several processes: its first row there.
-        joint: rows of that joint batch; None where there is no other.
+        inputs: Keyword arguments of the LLM, each of shape (B, tokens).
+        target: Answers, shape (B,), or None.
+        index: Position of each row in its data set, shape (B,).
+        last: Index of the last real token of each row, shape (B,).
+        extras: Other tensors for the likelihood, each of shape (B, ...).
+        start: Position of the first row in the joint batch.
+        joint: Number of rows of the joint batch; None for a batch that is not a part.
+
+    Example:
+        >>> import torch
+        >>> from scalabl_pyro.data import Batch
+        >>> tokens = torch.tensor([[5, 6, 7], [8, 9, 0]])
+        >>> batch = Batch({"input_ids": tokens}, target=None, index=torch.arange(2), last=torch.tensor([2, 1]))
+        >>> [len(part) for part in batch.split(1)]
+        [1, 1]
     """
 
     inputs: dict[str, Tensor]
@@ -63,7 +74,7 @@ class Batch:
         return len(self.index)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
-        """Apply ``fn`` to every tensor."""
+        """Return a batch with ``fn`` applied to every tensor."""
         return replace(
             self,
             inputs={k: fn(v) for k, v in self.inputs.items()},
@@ -74,15 +85,15 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``."""
+        """Return the batch on ``device``."""
         return self.map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The batch where a GPU can copy it from without making the host wait; as it is if it is on a GPU already."""
+        """Return the batch in pinned memory, so that the host need not wait for its copy to a GPU."""
         return self if self.index.is_cuda else self.map(torch.Tensor.pin_memory)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
+        """Return all tensors by name: ``target``, ``index``, ``last``, ``inputs.*`` and ``extras.*``."""
         own = {"target": self.target, "index": self.index, "last": self.last}
         named = {k: v for k, v in own.items() if v is not None}
         return (
@@ -92,17 +103,17 @@ class Batch:
         )
 
     def shapes(self) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
-        """Names, shapes and dtypes of all tensors: what two batches share that one captured graph can serve."""
+        """Return names, shapes and dtypes of all tensors; batches that share them can use one captured CUDA graph."""
         return tuple((name, t.shape, t.dtype) for name, t in sorted(self.tensors().items()))
 
     def copy_(self, other: "Batch") -> None:
-        """Overwrite the tensors with those of a batch of the same shapes."""
+        """Overwrite all tensors with those of a batch of the same shapes."""
         mine, theirs = self.tensors(), other.tensors()
         for name, tensor in mine.items():
             tensor.copy_(theirs[name], non_blocking=True)
 
     def split(self, size: int) -> list["Batch"]:
-        """Micro-batches of at most ``size`` rows."""
+        """Split the batch into micro-batches of at most ``size`` rows."""
 
         def part(start: int) -> Batch:
             return self.map(lambda t: t[start : start + size])
@@ -110,5 +121,62 @@ class Batch:
         return [part(start) for start in range(0, len(self), size)]
 
     def without_target(self) -> "Batch":
-        """The same inputs, unobserved."""
+        """Return the batch without its answers."""
         return replace(self, target=None)
+
+
+def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int, *, multiple: int = 1) -> Batch:
+    """Build a right-padded batch of examples.
+
+    Args:
+        examples: B examples, at least one.
+        index: Position of each example in its data set.
+        pad_token_id: Token that fills shorter rows.
+        multiple: The number of tokens per row is rounded up to a multiple of this number.
+
+    Returns:
+        Batch of B rows. Its target is None if an example has none.
+
+    Example:
+        >>> examples = [Example({"input_ids": [5, 6, 7]}, target=1), Example({"input_ids": [8]}, target=0)]
+        >>> collate(examples, index=[0, 1], pad_token_id=0).inputs["input_ids"]
+        tensor([[5, 6, 7],
+                [8, 0, 0]])
+    """
+    width = -(-max(map(len, examples)) // multiple) * multiple
+    inputs = {}
+    for name in examples[0].inputs:
+        fill = pad_token_id if name == "input_ids" else 0
+        inputs[name] = torch.tensor([e.inputs[name] + [fill] * (width - len(e)) for e in examples])
+    inputs["attention_mask"] = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in examples])
+    targets = [e.target for e in examples]
+    return Batch(
+        inputs=inputs,
+        target=None if any(t is None for t in targets) else torch.tensor(targets),
+        index=torch.tensor(list(index)),
+        last=torch.tensor([len(e) - 1 for e in examples]),
+        extras={k: torch.tensor([e.extras[k] for e in examples]) for k in examples[0].extras},
+    )
+
+
+def evaluation_batches(examples: Sequence[Example], batch_size: int, pad_token_id: int) -> Iterator[Batch]:
+    """Yield batches that contain every example once, the longest first, so that a lack of memory shows at once.
+
+    Args:
+        examples: The data set.
+        batch_size: Rows per batch.
+        pad_token_id: Token that fills shorter rows.
+
+    Raises:
+        ValueError: ``batch_size`` is not positive.
+
+    Example:
+        >>> examples = [Example({"input_ids": [1] * length}) for length in (2, 5, 3)]
+        >>> [batch.index.tolist() for batch in evaluation_batches(examples, 2, pad_token_id=0)]
+        [[1, 2], [0]]
+    """
+    check_positive(batch_size=batch_size)
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield collate([examples[i] for i in rows], rows, pad_token_id)

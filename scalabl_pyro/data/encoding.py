@@ -1,43 +1,53 @@
-"""From rows to tokenized examples, and from examples to right-padded batches."""
+"""Encoding: rows become tokenized examples, whose tokens the LLM must know."""
 
 import logging
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from .._errors import check_positive
 from .._process.lock import LOCK
-from .batch import Batch, Example
+from .batch import Example
 from .rows import Row
-from .rows import read_rows as read_rows  # public as scalabl_pyro.data.read_rows
 
 logger = logging.getLogger(__name__)
 
 
 def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_target: bool) -> list[Example]:
-    """Tokenize rows with a task's ``encode``; errors name the row."""
+    """Tokenize rows with the ``encode`` method of a task.
+
+    Args:
+        rows: Rows of a data set.
+        encode_row: The task's method ``encode``.
+        need_target: Whether every row must have an answer.
+
+    Returns:
+        One example per row, in the order of the rows.
+
+    Raises:
+        TypeError: A row is not a dict, or its answer is not a number.
+        ValueError: The task refuses a row, a row has no tokens or no answer, or there are no rows. The message gives
+            the number of the row, and its ``id`` if it has one.
+
+    Example:
+        >>> from scalabl_pyro.data import Example, encode
+        >>> def encode_row(row):
+        ...     return Example({"input_ids": list(row["text"].encode())}, target=row["label"])
+        >>> encode([{"text": "ab", "label": 1}], encode_row, need_target=True)[0].inputs
+        {'input_ids': [97, 98]}
+    """
     examples = []
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise TypeError(f"Row {i} is a {type(row).__name__}; expected a dict such as {{'question': ...}}.")
+        where = f"Row {i}" + (f" (id {row['id']!r})" if "id" in row else "")
         try:
-            with LOCK:  # a fast tokenizer refuses a second thread
+            with LOCK:  # two threads cannot use a fast tokenizer at once
                 example = encode_row(row)
         except (ValueError, KeyError, TypeError) as error:
             message = error.args[0] if error.args else error
-            raise ValueError(f"Row {i}{_row_id(row)}: {message}") from error
-        if len(example) == 0:
-            raise ValueError(f"Row {i}{_row_id(row)} is empty: its text gives no tokens.")
-        if need_target and example.target is None:
-            need = "which training and the likelihood need"
-            raise ValueError(f"Row {i}{_row_id(row)} has no answer, {need}; its fields are {list(row)}.")
-        if example.target is not None and not isinstance(example.target, numbers.Real):
-            raise TypeError(f"Row {i}{_row_id(row)}: the answer {example.target!r} is no number.")
-        if example.target is not None and not math.isfinite(example.target):
-            raise ValueError(f"Row {i}{_row_id(row)}: the answer {example.target} is not finite.")
+            raise ValueError(f"{where}: {message}") from error
+        _check_example(example, row, where, need_target=need_target)
         examples.append(example)
     if not examples:
         raise ValueError("The data set has no rows.")
@@ -46,8 +56,37 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
     return examples
 
 
+def _check_example(example: Example, row: Row, where: str, *, need_target: bool) -> None:
+    if len(example) == 0:
+        raise ValueError(f"{where} is empty: its text gives no tokens.")
+    if example.target is None:
+        if need_target:
+            need = "which training and the likelihood need"
+            raise ValueError(f"{where} has no answer, {need}; its fields are {list(row)}.")
+    elif not isinstance(example.target, numbers.Real):
+        raise TypeError(f"{where}: the answer {example.target!r} is not a number.")
+    elif not math.isfinite(example.target):
+        raise ValueError(f"{where}: the answer {example.target} is not finite.")
+
+
 def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> None:
-    """Raise ValueError for a token that the embeddings of ``llm`` lack: a GPU could not be used any more after it."""
+    """Check that ``llm`` has an embedding for every token. A GPU cannot be used any more after an unknown token.
+
+    Args:
+        examples: Tokenized rows.
+        llm: The LLM. A module without input embeddings passes the check.
+        pad_token_id: Token that fills shorter rows.
+
+    Raises:
+        ValueError: A token has no embedding.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from scalabl_pyro.data import Example, check_tokens
+        >>> config = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_attention_heads=2)
+        >>> llm = LlamaForCausalLM(config)
+        >>> check_tokens([Example({"input_ids": [3, 9]})], llm, pad_token_id=0)
+    """
     embeddings = getattr(llm, "get_input_embeddings", lambda: None)()
     size = getattr(embeddings, "num_embeddings", None)
     if size is None:
@@ -58,40 +97,9 @@ def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> No
             "it knows, tokenizer.pad_token = tokenizer.eos_token, or call model.resize_token_embeddings()."
         )
     for i, example in enumerate(examples):
-        bad = [token for token in example.inputs["input_ids"] if not 0 <= token < size]
-        if bad:
+        unknown = [token for token in example.inputs["input_ids"] if not 0 <= token < size]
+        if unknown:
             raise ValueError(
-                f"Row {i} has the token {bad[0]}, but the model has embeddings for 0 to {size - 1} only: its tokenizer "
-                "is that of another model, or has had tokens added without model.resize_token_embeddings()."
+                f"Row {i} has the token {unknown[0]}, but the model has embeddings for 0 to {size - 1} only: load the "
+                "model's own tokenizer, or call model.resize_token_embeddings() after adding tokens."
             )
-
-
-def _row_id(row: Row) -> str:
-    return f" (id {row['id']!r})" if "id" in row else ""
-
-
-def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int, *, multiple: int = 1) -> Batch:
-    """Right-pad examples to a batch, ``multiple`` of so many tokens; ``index`` are their positions in the data set."""
-    width = -(-max(map(len, examples)) // multiple) * multiple
-    inputs = {}
-    for name in examples[0].inputs:
-        fill = pad_token_id if name == "input_ids" else 0
-        inputs[name] = torch.tensor([e.inputs[name] + [fill] * (width - len(e)) for e in examples])
-    inputs["attention_mask"] = torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in examples])
-    targets = [e.target for e in examples]
-    return Batch(
-        inputs=inputs,
-        target=None if any(t is None for t in targets) else torch.tensor(targets),
-        index=torch.tensor(list(index)),
-        last=torch.tensor([len(e) - 1 for e in examples]),
-        extras={k: torch.tensor([e.extras[k] for e in examples]) for k in examples[0].extras},
-    )
-
-
-def evaluation_batches(examples: Sequence[Example], batch_size: int, pad_token_id: int) -> Iterator[Batch]:
-    """Every example once, longest first, so that running out of memory shows at once."""
-    check_positive(batch_size=batch_size)
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        yield collate([examples[i] for i in rows], rows, pad_token_id)

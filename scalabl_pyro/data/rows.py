@@ -1,4 +1,7 @@
-"""Rows from files, from data sets of the hub by name, or as they are."""
+"""Rows: dicts from a JSONL file, from a Hugging Face data set, or from any iterable.
+
+A task turns each row into an :class:`~scalabl_pyro.data.Example`.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,23 +11,35 @@ from ..storage import json_reader
 
 Row = Mapping[str, Any]
 
-#: Bytes of a line of a JSONL file; longer ones are no rows, and would fill the memory.
+#: Allowed bytes per line of a JSONL file, so that a file without line ends cannot fill the memory.
 MAX_LINE = 2**26
 
 
 def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **load_options: Any) -> list[Row]:
-    """Rows of a JSONL file, of a Hugging Face data set by name, or of anything that iterates over dicts.
+    """Read the rows of a JSONL file, a Hugging Face data set, or an iterable of dicts.
 
-    Known multiple-choice data sets of the hub are brought to one form, see :func:`as_question`.
+    Rows of known multiple-choice data sets from the hub are converted to one form, see :func:`as_question`.
 
     Args:
-        source: path of a ``.jsonl`` file, hub name such as ``"allenai/openbookqa"``, or the rows themselves.
-        split: split of a hub data set.
-        load_options: passed to ``datasets.load_dataset`` (``name=...`` for a configuration).
+        source: Path of a ``.jsonl`` file, hub name such as ``"allenai/openbookqa"``, or the rows themselves.
+        split: Split of a hub data set.
+        load_options: Options of ``datasets.load_dataset``, such as ``name="ARC-Easy"`` for a configuration.
+
+    Returns:
+        The rows, at least one.
 
     Raises:
-        FileNotFoundError: a ``.jsonl`` path that does not exist.
-        ValueError: a line that is not a JSON object (with its number), or no rows at all.
+        FileNotFoundError: The ``.jsonl`` file does not exist.
+        TypeError: ``source`` is a single dict, or is not iterable.
+        ValueError: A line is not a JSON object, or there are no rows.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from scalabl_pyro.data import read_rows
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "train.jsonl"
+        >>> _ = file.write_text('{"text": "the sky is blue", "label": 1}')
+        >>> read_rows(file)
+        [{'text': 'the sky is blue', 'label': 1}]
     """
     if isinstance(source, str | Path):
         path = Path(source)
@@ -45,12 +60,12 @@ def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **loa
 
 def _read_jsonl(path: Path) -> list[Row]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist (a name ending in .jsonl is read as a local file).")
+        raise FileNotFoundError(f"{path} does not exist. A name that ends in .jsonl or .json is read as a local file.")
     rows: list[Row] = []
     with path.open("rb") as file:
         for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
             if len(raw) > MAX_LINE:
-                raise ValueError(f"{path}, line {number}: longer than {MAX_LINE} bytes; one row a line is expected.")
+                raise ValueError(f"{path}, line {number}: longer than {MAX_LINE} bytes; expected one row per line.")
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -68,11 +83,19 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def as_question(row: Row) -> Row:
-    """``row`` as ``{"question", "choices": [str, ...], "answer": int or None}`` where its schema is a known one.
+    """Convert a row of a known data set to ``{"question": str, "choices": [str, ...], "answer": int or None}``.
 
-    Known are OpenBookQA and ARC (``choices`` with texts and labels, ``answerKey``), WinoGrande (``sentence``,
-    ``option1``, ``option2``), BoolQ (a boolean ``answer``, a ``passage``), and MMLU, which has the form already. Any
-    other row is returned as it is.
+    Known fields are those of OpenBookQA and ARC (``choices`` with texts and labels, ``answerKey``), WinoGrande
+    (``sentence``, ``option1``, ``option2``) and BoolQ (``passage``, boolean ``answer``). MMLU has the form already. Any
+    other row is returned unchanged.
+
+    Args:
+        row: Row of a data set.
+
+    Example:
+        >>> from scalabl_pyro.data import as_question
+        >>> as_question({"sentence": "_ is blue.", "option1": "Grass", "option2": "The sky", "answer": "2"})
+        {'question': '_ is blue.', 'choices': ['Grass', 'The sky'], 'answer': 1}
     """
     choices = row.get("choices")
     if isinstance(choices, Mapping) and {"text", "label"} <= set(choices):

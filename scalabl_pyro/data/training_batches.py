@@ -1,4 +1,4 @@
-"""What training reads: batch number t of a run, from rows in a seeded order, or from batches of the user's own."""
+"""Batches for training: made from rows in a seeded order, or taken from the user's own iterable of batches."""
 
 import hashlib
 import itertools
@@ -9,24 +9,34 @@ from typing import Any
 import torch
 
 from .._process.random_state import scoped_seed
-from .batch import Batch, Example
-from .encoding import collate, encode
+from .batch import Batch, Example, collate
+from .encoding import encode
 from .rows import Row, read_rows
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingBatches:
-    """Endless shuffled batches of similar length; batch t depends on (seed, t) alone, so a run can resume.
+    """Endless shuffled batches of rows that have similar lengths.
+
+    Batch t depends only on the seed and t, so a run can resume at any step.
 
     Args:
-        examples: the training set.
-        batch_size: rows in a batch, at most.
-        seed: of the order.
-        multiple: batches are padded to a multiple of so many tokens, so that shapes repeat.
+        examples: The training set.
+        batch_size: Largest number of rows per batch.
+        pad_token_id: Token that fills shorter rows.
+        seed: Seed of the order.
+        multiple: The number of tokens per row is rounded up to a multiple of this number, so that shapes repeat.
+
+    Example:
+        >>> from scalabl_pyro.data import Example, TrainingBatches
+        >>> examples = [Example({"input_ids": [1] * length}, target=0) for length in (2, 5, 3)]
+        >>> batches = TrainingBatches(examples, batch_size=2, pad_token_id=0, seed=0)
+        >>> sorted(batches(0).index.tolist() + batches(1).index.tolist())  # one epoch
+        [0, 1, 2]
     """
 
-    #: Rows are sorted by length within windows of this many batches: little padding, and still a random order.
+    #: Rows are sorted by length within windows of this many batches. This saves padding and keeps the order random.
     WINDOW = 16
 
     def __init__(
@@ -42,7 +52,7 @@ class TrainingBatches:
         self._plan: list[list[int]] = []
 
     def __call__(self, step: int) -> Batch:
-        """Batch number ``step``, counted from 0 over all epochs."""
+        """Return batch number ``step``, counted from 0 over all epochs."""
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._order(epoch)
@@ -56,8 +66,8 @@ class TrainingBatches:
         batches = []
         for start in range(0, len(order), window):
             rows = sorted(order[start : start + window], key=lambda i: len(self.examples[i]))
-            # Parts of equal size (within one row): a short rest would always hold the longest rows, and the plate
-            # would weigh them up.
+            # All parts have the same size, up to one row. A short last part would always hold the longest rows, and
+            # the plate would give each of them a larger weight.
             count = -(-len(rows) // self.batch_size)
             batches += [rows[len(rows) * i // count : len(rows) * (i + 1) // count] for i in range(count)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
@@ -74,33 +84,45 @@ def training_source(
     multiple: int = 1,
     keeps_digest: bool = False,
 ) -> tuple[Callable[[int], Batch], int]:
-    """What training reads: a function step -> batch, and N.
+    """Return the function ``step -> batch`` that training reads, and the size N of the data set.
 
     Args:
-        data: rows (dicts, a ``datasets.Dataset``, the path of a JSONL file), or an iterable of :class:`Batch` that can
+        data: Rows (dicts, a ``datasets.Dataset``, the path of a JSONL file), or an iterable of :class:`Batch` that can
             be restarted, such as a DataLoader.
-        encode_row: a task's ``encode``.
-        batch_size: rows in a batch made from rows.
-        pad_token_id: fills shorter rows.
-        num_data: N; needed for an iterable of batches whose data set has no length.
-        seed: of the order.
-        multiple: batches made from rows are padded to a multiple of so many tokens.
-        keeps_digest: Whether an iterable of batches keeps a digest of them, by which a replay is checked.
+        encode_row: The task's method ``encode``.
+        batch_size: Largest number of rows per batch, for data given as rows.
+        pad_token_id: Token that fills shorter rows.
+        num_data: N, needed for an iterable of batches whose data set has no length.
+        seed: Seed of the order.
+        multiple: For data given as rows, the number of tokens per row is rounded up to a multiple of this number.
+        keeps_digest: For an iterable of batches, whether to keep a digest of them, which a replay is compared with.
+
+    Returns:
+        The function, and N.
 
     Raises:
-        ValueError: N is unknown, or contradicts the rows.
+        ValueError: N is unknown, or differs from the number of rows.
+
+    Example:
+        >>> from scalabl_pyro.data import Example, training_source
+        >>> def encode_row(row):
+        ...     return Example({"input_ids": list(row["text"].encode())}, target=row["label"])
+        >>> rows = [{"text": "ab", "label": 1}, {"text": "c", "label": 0}]
+        >>> batch_of, num_data = training_source(rows, encode_row, batch_size=1, pad_token_id=0)
+        >>> len(batch_of(0)), num_data
+        (1, 2)
     """
     with scoped_seed(seed):  # a DataLoader draws from the global generator when it starts
         first = None if isinstance(data, str) or not isinstance(data, Iterable) else next(iter(data), None)
     if isinstance(data, Iterator) and first is not None:
-        data = itertools.chain([first], data)  # looking at it took it out
+        data = itertools.chain([first], data)  # put back the batch that was taken out
     if isinstance(first, Batch):
         if num_data is None:
             num_data = _sized(getattr(data, "dataset", None))
         if num_data is None:
             raise ValueError(
-                "train_data yields batches, so the size of the data set is unknown: pass num_data=N. It sets the "
-                "weight of the KL against the data."
+                "train_data yields batches, so the size N of the data set is unknown: pass num_data=N. It weights the "
+                "log-likelihood against the KL."
             )
         return Cycle(data, seed=seed, keeps_digest=keeps_digest), num_data
     examples = encode(read_rows(data), encode_row, need_target=True)
@@ -114,19 +136,27 @@ def _sized(data: Any) -> int | None:
 
 
 class Cycle:
-    """Batches of an iterable in order, again and again.
+    """Endless repetition of the batches of an iterable, in its order.
 
-    What the iterable draws from torch's global CPU generator in this process (the order of a DataLoader that shuffles)
-    depends on (seed, number of the batch), not on the noise of training: so that a run can resume, by going through
-    the batches again up to where it was.
+    The iterable may draw from torch's global CPU generator, as a DataLoader that shuffles does. The generator is
+    seeded by the seed and the number of the batch, independently of the noise of training. A run can therefore resume
+    by reading the batches again, up to the step where it stopped.
 
     Args:
-        batches: the iterable.
-        seed: of its draws.
-        keeps_digest: Whether to keep a digest of the batches, by which a replay is checked.
+        batches: Iterable of batches that can be restarted.
+        seed: Seed of what the iterable draws.
+        keeps_digest: Whether to keep a digest of the batches, which a replay is compared with.
 
     Attributes:
-        count: batches handed out so far.
+        count: Number of batches returned so far.
+
+    Example:
+        >>> import torch
+        >>> from scalabl_pyro.data import Batch, Cycle
+        >>> one = torch.ones(1, dtype=torch.long)
+        >>> batches = Cycle([Batch({"input_ids": one[:, None]}, target=one, index=one, last=0 * one)])
+        >>> len(batches(0)), len(batches(1)), batches.count
+        (1, 1, 2)
     """
 
     def __init__(self, batches: Iterable[Batch], *, seed: int = 0, keeps_digest: bool = False) -> None:
@@ -138,14 +168,17 @@ class Cycle:
         self._digest = hashlib.sha256()
 
     def __call__(self, step: int) -> Batch:
-        """The next batch, whatever ``step`` says."""
+        """Return the next batch. ``step`` is used only in error messages."""
         with scoped_seed(self.seed * 1_000_003 + self.count, gpus=False):
             batch = next(self.iterator, None)
             if batch is None:
                 self.iterator = iter(self.batches)
                 batch = next(self.iterator, None)
         if batch is None:
-            raise ValueError("train_data yields no batches the second time: pass something that can be restarted.")
+            raise ValueError(
+                "train_data yields no batches the second time: pass something that can be restarted, such as a list "
+                "or a DataLoader."
+            )
         if batch.target is None or len(batch) == 0:
             raise ValueError(f"The batch of step {step} is empty or has no targets.")
         if self.keeps_digest:
@@ -155,22 +188,25 @@ class Cycle:
         return batch
 
     def position(self) -> dict[str, Any]:
-        """Where it is, for a checkpoint."""
+        """Return the number of batches read so far and their digest, for a checkpoint."""
         return {"count": self.count, "sha256": self._digest.hexdigest()}
 
     def replay(self, position: Mapping[str, Any]) -> None:
-        """Go through the batches up to a position, from the start.
+        """Read the batches again from the start, up to a position.
+
+        Args:
+            position: What :meth:`position` returned in the run that is resumed.
 
         Raises:
-            ValueError: they are not the batches that were there before.
+            ValueError: The batches differ from those of that run.
         """
-        logger.info("going through %d batches again, up to where the run was", position["count"])
+        logger.info("Reading the first %d batches again, to resume after them.", position["count"])
         while self.count < position["count"]:
             self(self.count)
         if self.position() != dict(position):
             raise ValueError(
-                f"train_data does not give the {position['count']} batches again that the run was trained on: other "
-                "data, an iterator that was used before, or an order that depends on more than the seed. Resuming "
-                "needs rows, or a loader that yields the same batches each time the program starts (a generator= of "
-                "its own, seeded; shuffling by torch's global generator is seeded by fit)."
+                f"train_data does not give the {position['count']} batches again that the run was trained on. "
+                "Possible causes: other data, an iterator that was used before, or an order that depends on more than "
+                "the seed. To resume, pass rows, or a loader that yields the same batches at each program start: "
+                "give it a seeded generator=, or let it shuffle by torch's global generator (fit seeds it)."
             )

@@ -18,7 +18,7 @@ from ..priors import Prior
 from ..priors.sites import check_continuous, prior_sites
 from .base import Guide
 
-#: Need the likelihood, or a discrete site, where a family here is built from the prior alone.
+#: AutoGuides that need the likelihood or a discrete site. Here a guide is built from the prior alone.
 UNSUPPORTED = (
     "AutoLaplaceApproximation",
     "AutoStructured",
@@ -26,32 +26,39 @@ UNSUPPORTED = (
     "AutoSemiDAIS",
     "AutoRegressiveMessenger",
 )
-#: Choose their own start and refuse ``init_loc_fn``.
+#: AutoGuides that choose their own initial values and do not accept ``init_loc_fn``.
 WITHOUT_INIT_LOC = (autoguide.AutoNormalizingFlow,)
-#: Largest rank or width that a file may ask for, for each latent: what is larger only exhausts memory.
+#: Largest rank or width per latent that a saved file may ask for. A larger one only exhausts memory.
 MAX_SIZE_PER_LATENT = 10
-#: Draws behind the mean of a family whose mean has no closed form.
+#: Number of draws behind the mean of a family whose mean has no closed form.
 MEAN_DRAWS = 1000
 
 
 class AutoFamily(Guide):
     """An AutoGuide over the latent sites of a prior.
 
-    AutoGuides learn which sites exist by tracing their model once. Here that model is the prior alone, so neither
-    building nor loading a guide runs the LLM. All rows of a batch share a draw.
+    AutoGuides trace their model once to learn which sites exist. Here that model is the prior alone, so neither
+    building nor loading a guide runs the LLM. All rows of a batch share one draw.
 
     Args:
-        prior: the program that samples the latents.
-        auto_class: a class of ``pyro.infer.autoguide``.
-        options: its keyword arguments, such as ``init_scale`` or ``rank``.
-        init_loc_fn: where the sites start.
+        prior: Program that samples the latents.
+        auto_class: Class of ``pyro.infer.autoguide``.
+        init_loc_fn: Function that gives the initial value of each site, such as ``blora.init_loc``.
+        auto_options: Keyword arguments of ``auto_class``, such as ``init_scale`` or ``rank``.
 
     Raises:
-        ValueError: a class that needs the likelihood, or a prior of discrete latents.
+        ValueError: The class needs the likelihood, or the prior has discrete latents.
+
+    Example:
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> guide = scalabl_pyro.guides.AutoFamily(blora.prior, AutoNormal, init_loc_fn=blora.init_loc)
+        >>> guide.sample(2, seed=0)["s"].shape == (2, blora.subspace.dim)
+        True
     """
 
     family = "auto"
     per_example = False
+    scores_any_value = False
 
     def __init__(
         self,
@@ -77,36 +84,42 @@ class AutoFamily(Guide):
         return self.auto()["s"]
 
     def mean(self) -> dict[str, Tensor]:
-        """The median, which is the mean of the symmetric families; of flows the average of MEAN_DRAWS draws."""
+        """Return the median, which is the mean of symmetric families; for flows the average of MEAN_DRAWS draws."""
         return _center(self.auto)
 
     def options(self) -> dict[str, Any]:
-        """Class and keyword arguments."""
+        """Return class and keyword arguments."""
         _, auto_class, _, auto_options = self._arguments
         return {"class": auto_class.__name__, **auto_options}
 
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "AutoFamily":
-        """The family again, its tensors to be filled."""
+        """Rebuild the family; the caller fills its tensors.
+
+        Raises:
+            ValueError: The class is not one of Pyro's, or an option is unknown or out of range.
+        """
         name, options = options.get("class"), {k: v for k, v in options.items() if k != "class"}
         auto_class = getattr(autoguide, name, None) if isinstance(name, str) else None
         if not (isinstance(auto_class, type) and issubclass(auto_class, autoguide.AutoGuide)):
             raise ValueError(
-                f"{name!r} names no class of pyro.infer.autoguide. If it is your own, pass from_pretrained(..., "
+                f"pyro.infer.autoguide has no class {name!r}. If it is your own, pass from_pretrained(..., "
                 f"guide=lambda blora: AutoFamily(blora.prior, {name}, init_loc_fn=blora.init_loc))."
             )
         allowed = set(inspect.signature(auto_class).parameters) - {"model", "init_loc_fn", "create_plates", "kwargs"}
         limit = MAX_SIZE_PER_LATENT * blora.subspace.dim
         for option, value in options.items():
             if option not in allowed:
-                raise ValueError(f"{name} has no option {option!r} to save. {nearest(option, allowed)}")
+                raise ValueError(f"{name} has no option {option!r}. {nearest(option, allowed)}")
             sizes = value if isinstance(value, list) else [value]
             if not all(isinstance(size, int | float) and 0 <= size <= limit for size in sizes):
-                raise ValueError(f"{name}: {option}={value!r} is no number (or list of numbers) between 0 and {limit}.")
+                raise ValueError(
+                    f"{name}: {option}={value!r} must be a number, or a list of numbers, from 0 to {limit}."
+                )
         return cls(blora.prior, auto_class, init_loc_fn=blora.init_loc, **options)
 
     def snapshot(self) -> Guide:
-        """A rebuilt copy: deepcopy would break the AutoGuide it copies, which drops its model to be pickled."""
+        """Return a rebuilt copy. deepcopy would break the original: an AutoGuide drops its model to be pickled."""
         prior, auto_class, init_loc_fn, auto_options = self._arguments
         other = AutoFamily(prior, auto_class, init_loc_fn=init_loc_fn, **auto_options)
         other.load_state_dict(self.state_dict())
@@ -114,25 +127,32 @@ class AutoFamily(Guide):
 
 
 class AutoInstance(Guide):
-    """An AutoGuide that was built already, on the prior: ``AutoNormal(blora.prior, init_scale=0.1)``.
+    """An AutoGuide that the caller built on the prior: ``AutoNormal(blora.prior, init_scale=0.1)``.
 
-    It is trained in place. How it was built is not known, so that a saved posterior of it is loaded with
+    It is trained in place. The arguments it was built with are unknown here, so load a saved posterior with
     ``from_pretrained(..., guide=lambda blora: AutoNormal(blora.prior, init_scale=0.1))``.
 
     Args:
-        auto: the instance; where it has not been called yet, its model must need no arguments.
+        auto: AutoGuide instance. If it has not been called yet, its model must not need arguments.
 
     Raises:
-        ValueError: a class that needs the likelihood, or a model that needs arguments.
+        ValueError: The class needs the likelihood, or the model needs arguments.
+
+    Example:
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> guide = scalabl_pyro.guides.AutoInstance(AutoNormal(blora.prior, init_scale=0.1))
+        >>> guide.sample(2, seed=0)["s"].shape == (2, blora.subspace.dim)
+        True
     """
 
     per_example = False
+    scores_any_value = False
 
     def __init__(self, auto: autoguide.AutoGuide) -> None:
         super().__init__()
         _check_supported(type(auto))
         self.has_density = not isinstance(auto, autoguide.AutoDelta)
-        for module in auto.modules():  # it may have been called before, by stock SVI or in another fit
+        for module in auto.modules():  # stock SVI or another fit may have called it before
             if isinstance(module, PyroModule):
                 module._pyro_context.used = False
         self.auto = auto
@@ -148,24 +168,24 @@ class AutoInstance(Guide):
                 ) from error
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Sample the latent sites; return s, or what there is without it."""
+        """Sample the latent sites; return s, or all sites by name where there is no s."""
         values = self.auto()
         return values.get("s", values)
 
     def mean(self) -> dict[str, Tensor]:
-        """As that of :class:`AutoFamily`."""
+        """Return the median, or the average of MEAN_DRAWS draws, as :class:`AutoFamily` does."""
         return _center(self.auto)
 
     def options(self) -> dict[str, Any]:
-        """The class of Pyro."""
+        """Return the name of Pyro's class."""
         return {"class": type(self.auto).__name__}
 
     def snapshot(self) -> Guide:
-        """A copy that shares model and prototype trace with the original, which a plain copy would break."""
+        """Return a copy that shares model and prototype trace with the original; deepcopy alone would break it."""
         auto = self.auto
         kept = {"_model": auto._model, "master": auto.master}
         functions = [v for v in vars(auto).values() if callable(v) and not isinstance(v, torch.nn.Module)]
-        shared = [auto.prototype_trace, *functions]  # a bound init_loc_fn would bring the whole LLM
+        shared = [auto.prototype_trace, *functions]  # copying a bound init_loc_fn would copy the whole LLM
         try:
             twin = copy.deepcopy(auto, {id(value): value for value in shared})
         finally:
@@ -177,12 +197,12 @@ class AutoInstance(Guide):
 def _check_supported(auto_class: type) -> None:
     if auto_class.__name__ in UNSUPPORTED:
         raise ValueError(
-            f"{auto_class.__name__} needs more than the prior of s: use it with stock SVI on a model of your own."
+            f"{auto_class.__name__} needs more than the prior of s: use it with stock SVI on your own model."
         )
 
 
 def _center(auto: Any) -> dict[str, Tensor]:
-    """The median of each site; where it has no closed form, the average of MEAN_DRAWS draws."""
+    """Median of each site; where it has no closed form, the average of MEAN_DRAWS draws."""
     with local_params():
         try:
             return auto.median()

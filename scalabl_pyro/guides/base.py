@@ -1,60 +1,176 @@
-"""What every variational family offers: a Pyro program over the latents, and its center."""
+"""The base class of all guides: a Pyro program over the latents, with its draws, densities and mean."""
 
 import copy
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from torch import Tensor
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
 
-from .._process.pyro_modes import Program
+from .._errors import check_count
+from .._process.pyro_modes import Program, local_params
+from .._process.random_state import scoped_seed
 from ..model.bayesian_lora import BayesianLoRA
 
 
 class Guide(Program):
     """A posterior family q over the latent sites of a prior, as a Pyro program.
 
-    Subclasses write ``forward`` (sample every latent site, ``"s"`` at least, with event shape (D,)) and
-    ``mean``. Parameters whose name contains ``scale`` get the learning rate of scales in :func:`scalabl_pyro.fit`,
-    the others that of locations. See the how-to page *Own guide*.
+    Subclasses define two methods: ``forward`` samples every latent site (at least ``"s"``, with event shape (D,)),
+    and ``mean`` gives the center of each site. All other methods have a default that traces ``forward``. In
+    :func:`scalabl_pyro.fit`, parameters whose name contains ``scale`` get the learning rate ``lr_scale``; the others
+    get ``lr_loc``. See the how-to page *Own guide*.
+
+    Attributes:
+        family: Name under which a posterior of this family is saved. None means that the caller must pass ``guide=``
+            to :meth:`scalabl_pyro.Posterior.from_pretrained`.
+        per_example: Whether the sites may stand in a plate over rows, so that each row of a batch has its own draw.
+        factorized: Whether the sites are independent of each other under q. Then the KL of some sites can be in
+            closed form while the KL of others is estimated.
+        has_density: Whether draws have a density under q, so that they can be weighted by p / q.
+        scores_any_value: Whether :meth:`log_prob` can score values that the guide did not draw itself. A guide with
+            auxiliary sites cannot.
+        method: How :func:`scalabl_pyro.fit` trains the family: ``"SVI"`` maximizes an ELBO, ``"SVGD"`` moves
+            particles. It becomes ``method`` in the provenance of a posterior.
+
+    Example:
+        >>> import pyro, torch
+        >>> from pyro import distributions as dist
+        >>> class UnitNormal(scalabl_pyro.guides.Guide):
+        ...     def __init__(self, blora):
+        ...         super().__init__()
+        ...         self.loc = torch.nn.Parameter(blora.adapter.loc.clone())
+        ...     def forward(self, *args, **kwargs):
+        ...         return pyro.sample("s", dist.Normal(self.loc, 1.0).to_event(1))
+        ...     def mean(self):
+        ...         return {"s": self.loc}
+        >>> UnitNormal(blora).sample(3, seed=0)["s"].shape == (3, blora.subspace.dim)
+        True
     """
 
-    #: Name under which a posterior of this family is saved and rebuilt; None needs the caller's help on loading.
     family: str | None = None
-    #: Whether the sites may stand in a plate over rows, so that each example of a batch has its own draw.
     per_example: bool = True
-    #: Whether the sites are independent of each other under q, which lets closed-form KLs of some sites be used.
     factorized: bool = False
+    has_density: bool = True
+    scores_any_value: bool = True
+    method: Literal["SVI", "SVGD"] = "SVI"
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Sample the latent sites and return s, (..., D); the arguments of the model are ignored."""
+        """Sample the latent sites and return s, (..., D). The arguments of the model are ignored."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(*args, **kwargs).")
 
     def mean(self) -> dict[str, Tensor]:
-        """The posterior mean (of skewed families the median) of each latent site."""
+        """Return the posterior mean of each latent site, or the median where the family is skewed."""
         raise NotImplementedError(f"{type(self).__name__} must define mean().")
 
-    #: Whether draws of the family have a density, so that they can be weighted by p / q.
-    has_density: bool = True
+    def sample(self, num_draws: int, *, seed: int) -> dict[str, Tensor]:
+        """Draw from the guide; draw i depends on ``seed`` and i alone.
 
-    def covariance(self) -> Tensor:
-        """(D, D) covariance of s, of families that are normal.
+        Args:
+            num_draws: Number S of draws, 1 or more.
+            seed: Seed of the draws. The global random state stays as it is.
+
+        Returns:
+            Draws by site, each (S, ...).
+        """
+        return self.sample_and_log_prob(num_draws, seed=seed)[0]
+
+    def sample_and_log_prob(self, num_draws: int, *, seed: int) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Draw as :meth:`sample` does, and give the log density of each draw.
+
+        The density comes from the trace of the draw itself: a flow knows it then without inverting its transforms.
+
+        Args:
+            num_draws: Number S of draws, 1 or more.
+            seed: Seed of the draws. The global random state stays as it is.
+
+        Returns:
+            Draws by site, each (S, ...), and their log densities (S,), or None where the family has no density.
+        """
+        check_count(num_draws=num_draws)
+        # Unvalidated: a draw that is NaN gets a density that is NaN, which diagnose() reports.
+        with torch.no_grad(), local_params(), scoped_seed(seed), pyro.validation_enabled(False):
+            traces = [poutine.trace(self).get_trace() for _ in range(num_draws)]
+            draws = [_latent_values(trace) for trace in traces]
+            sites = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+            return sites, self._log_density(traces, sites) if self.has_density else None
+
+    def log_prob(self, sites: Mapping[str, Tensor]) -> Tensor:
+        """Give the log density of values of all latent sites.
+
+        Args:
+            sites: Values by site, each (S, ...).
+
+        Returns:
+            Log densities (S,), in nats.
 
         Raises:
-            TypeError: another family.
+            TypeError: The family has no density, or knows the density of its own draws only.
+        """
+        if not self.has_density:
+            raise TypeError(f"{type(self).__name__} has no density: its draws are points.")
+        values = []
+        with local_params():
+            for i in range(len(sites["s"])):
+                one = {name: value[i] for name, value in sites.items()}
+                trace: Any = poutine.trace(poutine.condition(self, data=one)).get_trace()
+                if not self.scores_any_value or set(trace.stochastic_nodes) - set(sites):
+                    raise TypeError(
+                        f"{type(self).__name__} samples auxiliary sites, so it knows the density of its own draws "
+                        "only: use sample_and_log_prob()."
+                    )
+                values.append(_log_prob_sum(trace))
+        return torch.stack(values)
+
+    def covariance(self) -> Tensor:
+        """Return the (D, D) covariance of s, which normal families have.
+
+        Raises:
+            TypeError: The family is not normal.
         """
         raise TypeError(
-            f"{type(self).__name__} is no normal family: it has draws, but no covariance in closed form. Fit a normal "
-            "one ('normal', 'layer_covariance', 'lowrank', 'full_covariance'), or put one at the mean by laplace()."
+            f"{type(self).__name__} is not a normal family, so it has no covariance in closed form. Fit a normal guide "
+            "('normal', 'layer_covariance', 'lowrank', 'full_covariance'), or put a normal at the mean by laplace()."
         )
 
+    def location(self) -> nn.Parameter | None:
+        """Return the parameter (D,) that says where s lies on the real line; None if the family has no such one."""
+        loc = getattr(self, "loc", None)
+        return loc if isinstance(loc, nn.Parameter) else None
+
+    def chains(self) -> dict[str, Tensor] | None:
+        """Return the MCMC chains that the guide holds, (chains, draws, ...) by site; None if it holds none."""
+        return None
+
+    def component_list(self) -> list["Guide"]:
+        """Return the guides that the family is a mixture of; an empty list if it is not a mixture."""
+        return []
+
     def options(self) -> dict[str, Any]:
-        """JSON-able options that rebuild the family beside its tensors."""
+        """Return the options, for JSON, that rebuild the family beside its tensors."""
         return {}
 
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "Guide":
-        """The family that :meth:`options` describes, started anyhow: its tensors are filled afterwards."""
+        """Rebuild the family from :meth:`options`. Its tensors have any values; the caller fills them afterwards."""
         raise NotImplementedError(f"{cls.__name__} must define from_options(options, blora).")
 
     def snapshot(self) -> "Guide":
-        """A copy on the CPU that later training does not change."""
+        """Return a copy on the CPU that later training does not change."""
         return copy.deepcopy(self).cpu().requires_grad_(False).eval()
+
+    def _log_density(self, traces: list[Any], sites: Mapping[str, Tensor]) -> Tensor:
+        """Log densities (S,) of the guide's own draws."""
+        return torch.stack([_log_prob_sum(trace) for trace in traces])
+
+
+def _log_prob_sum(trace: Any) -> Tensor:
+    return torch.as_tensor(trace.log_prob_sum())
+
+
+def _latent_values(trace: Any) -> dict[str, Tensor]:
+    """Values of the latent sites of a guide's trace, without auxiliary sites."""
+    names = [n for n in trace.stochastic_nodes if not trace.nodes[n]["infer"].get("is_auxiliary")]
+    return {name: trace.nodes[name]["value"].detach() for name in names}

@@ -1,4 +1,4 @@
-"""Checks that a guide covers exactly the latent sites of a prior, before any step is spent on it."""
+"""Checks, before training, that a guide covers exactly the latent sites of a prior."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -14,12 +14,19 @@ from .base import Guide
 
 
 def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
-    """Traces of guide and prior, after checking that the guide covers exactly the prior's latents.
+    """Check that the guide covers exactly the prior's latents.
+
+    Args:
+        guide: Guide to check.
+        prior: Prior whose sites it must cover.
+
+    Returns:
+        A trace of the guide and a trace of the prior.
 
     Raises:
-        ValueError: the guide misses a site, invents one, gives it another shape, or can leave its support; a site
-            is not declared one event; the prior does not return s; the guide has no mean of s.
-        NotImplementedError: the guide defines no ``mean``.
+        ValueError: The guide misses a site, adds one, gives it another shape, or can leave its support; a site is not
+            declared as one event; the prior does not return s; the guide has no mean of s.
+        NotImplementedError: The guide does not define ``mean``.
     """
     with torch.no_grad(), scoped_seed(0), local_params():
         q, p = poutine.trace(guide).get_trace(), poutine.trace(prior).get_trace()
@@ -29,7 +36,9 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
         raise ValueError(f"The prior samples {sorted(sites)}, but not the site 's'.")
     _check_returns_s(p)
     if missing := sorted(set(sites) - set(covered)):
-        raise ValueError(f"The guide does not sample {missing}: each latent of the prior needs a pyro.sample in it.")
+        raise ValueError(
+            f"The guide does not sample {missing}: each latent of the prior needs a pyro.sample in the guide."
+        )
     extra = [n for n in covered if n not in sites and not covered[n]["infer"].get("is_auxiliary")]
     if extra:
         raise ValueError(
@@ -52,7 +61,7 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
 
 
 def _check_returns_s(prior: Trace) -> None:
-    """The model computes with what the prior returns, and a posterior with the site: they must be one."""
+    """Check that the prior returns its site s: the model computes with the return value, a posterior with the site."""
     returned, s = (_site(prior, name)["value"] for name in ("_RETURN", "s"))
     if not torch.is_tensor(returned) or not torch.equal(returned, s):
         given = f"a tensor of shape {tuple(returned.shape)}" if torch.is_tensor(returned) else repr(returned)
@@ -63,27 +72,27 @@ def _check_returns_s(prior: Trace) -> None:
 
 
 def _check_events(what: str, trace: Trace) -> None:
-    """Latents of one draw are one event, so that whatever stands on the left of them is a plate of draws."""
+    """Check that the latents of one draw are one event, so that any dimension left of them is a plate of draws."""
     for name in trace.stochastic_nodes:
         site = _site(trace, name)
         batch = tuple(site["fn"].batch_shape)
         if batch and (name == "s" or not site["cond_indep_stack"]):
             raise ValueError(
-                f"Site {name!r} of the {what} has batch shape {batch}, but its numbers belong to one draw: sample it "
-                f"from dist.Normal(...).to_event({len(batch)}), or the like, outside of any plate."
+                f"Site {name!r} of the {what} has batch shape {batch}, but all its numbers belong to one draw: sample "
+                f"it from dist.Normal(...).to_event({len(batch)}), or similar, outside of any plate."
             )
 
 
 def _check_mean(guide: Guide, shape: torch.Size) -> None:
-    """Asked for here, because a posterior needs it once the training is over."""
+    """Check the mean before training, because the posterior needs it after training."""
     with torch.no_grad(), local_params():
         mean: Any = guide.mean()
     s = mean.get("s") if isinstance(mean, Mapping) else None
     if not torch.is_tensor(s) or s.shape != shape:
         given = f"'s' of shape {tuple(s.shape)}" if torch.is_tensor(s) else repr(mean)
         raise ValueError(
-            f"{type(guide).__name__}.mean() must return the mean of each site by name, 's' of shape {tuple(shape)} "
-            f"among them, but returns {given}."
+            f"{type(guide).__name__}.mean() must return a dict with the mean of each site, including 's' of shape "
+            f"{tuple(shape)}, but it returned {given}."
         )
 
 

@@ -1,6 +1,7 @@
 """Normal distributions with covariance whose KL from a factorized normal prior is in closed form.
 
-(torch registers that KL for neither; registering it for torch's own classes would change them for everybody.)
+torch registers no such KL. Registering one for torch's own classes would change them for everybody, so these are
+subclasses.
 """
 
 import pyro.distributions as dist
@@ -26,13 +27,13 @@ def _kl_full(q: FullNormal, p: Independent) -> Tensor:
 @register_kl(LowRankNormal, Independent)
 def _kl_low_rank(q: LowRankNormal, p: Independent) -> Tensor:
     W, d = q._unbroadcasted_cov_factor, q._unbroadcasted_cov_diag
-    # det(W W' + diag d) = det(I + W' diag(1/d) W) det(diag d); the first factor's Cholesky is torch's own cache.
+    # det(W W' + diag d) = det(I + W' diag(1/d) W) det(diag d). torch caches the Cholesky factor of the first matrix.
     log_det = d.log().sum(-1) + 2 * q._capacitance_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return _kl_from_factorized(q.loc, W.square().sum(-1) + d, log_det, p)
 
 
 def _kl_from_factorized(loc: Tensor, variance: Tensor, log_det: Tensor, p: Independent) -> Tensor:
-    """KL(q || p) for q of mean ``loc``, marginal ``variance`` and covariance determinant; p independent normals."""
+    """KL(q || p) for a normal q given by its mean, marginal variances and log determinant; p independent normals."""
     base = p.base_dist
     if not isinstance(base, Normal) or p.reinterpreted_batch_ndims != 1:
         raise NotImplementedError
@@ -41,7 +42,12 @@ def _kl_from_factorized(loc: Tensor, variance: Tensor, log_det: Tensor, p: Indep
 
 
 def strict_lower_indices(ranks: list[int] | None, dim: int) -> Tensor:
-    """(2, M) rows and columns of the free entries below the diagonal: within layers of these ranks, or all."""
+    """Return rows and columns (2, M) of the free entries below the diagonal.
+
+    Args:
+        ranks: Rank of each layer, for entries within layers alone; None for all entries.
+        dim: Number D of latents.
+    """
     if ranks is None:
         return torch.tril_indices(dim, dim, offset=-1)
     start, parts = 0, []

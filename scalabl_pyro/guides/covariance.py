@@ -1,6 +1,6 @@
 """Normal posteriors with covariance: within each layer, between all latents, or of low rank."""
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pyro
 import torch
@@ -13,22 +13,31 @@ from ..model.bayesian_lora import BayesianLoRA
 from .base import Guide
 from .closed_form_kl import FullNormal, LowRankNormal, strict_lower_indices
 
+#: Which latents a :class:`CovarianceGuide` correlates: those within each layer, or all.
+Structure = Literal["layer", "full"]
+
 
 class CovarianceGuide(Guide):
     """q(s) = Normal(loc, L L'), L = diag(scale) (I + lower).
 
     Args:
-        loc: (D,) initial means.
-        scale: (D,) initial standard deviations.
-        ranks: of the layers, for one full covariance a layer (r x r blocks, the paper's ablation); None for a full
-            covariance of all D latents, which has D (D + 1) / 2 entries.
+        loc: Initial means (D,).
+        scale: Initial standard deviations (D,).
+        ranks: Rank of each layer, for one full covariance per layer (r x r blocks, the paper's ablation); None for a
+            full covariance of all D latents, which has D (D + 1) / 2 entries.
+
+    Example:
+        >>> import torch
+        >>> guide = scalabl_pyro.guides.CovarianceGuide(torch.zeros(4), torch.ones(4), ranks=[2, 2])
+        >>> guide.covariance().shape
+        torch.Size([4, 4])
     """
 
     family = "covariance"
 
     def __init__(self, loc: Tensor, scale: Tensor, *, ranks: list[int] | None = None) -> None:
         super().__init__()
-        self.by_layer = ranks is not None
+        self.structure: Structure = "full" if ranks is None else "layer"
         self.loc = nn.Parameter(loc.detach().clone())
         self.scale: Tensor | PyroParam = PyroParam(scale.detach().clone(), constraint=constraints.positive)
         indices = strict_lower_indices(ranks, len(loc))
@@ -36,7 +45,7 @@ class CovarianceGuide(Guide):
         self.register_buffer("indices", indices.to(loc.device), persistent=False)
 
     def scale_tril(self) -> Tensor:
-        """(D, D) Cholesky factor of the covariance."""
+        """Return the Cholesky factor (D, D) of the covariance."""
         scale = cast(Tensor, self.scale)
         unit = torch.eye(len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
         return scale.unsqueeze(-1) * unit.index_put((self.indices[0], self.indices[1]), self.lower)
@@ -46,21 +55,21 @@ class CovarianceGuide(Guide):
         return pyro.sample("s", FullNormal(self.loc, scale_tril=self.scale_tril()))
 
     def mean(self) -> dict[str, Tensor]:
-        """Loc."""
+        """Return ``loc``."""
         return {"s": self.loc}
 
     def covariance(self) -> Tensor:
-        """(D, D)."""
+        """Return the covariance (D, D)."""
         tril = self.scale_tril()
         return tril @ tril.T
 
     def options(self) -> dict[str, Any]:
-        """Which latents covary."""
-        return {"structure": "layer" if self.by_layer else "full"}
+        """Return which latents are correlated."""
+        return {"structure": self.structure}
 
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "CovarianceGuide":
-        """The family again, its tensors to be filled."""
+        """Rebuild the family; the caller fills its tensors."""
         check_choice("structure", options.get("structure"), ("layer", "full"))
         loc = blora.adapter.loc
         ranks = blora.subspace.ranks if options["structure"] == "layer" else None
@@ -71,10 +80,19 @@ class LowRankGuide(Guide):
     """q(s) = Normal(loc, diag(scale) (W W' + I) diag(scale)): a few directions in which latents move together.
 
     Args:
-        loc: (D,) initial means.
-        scale: (D,) initial standard deviations (of the diagonal part).
-        rank: columns of W.
-        seed: of the small random start of W, without which its gradient is zero.
+        loc: Initial means (D,).
+        scale: Initial standard deviations (D,) of the diagonal part.
+        rank: Number of columns of W, from 1 to D.
+        seed: Seed of the small random initial W. At W = 0 its gradient would be zero.
+
+    Raises:
+        ValueError: ``rank`` is not between 1 and D.
+
+    Example:
+        >>> import torch
+        >>> guide = scalabl_pyro.guides.LowRankGuide(torch.zeros(4), torch.ones(4), rank=2)
+        >>> guide.factor.shape
+        torch.Size([4, 2])
     """
 
     family = "lowrank"
@@ -82,7 +100,7 @@ class LowRankGuide(Guide):
     def __init__(self, loc: Tensor, scale: Tensor, *, rank: int = 10, seed: int = 0) -> None:
         super().__init__()
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= len(loc):
-            raise ValueError(f"rank={rank!r} must lie between 1 and the {len(loc)} latents.")
+            raise ValueError(f"rank={rank!r} must be a whole number from 1 to {len(loc)}, the number of latents.")
         self.rank = rank
         self.loc = nn.Parameter(loc.detach().clone())
         self.scale: Tensor | PyroParam = PyroParam(scale.detach().clone(), constraint=constraints.positive)
@@ -95,21 +113,21 @@ class LowRankGuide(Guide):
         return pyro.sample("s", LowRankNormal(self.loc, scale.unsqueeze(-1) * self.factor, scale.square()))
 
     def mean(self) -> dict[str, Tensor]:
-        """Loc."""
+        """Return ``loc``."""
         return {"s": self.loc}
 
     def covariance(self) -> Tensor:
-        """(D, D)."""
+        """Return the covariance (D, D)."""
         scale = cast(Tensor, self.scale)
-        wide = scale.unsqueeze(-1) * self.factor
-        return wide @ wide.T + torch.diag(scale.square())
+        scaled_factor = scale.unsqueeze(-1) * self.factor
+        return scaled_factor @ scaled_factor.T + torch.diag(scale.square())
 
     def options(self) -> dict[str, Any]:
-        """The rank."""
+        """Return the rank."""
         return {"rank": self.rank}
 
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "LowRankGuide":
-        """The family again, its tensors to be filled."""
+        """Rebuild the family; the caller fills its tensors."""
         loc = blora.adapter.loc
         return cls(loc, torch.ones_like(loc), **options)

@@ -1,4 +1,4 @@
-"""Point posterior: the mode of s (MAP), or s held where it starts."""
+"""Point posterior: the mode of s (MAP), or s held at its initial value."""
 
 from typing import Any
 
@@ -14,8 +14,15 @@ class DeltaGuide(Guide):
     """q(s) = Delta(loc).
 
     Args:
-        loc: (D,) initial value.
-        learn: learn loc, the MAP estimate under the prior; otherwise s stays a constant, as in plain LoRA.
+        loc: Initial value (D,).
+        learn: Whether to learn ``loc``, which gives the MAP estimate under the prior. If not, s stays constant, as in
+            plain LoRA.
+
+    Example:
+        >>> import torch
+        >>> guide = scalabl_pyro.guides.DeltaGuide(torch.ones(3))
+        >>> guide.sample(2, seed=0)["s"].tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
 
     family = "delta"
@@ -27,14 +34,14 @@ class DeltaGuide(Guide):
         self.loc = nn.Parameter(loc.detach().clone(), requires_grad=learn)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return loc as the site s."""
+        """Return ``loc`` as the site s, (D,)."""
         return pyro.sample("s", dist.Delta(self.loc).to_event(1))
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return ``loc``."""
+        return {"s": self.loc}
 
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "DeltaGuide":
-        """The family again, its tensors to be filled."""
+        """Rebuild the family; the caller fills its tensors."""
         return cls(blora.adapter.loc)
-
-    def mean(self) -> dict[str, Tensor]:
-        """Loc."""
-        return {"s": self.loc}

@@ -1,4 +1,4 @@
-"""A posterior given by points: MCMC draws, or particles."""
+"""Posterior given by points: MCMC draws, or particles."""
 
 from typing import Any
 
@@ -7,18 +7,32 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from .._errors import check_count
 from ..model.bayesian_lora import BayesianLoRA
 from .base import Guide
+
+#: Largest number of values that a saved file may ask for per site. A larger one only exhausts memory.
+MAX_VALUES = 10**9
 
 
 class EmpiricalGuide(Guide):
     """q(s) = one of K points, each with probability 1 / K.
 
-    A posterior draws the points in a random order and each once before any comes again, so K draws are the K points.
+    :meth:`sample` takes the points in a random order without replacement, and starts again after K draws. So K draws
+    are the K points.
 
     Args:
-        points: latent sites, each (K, ...); chains of MCMC stand one behind the other.
-        num_chains: into how many chains the points divide; None for points that are no chain, such as particles.
+        points: Points by latent site, each (K, ...). MCMC chains follow one another: first all draws of chain 0.
+        num_chains: Number of chains that the points divide into; None if the points are not a chain, such as particles.
+
+    Raises:
+        ValueError: ``"s"`` is missing, sites differ in K, or ``num_chains`` does not divide K.
+
+    Example:
+        >>> import torch
+        >>> guide = scalabl_pyro.guides.EmpiricalGuide({"s": torch.arange(4.0).reshape(4, 1)}, num_chains=2)
+        >>> sorted(guide.sample(4, seed=0)["s"].flatten().tolist())
+        [0.0, 1.0, 2.0, 3.0]
     """
 
     family = "empirical"
@@ -27,11 +41,13 @@ class EmpiricalGuide(Guide):
 
     def __init__(self, points: dict[str, Tensor], *, num_chains: int | None = 1) -> None:
         super().__init__()
+        if num_chains is not None:
+            check_count(num_chains=num_chains)
         sizes = {len(value) for value in points.values()}
         if "s" not in points or len(sizes) != 1 or next(iter(sizes)) % (num_chains or 1):
             raise ValueError(
-                f"points has {sorted(points)} of {sorted(sizes)} points in {num_chains} chains: it needs 's', one "
-                "number of points for all sites, and chains of equal length."
+                f"points has the sites {sorted(points)} with {sorted(sizes)} points, and num_chains={num_chains}: give "
+                "a site 's', the same number of points for all sites, and chains of equal length."
             )
         self.sites = tuple(points)
         self.num_chains = num_chains
@@ -42,39 +58,56 @@ class EmpiricalGuide(Guide):
         return len(self.points("s"))
 
     def points(self, name: str) -> Tensor:
-        """(K, ...) points of a site."""
+        """Return the points (K, ...) of a site."""
         return getattr(self, f"points_{name}")
 
     def at(self, index: int) -> dict[str, Tensor]:
-        """Point number ``index``, counted round."""
+        """Return point ``index`` modulo K by site."""
         return {name: self.points(name)[index % len(self)] for name in self.sites}
 
+    def chains(self) -> dict[str, Tensor] | None:
+        """Return the points by site, each (chains, draws, ...); None if they are not chains."""
+        if self.num_chains is None:
+            return None
+        return {name: self.points(name).detach().unflatten(0, (self.num_chains, -1)) for name in self.sites}
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Sample a point at random."""
+        """Sample one point at random, with replacement."""
         index = int(torch.randint(len(self), ()))
         values = {}
         for name, value in self.at(index).items():
             values[name] = pyro.sample(name, dist.Delta(value).to_event(value.dim()))
         return values["s"]
 
+    def sample_and_log_prob(self, num_draws: int, *, seed: int) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Take points in a random order, each once before any comes again; points have no density."""
+        check_count(num_draws=num_draws)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        index = order[torch.arange(num_draws) % len(order)]
+        return {name: self.points(name).detach()[index] for name in self.sites}, None
+
     def mean(self) -> dict[str, Tensor]:
-        """The average point."""
+        """Return the average point by site."""
         return {name: self.points(name).mean(0) for name in self.sites}
 
     def options(self) -> dict[str, Any]:
-        """Sites with their shapes, and the number of chains."""
+        """Return the shape of each site, and the number of chains."""
         return {"num_chains": self.num_chains, "shapes": {name: list(self.points(name).shape) for name in self.sites}}
 
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "EmpiricalGuide":
-        """The family again, its points to be filled."""
+        """Rebuild the family; the caller fills its points.
+
+        Raises:
+            ValueError: The shapes are not lists of positive whole numbers, or too large.
+        """
         shapes = options.get("shapes")
         if not isinstance(shapes, dict) or not all(_is_shape(shape) for shape in shapes.values()):
-            raise ValueError(f"shapes={shapes!r} must give the shape of each site.")
+            raise ValueError(f"shapes={shapes!r} must map each site to its shape, a list of positive whole numbers.")
         points = {str(name): torch.zeros(shape) for name, shape in shapes.items()}
         return cls(points, num_chains=options.get("num_chains", 1))
 
 
 def _is_shape(shape: Any) -> bool:
-    sizes = isinstance(shape, list) and bool(shape) and all(isinstance(n, int) and n >= 1 for n in shape)
-    return sizes and torch.Size(shape).numel() <= 10**9
+    is_list = isinstance(shape, list) and bool(shape) and all(isinstance(n, int) and n >= 1 for n in shape)
+    return is_list and torch.Size(shape).numel() <= MAX_VALUES

@@ -1,4 +1,4 @@
-"""Normalizing-flow posterior: a mean-field normal bent by inverse autoregressive transforms."""
+"""Normalizing-flow posterior: a mean-field normal passed through inverse autoregressive transforms."""
 
 from typing import Any, cast
 
@@ -15,22 +15,35 @@ from .._process.random_state import scoped_seed
 from ..model.bayesian_lora import BayesianLoRA
 from .base import Guide
 
-#: Draws behind the mean, which has no closed form.
+#: Number of draws behind the mean, which has no closed form.
 MEAN_DRAWS = 1000
 
 
 class FlowGuide(Guide):
-    """s = loc + scale * f(e), e ~ Normal(0, I), f a stack of inverse autoregressive transforms (Kingma et al., 2016).
+    """s = loc + scale * f(e), e ~ Normal(0, I), f a stack of inverse autoregressive transforms.
 
-    f starts at the identity, so training starts at the mean-field normal. Drawing is one pass of each small network;
-    the density of a draw comes with it.
+    f starts at the identity, so training starts at the mean-field normal. A draw takes one pass of each small network
+    and gives its density too.
 
     Args:
-        loc: (D,) initial means.
-        scale: (D,) initial standard deviations.
-        num_transforms: how often the latents are bent, in alternating order.
-        hidden: width of each network; default D + 1, the smallest that lets each latent depend on all before it.
-        seed: of the networks' weights.
+        loc: Initial means (D,).
+        scale: Initial standard deviations (D,).
+        num_transforms: Number of transforms. The order of the latents alternates between them.
+        hidden: Width of each network, from D + 1 to 10 D + 10. The default D + 1 is the smallest width that lets each
+            latent depend on all latents before it.
+        seed: Seed of the networks' weights.
+
+    Raises:
+        ValueError: Fewer than 2 latents, fewer than 1 transform, or a width outside its range.
+
+    Example:
+        >>> import torch
+        >>> guide = scalabl_pyro.guides.FlowGuide(torch.zeros(3), torch.ones(3))
+        >>> guide.sample(5, seed=0)["s"].shape
+        torch.Size([5, 3])
+
+    References:
+        Kingma et al., Improved variational inference with inverse autoregressive flow, NeurIPS 2016.
     """
 
     family = "flow"
@@ -43,8 +56,8 @@ class FlowGuide(Guide):
         hidden = dim + 1 if hidden is None else hidden
         if dim < 2 or num_transforms < 1 or not dim < hidden <= 10 * dim + 10:
             raise ValueError(
-                f"A flow over {dim} latents needs 2 latents, num_transforms >= 1 (got {num_transforms}) and a hidden "
-                f"width from {dim + 1} to {10 * dim + 10} (got {hidden})."
+                f"Got a flow over {dim} latents with num_transforms={num_transforms} and hidden={hidden}. It needs 2 "
+                f"or more latents, num_transforms >= 1, and hidden from {dim + 1} to {10 * dim + 10}."
             )
         self.num_transforms, self.hidden = num_transforms, hidden
         self.loc = nn.Parameter(loc.detach().clone())
@@ -63,23 +76,23 @@ class FlowGuide(Guide):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample s, (..., D)."""
         base = dist.Normal(torch.zeros_like(self.loc), torch.ones_like(self.loc)).to_event(1)
-        # Read as an attribute, which is what tells Pyro's store about their weights under stock SVI.
-        bends = [AffineAutoregressive(cast(Any, network), stable=False) for network in self.networks]
-        # Cached, so that the density of a draw does not invert the flow, one latent after the other.
-        place = AffineTransform(self.loc, cast(Tensor, self.scale), event_dim=1, cache_size=1)
-        return pyro.sample("s", dist.TransformedDistribution(base, [*bends, place]))
+        # Reading self.networks as an attribute registers its weights in Pyro's store, which stock SVI needs.
+        transforms = [AffineAutoregressive(cast(Any, network), stable=False) for network in self.networks]
+        # Cached, so that the density of a draw does not invert the flow latent by latent.
+        affine = AffineTransform(self.loc, cast(Tensor, self.scale), event_dim=1, cache_size=1)
+        return pyro.sample("s", dist.TransformedDistribution(base, [*transforms, affine]))
 
     def mean(self) -> dict[str, Tensor]:
-        """The average of MEAN_DRAWS draws."""
+        """Return the average of ``MEAN_DRAWS`` draws."""
         with torch.no_grad(), scoped_seed(0), pyro.plate("draws", MEAN_DRAWS):
             return {"s": self().mean(0)}
 
     def options(self) -> dict[str, Any]:
-        """Depth and width."""
+        """Return number of transforms and width."""
         return {"num_transforms": self.num_transforms, "hidden": self.hidden}
 
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "FlowGuide":
-        """The family again, its tensors to be filled."""
+        """Rebuild the family; the caller fills its tensors."""
         loc = blora.adapter.loc
         return cls(loc, torch.ones_like(loc), **options)

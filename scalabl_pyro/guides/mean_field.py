@@ -1,4 +1,4 @@
-"""Factorized posteriors for priors with scales of their own, or with latents that are not on the whole real line."""
+"""Factorized posteriors for priors that sample their own scales, or whose latents are bounded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,15 +18,23 @@ from .base import Guide
 
 
 class MeanFieldGuide(Guide):
-    """q = product over sites of Normal(loc, diag(scale^2)), carried to the support of the site.
+    """q = product over sites of Normal(loc, diag(scale^2)), transformed to the support of each site.
 
-    Real sites are normal, positive ones log-normal, others whatever ``biject_to`` makes of a normal.
+    Real sites are normal and positive sites log-normal. For other supports, ``biject_to`` transforms the normal.
 
     Args:
-        prior: the program whose sites are covered.
-        start: initial values by site, in the support; others start at the median of the prior.
-        scale: initial standard deviation of each unconstrained latent.
-        hide: sites that another guide covers.
+        prior: Program whose latent sites the guide covers.
+        start: Initial values by site, within the support. Other sites start at the median of the prior.
+        scale: Initial standard deviation of each unconstrained latent.
+        hide: Sites to leave to another guide.
+
+    Raises:
+        ValueError: A latent of the prior is discrete.
+
+    Example:
+        >>> guide = scalabl_pyro.guides.MeanFieldGuide(blora.prior)
+        >>> guide.mean()["s"].shape == (blora.subspace.dim,)
+        True
     """
 
     family = "mean_field"
@@ -53,7 +61,7 @@ class MeanFieldGuide(Guide):
             setattr(self, f"scale_{name}", PyroParam(torch.full_like(loc, scale), constraint=constraints.positive))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample every site; return s, or all sites by name where s is covered elsewhere."""
+        """Sample every site; return s, or all sites by name where another guide covers s."""
         values = {}
         for name, transform in self.transforms.items():
             loc, scale = getattr(self, f"loc_{name}"), getattr(self, f"scale_{name}")
@@ -61,22 +69,32 @@ class MeanFieldGuide(Guide):
         return values.get("s", values)
 
     def mean(self) -> dict[str, Tensor]:
-        """The median of each site, which for real sites is the mean."""
+        """Return the median of each site, which is the mean of real sites."""
         return {name: transform(getattr(self, f"loc_{name}")) for name, transform in self.transforms.items()}
+
+    def location(self) -> nn.Parameter | None:
+        """Return the unconstrained location of s (D,); None where another guide covers s."""
+        return getattr(self, "loc_s", None)
 
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "MeanFieldGuide":
-        """The family again, its tensors to be filled."""
+        """Rebuild the family; the caller fills its tensors."""
         return cls(blora.prior)
 
 
 class WithHyperparameters(Guide):
-    """A guide for s beside a factorized one for the other latents of the prior.
+    """A guide for s, and a :class:`MeanFieldGuide` for all other latents of the prior.
 
     Args:
-        of_s: covers ``"s"``.
-        prior: the program; its other sites are covered by a :class:`MeanFieldGuide`.
-        scale: initial standard deviation of those.
+        of_s: Guide that covers ``"s"``.
+        prior: Program that samples the latents.
+        scale: Initial standard deviation of the other, unconstrained latents.
+
+    Example:
+        >>> from scalabl_pyro.guides import MeanFieldGuide, WithHyperparameters
+        >>> guide = WithHyperparameters(MeanFieldGuide(blora.prior), blora.prior)
+        >>> sorted(guide.mean())
+        ['s']
     """
 
     family = "with_hyperparameters"
@@ -87,6 +105,8 @@ class WithHyperparameters(Guide):
         self.hyperparameters = MeanFieldGuide(prior, scale=scale, hide=("s",))
         self.of_s = of_s
         self.per_example = of_s.per_example
+        self.has_density = of_s.has_density
+        self.scores_any_value = of_s.scores_any_value
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the hyperparameters, then s."""
@@ -94,16 +114,20 @@ class WithHyperparameters(Guide):
         return self.of_s()
 
     def mean(self) -> dict[str, Tensor]:
-        """Medians of the hyperparameters and the mean of s."""
+        """Return the medians of the hyperparameters and the mean of s."""
         return {**self.hyperparameters.mean(), **self.of_s.mean()}
 
+    def location(self) -> nn.Parameter | None:
+        """Return the location of the guide for s (D,)."""
+        return self.of_s.location()
+
     def options(self) -> dict[str, Any]:
-        """The family of s and its options."""
+        """Return family and options of the guide for s."""
         return {"of_s": self.of_s.family, **self.of_s.options()}
 
 
 def _event_support(fn: Any) -> Any:
-    """The support of a single number of the site."""
+    """Support of one number of the site."""
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
     return fn.support

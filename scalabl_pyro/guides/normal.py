@@ -14,13 +14,20 @@ from .base import Guide
 
 
 class NormalGuide(Guide):
-    """q(s) = Normal(loc, diag(scale^2)), sampled at the site itself so that its KL has a closed form.
+    """q(s) = Normal(loc, diag(scale^2)).
 
-    (Pyro's AutoNormal samples an auxiliary site and a Delta, which leaves ``TraceMeanField_ELBO`` no closed form.)
+    The guide samples the normal at the site itself, so that its KL from a normal prior has a closed form. (Pyro's
+    AutoNormal samples an auxiliary site and a Delta instead, for which ``TraceMeanField_ELBO`` has no closed form.)
 
     Args:
-        loc: (D,) initial means.
-        scale: (D,) initial standard deviations.
+        loc: Initial means (D,).
+        scale: Initial standard deviations (D,).
+
+    Example:
+        >>> import torch
+        >>> guide = scalabl_pyro.guides.NormalGuide(torch.zeros(3), torch.ones(3))
+        >>> guide.sample(5, seed=0)["s"].shape
+        torch.Size([5, 3])
 
     References:
         Samplawski et al., UAI 2025, section 3 (posterior and initialization).
@@ -37,16 +44,16 @@ class NormalGuide(Guide):
         """Sample s, (..., D)."""
         return pyro.sample("s", dist.Normal(self.loc, cast(Tensor, self.scale)).to_event(1))
 
+    def mean(self) -> dict[str, Tensor]:
+        """Return ``loc``."""
+        return {"s": self.loc}
+
     def covariance(self) -> Tensor:
-        """(D, D), diagonal."""
+        """Return the diagonal covariance (D, D)."""
         return torch.diag(cast(Tensor, self.scale).square())
 
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "NormalGuide":
-        """The family again, its tensors to be filled."""
+        """Rebuild the family; the caller fills its tensors."""
         loc = blora.adapter.loc
         return cls(loc, torch.ones_like(loc))
-
-    def mean(self) -> dict[str, Tensor]:
-        """Loc."""
-        return {"s": self.loc}

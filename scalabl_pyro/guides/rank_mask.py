@@ -1,4 +1,4 @@
-"""Posterior of rank masks: Bernoulli, with gradients straight through the draw."""
+"""Posterior of rank masks: Bernoulli draws with straight-through gradients."""
 
 from typing import Any
 
@@ -12,19 +12,24 @@ from .base import Guide
 
 
 class StraightThroughBernoulli(dist.Bernoulli):
-    """A Bernoulli whose draws are exactly 0 or 1, and differentiable (ReinMax: Liu et al., NeurIPS 2023).
+    """A Bernoulli whose draws are exactly 0 or 1, and differentiable.
 
-    d/dlogit E[f(m)] = p (1 - p) (f(1) - f(0)), and the trapezoid rule makes f(1) - f(0) of f'(0) and f'(1). One draw
-    sees one of the two slopes, so it is given the slope dm/dlogit = (1 - p) / 2 where m = 1 and p / 2 where m = 0: on
-    average the exact gradient where f is quadratic in each mask, such as a Gaussian log likelihood, and right to
-    second order elsewhere. (A binary Concrete, that is a tempered sigmoid in place of the trapezoid, is noisier, and
-    its bias leaves directions that only harm half switched on.) The KL from a Bernoulli is torch's closed form.
+    The exact gradient of a mask m with probability p is d/dlogit E[f(m)] = p (1 - p) (f(1) - f(0)). The trapezoid rule
+    approximates f(1) - f(0) by (f'(0) + f'(1)) / 2. A draw sees one of the two slopes. So dm/dlogit is set to
+    (1 - p) / 2 where m = 1, and to p / 2 where m = 0. On average this gradient is exact where f is quadratic in each
+    mask, such as a Gaussian log likelihood, and correct to second order elsewhere. A binary Concrete, a tempered
+    sigmoid instead of the trapezoid rule, is noisier; its bias leaves harmful directions half switched on.
+
+    The KL from another Bernoulli is torch's closed form.
+
+    References:
+        Liu et al., Bridging discrete and backpropagation: straight-through and beyond (ReinMax), NeurIPS 2023.
     """
 
     has_rsample = True
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008  # torch's own signature
-        """Zeros and ones, with the slope of the trapezoid rule."""
+        """Draw zeros and ones, with the slope of the trapezoid rule."""
         logits = self.logits.expand(self._extended_shape(sample_shape))
         fixed = logits.detach()
         mask = (torch.rand_like(fixed) >= torch.sigmoid(-fixed)).to(fixed.dtype)
@@ -33,10 +38,16 @@ class StraightThroughBernoulli(dist.Bernoulli):
 
 
 class RankMaskGuide(Guide):
-    """q(s) = product of Bernoulli(sigmoid(logits)), started at the prior.
+    """q(s) = product of Bernoulli(sigmoid(logits)), for :class:`~scalabl_pyro.priors.RankMaskPrior`.
 
     Args:
-        logits: (D,) initial log odds of a direction being in.
+        logits: Initial log odds (D,) that a rank direction is kept.
+
+    Example:
+        >>> import torch
+        >>> guide = scalabl_pyro.guides.RankMaskGuide(torch.tensor([-20.0, 20.0]))
+        >>> guide.sample(1, seed=0)["s"].tolist()
+        [[0.0, 1.0]]
     """
 
     family = "rank_mask"
@@ -50,10 +61,10 @@ class RankMaskGuide(Guide):
         return pyro.sample("s", StraightThroughBernoulli(logits=self.logits).to_event(1))
 
     def mean(self) -> dict[str, Tensor]:
-        """The probability of each direction being in."""
+        """Return the probability (D,) that each direction is kept."""
         return {"s": self.logits.sigmoid()}
 
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "RankMaskGuide":
-        """The family again, its tensors to be filled."""
+        """Rebuild the family; the caller fills its tensors."""
         return cls(torch.zeros_like(blora.adapter.loc))

@@ -1,1 +1,1 @@
-"""Other inference, which starts from a fitted posterior and holds A and B fixed."""
+"""Inference that starts from a fitted posterior and holds A and B fixed."""

@@ -1,6 +1,7 @@
 """The reference posterior: NUTS on the latents with A and B held fixed, on the whole data set."""
 
 import logging
+import numbers
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
-from .._errors import check_positive
+from .._errors import check_count, check_not_negative
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from ..data.batch import Batch
@@ -27,8 +28,10 @@ from ..priors.sites import prior_sites
 logger = logging.getLogger(__name__)
 
 #: Shorter warm-ups adapt the step size alone. Pyro estimates the mass matrix in the middle of the warm-up and then
-#: starts the step size anew, so that few steps would leave a poor mass, and a step size that is hardly adapted to it.
+#: restarts the step size. A short warm-up would give a poor mass matrix, and a step size hardly adapted to it.
 MIN_MASS_WARMUP = 50
+#: R-hat needs this many draws per chain.
+MIN_SAMPLES = 4
 
 
 def mcmc(
@@ -45,62 +48,62 @@ def mcmc(
     seed: int = 0,
     progress: bool = True,
 ) -> Posterior:
-    """Sample p(s | data, A, B) by the no-U-turn sampler of Pyro, for small models and data.
+    """Sample p(s | data, A, B) by Pyro's no-U-turn sampler, for small models and data.
 
-    It is what every guide is judged against: it shares the factors, the prior and the likelihood with ``posterior`` and
-    assumes no family. Each gradient is a pass over all of ``data``, so cost is about
+    All guides can be judged against it: it shares factors, prior and likelihood with ``posterior`` and assumes no
+    family. Each gradient is a pass over all of ``data``. The cost is about
     num_chains * (num_samples + warmup_steps) * 10 to 100 such passes.
 
     Args:
-        posterior: gives factors, prior, task, and where chains start.
-        data: all training rows; not a minibatch, for which the sampler would not be valid.
-        num_samples: draws kept of each chain.
-        warmup_steps: steps that adapt step size and, where they are 50 or more, mass; not kept.
-        num_chains: run one after the other.
-        batch_size: rows a pass through the LLM; bounds memory alone, though what the blocks below the first adapted one
-            give is kept for all rows.
-        jitter: standard deviation of a chain's start around the posterior mean.
-        max_tree_depth: at most 2^depth gradients a step.
-        target_accept: acceptance probability that the step size adapts to.
-        seed: of starts and draws; the global random state is left alone.
-        progress: show Pyro's progress bar.
+        posterior: Posterior that gives factors, prior, task, and the center of the initial values.
+        data: All training rows. The sampler is not valid on a minibatch.
+        num_samples: Number of draws to keep per chain, 4 or more.
+        warmup_steps: Number of steps that adapt the step size and, from 50 steps on, the mass matrix. Their draws are
+            not kept.
+        num_chains: Number of chains, which run one after the other.
+        batch_size: Rows per forward pass. It limits the memory of a pass; the hidden states below the first adapted
+            block are kept for all rows.
+        jitter: Standard deviation of the initial values around the posterior mean.
+        max_tree_depth: Largest tree depth; a step takes up to 2^max_tree_depth gradients.
+        target_accept: Acceptance probability that the step size adapts to.
+        seed: Seed of initial values and draws. The global random state stays as it is.
+        progress: Whether to show Pyro's progress bar.
 
     Returns:
-        A posterior whose draws are those of the chains, with ``r_hat`` (largest), ``ess`` (smallest) and
-        ``divergences`` in its provenance. ``to_arviz()`` keeps the chains.
+        A posterior whose draws are those of the chains. Its provenance holds the largest ``r_hat``, the smallest
+        ``ess`` and the number of ``divergences``. ``to_arviz()`` keeps the chains apart.
 
     Raises:
-        ValueError: ``data`` yields batches instead of rows, a prior with a discrete site, or an option outside its
+        ValueError: ``data`` yields batches instead of rows, the prior has a discrete site, or an option is outside its
             range.
+
+    Example:
+        >>> chains = scalabl_pyro.mcmc(
+        ...     posterior, train_data, num_samples=4, warmup_steps=2, max_tree_depth=2, progress=False
+        ... )
+        >>> len(chains.guide)  # 2 chains of 4 draws
+        8
 
     References:
         Hoffman and Gelman, The No-U-Turn Sampler, JMLR 2014.
     """
-    if num_samples < 4:  # R-hat needs them
-        raise ValueError(f"num_samples={num_samples} must be positive, and num_samples 4 or more.")
-    check_positive(
-        warmup_steps=warmup_steps, num_chains=num_chains, batch_size=batch_size, max_tree_depth=max_tree_depth
-    )
-    if not 0 < target_accept < 1:
-        raise ValueError(f"target_accept={target_accept} must lie between 0 and 1: it is a probability.")
-    if jitter < 0:
-        raise ValueError(f"jitter={jitter}: a standard deviation must be 0 or more.")
+    check_count(num_samples=num_samples, least=MIN_SAMPLES)
+    check_count(warmup_steps=warmup_steps, num_chains=num_chains, batch_size=batch_size, max_tree_depth=max_tree_depth)
+    if not isinstance(target_accept, numbers.Real) or not 0 < target_accept < 1:
+        raise ValueError(f"target_accept={target_accept!r} must lie between 0 and 1: it is a probability.")
+    check_not_negative(jitter=jitter)
     _check_continuous(posterior.prior)
-    rows = read_rows(data)
-    if isinstance(rows[0], Batch):
-        raise ValueError("data yields batches, but NUTS needs the density of the whole data set: pass its rows.")
-    examples = encode(rows, posterior.task.encode, need_target=True)
-    likelihood = LogLikelihood(posterior.llm(), posterior.task, examples, batch_size=batch_size, cache_prefix=True)
+    program = _FullData(posterior.prior, _full_likelihood(posterior, data, batch_size))
     start = {name: value.detach() for name, value in _means(posterior).items()}
     chains: list[dict[str, Tensor]] = []
     divergences = 0
     with local_params(), torch.enable_grad():
         for chain in range(num_chains):
             with scoped_seed(seed + chain):
-                moved = {name: _jittered(posterior.prior, name, value, jitter) for name, value in start.items()}
+                jittered = {name: _jittered(posterior.prior, name, value, jitter) for name, value in start.items()}
                 kernel = NUTS(
-                    _FullData(posterior.prior, likelihood),
-                    init_strategy=init_to_value(values=moved),
+                    program,
+                    init_strategy=init_to_value(values=jittered),
                     max_tree_depth=max_tree_depth,
                     adapt_mass_matrix=warmup_steps >= MIN_MASS_WARMUP,
                     target_accept_prob=target_accept,
@@ -109,23 +112,28 @@ def mcmc(
                 sampler.run()
             chains.append({k: v.detach().cpu() for k, v in sampler.get_samples().items()})
             divergences += len(sampler.diagnostics().get("divergences", {}).get("chain 0", []))
-    points = {name: torch.cat([chain[name] for chain in chains]) for name in chains[0]}
-    latents = [value.reshape(num_chains, num_samples, -1).double() for value in points.values()]
-    drawn = torch.cat(latents, dim=-1).numpy()
-    found = {"r_hat": _worst(array_stats.rhat, drawn, np.nanmax), "ess": _worst(array_stats.ess, drawn, np.nanmin)}
     if divergences:
         logger.warning("%d of %d transitions diverged: raise target_accept", divergences, num_chains * num_samples)
     return replace(
         posterior,
-        guide=EmpiricalGuide(points, num_chains=num_chains),
+        guide=EmpiricalGuide({n: torch.cat([c[n] for c in chains]) for n in chains[0]}, num_chains=num_chains),
         provenance={
             **posterior.provenance,
             "method": "NUTS",
             "num_steps": num_samples,
-            **found,
+            **_worst_r_hat_and_ess(chains),
             "divergences": divergences,
         },
     )
+
+
+def _full_likelihood(posterior: Posterior, data: Any, batch_size: int) -> LogLikelihood:
+    """The log likelihood of the whole data set as a function of s."""
+    rows = read_rows(data)
+    if isinstance(rows[0], Batch):
+        raise ValueError("data yields batches, but NUTS needs the density of the whole data set: pass its rows.")
+    examples = encode(rows, posterior.task.encode, need_target=True)
+    return LogLikelihood(posterior.llm(), posterior.task, examples, batch_size=batch_size, cache_prefix=True)
 
 
 class _FullData:
@@ -150,18 +158,25 @@ def _check_continuous(prior: Prior) -> None:
         if site["fn"].support.is_discrete:
             raise ValueError(
                 f"The site {name!r} of the prior {prior} is discrete, but NUTS follows gradients: use a posterior with "
-                "a continuous prior, or judge this one by diagnose()."
+                "a continuous prior, or check this one by diagnose()."
             )
 
 
 def _jittered(prior: Prior, name: str, value: Tensor, jitter: float) -> Tensor:
-    """A start near ``value``; positive sites stay positive."""
+    """An initial value near ``value``; positive sites stay positive."""
     support = prior_sites(prior)[name]["fn"].support
     noise = jitter * torch.randn_like(value)
     return value + noise if bool(support.check(-torch.ones_like(value)).all()) else value * noise.exp()
 
 
-def _worst(statistic: Any, drawn: np.ndarray, pick: Any) -> float:
+def _worst_r_hat_and_ess(chains: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The largest R-hat and the smallest effective sample size over all latents."""
+    sites = [torch.stack([chain[name] for chain in chains]) for name in chains[0]]  # each (chains, draws, ...)
+    draws = torch.cat([site.reshape(*site.shape[:2], -1).double() for site in sites], dim=-1).numpy()
+    return {"r_hat": _worst(array_stats.rhat, draws, np.nanmax), "ess": _worst(array_stats.ess, draws, np.nanmin)}
+
+
+def _worst(statistic: Any, draws: np.ndarray, pick: Any) -> float:
     """The worst value over the latents; NaN where one chain cannot tell."""
-    values = [statistic(drawn[..., d]) for d in range(drawn.shape[-1])]
+    values = [statistic(draws[..., d]) for d in range(draws.shape[-1])]
     return float(pick(values)) if np.isfinite(values).any() else float("nan")

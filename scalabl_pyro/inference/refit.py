@@ -1,11 +1,9 @@
-"""Another guide or prior with the factors of a fitted posterior held fixed: p(s | y, A, B) inferred anew."""
+"""Inference of s with another guide or prior, with the factors of a fitted posterior held fixed: p(s | y, A, B)."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from ..guides import GuideLike
 from ..model.bayesian_lora import BayesianLoRA
@@ -26,49 +24,40 @@ def refit(
 ) -> FitResult:
     """Infer s again by SVI, with the factors, heads and task parameters of ``posterior``.
 
-    Guides that were fitted with their own factors approximate posteriors of different models. Refitted, they
-    approximate one and the same, so that they can be held against each other and against :func:`scalabl_pyro.mcmc`.
+    Guides that were fitted with their own factors approximate posteriors of different models. After ``refit`` with the
+    same factors, they approximate the same posterior. Then they can be compared with each other and with
+    :func:`scalabl_pyro.mcmc`.
 
     Args:
-        posterior: gives all that stays fixed, and where the mean of s starts.
-        data: the training rows.
-        guide: posterior family, see :func:`scalabl_pyro.guides.as_guide`.
-        prior: another prior, see :func:`scalabl_pyro.bayesian_lora`; default: the posterior's own.
-        seed: of initial scales, batches and noise.
-        options: of :func:`scalabl_pyro.fit` (steps, learning rates, ...).
+        posterior: Posterior that gives all that stays fixed, and the initial mean of s.
+        data: Training rows.
+        guide: Posterior family, see :func:`scalabl_pyro.guides.as_guide`.
+        prior: New prior, see :func:`scalabl_pyro.bayesian_lora`; by default the posterior's own.
+        seed: Seed of initial scales, batches and noise.
+        options: Options of :func:`scalabl_pyro.fit` (steps, learning rates, ...).
 
     Returns:
-        As :func:`scalabl_pyro.fit`; ``posterior`` itself stays as it is.
+        Posterior and history, as from :func:`scalabl_pyro.fit`. ``posterior`` itself stays unchanged.
+
+    Raises:
+        ValueError: An option of ``fit`` is wrong, see :func:`scalabl_pyro.fit`.
+
+    Example:
+        >>> wider = scalabl_pyro.refit(posterior, train_data, prior=2.0, num_steps=3, progress=False)
+        >>> wider.posterior.factors[0][0].equal(posterior.factors[0][0])
+        True
     """
-    with held(posterior) as blora:
+    with frozen_factors(posterior) as blora:
         if prior is not None:
-            own = copy.deepcopy(as_prior(prior, blora.subspace))  # what it learns is not the caller's
+            own = copy.deepcopy(as_prior(prior, blora.subspace))  # training must not change the caller's prior
             blora.prior = own.to(blora.device, blora.adapter.loc.dtype)
         return fit(blora, posterior.task, data, guide=guide, seed=seed, **options)
 
 
 @contextmanager
-def held(posterior: Posterior) -> Iterator[BayesianLoRA]:
-    """The LLM with the posterior's factors and heads in place and frozen; as before afterwards."""
+def frozen_factors(posterior: Posterior) -> Iterator[BayesianLoRA]:
+    """Give the LLM the posterior's factors and heads, frozen; restore its own factors and heads on exit."""
     adapter = posterior.adapter
-    blora = posterior.blora()
-    live = list(blora.point_estimates.parameters())
-    before = [(p, p.detach().clone(), p.requires_grad) for p in live]
-    loc = adapter.loc
-    try:
-        with torch.no_grad():
-            for pair, saved in zip(adapter.factors(), posterior.factors, strict=True):
-                for factor, value in zip(pair, saved, strict=True):
-                    factor.copy_(value)
-            for name, head in posterior.heads.items():
-                adapter.heads[name].load_state_dict(head.state_dict())
-        adapter.loc = posterior.mean().to(loc)
-        for p in live:
-            p.requires_grad_(False)
-        yield blora
-    finally:
-        adapter.loc = loc
-        with torch.no_grad():
-            for p, value, flag in before:
-                p.copy_(value)
-                p.requires_grad_(flag)
+    loc = posterior.mean().to(adapter.loc)
+    with adapter.resting_at(loc, factors=posterior.factors, heads=posterior.heads):
+        yield posterior.blora()

@@ -1,91 +1,51 @@
-"""The LoRA layers inside one module, and what a forward pass computes with them (torch and peft only).
-
-That (s, and for a frozen posterior also A, B and trained heads) is bound for the duration of the pass in a context
-variable, so that no draw is ever written into a shared module.
-"""
+"""The LoRA layers inside one module, and the latents that flow through them (torch and peft only)."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from .binding import UNBOUND, Bound, RowNoise, binding, bound_to
 from .factors import Factors, cast_stacked, compute_dtype, factors_of, map_stacked
+from .module_changes import ModuleChanges
+from .shared_prefix import split_blocks
 from .subspace import Subspace
+from .targets import output_head
 
-
-@dataclass(frozen=True)
-class RowNoise:
-    """What is added to A x of one layer, for each row of a pass: outputs * (matrix (inputs * x)).
-
-    Row b computes with A + diag(outputs[b]) matrix diag(inputs[b]), and no (rows, r, in) is ever built: sign vectors
-    give Flipout's pseudo-independent matrices (Wen et al., 2018), masks dropout.
-
-    Attributes:
-        matrix: (r, in).
-        inputs: (rows, in), default ones.
-        outputs: (rows, r), default ones.
-    """
-
-    matrix: Tensor
-    inputs: Tensor | None = None
-    outputs: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What one forward pass of an adapter computes with."""
-
-    factors: Factors  # gauge applied, in the dtype of each layer
-    s: tuple[Tensor, ...]  # gamma * s of each layer, (r,) or (rows, r)
-    positions: Tensor | None  # (rows,) the only token of each row that the output head sees
-    heads: Mapping[str, nn.Module] | None  # replacements for the trained heads
-    fan_out: tuple[torch.Size, int] | None  # (*draws, rows) that rows become at the first adapted block
-    noise: Sequence[RowNoise] | None = None  # of each layer, added to A x
-
-
+Gauge = Literal["unit_rows", "free"]
+GAUGES: tuple[str, ...] = get_args(Gauge)
 _SERIAL = itertools.count()
-_BOUND: ContextVar[Mapping["Adapter", Bound | None]] = ContextVar(
-    "scalabl_pyro_bound",
-    default=MappingProxyType({}),
-)
-_UNBOUND = Bound((), (), None, None, None)
-
-
-@dataclass
-class Undo:
-    """What attaching changed. Data rather than closures, so that a deep copy of a module undoes its own changes."""
-
-    flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)  # requires_grad of the base
-    replaced: dict[str, nn.Module] = field(default_factory=dict)  # base layers by path
-    attributes: list[str] = field(default_factory=list)  # that PEFT left on the module
-    weights: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # factors of a LoRA that was there before
-    casts: list[tuple[LoraLayer, bool]] = field(default_factory=list)  # its cast_input_dtype_enabled
-    hooks: list[RemovableHandle] = field(default_factory=list)
-    forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)  # blocks, and a forward of their own
 
 
 class Adapter:
     """The LoRA layers inside one module, and the latents that flow through them.
 
+    Its attributes are set by the constructor. Later, only three methods change it: ``rest_at`` moves the resting
+    point, ``keep_fingerprint`` remembers a fingerprint, and ``unload`` takes the layers away. What a forward pass
+    computes with is bound by ``bind`` for that pass, and never stored here.
+
     Args:
-        module: the user's module, already carrying the layers.
-        layers: PEFT LoRA layers in the order of ``subspace``.
-        subspace: names, ranks and shapes of the layers.
-        adapter_name: PEFT's name of the adapter.
-        loc: (D,) the value of s outside of any draw.
+        module: Module of the user, which already carries the layers.
+        layers: PEFT LoRA layers, in the order of ``subspace``.
+        subspace: Names, ranks and shapes of the layers.
+        adapter_name: Name of the adapter in PEFT.
+        loc: Resting point: the value of s outside of any draw, (D,).
+        changes: Record of the changes to ``module``.
         gauge: ``"unit_rows"`` computes with the rows of A at unit norm, ``"free"`` with A as it is.
-            (s, A) -> (c s, A / c) and (s, B) -> (c s, B / c) leave the function unchanged; the first is fixed by
-            unit rows, the second by a prior on B alone.
-        heads: float32 copies of newly initialized heads, trained in full.
+            (s, A) -> (c s, A / c) and (s, B) -> (c s, B / c) leave the function unchanged. Unit rows fix the first
+            of these two freedoms, a prior on B alone fixes the second.
+        heads: Float32 copies of newly initialized heads, which are trained in full, by module path.
+        original: What ``unload`` returns, such as the PeftModel around ``module``; None means ``module``.
+
+    Attributes:
+        blocks: Transformer blocks from the first adapted one on; empty where the module has no single stack of them.
+        blocks_below: Blocks below the first adapted one.
+        serial: Number of this adapter in Pyro's global store. (An ``id()`` could be reused.)
     """
 
     def __init__(
@@ -96,38 +56,108 @@ class Adapter:
         *,
         adapter_name: str,
         loc: Tensor,
+        changes: ModuleChanges,
         gauge: str = "unit_rows",
         heads: Mapping[str, nn.Module] | None = None,
+        original: nn.Module | None = None,
     ) -> None:
         self.module = module
-        self.original = module  # what unload() returns: the PeftModel around the module, for instance
         self.layers = tuple(layers)
         self.subspace = subspace
         self.adapter_name = adapter_name
-        self.loc = loc
         self.gauge = gauge
         self.heads = dict(heads or {})
-        self.serial = next(_SERIAL)  # names it in Pyro's global store; an id() could be reused
-        self.blocks: tuple[nn.Module, ...] = ()  # from the first adapted one on, where there is one stack of them
-        self.shares_prefix = False  # whether hooks repeat the rows at the first adapted block
-        self.has_fixed_prefix = False  # whether blocks lie below it, and nothing that is trained
-        self.kept_fingerprint: dict[str, Any] | None = None  # of a base that lies in pieces on several processes
-        self.is_attached = True
-        self.undo = Undo()
+        self.serial = next(_SERIAL)
+        below, adapted = split_blocks(module, subspace.names)
+        self.blocks_below: tuple[nn.Module, ...] = tuple(below)
+        self.blocks: tuple[nn.Module, ...] = tuple(adapted)
+        self._original = module if original is None else original
+        self._loc = loc
+        self._changes = changes
+        self._is_attached = True
+        self._fingerprint: Mapping[str, Any] | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the first layer lives; latents are drawn there."""
+        """Device of the first adapted layer, where latents are drawn."""
         return self.factors()[0][0].device
+
+    @property
+    def loc(self) -> Tensor:
+        """Resting point: the value of s outside of any draw, (D,); ``rest_at`` moves it."""
+        return self._loc
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether hooks repeat the rows for the draws at the first adapted block, see ``shared_prefix``.
+
+        Models without an output head (classifiers) are left out: they pool by the rows of their input.
+        """
+        return bool(self.blocks_below) and output_head(self.module) is not None
+
+    @property
+    def has_fixed_prefix(self) -> bool:
+        """Whether blocks lie below the first adapted one, and nothing that is trained."""
+        head = output_head(self.module)
+        return self.shares_prefix and all(self.module.get_submodule(name) is head for name in self.heads)
+
+    @property
+    def kept_fingerprint(self) -> Mapping[str, Any] | None:
+        """Fingerprint of a base model that lies in pieces on several processes, once it was computed."""
+        return self._fingerprint
+
+    def keep_fingerprint(self, fingerprint: Mapping[str, Any]) -> None:
+        """Remember the fingerprint of the base model, so that one process can save a posterior by itself."""
+        self._fingerprint = fingerprint
 
     def factors(self) -> Factors:
         """The trainable (A, B) of each layer: (r, in) and (out, r)."""
         return tuple(factors_of(layer, self.adapter_name) for layer in self.layers)
 
-    def prepare(self, factors: Factors) -> Factors:
-        """Apply the gauge and cast to the compute dtype of each layer.
+    @torch.no_grad()
+    def rest_at(
+        self, loc: Tensor, *, factors: Factors | None = None, heads: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Move the resting point, for calls of the module outside of any draw.
 
-        Layers of one shape are stacked, because a step with two small kernels a layer is bound by launches.
+        Args:
+            loc: New value of s, (D,).
+            factors: Values that (A, B) of each layer get; None leaves them.
+            heads: Modules whose state the trained heads get; None leaves them.
+        """
+        self._copy(factors or (), heads or {})
+        self._loc = loc
+
+    @contextmanager
+    def resting_at(self, loc: Tensor, *, factors: Factors, heads: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Rest at given values, frozen, inside the context; everything is as before afterwards.
+
+        Args:
+            loc: Value of s inside the context, (D,).
+            factors: Values of (A, B) of each layer inside the context.
+            heads: Modules whose state the trained heads have inside the context.
+        """
+        trained = [p for pair in self.factors() for p in pair]
+        trained += [p for head in self.heads.values() for p in head.parameters()]
+        flags = [p.requires_grad for p in trained]
+        values = [p.detach().clone() for p in trained]
+        own_loc = self._loc
+        try:
+            self.rest_at(loc, factors=factors, heads=heads)
+            for p in trained:
+                p.requires_grad_(False)
+            yield
+        finally:
+            self._loc = own_loc
+            with torch.no_grad():
+                for p, value, flag in zip(trained, values, flags, strict=True):
+                    p.copy_(value)
+                    p.requires_grad_(flag)
+
+    def prepare(self, factors: Factors) -> Factors:
+        """Apply the gauge, and cast to the compute dtype of each layer.
+
+        Layers of one shape are stacked, because a step with two small kernels per layer is bound by launches.
         """
         dtypes = [compute_dtype(layer, A) for layer, (A, _) in zip(self.layers, factors, strict=True)]
         rows = [A for A, _ in factors]
@@ -135,7 +165,6 @@ class Adapter:
             rows = map_stacked(lambda A: F.normalize(A, dim=-1), rows)
         return tuple(zip(cast_stacked(rows, dtypes), cast_stacked([B for _, B in factors], dtypes), strict=True))
 
-    @contextmanager
     def bind(
         self,
         s: Tensor,
@@ -145,45 +174,36 @@ class Adapter:
         heads: Mapping[str, nn.Module] | None = None,
         fan_out: tuple[torch.Size, int] | None = None,
         noise: Sequence[RowNoise] | None = None,
-    ) -> Iterator[None]:
-        """Compute with the latents ``s`` (D,) or (rows, D) inside the context.
+    ) -> AbstractContextManager[None]:
+        """Compute with the latents ``s`` inside the context.
 
         Args:
-            s: one latent vector for all rows of the input, or one a row.
-            positions: (rows,) index of the token whose logits are wanted; the output head then sees one
-                token a row, and (rows, tokens, vocabulary) is never built.
-            factors: *prepared* factors of a frozen posterior; default: the module's own.
-            heads: trained heads of a frozen posterior; default: the adapter's own.
+            s: Latents, (D,) for all rows of the input, or (rows, D) for each row.
+            positions: Index of the token of each row whose logits are wanted, (rows,). The output head then sees one
+                token per row, and logits (rows, tokens, vocabulary) are never built.
+            factors: *Prepared* factors of a frozen posterior; None means the module's own.
+            heads: Trained heads of a frozen posterior; None means the adapter's own.
             fan_out: (batch_shape, rows): the input has ``rows`` rows, which the first adapted block repeats to
-                ``batch_shape``; ``s`` and ``positions`` are those of the repeated rows.
-            noise: of each layer, added to A x (A in the adapter's gauge).
+                ``batch_shape``. ``s`` and ``positions`` are those of the repeated rows.
+            noise: Noise that each layer adds to A x (with A in the adapter's gauge).
         """
         prepared = self.prepare(self.factors()) if factors is None else factors
         scaled = tuple(
             layer.scaling[self.adapter_name] * part.to(A.device)
             for layer, part, (A, _) in zip(self.layers, self.subspace.split(s), prepared, strict=True)
         )
-        token = _BOUND.set({**_BOUND.get(), self: Bound(prepared, scaled, positions, heads, fan_out, noise)})
-        try:
-            yield
-        finally:
-            _BOUND.reset(token)
+        return binding(self, Bound(prepared, scaled, positions, heads, fan_out, noise))
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The untouched base model inside the context."""
-        token = _BOUND.set({**_BOUND.get(), self: None})
-        try:
-            yield
-        finally:
-            _BOUND.reset(token)
+    def disabled(self) -> AbstractContextManager[None]:
+        """Run the untouched base model inside the context."""
+        return binding(self, None)
 
-    def bound_layer(self, index: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    def current_layer(self, index: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """(A, B, gamma * s) that layer ``index`` computes with now; None when the adapter is disabled."""
-        bound = _BOUND.get().get(self, _UNBOUND)
+        bound = bound_to(self)
         if bound is None:
             return None
-        if bound is not _UNBOUND:
+        if bound is not UNBOUND:
             return (*bound.factors[index], bound.s[index])
         layer = self.layers[index]
         A, B = self.factors()[index]
@@ -191,14 +211,29 @@ class Adapter:
         s = self.subspace.split(self.loc)[index].to(A.device)
         return A, B, layer.scaling[self.adapter_name] * s
 
-    def bound_noise(self, index: int) -> RowNoise | None:
-        """What layer ``index`` adds to A x now."""
-        bound = _BOUND.get().get(self)
+    def current_noise(self, index: int) -> RowNoise | None:
+        """The noise that layer ``index`` adds to A x now."""
+        bound = bound_to(self)
         return None if bound is None or bound.noise is None else bound.noise[index]
+
+    def current_positions(self) -> Tensor | None:
+        """The only token of each row that the present pass reads, (rows,); see ``last_token``."""
+        bound = bound_to(self)
+        return None if bound is None else bound.positions
+
+    def current_fan_out(self) -> tuple[torch.Size, int] | None:
+        """What the rows become at the first adapted block of the present pass; see ``shared_prefix``."""
+        bound = bound_to(self)
+        return None if bound is None else bound.fan_out
+
+    def current_head(self, name: str) -> nn.Module | None:
+        """The trained head that answers for module ``name`` in the present pass; None when disabled."""
+        bound = bound_to(self)
+        return None if bound is None else (bound.heads or self.heads)[name]
 
     def check_attached(self) -> None:
         """Raise if the layers are gone, so that nobody takes the base model for the adapted one."""
-        if not self.is_attached:
+        if not self._is_attached:
             raise RuntimeError(
                 "This adapter was unloaded from its module. Load the posterior with from_pretrained(), or call "
                 "bayesian_lora() again."
@@ -206,48 +241,18 @@ class Adapter:
 
     def unload(self) -> nn.Module:
         """Put the original module back, bit for bit, and return it."""
-        self.is_attached = False
-        undo, self.undo = self.undo, Undo()
-        for handle in undo.hooks:
-            handle.remove()
-        for block, forward in undo.forwards:
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-        for layer in self.layers:
-            layer.lora_variant.pop(self.adapter_name, None)
-        for layer, casts_input in undo.casts:
-            layer.cast_input_dtype_enabled = casts_input
-        for weight, data in undo.weights:
-            weight.data = data
-        for name, original in undo.replaced.items():
-            self.module.set_submodule(name, original)
-        for name in undo.attributes:
-            delattr(self.module, name)
-        for parameter, flag in undo.flags:
-            parameter.requires_grad_(flag)
-        return self.original
+        self._is_attached = False
+        self._changes.revert()
+        return self._original
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters added: ``lora`` (A and B), ``latents`` (D), ``variational`` (2 D, as the paper counts)."""
         lora = sum(A.numel() + B.numel() for A, B in self.factors())
         return {"lora": lora, "latents": self.subspace.dim, "variational": 2 * self.subspace.dim}
 
-    # hooks -------------------------------------------------------------------------------------
-
-    def positions(self) -> Tensor | None:
-        """(rows,) the only token of each row that the current pass reads, see ``last_token``."""
-        bound = _BOUND.get().get(self)
-        return None if bound is None else bound.positions
-
-    def fan_out(self) -> tuple[torch.Size, int] | None:
-        """What rows become at the first adapted block of the current pass, see ``shared_prefix``."""
-        bound = _BOUND.get().get(self)
-        return None if bound is None else bound.fan_out
-
-    def head(self, name: str) -> nn.Module | None:
-        """The trained head that answers for module ``name`` in the current pass; None when disabled."""
-        bound = _BOUND.get().get(self, _UNBOUND)
-        if bound is None:
-            return None
-        return (bound.heads or self.heads)[name]
+    def _copy(self, factors: Factors, heads: Mapping[str, nn.Module]) -> None:
+        for pair, values in zip(self.factors() if factors else (), factors, strict=True):
+            for factor, value in zip(pair, values, strict=True):
+                factor.copy_(value)
+        for name, head in heads.items():
+            self.heads[name].load_state_dict(head.state_dict())

@@ -26,8 +26,8 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
     if not is_sharded(base):
         return _fingerprint(adapter)
     if adapter.kept_fingerprint is None:
-        adapter.kept_fingerprint = _fingerprint(adapter)
-    return copy.deepcopy(adapter.kept_fingerprint)
+        adapter.keep_fingerprint(_fingerprint(adapter))
+    return copy.deepcopy(dict(adapter.kept_fingerprint or {}))
 
 
 def _fingerprint(adapter: Adapter) -> dict[str, Any]:

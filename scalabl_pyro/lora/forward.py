@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, RowNoise
+from .adapter import Adapter
+from .binding import RowNoise
 from .factors import Factors
 from .shared_prefix import repeat_rows
 
@@ -38,6 +39,7 @@ class AdaptedLLM:
         self.adapter = adapter
         self.heads = heads
         self.factors = None if factors is None else adapter.prepare(factors)
+        self._repeats_inputs = False  # whether a pass showed that hooks cannot repeat the rows of this module
         self._takes_use_cache = "use_cache" in inspect.signature(adapter.module.forward).parameters
 
     @property
@@ -83,11 +85,11 @@ class AdaptedLLM:
         if noise is not None:
             raise ValueError(f"s has shape {tuple(s.shape)}: noise of each row goes with one draw of s, or one a row.")
         positions = repeat_rows(positions, batch_shape, rows)
-        if self.adapter.shares_prefix and batch_shape.numel() > rows:
+        if self.adapter.shares_prefix and not self._repeats_inputs and batch_shape.numel() > rows:
             output = self._run(args, kwargs, s, positions, fan_out=(batch_shape, rows))
             if _leading(output) == batch_shape.numel():
                 return _unfold_rows(output, batch_shape)
-            self.adapter.shares_prefix = False  # the module counts rows behind the blocks by its input
+            self._repeats_inputs = True  # the module counts rows behind the blocks by its input
         output = self._run(repeat_rows(args, batch_shape, rows), repeat_rows(kwargs, batch_shape, rows), s, positions)
         return _unfold_rows(output, batch_shape)
 

@@ -1,58 +1,96 @@
-"""Sends a module's layers, heads and blocks through what its adapter binds, and freezes the rest."""
+"""Route the layers, heads and blocks of a module through what its adapter binds, and freeze the rest."""
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
-from torch import nn
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
 
 from .adapter import Adapter
 from .hidden_state_cache import HiddenStates, SkippableForward
 from .last_token import AtPosition, ReadPosition, tokenwise_end
 from .layers import ReplaceHead, SubspaceVariant
-from .shared_prefix import RepeatRows, split_blocks
+from .module_changes import ModuleChanges
+from .shared_prefix import RepeatRows
+from .subspace import Layer, Subspace
 from .targets import output_head
 
 
-def activate(adapter: Adapter, heads: Sequence[str]) -> None:
-    """Send the layers through the latents, freeze everything but factors and heads, and add the hooks."""
-    module, hooks = adapter.module, adapter.undo.hooks
-    for index, layer in enumerate(adapter.layers):
-        layer.lora_variant[adapter.adapter_name] = SubspaceVariant(adapter, index)
-        layer.cast_input_dtype_enabled = False  # no float32 copy of the activations
+def activate(
+    module: nn.Module,
+    layers: Mapping[str, LoraLayer],
+    *,
+    adapter_name: str,
+    loc: Tensor,
+    changes: ModuleChanges,
+    gauge: str,
+    heads: Sequence[str],
+    original: nn.Module | None = None,
+) -> Adapter:
+    """Build the adapter of LoRA layers that are in place, let them compute with latents, and freeze the base.
+
+    Args:
+        module: Module that carries the layers.
+        layers: PEFT LoRA layers by path.
+        adapter_name: Name of the adapter in PEFT.
+        loc: Initial s, (D,).
+        changes: Record of the changes to the module; those made here are added.
+        gauge: See :class:`~scalabl_pyro.lora.adapter.Adapter`.
+        heads: Paths of modules to train in full.
+        original: What ``unload`` returns; None means ``module``.
+    """
     module.requires_grad_(False)
+    adapter = Adapter(
+        module,
+        tuple(layers.values()),
+        _subspace(layers, adapter_name),
+        adapter_name=adapter_name,
+        loc=loc,
+        changes=changes,
+        gauge=gauge,
+        heads={name: _trainable_copy(module.get_submodule(name)) for name in heads},
+        original=original,
+    )
+    for index, layer in enumerate(adapter.layers):
+        changes.set_variant(layer, adapter_name, SubspaceVariant(adapter, index))
     for pair in adapter.factors():
         for factor in pair:
             factor.requires_grad_(True)
     for name in heads:
-        original = module.get_submodule(name)
-        adapter.heads[name] = copy.deepcopy(original).to(_master_dtype(original)).requires_grad_(True)
-        hooks.append(original.register_forward_hook(ReplaceHead(adapter, name)))
-    lower, upper = split_blocks(module, adapter.subspace.names)
-    adapter.blocks = tuple(upper)
-    head = output_head(module)
+        changes.add_hook(module.get_submodule(name).register_forward_hook(ReplaceHead(adapter, name)))
+    _add_hooks(adapter, changes)
+    return adapter
+
+
+def _add_hooks(adapter: Adapter, changes: ModuleChanges) -> None:
+    """Save work at the end of the model (one token is read) and at its beginning (draws share the lower blocks)."""
+    head = output_head(adapter.module)
     if head is None:  # classifiers pool by the rows of their input
         return
-    hooks.append(head.register_forward_pre_hook(ReadPosition(adapter.positions)))
-    if (mlp := tokenwise_end(upper)) is not None:
-        _replace_forward(adapter, mlp, AtPosition(adapter.positions, mlp.forward))
-    if not lower:
+    changes.add_hook(head.register_forward_pre_hook(ReadPosition(adapter.current_positions)))
+    if (mlp := tokenwise_end(adapter.blocks)) is not None:
+        changes.replace_forward(mlp, AtPosition(adapter.current_positions, mlp.forward))
+    if not adapter.shares_prefix:
         return
-    adapter.shares_prefix = True
-    adapter.has_fixed_prefix = all(module.get_submodule(name) is head for name in heads)
-    hooks.append(upper[0].register_forward_pre_hook(HiddenStates(adapter), with_kwargs=True))
-    for block in lower:
-        _replace_forward(adapter, block, SkippableForward(adapter, block.forward))
-    for block in upper:
-        hooks.append(block.register_forward_pre_hook(RepeatRows(adapter.fan_out), with_kwargs=True))
+    changes.add_hook(adapter.blocks[0].register_forward_pre_hook(HiddenStates(adapter), with_kwargs=True))
+    for block in adapter.blocks_below:
+        changes.replace_forward(block, SkippableForward(adapter, block.forward))
+    for block in adapter.blocks:
+        changes.add_hook(block.register_forward_pre_hook(RepeatRows(adapter.current_fan_out), with_kwargs=True))
 
 
-def _replace_forward(adapter: Adapter, module: nn.Module, forward: Callable[..., Any]) -> None:
-    adapter.undo.forwards.append((module, module.__dict__.get("forward")))
-    module.forward = forward
+def _subspace(layers: Mapping[str, LoraLayer], adapter_name: str) -> Subspace:
+    return Subspace(
+        tuple(
+            Layer(name, layer.r[adapter_name], cast(int, layer.in_features), cast(int, layer.out_features))
+            for name, layer in layers.items()
+        )
+    )
 
 
-def _master_dtype(module: nn.Module) -> torch.dtype:
-    """At least float32, so that small updates are not rounded away."""
-    return torch.promote_types(next(module.parameters()).dtype, torch.float32)
+def _trainable_copy(module: nn.Module) -> nn.Module:
+    """A copy in at least float32, so that small updates are not rounded away."""
+    dtype = torch.promote_types(next(module.parameters()).dtype, torch.float32)
+    return copy.deepcopy(module).to(dtype).requires_grad_(True)

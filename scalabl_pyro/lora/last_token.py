@@ -4,7 +4,7 @@ That is the output head, whose logits (rows, tokens, vocabulary) are then never 
 one thirtieth of the arithmetic of a model of 28 blocks, forward and backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class AtPosition:
         return torch.zeros_like(hidden).scatter(1, index, picked)
 
 
-def tokenwise_end(blocks: list[nn.Module]) -> nn.Module | None:
+def tokenwise_end(blocks: Sequence[nn.Module]) -> nn.Module | None:
     """The MLP of the last block, whose result for one token depends on that token alone; None where there is no such.
 
     Only dense ones by the name that Llama, Qwen, Mistral, Gemma, Phi and GPT-2 give them: a mixture of experts hands

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-from .adapter import Adapter, RowNoise
+from .adapter import Adapter
+from .binding import RowNoise
 
 
 class ReplaceHead:
@@ -26,7 +27,7 @@ class ReplaceHead:
 
     def __call__(self, original: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Replace the output of the original head."""
-        head = self.adapter.head(self.name)
+        head = self.adapter.current_head(self.name)
         if head is None:
             return output
         dtype = next(head.parameters()).dtype
@@ -48,13 +49,13 @@ class SubspaceVariant(LoraVariant):
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """Add gamma * B (s * (A x)) to ``result`` = W0 x."""
-        bound = self.adapter.bound_layer(self.index)
+        bound = self.adapter.current_layer(self.index)
         if bound is None:
             return result
         A, B, s = bound
         x = module.lora_dropout[active_adapter](x).to(result.device)  # a device map moves the base layer's copy alone
         hidden = F.linear(x, A.to(x.dtype))
-        noise = self.adapter.bound_noise(self.index)
+        noise = self.adapter.current_noise(self.index)
         if noise is not None:
             hidden = hidden + self._noise(noise, x)
         hidden = (hidden * self._align(s, hidden)).to(x.dtype)

@@ -6,13 +6,13 @@ block on. Hooks of the blocks repeat the hidden states there, and for each later
 fills ``prefix``, and later ones skip these blocks.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from .module_paths import block_of
 from .targets import output_head
 
 
@@ -62,11 +62,11 @@ def split_blocks(module: nn.Module, names: Sequence[str]) -> tuple[list[nn.Modul
     """
     head = output_head(module)
     inside = [name for name in names if module.get_submodule(name) is not head]
-    matches = [re.match(r"(.*?)\.(\d+)\.", name) for name in inside]
-    if not inside or None in matches or len({m[1] for m in matches if m}) != 1:
+    found = [block for name in inside if (block := block_of(name)) is not None and name != block.path]
+    if not inside or len(found) < len(inside) or len({block.stack for block in found}) != 1:
         return [], []
-    blocks = module.get_submodule(matches[0][1])  # type: ignore[index]
-    first = min(int(m[2]) for m in matches if m)
-    if not isinstance(blocks, nn.ModuleList):
+    stack = module.get_submodule(found[0].stack)
+    first = min(block.index for block in found)
+    if not isinstance(stack, nn.ModuleList):
         return [], []
-    return list(blocks)[:first], list(blocks)[first:]
+    return list(stack)[:first], list(stack)[first:]

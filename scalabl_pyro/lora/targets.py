@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .._errors import ScalaBLWarning, nearest
+from .module_paths import block_of, has_suffix, last_name, lies_in
 
 TargetModules = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
@@ -73,7 +74,7 @@ def _match_pattern(pattern: str, linear: dict[str, nn.Module]) -> list[str]:
         chosen = [name for name in linear if re.fullmatch(pattern, name)]
     except re.error as error:
         raise ValueError(f"target_modules={pattern!r} is no regular expression ({error}).") from None
-    if not chosen and any(name == pattern or name.endswith("." + pattern) for name in linear):
+    if not chosen and any(has_suffix(name, pattern) for name in linear):
         raise ValueError(
             f"target_modules={pattern!r} is a regular expression for whole paths and matches none: give a list of "
             f"names, [{pattern!r}]."
@@ -111,9 +112,7 @@ def _default_targets(module: nn.Module, linear: dict[str, nn.Module]) -> list[st
     model_type = getattr(getattr(module, "config", None), "model_type", "")
     suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ["q_proj", "v_proj"])
     head = output_head(module)
-    chosen = [
-        name for name, m in linear.items() if m is head or any(name == s or name.endswith("." + s) for s in suffixes)
-    ]
+    chosen = [name for name, m in linear.items() if m is head or any(has_suffix(name, s) for s in suffixes)]
     if chosen == [name for name, m in linear.items() if m is head]:  # no attention of known names
         return _all_linear(module, linear)
     return chosen
@@ -121,7 +120,7 @@ def _default_targets(module: nn.Module, linear: dict[str, nn.Module]) -> list[st
 
 def _all_linear(module: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
     heads = new_heads(module)
-    return [name for name in linear if name.split(".")[0] not in heads]
+    return [name for name in linear if not any(lies_in(name, head) for head in heads)]
 
 
 def _warn_of_fused_experts(module: nn.Module) -> None:
@@ -143,7 +142,7 @@ def _match_suffixes(module: nn.Module, targets: list[str], linear: dict[str, nn.
     for target in targets:
         if not isinstance(target, str):
             raise TypeError(f"target_modules: {target!r} is no name of a layer.")
-        hits = [name for name in linear if name == target or name.endswith("." + target)]
+        hits = [name for name in linear if has_suffix(name, target)]
         if not hits:
             raise ValueError(_no_match(module, target, linear))
         chosen.update(hits)
@@ -152,7 +151,7 @@ def _match_suffixes(module: nn.Module, targets: list[str], linear: dict[str, nn.
 
 def _no_match(module: nn.Module, target: str, linear: dict[str, nn.Module]) -> str:
     for name, m in module.named_modules():
-        if name == target or name.endswith("." + target):
+        if has_suffix(name, target):
             return (
                 f"target_modules: {target!r} is a {type(m).__name__}, which cannot carry a LoRA subspace. "
                 f"Name linear layers instead. {nearest(target, _suffixes(linear))}"
@@ -161,23 +160,18 @@ def _no_match(module: nn.Module, target: str, linear: dict[str, nn.Module]) -> s
 
 
 def _suffixes(names: Iterable[str]) -> set[str]:
-    return {name.rsplit(".", 1)[-1] for name in names}
-
-
-def _block_index(name: str) -> int | None:
-    """The first number in a module path: 11 in ``model.layers.11.self_attn.q_proj``."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return {last_name(name) for name in names}
 
 
 def _keep_blocks(names: list[str], blocks: int | Iterable[int]) -> list[str]:
     wanted = {blocks} if isinstance(blocks, int) else set(blocks)
-    present = {index for name in names if (index := _block_index(name)) is not None}
+    present = {block.index for name in names if (block := block_of(name)) is not None}
     if missing := wanted - present:
         exist = f"blocks {min(present)} to {max(present)} exist" if present else "no targeted layer lies in a block"
         raise ValueError(
             f"layers_to_transform={sorted(wanted)}: no targeted layer lies in block(s) {sorted(missing)}; {exist}."
         )
-    kept = [name for name in names if (index := _block_index(name)) is None or index in wanted]
+    kept = [name for name in names if (block := block_of(name)) is None or block.index in wanted]
     if not kept:
         raise ValueError(f"layers_to_transform={sorted(wanted)} leaves no layer to adapt.")
     return kept

@@ -1,30 +1,35 @@
 """log p(y | s) of a whole data set with the point estimates held fixed: what NUTS, Laplace and diagnostics need."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .._process.lock import LOCK
+from .._errors import check_count
 from ..data.batch import Batch, Example
-from ..data.encoding import check_tokens, evaluation_batches
 from ..lora.forward import AdaptedLLM
-from ..lora.hidden_state_cache import Prefix, reuse
-from ..lora.train_mode import eval_mode
+from ..lora.hidden_state_cache import Prefix
 from ..tasks import Task, at_least_float32
+from .passes import Passes
 
 
 class LogLikelihood:
-    """The log likelihood of N examples as a function of s.
+    """The log likelihood of N examples as a function of s, in nats.
 
     Args:
-        llm: the LLM with the factors of a posterior.
-        task: the likelihood.
-        examples: tokenized rows with answers.
-        batch_size: rows a pass.
-        cache_prefix: keep what the blocks below the first adapted one give, for all later passes.
+        llm: LLM with the factors of a posterior.
+        task: Task that defines the likelihood.
+        examples: Tokenized rows with answers.
+        batch_size: Number of rows per forward pass.
+        cache_prefix: Whether to keep the hidden states at the first adapted block for all later passes.
+
+    Raises:
+        ValueError: If ``batch_size`` is not a whole number from 1 on, or if a token has no embedding.
+
+    Example:
+        >>> likelihood = posterior.log_likelihood(train_data)  # doctest: +SKIP
+        >>> likelihood(posterior.mean())  # nats, differentiable in s  # doctest: +SKIP
     """
 
     def __init__(
@@ -36,65 +41,83 @@ class LogLikelihood:
         batch_size: int = 16,
         cache_prefix: bool = False,
     ) -> None:
-        check_tokens(examples, llm.llm, task.pad_token_id)
+        passes = Passes.over(examples, task, llm.adapter, batch_size=batch_size)
         self.llm = llm
         self.task = task
         self.examples = examples
         self.num_data = len(examples)
-        self.device = llm.adapter.device
-        self.batches = [b.to(self.device) for b in evaluation_batches(examples, batch_size, task.pad_token_id)]
+        self.device = passes.device
         keep = cache_prefix and llm.adapter.has_fixed_prefix
-        self.prefixes = [Prefix() if keep else None for _ in self.batches]
+        self.passes = Passes(
+            llm.adapter,
+            [batch.to(self.device) for batch in passes.batches],
+            prefixes=[Prefix() for _ in passes.batches] if keep else None,
+        )
 
     @torch.no_grad()
     def by_row(self, s: Tensor, *, draws_per_pass: int = 32, progress: bool = False) -> Tensor:
-        """(S, N) log likelihood of each example under each of the draws ``s`` (S, D), on the CPU."""
+        """Compute the log likelihood of each example under each draw.
+
+        Args:
+            s: (S, D) draws.
+            draws_per_pass: Largest number of draws per forward pass.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            (S, N) log likelihoods in nats, on the CPU.
+
+        Raises:
+            ValueError: If ``draws_per_pass`` is not a whole number from 1 on.
+        """
+        check_count(draws_per_pass=draws_per_pass)
         out = torch.empty(len(s), self.num_data, dtype=torch.promote_types(s.dtype, torch.float32))
-        with eval_mode(self.llm.llm):
-            for batch, prefix in tqdm(self._passes(), disable=not progress, desc="log likelihood"):
-                for start in range(0, len(s), draws_per_pass):
-                    part = s[start : start + draws_per_pass].to(self.device)
-                    values = self._batch(batch, prefix, part.unsqueeze(1))
-                    out[start : start + draws_per_pass, batch.index.cpu()] = values.cpu().to(out.dtype)
+
+        def fill(batch: Batch) -> None:
+            for start in range(0, len(s), draws_per_pass):
+                part = s[start : start + draws_per_pass].to(self.device)
+                values = self._of_batch(batch, part.unsqueeze(1))
+                out[start : start + draws_per_pass, batch.index.cpu()] = values.cpu().to(out.dtype)
+
+        self.passes.map(fill, progress=progress, description="log likelihood")
         return out
 
     def with_gradient(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum over examples at one s (D,), and its gradient (D,); memory is that of one batch."""
+        """Compute the sum over examples at one s (D,), and its gradient (D,); memory is that of one batch."""
         total, gradient = torch.zeros((), dtype=s.dtype), torch.zeros_like(s)
-        with eval_mode(self.llm.llm), torch.enable_grad():
-            for batch, prefix in self._passes():
-                point = s.detach().to(self.device).requires_grad_(True)
-                value = self._batch(batch, prefix, point).sum()
-                (slope,) = torch.autograd.grad(value, point)
-                total += value.detach().to(total)
-                gradient += slope.to(gradient)
+
+        def add(batch: Batch) -> None:
+            point = s.detach().to(self.device).requires_grad_(True)
+            value = self._of_batch(batch, point).sum()
+            (slope,) = torch.autograd.grad(value, point)
+            total.add_(value.detach().to(total))
+            gradient.add_(slope.to(gradient))
+
+        with torch.enable_grad():
+            self.passes.map(add)
         return total, gradient
 
     def __call__(self, s: Tensor) -> Tensor:
-        """The sum over examples at one s (D,), differentiable with respect to s."""
+        """Compute the sum over examples at one s (D,), differentiable with respect to s."""
         return _Sum.apply(s, self.with_gradient)
 
-    def rows_with_own_s(self, s: Tensor) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """For each batch: the batch, an s for each of its rows (B, D) that requires a gradient, and the outputs (B, K).
+    def with_own_s(self, batch: Batch, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a batch with a copy of s for each row, for use inside ``passes.map``.
 
-        Since row b sees its own copy of s, the gradient of a sum over rows holds every per-example gradient.
+        Row b sees its own copy of s, so the gradient of a sum over rows holds every per-example gradient.
+
+        Args:
+            batch: B rows on the device.
+            s: (D,) latents.
+
+        Returns:
+            The copies (B, D), which require a gradient, and the outputs (B, K).
         """
-        for batch, prefix in self._passes():
-            # No scope stays open over a yield: an abandoned generator closes late, and would change the caller's modes.
-            with eval_mode(self.llm.llm), torch.enable_grad(), reuse(self.llm.adapter, prefix):
-                own = s.detach().to(self.device).expand(len(batch), -1).clone().requires_grad_(True)
-                outputs = self.task.outputs(self.llm, batch, own).reshape(len(batch), -1)
-            yield batch, own, outputs
+        with torch.enable_grad():
+            own = s.detach().to(self.device).expand(len(batch), -1).clone().requires_grad_(True)
+            return own, self.task.outputs(self.llm, batch, own).reshape(len(batch), -1)
 
-    def _passes(self) -> list[tuple[Batch, Prefix | None]]:
-        """The batches, each with its kept prefix."""
-        return list(zip(self.batches, self.prefixes, strict=True))
-
-    def _batch(self, batch: Batch, prefix: Prefix | None, s: Tensor) -> Tensor:
-        with reuse(self.llm.adapter, prefix):
-            outputs = self.task.outputs(self.llm, batch, s)
-        with LOCK:
-            d = self.task.likelihood(outputs, batch)
+    def _of_batch(self, batch: Batch, s: Tensor) -> Tensor:
+        d = self.task.distribution(self.task.outputs(self.llm, batch, s), batch)
         return at_least_float32(d.log_prob(cast(Tensor, batch.target)))
 
 

@@ -1,4 +1,4 @@
-"""Rank posteriors of one data set: which prior and guide predict best, and how far can the numbers be trusted."""
+"""Ranking of posteriors of one data set by predictive density, with measures of how reliable the numbers are."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..analysis.checks import LOO, LogWeights, good_k
+from .._errors import check_count
+from ..analysis.psis import LOO, LogWeights, good_k
 from .posterior import Posterior
 
 
@@ -19,25 +20,31 @@ def compare(
     seed: int = 0,
     batch_size: int = 16,
 ) -> pd.DataFrame:
-    """A line for each posterior, best expected log predictive density first.
+    """Compare posteriors, best expected log predictive density first.
 
     Args:
-        posteriors: by name, or a list (named by guide and prior).
-        data: the training rows, or a random part of them, the same for all.
-        num_draws: behind LOO, k-hat and the ELBO.
-        num_data: size of the training set, if ``data`` is a part of it; LOO stays that of the part.
-        seed: of the draws.
-        batch_size: rows a pass.
+        posteriors: Posteriors by name, or a list of them, which are named by guide and prior.
+        data: Training rows, or a random part of them, the same for all posteriors.
+        num_draws: Number of draws behind LOO, k-hat and the ELBO.
+        num_data: Size of the training set, if ``data`` is a part of it; LOO stays that of the part.
+        seed: Seed of the draws.
+        batch_size: Number of rows per forward pass.
 
     Returns:
-        Columns ``elpd_loo`` and ``se`` (nats), ``difference`` to the best and its standard error ``dse``, ``p_loo``,
-        ``elbo``, ``pareto_k`` of the weights p / q, its threshold ``good_k`` for this number of draws (as in ArviZ),
-        ``bad_rows`` (share of rows whose own Pareto k is above ``good_k``, so that their LOO is unreliable).
+        One row per posterior, with columns ``elpd_loo`` and ``se`` (nats), ``difference`` to the best and its standard
+        error ``dse``, ``p_loo``, ``elbo``, ``pareto_k`` of the weights p / q, its threshold ``good_k`` for this number
+        of draws (as in ArviZ), and ``bad_rows``, the share of rows whose own Pareto k is above ``good_k``, so that
+        their LOO is unreliable.
 
     Raises:
-        TypeError: something that is no posterior.
-        ValueError: no posterior, or posteriors of training sets of different size.
+        TypeError: If an entry is not a posterior.
+        ValueError: If there is no posterior, if the training sets have different sizes, or if a number is not a whole
+            number from 1 on.
+
+    Example:
+        >>> scalabl_pyro.compare({"normal": first, "flow": second}, train_data)  # doctest: +SKIP
     """
+    check_count(num_draws=num_draws, batch_size=batch_size)
     rows, pointwise = {}, {}
     for name, posterior in _named(posteriors).items():
         weights = posterior.log_weights(data, num_draws=num_draws, num_data=num_data, seed=seed, batch_size=batch_size)
@@ -62,7 +69,7 @@ def compare(
 
 
 def _named(posteriors: Mapping[str, Posterior] | Sequence[Posterior]) -> dict[str, Posterior]:
-    """The posteriors by name, after checking that they can be compared."""
+    """Name the posteriors, and check that they can be compared."""
     if isinstance(posteriors, Mapping):
         given: list[tuple[str | None, Any]] = list(posteriors.items())
     elif isinstance(posteriors, Sequence):
@@ -91,7 +98,7 @@ def _named(posteriors: Mapping[str, Posterior] | Sequence[Posterior]) -> dict[st
 
 
 def _loo(weights: LogWeights) -> LOO:
-    """LOO, or NaN for a point, which has none."""
+    """Compute LOO; NaN for a point estimate, which has no LOO."""
     try:
         return weights.loo()
     except ValueError:

@@ -1,46 +1,48 @@
-"""``scalabl_config.json``: a bounded, typed reader that believes nothing it has not checked."""
+"""The configuration of a saved posterior, ``scalabl_config.json``: written, and read with every entry checked."""
 
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from .._errors import ScalaBLWarning
 from ..storage import directories, json_reader, untrusted_files
+from ..storage.manifest import Entry, Manifest
 
-#: Raised when an older version would misread the files: it refuses them.
+#: Increased when an older version would misread the files. An older version refuses a higher number.
 FORMAT_VERSION = 1
-#: Raised when fields are added that an older version may do without: it ignores them, with a warning.
+#: Increased when fields are added that an older version can ignore. It then warns.
 FORMAT_MINOR = 0
 CONFIG_FILE = "scalabl_config.json"
+#: Largest allowed size of the file.
 MAX_BYTES = 8 * 2**20
 
+# Known keys of each part of the file, with the types of their values.
 LAYER = {"name": str, "rank": int, "in_features": int, "out_features": int, "scaling": float}
 GUIDE = {"family": str, "class": str, "options": dict}
 PRIOR = {"family": str, "class": str, "parameters": list, "options": dict}
 TASK = {"class": str, "options": dict}
-FILE = {"bytes": int, "sha256": str}
 BASE_MODEL = ("class", "model_type", "embedding_shape", "probes", "layer_probes")
 
 
 @dataclass(frozen=True)
 class SavedConfig:
-    """What a saved posterior says of itself.
+    """Configuration of a saved posterior.
 
     Attributes:
-        library_version: version that wrote it.
-        layers: name, rank, in_features, out_features, scaling of each adapted layer.
-        gauge: gauge of the factors.
-        heads: paths of the modules trained in full.
-        guide: ``family`` (None for a class of the user's own), ``class``, ``options``.
-        prior: ``family`` (None for a class of the user's own), ``class``, ``parameters``, ``options``.
-        task: ``class``, ``options``.
-        base_model: fingerprint.
-        provenance: how the posterior came about.
-        files: ``bytes`` and ``sha256`` of every other file, by path in the directory.
+        library_version: Version of scalabl_pyro that wrote it.
+        layers: ``name``, ``rank``, ``in_features``, ``out_features`` and ``scaling`` of each adapted layer.
+        gauge: Gauge of the LoRA factors.
+        heads: Paths of the modules that were trained in full.
+        guide: ``family`` (None for a user's class), ``class`` and ``options``.
+        prior: ``family`` (None for a user's class), ``class``, ``parameters`` and ``options``.
+        task: ``class`` and ``options``.
+        base_model: Fingerprint of the base model.
+        provenance: How the posterior was made: options, seeds, versions.
+        files: Manifest of all other files in the directory.
     """
 
     library_version: str
@@ -52,22 +54,24 @@ class SavedConfig:
     task: dict[str, Any]
     base_model: dict[str, Any]
     provenance: dict[str, Any]
-    files: dict[str, dict[str, Any]]
+    files: Manifest
 
     def write(self, folder: Path) -> None:
-        """Write it to ``folder``.
+        """Write the configuration to ``folder``.
 
         Raises:
-            ValueError: an option that JSON cannot hold, by name.
+            ValueError: An option of the guide or the task cannot be written as JSON.
         """
         for part, options in (("guide", self.guide["options"]), ("task", self.task["options"])):
             for name, value in options.items():
                 try:
                     json.dumps(value, allow_nan=False)
                 except (TypeError, ValueError):
-                    raise ValueError(f"The {part} has the option {name}={value!r}, which JSON cannot hold.") from None
+                    raise ValueError(
+                        f"The {part} has the option {name}={value!r}, which cannot be written as JSON."
+                    ) from None
         versions = {"format_version": FORMAT_VERSION, "format_minor": FORMAT_MINOR}
-        text = json.dumps({**versions, **asdict(self)}, indent=2)
+        text = json.dumps({**versions, **asdict(self), "files": self.files.to_json()}, indent=2)
         directories.write_file(folder / CONFIG_FILE, (text + "\n").encode())
 
 
@@ -75,11 +79,14 @@ FIELDS = ("format_version", "format_minor", *SavedConfig.__dataclass_fields__)
 
 
 def read_config(folder: Path) -> SavedConfig:
-    """Read and check the configuration of ``folder``.
+    """Read and check the configuration of a saved posterior.
+
+    Args:
+        folder: Directory that ``save_pretrained`` wrote.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, of a newer format, or an entry has the wrong type; file and entry are named.
+        FileNotFoundError: The directory has no configuration.
+        ValueError: The configuration is damaged, has a newer format, or has an entry of the wrong type.
     """
     try:
         content = untrusted_files.read_file(folder, CONFIG_FILE, limit=MAX_BYTES)
@@ -93,10 +100,10 @@ def read_config(folder: Path) -> SavedConfig:
 
 
 def parse_config(content: bytes) -> SavedConfig:
-    """The configuration in the bytes of its file.
+    """Parse and check the bytes of a configuration file.
 
     Raises:
-        ValueError: as :func:`read_config`; the message goes on from the name of the file.
+        ValueError: As for :func:`read_config`. The message continues a sentence that begins with the file's name.
     """
     config = _json_object(content)
     version, minor = config.get("format_version"), config.get("format_minor", 0)
@@ -114,22 +121,22 @@ def parse_config(content: bytes) -> SavedConfig:
         task={key: get_entry(get_entry(config, "task", dict), key, kind) for key, kind in TASK.items()},
         base_model=get_entry(config, "base_model", dict),
         provenance=get_entry(config, "provenance", dict),
-        files=_files(get_entry(config, "files", dict)),
+        files=_manifest(config.get("files")),
     )
     if unknown := _unknown_fields(config):
         what = f" has fields that this version does not know: {unknown[:5]}"
         if minor <= FORMAT_MINOR:
-            raise ValueError(f"{what}. Format {version}.{minor} has none, so the file is damaged.")
-        note = f"{CONFIG_FILE}{what}. scalabl_pyro {parsed.library_version} wrote it; they are ignored."
+            raise ValueError(f"{what}. Format {version}.{minor} has no such fields, so the file is damaged.")
+        note = f"{CONFIG_FILE}{what}. scalabl_pyro {parsed.library_version} wrote it; these fields are ignored."
         warnings.warn(note, ScalaBLWarning, stacklevel=5)
     return parsed
 
 
 def get_entry(config: Mapping[str, Any], key: str, kind: type) -> Any:
-    """The entry ``key``, which must be of type ``kind``."""
+    """Return the entry ``key`` of a part of the configuration, and check that it has the type ``kind``."""
     value = config.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f": {key!r} must be a {kind.__name__}, found {type(value).__name__}.")
+        raise ValueError(f": {key!r} must be of type {kind.__name__}, found {type(value).__name__}.")
     return value
 
 
@@ -144,9 +151,9 @@ def _json_object(content: bytes) -> dict[str, Any]:
 
 
 def _part(config: Mapping[str, Any], name: str, fields: Mapping[str, type]) -> dict[str, Any]:
-    """Guide or prior: all entries where the family is one of this library, else what tells the user which it was."""
+    """Return the entry of the guide or the prior, with all its fields if its class is one of this library."""
     part = get_entry(config, name, dict)
-    if part.get("family") is None:
+    if part.get("family") is None:  # a user's class, which the user must pass again
         return part
     return {key: get_entry({"class": "", "options": {}, **part}, key, kind) for key, kind in fields.items()}
 
@@ -156,9 +163,9 @@ def _layers(layers: list[Any]) -> list[dict[str, Any]]:
         raise ValueError(": 'layers' must be a list of objects.")
     parsed = [{key: get_entry(layer, key, kind) for key, kind in LAYER.items()} for layer in layers]
     if len({layer["name"] for layer in parsed}) < len(parsed):
-        raise ValueError(": a layer is listed twice.")
+        raise ValueError(": a layer is listed twice in 'layers'.")
     if any(min(layer["rank"], layer["in_features"], layer["out_features"]) < 1 for layer in parsed):
-        raise ValueError(": ranks and shapes of layers must be positive.")
+        raise ValueError(": ranks and sizes of layers must be positive.")
     if not all(math.isfinite(layer["scaling"]) for layer in parsed):
         raise ValueError(": 'scaling' of each layer must be finite.")
     return parsed
@@ -166,30 +173,25 @@ def _layers(layers: list[Any]) -> list[dict[str, Any]]:
 
 def _heads(heads: list[Any]) -> list[str]:
     if not all(isinstance(name, str) and name for name in heads) or len(set(heads)) < len(heads):
-        raise ValueError(f": 'heads' must be a list of module paths, each once, found {heads}.")
+        raise ValueError(f": 'heads' must be a list of different module paths, found {heads}.")
     return heads
 
 
-def _files(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    parsed = {}
-    for name, entry in entries.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
-            raise ValueError(f": 'files' names {name!r}, which is no path inside the directory.")
-        if not isinstance(entry, dict):
-            raise ValueError(f": 'files' must give an object for {name!r}.")
-        parsed[name] = {key: get_entry(entry, key, kind) for key, kind in FILE.items()}
-    return parsed
+def _manifest(value: object) -> Manifest:
+    try:
+        return Manifest.from_json(value)
+    except ValueError as error:
+        raise ValueError(f": {error}") from None
 
 
 def _unknown_fields(config: Mapping[str, Any]) -> list[str]:
-    known: list[tuple[str, Mapping[str, Any], Any]] = [
+    known: list[tuple[str, Mapping[str, Any], Collection[str]]] = [
         ("", config, FIELDS),
         ("guide.", config["guide"], GUIDE),
         ("prior.", config["prior"], PRIOR),
         ("task.", config["task"], TASK),
         ("base_model.", config["base_model"], BASE_MODEL),
         *((f"layers[{i}].", layer, LAYER) for i, layer in enumerate(config["layers"])),
-        *((f"files[{name!r}].", entry, FILE) for name, entry in config["files"].items()),
+        *((f"files[{name!r}].", entry, Entry._fields) for name, entry in config["files"].items()),
     ]
     return [where + key for where, part, fields in known for key in part if key not in fields]

@@ -1,4 +1,4 @@
-"""What training leaves: a frozen posterior, and all that is asked of it."""
+"""A frozen posterior, and the methods that users call on it."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,13 +10,14 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from .._errors import check_positive
+from .._errors import check_count
 from ..analysis.checks import LOO, Diagnosis
 from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..prediction.draws import sample_prior
 from ..prediction.linearized import predict_linearized
-from ..prediction.predict import predict
+from ..prediction.predict import check_draws_per_pass, predict
+from ..prediction.quasi_monte_carlo import Design
 from ..prediction.result import NumericPrediction, Prediction
 from . import serialization
 from .diagnose import diagnose
@@ -24,12 +25,16 @@ from .state import PosteriorState
 from .to_arviz import as_arviz
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Posterior(PosteriorState):
     """A posterior of s with the point estimates it was learned with.
 
-    It holds copies of all that was learned, so several posteriors can share one LLM, and training goes on without
-    changing an older one. Its fields are those of :class:`~scalabl_pyro.posterior.state.PosteriorState`.
+    It holds copies of all that was learned. So several posteriors can share one LLM, and further training does not
+    change an older posterior. Its fields are those of :class:`~scalabl_pyro.posterior.state.PosteriorState`.
+
+    Example:
+        >>> posterior = scalabl_pyro.fit(blora, task, train_data).posterior  # doctest: +SKIP
+        >>> posterior.predict(test_data, num_draws=10).metrics()  # doctest: +SKIP
     """
 
     def predict(
@@ -38,31 +43,43 @@ class Posterior(PosteriorState):
         *,
         num_draws: int = 10,
         seed: int = 0,
-        design: str = "independent",
+        design: Design = "independent",
         batch_size: int = 16,
         draws_per_pass: int | None = None,
+        cache_prefix: bool = False,
         progress: bool = False,
     ) -> Prediction | NumericPrediction:
         """Predict rows under fixed posterior draws.
 
         Args:
-            data: rows for the task (dicts, a ``datasets.Dataset``, the path of a JSONL file, a hub data set by name,
-                of which the test split is read); answers are optional.
-            num_draws: S; 0 predicts with the posterior mean.
-            seed: of the draws.
-            design: ``"antithetic"`` draws of a normal guide come in mirrored pairs, whose errors cancel where the
-                outputs are nearly linear in s; ``"sobol"``: quasi-random.
-            batch_size: rows of data a pass.
-            draws_per_pass: draws a pass at most; default all, halved when memory runs out.
-            progress: show a progress bar.
+            data: Rows for the task: dicts, a ``datasets.Dataset``, the path of a JSONL file, or the name of a hub data
+                set, whose test split is read. Answers are optional.
+            num_draws: Number S of draws; 0 predicts with the posterior mean.
+            seed: Seed of the draws. Simulated answers of a likelihood over numbers use a seed derived from it.
+            design: How draws relate to each other. ``"antithetic"`` draws of a normal guide come in mirrored pairs,
+                whose errors cancel where the outputs are nearly linear in s. ``"sobol"`` draws are quasi-random.
+            batch_size: Number of rows per forward pass.
+            draws_per_pass: Largest number of draws per forward pass; None for all. It is halved when memory runs out.
+            cache_prefix: Whether to keep, on the LLM's device, the hidden states at the first adapted block. Later
+                predictions of the same rows with the same ``batch_size`` then skip the blocks below it, also for other
+                posteriors that adapt the same upper blocks of this LLM. The most recent 8 row sets are kept; see
+                :func:`scalabl_pyro.prediction.prefix_cache.clear_prefix_cache`.
+            progress: Whether to show a progress bar.
 
         Returns:
             :class:`~scalabl_pyro.prediction.result.Prediction` for classes, else
             :class:`~scalabl_pyro.prediction.result.NumericPrediction`.
+
+        Raises:
+            ValueError: If a number is not a whole number in its range, or if ``cache_prefix`` is asked for where no
+                fixed blocks lie below the first adapted one.
+            FloatingPointError: If an output of the LLM is NaN.
+
+        Example:
+            >>> posterior.predict(test_data, num_draws=10, seed=0).to_frame()  # doctest: +SKIP
         """
-        for name, number in {"batch_size": batch_size, "draws_per_pass": draws_per_pass or 1}.items():
-            if number < 1:
-                raise ValueError(f"{name}={number} must be positive.")
+        check_count(batch_size=batch_size)
+        check_draws_per_pass(draws_per_pass)
         draws = self.sample(num_draws, seed=seed, design=design)
         examples = encode(read_rows(data, split="test"), self.task.encode, need_target=False)
         return predict(
@@ -74,17 +91,30 @@ class Posterior(PosteriorState):
             draws_per_pass=draws_per_pass,
             is_mean=draws.is_mean,
             seed=seed,
+            cache_prefix=cache_prefix,
             progress=progress,
         )
 
     @contextmanager
     def draw(self, index: int | None = None, *, seed: int = 0) -> Iterator[nn.Module]:
-        """The plain LLM under one draw, for anything that calls it itself, such as ``generate``.
+        """Run the plain LLM under one draw inside the context, for code that calls it itself, such as ``generate``.
 
         Args:
-            index: which draw; None for the posterior mean.
-            seed: of the draws.
+            index: Number of the draw, from 0 on; None for the posterior mean.
+            seed: Seed of the draws.
+
+        Yields:
+            The Hugging Face model.
+
+        Raises:
+            ValueError: If ``index`` is not a whole number from 0 on.
+
+        Example:
+            >>> with posterior.draw(3, seed=0) as llm:  # doctest: +SKIP
+            ...     llm.generate(**inputs)
         """
+        if index is not None:
+            check_count(index=index, least=0)
         self.adapter.check_attached()
         s = self.mean() if index is None else self.sample(index + 1, seed=seed).s[index]
         llm = self.llm()
@@ -96,42 +126,68 @@ class Posterior(PosteriorState):
     ) -> Prediction | NumericPrediction:
         """Predict with outputs linear in s around the mean.
 
-        One pass and one backward pass an output serve any number of draws, which are those of :meth:`predict`.
+        Each batch takes one forward pass, and one backward pass per output, for any number of draws.
+
+        Args:
+            data: Rows for the task; answers are optional.
+            num_draws: Number S of draws, 1 or more; ``predict(num_draws=0)`` is the prediction at the mean.
+            seed: Seed of the draws, which are those of :meth:`predict`.
+            batch_size: Number of rows per forward pass.
 
         Raises:
-            TypeError: a guide that is not normal, so that the linear outputs would not be normal either.
-            ValueError: no draws.
+            TypeError: If the guide is not normal, so that the linear outputs would not be normal either.
+            ValueError: If a number is not a whole number from 1 on.
+
+        Example:
+            >>> posterior.predict_linearized(test_data, num_draws=1000).metrics()  # doctest: +SKIP
         """
-        if num_draws < 1:
-            raise ValueError(
-                f"num_draws={num_draws} must be positive: without draws nothing is linearized, and "
-                "predict(num_draws=0) is the prediction at the mean."
-            )
+        check_count(num_draws=num_draws, batch_size=batch_size)
         self._in_local_mode(self.guide.covariance)  # families that are not normal refuse
         draws = self.sample(num_draws, seed=seed)
         likelihood = self.log_likelihood(data, batch_size=batch_size, need_target=False)
         return predict_linearized(likelihood, self.mean(), draws.s, seed=seed)
 
     def predict_linearised(self, data: Any, **options: Any) -> Prediction | NumericPrediction:
-        """Deprecated: the old name of :meth:`predict_linearized`."""
+        """Call :meth:`predict_linearized`; this is its old, deprecated name."""
         warnings.warn("predict_linearised() is now called predict_linearized().", DeprecationWarning, stacklevel=2)
         return self.predict_linearized(data, **options)
 
     def prior_predictive(
         self, data: Any, *, num_draws: int = 100, seed: int = 0, batch_size: int = 16
     ) -> Prediction | NumericPrediction:
-        """Predict under draws of the *prior* of s, with the learned factors: what the prior means in probabilities."""
-        check_positive(num_draws=num_draws)
+        """Predict under draws of the *prior* of s, with the learned factors, to see what the prior says of answers.
+
+        Args:
+            data: Rows for the task; answers are optional.
+            num_draws: Number S of draws from the prior.
+            seed: Seed of the draws, which are those of :meth:`predict`.
+            batch_size: Number of rows per forward pass.
+
+        Raises:
+            ValueError: If a number is not a whole number from 1 on.
+
+        Example:
+            >>> posterior.prior_predictive(test_data, num_draws=100).probs  # doctest: +SKIP
+        """
+        check_count(num_draws=num_draws, batch_size=batch_size)
         s = sample_prior(self.prior, num_draws, seed=seed)
         examples = encode(read_rows(data, split="test"), self.task.encode, need_target=False)
         return predict(self.llm(), self.task, s, examples, batch_size=batch_size, seed=seed)
 
     def loo(self, data: Any, **options: Any) -> LOO:
-        """Leave-one-out predictive density on the training rows, corrected for q not being the posterior.
+        """Compute the leave-one-out predictive density on the training rows.
+
+        Importance weights correct for the difference between q and the posterior.
 
         Args:
-            data: the training rows.
-            options: of :meth:`log_weights`.
+            data: Training rows.
+            options: Options of :meth:`log_weights`.
+
+        Raises:
+            ValueError: If there are fewer than 25 draws, or if all draws predict the same.
+
+        Example:
+            >>> posterior.loo(train_data, num_draws=200).elpd  # nats  # doctest: +SKIP
         """
         return self.log_weights(data, **options).loo()
 
@@ -148,16 +204,20 @@ class Posterior(PosteriorState):
         """Check the inference: ``posterior.diagnose(train_data, history=result.history)``.
 
         Args:
-            data: the training rows, or a random part of them.
-            history: of the fit, to see whether it had ended.
-            num_draws: behind k-hat; its threshold is stricter for few.
-            num_data: size of the training set, if ``data`` is a part of it.
-            seed: of the draws.
-            batch_size: rows a pass.
+            data: Training rows, or a random part of them.
+            history: History of the fit, which shows whether the loss still falls; None skips that check.
+            num_draws: Number of draws behind k-hat; with few draws its threshold is stricter.
+            num_data: Size of the training set, if ``data`` is a part of it.
+            seed: Seed of the draws.
+            batch_size: Number of rows per forward pass.
 
         Raises:
-            ValueError: fewer than 25 draws, ``num_data`` smaller than ``data``.
+            ValueError: If there are fewer than 25 draws, or if ``num_data`` is smaller than ``data``.
+
+        Example:
+            >>> print(posterior.diagnose(train_data, history=result.history))  # doctest: +SKIP
         """
+        check_count(num_draws=num_draws, batch_size=batch_size)
         return diagnose(
             self,
             read_rows(data),
@@ -169,7 +229,19 @@ class Posterior(PosteriorState):
         )
 
     def summary(self, *, num_draws: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """One row a layer: posterior mean and sd of its latents, averaged in quadrature over the rank."""
+        """Make a table of posterior mean and standard deviation per layer, averaged in quadrature over the rank.
+
+        Args:
+            num_draws: Number of draws behind both.
+            seed: Seed of the draws.
+
+        Returns:
+            One row per layer with columns ``rms_mean`` and ``rms_sd``.
+
+        Example:
+            >>> posterior.summary().sort_values("rms_sd")  # doctest: +SKIP
+        """
+        check_count(num_draws=num_draws)
         s = self.sample(num_draws, seed=seed).s
         rows = [
             (part.mean(0).square().mean().sqrt().item(), part.var(0).mean().sqrt().item())
@@ -180,18 +252,28 @@ class Posterior(PosteriorState):
     def to_arviz(
         self, *, num_draws: int = 500, seed: int = 0, prediction: Prediction | NumericPrediction | None = None
     ) -> Any:
-        """Draws as ArviZ data: ``InferenceData`` with arviz 0.x, ``xarray.DataTree`` with arviz 1.x.
+        """Export draws to ArviZ: ``InferenceData`` with arviz 0.x, ``xarray.DataTree`` with arviz 1.x.
 
         Args:
-            num_draws: draws in the group ``posterior``.
-            seed: of the draws.
-            prediction: adds, for its rows and draws, the groups ``posterior_predictive``, and where the answers are
-                known ``log_likelihood`` and ``observed_data``.
+            num_draws: Number of draws in the group ``posterior``.
+            seed: Seed of the draws. Simulated answers use a seed derived from it.
+            prediction: Prediction that adds, for its rows and draws, the group ``posterior_predictive``, and where the
+                answers are known ``log_likelihood`` and ``observed_data``.
+
+        Example:
+            >>> az.summary(posterior.to_arviz(num_draws=500))  # doctest: +SKIP
         """
         return as_arviz(self, num_draws=num_draws, seed=seed, prediction=prediction)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write safetensors and JSON to the directory ``path``; see :mod:`scalabl_pyro.posterior.serialization`."""
+        """Write safetensors and JSON to a directory; see :mod:`scalabl_pyro.posterior.serialization`.
+
+        Args:
+            path: Directory, made if it does not exist.
+
+        Example:
+            >>> posterior.save_pretrained("my-posterior")  # doctest: +SKIP
+        """
         serialization.save(path, self)
 
     @classmethod
@@ -199,11 +281,14 @@ class Posterior(PosteriorState):
         """Read a posterior back for the base model it was learned on.
 
         Args:
-            llm: the base model; it is given the LoRA layers unless it carries the same ones already.
-            path: directory that :meth:`save_pretrained` wrote.
-            overrides: ``task=``, ``prior=`` or ``guide=`` where the saved one is a class of your own.
+            llm: Base model. It gets the LoRA layers, unless it has the same ones already.
+            path: Directory that :meth:`save_pretrained` wrote.
+            overrides: ``task=``, ``prior=`` or ``guide=``, where the saved one is a class of your own.
 
         Raises:
-            ValueError: another base model, missing or surplus tensors, wrong shapes, or a damaged file.
+            ValueError: If the base model is another one, or if tensors are missing, surplus, damaged or of wrong shape.
+
+        Example:
+            >>> posterior = Posterior.from_pretrained(llm, "my-posterior")  # doctest: +SKIP
         """
         return cls(**serialization.load(path, llm, **overrides))

@@ -1,149 +1,117 @@
-"""Parts of a posterior from what was read of its files: each is refused unless it is exactly what it must be."""
+"""Restore prior, task and guide of a saved posterior, and refuse whatever is not exactly what it must be."""
 
 import copy
-import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-from .. import guides, priors, tasks
+from .. import guides, priors
 from ..guides import Guide
 from ..lora.adapter import Adapter
-from ..lora.factors import Factors
 from ..model.bayesian_lora import BayesianLoRA
 from ..prediction.draws import sample
 from ..priors import Prior
-from ..storage import json_reader
-from ..storage.tensor_files import check_keys, check_like
-from ..storage.untrusted_files import check_tree, read_file
-from ..tasks import Task
+from ..storage.tensor_files import below, check_keys, load_strict
+from ..tasks import Task, copy_task, registry
 from .config import CONFIG_FILE, SavedConfig
+from .guide_size import check_guide_size
+from .tokenizer_files import TOKENIZER, read_tokenizer
 
-ADAPTER = "adapter_model.safetensors"
 POSTERIOR = "posterior.safetensors"
-TOKENIZER = "tokenizer"
-#: Tokenizers of large vocabularies have 50 MB.
-MAX_TOKENIZER = 2**29
-TOKENIZER_CONFIG = "tokenizer_config.json"
-#: What transformers adds to it on loading.
-NOTES = ("files_loaded", "is_local", "local_files_only", "name_or_path")
-#: Options such as ``init_scale=1`` that are no sizes.
-SLACK = 16
 
 
-def check_override(name: str, value: object, kind: type) -> None:
-    """An argument of from_pretrained is of its class."""
-    if value is not None and not isinstance(value, kind):
-        raise TypeError(f"{name}={value!r}: expected an instance of scalabl_pyro's {kind.__name__}.")
+class Overrides(NamedTuple):
+    """Parts that the user passes to ``from_pretrained`` instead of the saved ones.
+
+    Attributes:
+        task: A task, or None for the saved one.
+        prior: A prior, or None for the saved one.
+        guide: A guide, a callable ``blora -> guide``, or None for the saved one.
+    """
+
+    task: Task | None = None
+    prior: Prior | None = None
+    guide: Guide | Callable[[BayesianLoRA], Guide] | None = None
+
+    def check(self) -> None:
+        """Raise TypeError unless each part has its class."""
+        _check_class("task", self.task, Task)
+        _check_class("prior", self.prior, Prior)
+        if self.guide is not None and not isinstance(self.guide, Guide) and not callable(self.guide):
+            raise TypeError(
+                f"guide={self.guide!r}: expected a scalabl_pyro.guides.Guide, or a callable blora -> Guide."
+            )
 
 
-def check_adapter_keys(config: SavedConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Exactly A and B of each layer; keys within a head are checked against the head."""
-    of_heads = {k for k in tensors if any(k.startswith(f"heads.{name}.") for name in config.heads)}
-    expected = {f"{layer['name']}.lora_{x}.weight" for layer in config.layers for x in "AB"}
-    check_keys(ADAPTER, set(tensors) - of_heads, expected)
+class Parts(NamedTuple):
+    """Restored parts of a posterior, filled with the saved tensors."""
+
+    task: Task
+    prior: Prior
+    guide: Guide
 
 
-def check_heads(names: list[str], tensors: Mapping[str, Tensor], llm: nn.Module) -> None:
-    """The trained heads fit the modules they replace; checked before any of those is copied."""
-    modules = dict(llm.named_modules())
-    for name in names:
-        if name in modules:
-            prefix = f"heads.{name}."
-            own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            _check_state(f"{ADAPTER}: head {name!r}", own, modules[name].state_dict())
+def posterior_tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the tensors of task, prior and guide, by their names in the file."""
+    return {f"{part}.{k}": v for part, module in parts.items() for k, v in module.state_dict().items()}
 
 
-def saved_factors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Factors:
-    """A and B of each layer, on the devices of the layers."""
-    factors = []
-    for layer, live in zip(adapter.subspace, adapter.factors(), strict=True):
-        pair = [tensors[f"{layer.name}.lora_{x}.weight"] for x in "AB"]
-        for x, saved, own in zip("AB", pair, live, strict=True):
-            check_like(f"{ADAPTER}: lora_{x} of {layer.name!r}", saved, own)
-        factors.append((pair[0].to(live[0].device), pair[1].to(live[1].device)))
-    return tuple(factors)
+def restore_parts(
+    config: SavedConfig, path: Path, adapter: Adapter, tensors: Mapping[str, Tensor], overrides: Overrides
+) -> Parts:
+    """Build prior, task and guide and load their tensors.
 
+    Args:
+        config: Configuration of the saved posterior.
+        path: Its directory.
+        adapter: Adapter that carries the saved layers.
+        tensors: Content of the file ``posterior.safetensors``.
+        overrides: Parts that replace the saved ones.
 
-def saved_heads(adapter: Adapter, names: list[str], tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """Trained heads, frozen."""
-    if set(names) != set(adapter.heads):
-        raise ValueError(f"{CONFIG_FILE}: trained heads are {names}, the module trains {sorted(adapter.heads)}.")
-    heads = {}
-    for name in names:
-        head, prefix = copy.deepcopy(adapter.heads[name]), f"heads.{name}."
-        own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        load_strict(f"{ADAPTER}: head {name!r}", head, own)
-        heads[name] = head.to(next(adapter.heads[name].parameters()).device).requires_grad_(False)
-    return heads
+    Raises:
+        ValueError: A part cannot be built, or its tensors are not the expected ones.
+    """
+    prior = (
+        saved_prior(config, below(tensors, "prior."), adapter)
+        if overrides.prior is None
+        else priors.as_prior(copy.deepcopy(overrides.prior), adapter.subspace)
+    )
+    task = saved_task(config, path) if overrides.task is None else copy_task(overrides.task)
+    guide = saved_guide(config, overrides.guide, prior, adapter, below(tensors, "guide."))
+    parts = Parts(task=task, prior=prior, guide=guide)
+    for name in ("guide", "prior", "task"):
+        load_strict(f"{POSTERIOR}: {name}", getattr(parts, name), below(tensors, name + "."))
+    check_keys(POSTERIOR, {name for name in tensors if name.split(".")[0] not in Parts._fields}, set())
+    return parts
 
 
 def saved_prior(config: SavedConfig, tensors: Mapping[str, Tensor], adapter: Adapter) -> Prior:
-    """A prior of a family of this library."""
+    """Build a prior whose class is one of this library, from its own tensors."""
     if config.prior.get("family") is None:
-        raise ValueError(_needs_help("prior", config.prior))
-    own = {k.removeprefix("prior."): v for k, v in tensors.items() if k.startswith("prior.")}
+        raise ValueError(_pass_it_again("prior", config.prior))
     try:
-        prior = priors.from_saved(config.prior, own, adapter.subspace)
-    except (ValueError, TypeError, RuntimeError) as error:  # of the distribution's own checks
+        prior = priors.from_saved(config.prior, tensors, adapter.subspace)
+    except (ValueError, TypeError, RuntimeError) as error:  # the distribution's own checks
         raise ValueError(f"{POSTERIOR}: prior {config.prior['family']!r}: {error}") from error
     _check_options("prior", config.prior["options"], priors.to_config(prior)["options"])
     return prior
 
 
 def saved_task(config: SavedConfig, path: Path) -> Task:
-    """A task of this library with the saved tokenizer."""
+    """Build a task whose class is one of this library, with the saved tokenizer."""
     name = config.task["class"]
-    if name not in tasks.TASKS:
-        raise ValueError(_needs_help("task", config.task))
+    if name not in registry.TASKS:
+        raise ValueError(_pass_it_again("task", config.task))
     tokenizer = read_tokenizer(path / TOKENIZER)
     try:
-        return tasks.from_options(name, tokenizer, config.task["options"])
-    except Exception as error:  # of the tokenizer at work: the tokenizers library raises bare Exceptions
+        return registry.from_options(name, tokenizer, config.task["options"])
+    except Exception as error:  # a task runs the tokenizer, and the tokenizers library raises bare Exceptions
         raise ValueError(
             f"{path / CONFIG_FILE}: task {name}, with the tokenizer in {path / TOKENIZER}: {error}"
         ) from error
-
-
-def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Save a tokenizer without what it remembers of the files that it was read from."""
-    tokenizer.save_pretrained(folder)
-    file = folder / TOKENIZER_CONFIG
-    if file.is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in config.items() if key not in NOTES and not _names_a_file(key, value)}
-        if kept != config:
-            file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a directory, read by transformers from files inside of it alone.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: its files are damaged, lead out of the directory, or name others.
-    """
-    check_tree(folder, limit=MAX_TOKENIZER)
-    try:
-        if (folder / TOKENIZER_CONFIG).is_file():
-            content = read_file(folder.parent, f"{TOKENIZER}/{TOKENIZER_CONFIG}", limit=MAX_TOKENIZER)
-            config = json_reader.loads(content)
-            if named := [key for key, value in config.items() if _names_a_file(key, value)]:
-                raise ValueError(f"{TOKENIZER_CONFIG} names files of its own choice: {named}")
-        return AutoTokenizer.from_pretrained(folder.resolve(), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ValueError(f"The tokenizer {folder} is damaged ({error}).") from error
-
-
-def _names_a_file(key: str, value: Any) -> bool:
-    """Whether an entry of tokenizer_config.json would become the path of a file that its class opens."""
-    is_file = key in ("vocab", "merges", "init_inputs") or key.endswith(("_file", "_files", "_spm"))
-    return is_file and bool(value) and not isinstance(value, int | float)
 
 
 def saved_guide(
@@ -153,24 +121,29 @@ def saved_guide(
     adapter: Adapter,
     tensors: Mapping[str, Tensor],
 ) -> Guide:
-    """A guide of the saved family on the CPU, its tensors still to be filled."""
+    """Build a guide on the CPU. Its tensors are not loaded yet.
+
+    Args:
+        config: Configuration of the saved posterior.
+        override: Guide, or function that builds one; None for the saved guide.
+        prior: Restored prior.
+        adapter: Adapter that carries the saved layers.
+        tensors: Saved tensors of the guide, which bound its size.
+    """
     blora = BayesianLoRA(adapter, prior=copy.deepcopy(prior))
     if isinstance(override, Guide):
         return override.snapshot()
     if override is not None:
-        built: Any = guides.wrapped(override(blora))
-        check_override("guide", built, Guide)
+        built: Any = guides.wrap_autoguide(override(blora))
+        _check_class("guide", built, Guide)
         return built.cpu()
     family = config.guide.get("family")
     if family is None or not isinstance(family, str):
-        raise ValueError(_needs_help("guide", config.guide))
-    numbers = sum(t.numel() for name, t in tensors.items() if name.startswith("guide."))
-    needed = _numbers_needed(config.guide["options"], adapter.subspace.dim)
-    if needed > numbers + SLACK * adapter.subspace.dim:  # before memory is spent on it
-        raise ValueError(
-            f"{CONFIG_FILE}: the options of the guide, {_short(config.guide['options'])}, ask for a guide of at least "
-            f"{needed} numbers, but {POSTERIOR} holds {numbers}."
-        )
+        raise ValueError(_pass_it_again("guide", config.guide))
+    try:
+        check_guide_size(config.guide["options"], tensors, adapter.subspace.dim)
+    except ValueError as error:
+        raise ValueError(f"{CONFIG_FILE}: {error}") from None
     try:
         guide = guides.from_options(family, config.guide["options"], blora).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -179,66 +152,36 @@ def saved_guide(
     return guide
 
 
-def _check_options(part: str, saved: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """An option that is not known here, of a newer format too, would give other numbers were it ignored."""
-    if unknown := sorted(set(saved) - set(known)):
-        names = ", ".join(map(repr, sorted(known))) or "none"
-        raise ValueError(f"{CONFIG_FILE}: unknown options of the {part}: {unknown[:5]}. Known names: {names}.")
-
-
-def _numbers_needed(options: Any, dim: int) -> int:
-    """At least how many parameters a guide with these options has: a rank, width or depth of k needs k D and more."""
-    if isinstance(options, dict):
-        shapes = options.get("shapes")
-        rest = [v for k, v in options.items() if k != "shapes"]
-        points = [math.prod(n for n in s if isinstance(n, int)) for s in _values(shapes) if isinstance(s, list)]
-        return sum(points) + sum(_numbers_needed(value, dim) for value in rest)
-    if isinstance(options, list):
-        return len(options) * dim + sum(_numbers_needed(value, dim) for value in options)
-    return max(options, 0) * dim if isinstance(options, int) and not isinstance(options, bool) else 0
-
-
-def _values(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else []
-
-
-def _short(value: Any, limit: int = 200) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def _needs_help(part: str, entry: Mapping[str, Any]) -> str:
-    name = entry.get("class")
-    return f"The posterior was learned with the {part} {name!r}: pass from_pretrained(..., {part}={name}(...))."
-
-
-def load_strict(what: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Fill a module with exactly these tensors, in the precision they were saved in."""
-    _check_state(what, tensors, module.state_dict())
-    module.load_state_dict(tensors, assign=True)
-
-
-def _check_state(what: str, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    check_keys(what, set(saved), set(own))
-    first: dict[torch.dtype, tuple[str, torch.dtype]] = {}
-    for name, tensor in saved.items():
-        check_like(f"{what}: {name!r}", tensor, own[name])
-        like, dtype = first.setdefault(own[name].dtype, (name, tensor.dtype))
-        if tensor.dtype != dtype:  # a matrix product of both would fail, perhaps in the draws of one component alone
-            raise ValueError(
-                f"{what}: {name!r} is {tensor.dtype} and {like!r} {dtype}: they are saved in one precision."
-            )
-
-
 def checked_mean(guide: Guide, dim: int) -> Tensor:
-    """(D,) posterior mean of a filled guide, if it and a draw are finite numbers of the right shape."""
+    """Return the (D,) posterior mean of a loaded guide.
+
+    Raises:
+        ValueError: The mean or a draw cannot be computed, has another shape, or is not finite.
+    """
     try:
         mean, draw = sample(guide, 0, seed=0).s[0], sample(guide, 1, seed=0).s[0]
-    except (RuntimeError, ValueError) as error:  # of torch and of the distribution's own checks
-        raise ValueError(f"{POSTERIOR}: the guide cannot be drawn from ({error}).") from None
+    except (RuntimeError, ValueError) as error:  # checks of torch and of the distribution
+        raise ValueError(f"{POSTERIOR}: sampling from the guide fails ({error}).") from None
     for what, value in (("mean", mean), ("draws", draw)):
         if value.shape != (dim,):
             raise ValueError(f"{POSTERIOR}: the guide's {what} have shape {tuple(value.shape)}, expected ({dim},).")
         if not torch.isfinite(value).all():
             raise ValueError(f"{POSTERIOR}: the guide's {what} are not finite.")
     return mean
+
+
+def _check_class(name: str, value: object, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r}: expected an instance of scalabl_pyro's {kind.__name__}.")
+
+
+def _check_options(part: str, saved: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse unknown options, also those of a newer format: without them the numbers would be others."""
+    if unknown := sorted(set(saved) - set(known)):
+        names = ", ".join(map(repr, sorted(known))) or "none"
+        raise ValueError(f"{CONFIG_FILE}: unknown options of the {part}: {unknown[:5]}. Known names: {names}.")
+
+
+def _pass_it_again(part: str, entry: Mapping[str, Any]) -> str:
+    name = entry.get("class")
+    return f"The posterior was learned with the {part} {name!r}: pass from_pretrained(..., {part}={name}(...))."

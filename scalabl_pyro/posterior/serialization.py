@@ -1,77 +1,69 @@
-"""A posterior as a directory of safetensors and JSON; no pickle is written or read.
+"""A posterior as a directory of safetensors and JSON files. Pickle is neither written nor read.
 
-    scalabl_config.json         what was adapted, families of guide, prior and task, fingerprint of the base model
+    scalabl_config.json         adapted layers, classes of guide, prior and task, fingerprint of the base model
     adapter_model.safetensors   A and B of each layer, trained heads
     posterior.safetensors       tensors of guide, prior and task
-    tokenizer/                  the tokenizer of the task
+    tokenizer/                  tokenizer of the task
 
-Reading is strict: every key and shape must be the expected one, the base model must be the one that the posterior was
-learned on, no file may have changed since, and a failed load leaves the model as it was.
+Loading is strict. Every name and shape must be the expected one, the base model must be the one that the posterior was
+learned on, and no file may have changed since it was saved. If loading fails, the model stays as it was.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import guides, priors, tasks
 from .._process.lock import LOCK
 from .._version import __version__
 from ..guides import Guide
 from ..lora.adapter import Adapter
-from ..lora.attach import find_adapter, reattach
-from ..lora.factors import Factors
+from ..lora.attach import find_adapter
 from ..lora.fingerprint import check_fingerprint, describe_layers, fingerprint
+from ..lora.inject import reattach
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
 from ..storage.directories import staged
-from ..storage.tensor_files import check_keys, read_tensors, write_tensors
-from ..storage.untrusted_files import check_file, describe_files
-from ..tasks import Task, copy_task
+from ..storage.manifest import Manifest
+from ..storage.tensor_files import read_tensors, write_tensors
+from ..tasks import Task
+from .adapter_file import ADAPTER, adapter_tensors, check_adapter_keys, check_heads, saved_factors, saved_heads
 from .config import CONFIG_FILE, SavedConfig, read_config
-from .restore import (
-    ADAPTER,
-    POSTERIOR,
-    TOKENIZER,
-    check_adapter_keys,
-    check_heads,
-    check_override,
-    checked_mean,
-    load_strict,
-    saved_factors,
-    saved_guide,
-    saved_heads,
-    saved_prior,
-    saved_task,
-    write_tokenizer,
-)
+from .restore import POSTERIOR, Overrides, checked_mean, posterior_tensors, restore_parts
 from .state import PosteriorState
+from .tokenizer_files import TOKENIZER, write_tokenizer
 
-#: Tensor files may be this large, or as large as the base model in double precision.
+#: Size that is always allowed for a tensor file, in bytes.
 MIN_LIMIT = 2**30
 
 
 def save(path: str | Path, posterior: PosteriorState) -> None:
-    """Write ``posterior`` to the directory ``path``; a posterior that was there is replaced whole, or kept whole.
+    """Write a posterior to a directory.
+
+    A posterior that was saved there before is replaced completely, or kept completely if writing fails.
+
+    Args:
+        path: Directory, created if it does not exist.
+        posterior: Posterior to write.
 
     Raises:
         FileExistsError: ``path`` holds something else.
-        ValueError: a guide or task with options that JSON cannot hold.
+        ValueError: An option of the guide or the task cannot be written as JSON.
     """
     path = Path(path).resolve()
     if path.exists() and not (path / CONFIG_FILE).exists() and (path.is_file() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and holds no posterior: give the path of a new directory.")
+        raise FileExistsError(f"{path} exists and does not hold a posterior: give the path of a new directory.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    parts = {"guide": posterior.guide, "prior": posterior.prior, "task": posterior.task}
     with staged(path) as folder:
-        write_tensors(folder / ADAPTER, _adapter_tensors(posterior))
-        write_tensors(folder / POSTERIOR, _posterior_tensors(posterior.guide, posterior.prior, posterior.task))
+        write_tensors(folder / ADAPTER, adapter_tensors(posterior))
+        write_tensors(folder / POSTERIOR, posterior_tensors(parts))
         if posterior.task.tokenizer is not None:
             write_tokenizer(folder / TOKENIZER, posterior.task.tokenizer)
-        _describe(posterior, describe_files(folder)).write(folder)
+        _config(posterior, Manifest.of_folder(folder)).write(folder)
 
 
 def load(
@@ -82,70 +74,69 @@ def load(
     prior: Prior | None = None,
     guide: Guide | Callable[[BayesianLoRA], Guide] | None = None,
 ) -> dict[str, Any]:
-    """Fields of the posterior saved at ``path``; ``llm`` gets its layers unless it carries the same already."""
-    path = Path(path)
-    check_override("task", task, Task)
-    check_override("prior", prior, Prior)
-    if guide is not None and not isinstance(guide, Guide) and not callable(guide):
-        raise TypeError(f"guide={guide!r}: expected a scalabl_pyro.guides.Guide, or a callable blora -> Guide.")
-    with LOCK, errors_name(path):
-        return _load(path, llm, task, prior, guide)
+    """Load the fields of a saved posterior.
+
+    Args:
+        path: Directory that :func:`save` wrote.
+        llm: Base model. It gets the saved LoRA layers, unless it already carries the same ones.
+        task: Replaces the saved task, for a user's class.
+        prior: Replaces the saved prior, for a user's class.
+        guide: Replaces the saved guide, for a user's class; a guide, or a callable ``blora -> guide``.
+
+    Returns:
+        Fields of :class:`~scalabl_pyro.posterior.state.PosteriorState`, by name.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The base model is another one, or a file is damaged.
+    """
+    path, overrides = Path(path), Overrides(task, prior, guide)
+    overrides.check()
+    with LOCK, path_in_errors(path):
+        return _load(path, llm, overrides)
 
 
-def _load(
-    path: Path,
-    llm: nn.Module,
-    task: Task | None,
-    prior: Prior | None,
-    guide: Guide | Callable[[BayesianLoRA], Guide] | None,
-) -> dict[str, Any]:
+def _load(path: Path, llm: nn.Module, overrides: Overrides) -> dict[str, Any]:
     config = read_config(path)
-    limit = max(MIN_LIMIT, 8 * sum(p.numel() for p in llm.parameters()))
-    adapter_tensors, tensors = (read_tensors(path, name, limit=limit) for name in (ADAPTER, POSTERIOR))
-    check_adapter_keys(config, adapter_tensors)
-    check_heads(config.heads, adapter_tensors, llm)
-
+    of_adapter, of_parts = (read_tensors(path, name, limit=tensor_limit(llm)) for name in (ADAPTER, POSTERIOR))
+    check_adapter_keys(config, of_adapter)
+    check_heads(config.heads, of_adapter, llm)
     carried = find_adapter(llm)
     adapter = carried or reattach(llm, config.layers, gauge=config.gauge, heads=config.heads)
     try:
         if carried is not None:
             _check_carried(carried, config, path)
         check_fingerprint(config.base_model, fingerprint(adapter))
-        factors = saved_factors(adapter, adapter_tensors)
-        heads = saved_heads(adapter, config.heads, adapter_tensors)
-        own_prior = (
-            saved_prior(config, tensors, adapter)
-            if prior is None
-            else priors.as_prior(copy.deepcopy(prior), adapter.subspace)
-        )
-        own_task = saved_task(config, path) if task is None else copy_task(task)
-        own_guide = saved_guide(config, guide, own_prior, adapter, tensors)
-        for part, module in {"guide": own_guide, "prior": own_prior, "task": own_task}.items():
-            state = {k[len(part) + 1 :]: v for k, v in tensors.items() if k.startswith(part + ".")}
-            load_strict(f"{POSTERIOR}: {part}", module, state)
-        check_keys(POSTERIOR, {k for k in tensors if k.split(".")[0] not in ("guide", "prior", "task")}, set())
-        mean = checked_mean(own_guide, adapter.subspace.dim)
-        _check_unchanged(path, config, with_tokenizer=task is None)
+        factors = saved_factors(adapter, of_adapter)
+        heads = saved_heads(adapter, config.heads, of_adapter)
+        parts = restore_parts(config, path, adapter, of_parts, overrides)
+        mean = checked_mean(parts.guide, adapter.subspace.dim)
+        _check_unchanged(path, config, with_tokenizer=overrides.task is None)
     except BaseException:
         if carried is None:
             adapter.unload()
         raise
     if carried is None:
-        _rest_at(adapter, mean, factors, heads)
+        adapter.rest_at(mean, factors=factors, heads=heads)
     return {
         "adapter": adapter,
-        "task": own_task.requires_grad_(False),
-        "prior": own_prior.requires_grad_(False),
-        "guide": own_guide.requires_grad_(False).eval(),
+        "task": parts.task.requires_grad_(False),
+        "prior": parts.prior.requires_grad_(False),
+        "guide": parts.guide.requires_grad_(False).eval(),
         "factors": factors,
         "heads": heads,
         "provenance": config.provenance,
     }
 
 
+def tensor_limit(llm: nn.Module) -> int:
+    """Return the largest allowed size of a tensor file: :data:`MIN_LIMIT`, or the size of ``llm`` in float64."""
+    return max(MIN_LIMIT, 8 * sum(p.numel() for p in llm.parameters()))
+
+
 @contextmanager
-def errors_name(path: Path) -> Iterator[None]:
-    """Every error about a posterior says where it lies."""
+def path_in_errors(path: Path) -> Iterator[None]:
+    """Put ``path`` in front of the message of every ValueError that does not name it."""
     try:
         yield
     except ValueError as error:
@@ -155,18 +146,16 @@ def errors_name(path: Path) -> Iterator[None]:
 
 
 def _check_unchanged(path: Path, config: SavedConfig, *, with_tokenizer: bool) -> None:
-    """Hashes come last: where a check above fails too, it says more."""
-    if missing := {ADAPTER, POSTERIOR} - set(config.files):
-        raise ValueError(f"{path / CONFIG_FILE}: 'files' does not describe {sorted(missing)}.")
-    for name, expected in config.files.items():
+    """Compare the files with the manifest. This comes last: if another check fails too, its message says more."""
+    names = config.files.entries
+    if missing := {ADAPTER, POSTERIOR} - set(names):
+        raise ValueError(f"{path / CONFIG_FILE}: 'files' does not list {sorted(missing)}.")
+    for name in names:
         if with_tokenizer or not name.startswith(TOKENIZER + "/"):
-            check_file(path, name, expected)
+            config.files.check_file(path, name)
 
 
-# what is written ------------------------------------------------------------------------------------------
-
-
-def _describe(posterior: PosteriorState, files: dict[str, dict[str, Any]]) -> SavedConfig:
+def _config(posterior: PosteriorState, files: Manifest) -> SavedConfig:
     return SavedConfig(
         library_version=__version__,
         layers=describe_layers(posterior.adapter),
@@ -181,21 +170,6 @@ def _describe(posterior: PosteriorState, files: dict[str, dict[str, Any]]) -> Sa
     )
 
 
-def _adapter_tensors(posterior: PosteriorState) -> dict[str, Tensor]:
-    tensors = {}
-    for layer, (A, B) in zip(posterior.subspace, posterior.factors, strict=True):
-        tensors[f"{layer.name}.lora_A.weight"] = A
-        tensors[f"{layer.name}.lora_B.weight"] = B
-    for name, head in posterior.heads.items():
-        tensors |= {f"heads.{name}.{k}": v for k, v in head.state_dict().items()}
-    return tensors
-
-
-def _posterior_tensors(guide: Guide, prior: Prior, task: Task) -> dict[str, Tensor]:
-    parts = {"guide": guide, "prior": prior, "task": task}
-    return {f"{part}.{k}": v for part, module in parts.items() for k, v in module.state_dict().items()}
-
-
 def _check_carried(carried: Adapter, config: SavedConfig, path: Path) -> None:
     if describe_layers(carried) != config.layers:
         raise ValueError(
@@ -207,14 +181,3 @@ def _check_carried(carried: Adapter, config: SavedConfig, path: Path) -> None:
             f"The module already carries Bayesian LoRA with gauge={carried.gauge!r}, but {path} was learned with "
             f"gauge={config.gauge!r}: call .unload() first, or load into another copy of the model."
         )
-
-
-@torch.no_grad()
-def _rest_at(adapter: Adapter, mean: Tensor, factors: Factors, heads: Mapping[str, nn.Module]) -> None:
-    """Give a freshly adapted module what was loaded, for calls outside of any draw."""
-    for (A, B), (saved_A, saved_B) in zip(adapter.factors(), factors, strict=True):
-        A.copy_(saved_A)
-        B.copy_(saved_B)
-    for name, head in heads.items():
-        adapter.heads[name].load_state_dict(head.state_dict())
-    adapter.loc = mean

@@ -1,4 +1,4 @@
-"""The state of a posterior: what training learned, its draws, and the densities of those draws."""
+"""State of a posterior: what training learned, its draws, and the densities of those draws."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -8,7 +8,8 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._errors import check_choice
+from .._display import Summarized
+from .._errors import check_choice, check_count
 from .._process.pyro_modes import local_params
 from ..analysis.psis import LogWeights
 from ..data.encoding import encode
@@ -21,28 +22,28 @@ from ..lora.subspace import Subspace
 from ..model.bayesian_lora import BayesianLoRA
 from ..model.log_likelihood import LogLikelihood
 from ..prediction.draws import Draws, log_prior, sample
-from ..prediction.quasi_monte_carlo import DESIGNS, quasi_monte_carlo_draws
+from ..prediction.quasi_monte_carlo import DESIGNS, Design, quasi_monte_carlo_draws
 from ..priors import Prior
 from ..tasks import Task, copy_task
 
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class PosteriorState:
+@dataclass(frozen=True, repr=False)
+class PosteriorState(Summarized):
     """A posterior of s with the point estimates it was learned with.
 
-    Saving, diagnosis and export read a posterior through this class. :class:`~scalabl_pyro.Posterior` adds what users
-    ask of it.
+    Saving, diagnosis and export read a posterior through this class. :class:`~scalabl_pyro.Posterior` adds the methods
+    for users.
 
     Attributes:
-        adapter: the LoRA layers inside the LLM.
-        task: the likelihood, with its learned parameters.
-        prior: the Pyro program that samples the latents.
-        guide: the fitted family, on the CPU.
-        factors: (A, B) of each layer.
-        heads: trained heads by module path.
-        provenance: how it came about (seed, steps, size of the data, versions).
+        adapter: LoRA layers inside the LLM.
+        task: Task with its learned parameters; it defines the likelihood.
+        prior: Pyro program that samples the latents.
+        guide: Fitted family, on the CPU.
+        factors: Factors (A, B) of each layer.
+        heads: Trained heads by module path.
+        provenance: Record of the training (seed, steps, size of the data, versions).
     """
 
     adapter: Adapter
@@ -55,7 +56,17 @@ class PosteriorState:
 
     @classmethod
     def capture(cls, blora: BayesianLoRA, task: Task, guide: Guide, *, provenance: Mapping[str, Any]) -> Self:
-        """Copy the present state of an LLM, a task and a guide."""
+        """Copy the present state of an LLM, a task and a guide.
+
+        Args:
+            blora: Adapted LLM.
+            task: Task that defines the likelihood.
+            guide: Fitted guide.
+            provenance: Record of the training.
+
+        Example:
+            >>> frozen = Posterior.capture(blora, task, guide, provenance={"num_data": 64})  # doctest: +SKIP
+        """
         return cls(
             adapter=blora.adapter,
             task=copy_task(task).requires_grad_(False),
@@ -68,39 +79,48 @@ class PosteriorState:
 
     @property
     def subspace(self) -> Subspace:
-        """Which latent belongs to which layer."""
+        """Map from latents to layers."""
         return self.adapter.subspace
 
     def blora(self) -> BayesianLoRA:
-        """The LLM as a Pyro program again, to train on or to unload."""
+        """Make the LLM a Pyro program again, to train further or to unload."""
         return BayesianLoRA(self.adapter, prior=copy.deepcopy(self.prior).requires_grad_(True))
 
     def mean(self) -> Tensor:
-        """(D,) posterior mean of s."""
+        """Return the posterior mean of s, (D,), on the CPU."""
         with torch.no_grad(), local_params():
             return self.guide.mean()["s"].detach().clone()
 
-    def sample(self, num_draws: int, *, seed: int = 0, design: str = "independent") -> Draws:
-        """Draw from the posterior; 0 draws give its mean as the only one.
+    def sample(self, num_draws: int, *, seed: int = 0, design: Design = "independent") -> Draws:
+        """Draw from the posterior.
 
-        ``design="antithetic"`` or ``"sobol"`` spreads the draws of a normal guide more evenly, see
-        :mod:`scalabl_pyro.prediction.quasi_monte_carlo`.
+        Draws are made one by one on the CPU. Draw i depends on the seed alone, not on the number of draws, nor on the
+        device of the LLM.
 
-        Draws are made one by one on the CPU, so that draw i depends on the seed alone: not on how many are asked
-        for, nor on the device of the LLM.
+        Args:
+            num_draws: Number S of draws; 0 gives the posterior mean as the only draw.
+            seed: Seed of the draws.
+            design: How draws relate to each other: ``"antithetic"`` or ``"sobol"`` spreads the draws of a normal guide
+                more evenly; see :mod:`scalabl_pyro.prediction.quasi_monte_carlo`.
+
+        Returns:
+            S draws of all latent sites, with their log densities.
 
         Raises:
-            ValueError: a negative number of draws.
+            ValueError: If ``num_draws`` is not a whole number from 0 on, or if the design is unknown.
+            TypeError: If the design needs a normal guide and this one is not.
+
+        Example:
+            >>> posterior.sample(3, seed=0).s.shape  # (3, D)  # doctest: +SKIP
         """
-        if num_draws < 0:
-            raise ValueError(f"num_draws={num_draws} must be 0 (the posterior mean) or more.")
+        check_count(num_draws=num_draws, least=0)
         check_choice("design", design, DESIGNS)
         if design == "independent" or num_draws == 0:
             return sample(self.guide, num_draws, seed=seed)
         return self._in_local_mode(lambda: quasi_monte_carlo_draws(self.guide, num_draws, seed=seed, design=design))
 
     def llm(self) -> AdaptedLLM:
-        """The LLM with this posterior's factors and heads, as a function of s."""
+        """Make a function of s from the LLM with the factors and heads of this posterior."""
         device = self.adapter.device
         heads = {name: head.to(device) for name, head in self.heads.items()}
         factors = tuple(
@@ -110,12 +130,21 @@ class PosteriorState:
         return AdaptedLLM(self.adapter, factors=factors, heads=heads)
 
     def log_likelihood(self, data: Any, *, batch_size: int = 16, need_target: bool = True) -> LogLikelihood:
-        """Log p(y | s) of all rows as a differentiable function of s (D,), nats: where inference of your own starts.
+        """Make log p(y | s) of all rows, in nats, a differentiable function of s: the start of your own inference.
 
         Args:
-            data: rows with answers.
-            batch_size: rows a pass.
-            need_target: whether each row must have an answer.
+            data: Rows with answers.
+            batch_size: Number of rows per forward pass.
+            need_target: Whether each row must have an answer.
+
+        Returns:
+            Function of s (D,).
+
+        Raises:
+            ValueError: If ``batch_size`` is not a whole number from 1 on, or if a row has no answer.
+
+        Example:
+            >>> value = posterior.log_likelihood(train_data)(posterior.mean())  # doctest: +SKIP
         """
         examples = encode(read_rows(data), self.task.encode, need_target=need_target)
         return LogLikelihood(self.llm(), self.task, examples, batch_size=batch_size)
@@ -123,23 +152,33 @@ class PosteriorState:
     def log_weights(
         self, data: Any, *, num_draws: int = 200, num_data: int | None = None, seed: int = 0, batch_size: int = 16
     ) -> LogWeights:
-        """Densities of draws under the joint model: what ELBO, k-hat and LOO are made of.
+        """Compute densities of draws under the joint model, from which ELBO, k-hat and LOO follow.
 
         Args:
-            data: the training rows, or a random part of them.
-            num_draws: S.
-            num_data: size of the training set, if ``data`` is a part of it.
-            seed: of the draws.
-            batch_size: rows a pass.
+            data: Training rows, or a random part of them.
+            num_draws: Number S of draws; 0 for the posterior mean.
+            num_data: Size of the training set, if ``data`` is a part of it.
+            seed: Seed of the draws.
+            batch_size: Number of rows per forward pass.
+
+        Returns:
+            Densities of S draws, nats.
 
         Raises:
-            ValueError: ``num_data`` smaller than ``data``, rows without an answer.
+            ValueError: If ``num_data`` is smaller than ``data``, if a row has no answer, or if a number is not a whole
+                number.
+
+        Example:
+            >>> elbo = posterior.log_weights(train_data).elbo()  # nats per data set  # doctest: +SKIP
         """
+        check_count(num_draws=num_draws, least=0)
+        if num_data is not None:
+            check_count(num_data=num_data)
         likelihood = self.log_likelihood(data, batch_size=batch_size, need_target=True)
         if num_data is not None and num_data < likelihood.num_data:
             raise ValueError(
                 f"num_data={num_data}, but data alone has {likelihood.num_data} rows: num_data is the size of the "
-                "training set that data is a part of. Leave it out where data is all of it."
+                "training set that data is a part of. Leave it out where data is the whole training set."
             )
         draws = self.sample(num_draws, seed=seed)
         return LogWeights(
@@ -150,8 +189,19 @@ class PosteriorState:
         )
 
     def describe(self) -> str:
-        """Guide and prior in two words."""
+        """Return the names of guide and prior."""
         return f"{self.guide.options().get('class', type(self.guide).__name__)}, {self.prior}"
+
+    def _summary(self) -> Mapping[str, object]:
+        facts: dict[str, object] = {
+            "guide": self.guide.options().get("class", type(self.guide).__name__),
+            "prior": self.prior,
+            "task": type(self.task).__name__,
+            "latents": self.subspace.dim,
+            "layers": len(self.subspace),
+        }
+        known = {name: self.provenance[name] for name in ("method", "num_data", "seed") if name in self.provenance}
+        return facts | known
 
     def _in_local_mode(self, function: Callable[[], Result]) -> Result:
         """Run a function of guide or prior without touching Pyro's global store."""

@@ -1,13 +1,13 @@
-"""A posterior, and a prediction of it, as the groups that ArviZ reads."""
+"""Export of a posterior, and of a prediction, as the groups that ArviZ reads."""
 
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from .._process.random_state import derive_seed
 from .._version import __version__
 from ..analysis import arviz_data
-from ..guides import EmpiricalGuide
 from ..prediction.result import NumericPrediction, Prediction
 from .state import PosteriorState
 
@@ -15,7 +15,7 @@ from .state import PosteriorState
 def as_arviz(
     posterior: PosteriorState, *, num_draws: int, seed: int, prediction: Prediction | NumericPrediction | None
 ) -> Any:
-    """See :meth:`scalabl_pyro.Posterior.to_arviz`."""
+    """Export draws and a prediction; see :meth:`scalabl_pyro.Posterior.to_arviz`."""
     groups = {"posterior": _posterior_group(posterior, num_draws, seed)}
     if prediction is not None:
         groups["posterior_predictive"] = arviz_data.per_row_group("label", _replicate(prediction, seed))
@@ -38,19 +38,18 @@ def as_arviz(
 
 
 def _posterior_group(posterior: PosteriorState, num_draws: int, seed: int) -> xr.Dataset:
-    chains = posterior.guide.num_chains if isinstance(posterior.guide, EmpiricalGuide) else None
-    if chains is not None and chains > 1:  # MCMC: all draws, chain by chain
-        sites = {
-            n: posterior.guide.points(n).detach().unflatten(0, (chains, -1)).numpy() for n in posterior.guide.sites
-        }
+    chains = posterior.guide.chains()
+    if chains is not None and len(chains["s"]) > 1:  # several MCMC chains: all their draws
+        sites = {name: value.numpy() for name, value in chains.items()}
     else:
         sites = {k: v.unsqueeze(0).numpy() for k, v in posterior.sample(num_draws, seed=seed).sites.items()}
     return arviz_data.posterior_group(sites, posterior.subspace)
 
 
 def _replicate(prediction: Prediction | NumericPrediction, seed: int) -> np.ndarray:
-    """One simulated answer a draw and row, (S, N)."""
+    """One simulated answer per draw and row, (S, N)."""
     if isinstance(prediction, NumericPrediction):
         return prediction.replicates
-    gumbel = np.random.default_rng(seed).gumbel(size=prediction.log_probs.shape)  # Gumbel-max trick
+    rng = np.random.default_rng(derive_seed(seed, "answers"))
+    gumbel = rng.gumbel(size=prediction.log_probs.shape)  # Gumbel-max trick
     return (prediction.log_probs + gumbel).argmax(-1)

@@ -1,1 +1,1 @@
-"""Prediction: posterior draws, and what each draw says of each row."""
+"""Posterior draws, and predictions under them."""

@@ -1,22 +1,18 @@
-"""Priors over the latents s, one file a family: ``prior=`` of :func:`scalabl_pyro.bayesian_lora` is resolved here."""
+"""Priors over the latents s, one family per file, for ``prior=`` of :func:`scalabl_pyro.bayesian_lora`."""
 
-import numbers
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import pyro.distributions as dist
-import torch
-from torch import Tensor
-from torch.distributions import Distribution
-
-from .._errors import check_choice
-from ..lora.subspace import Layer, Subspace
 from .base import Prior
 from .empirical_bayes import EmpiricalBayesPrior
-from .fixed import FixedPrior, from_distribution, from_layers, from_parameters, known_family
+from .fixed import FixedPrior
 from .hierarchical import HierarchicalPrior
 from .horseshoe import HorseshoePrior
 from .rank_mask import RankMaskPrior
+from .resolve import DISTRIBUTIONS as DISTRIBUTIONS
+from .resolve import FAMILIES as FAMILIES
+from .resolve import PriorLike as PriorLike
+from .resolve import PriorName as PriorName
+from .resolve import as_prior
+from .resolve import from_saved as from_saved
+from .resolve import to_config as to_config
 
 __all__ = [
     "EmpiricalBayesPrior",
@@ -27,106 +23,3 @@ __all__ = [
     "RankMaskPrior",
     "as_prior",
 ]
-
-PriorLike = float | str | Distribution | Prior | Callable[[Layer], Distribution]
-
-#: Families with latents or parameters of their own.
-FAMILIES: dict[str, type[Prior]] = {
-    "empirical": EmpiricalBayesPrior,
-    "hierarchical": HierarchicalPrior,
-    "horseshoe": HorseshoePrior,
-    "rank_mask": RankMaskPrior,
-}
-#: Fixed distributions by name. The log-normal keeps s positive, as singular values are; its median is where s starts.
-DISTRIBUTIONS: dict[str, Callable[[], Distribution]] = {
-    "normal": lambda: dist.Normal(0.0, 1.0),
-    "laplace": lambda: dist.Laplace(0.0, 0.5**0.5),  # variance 1
-    "student_t": lambda: dist.StudentT(4.0, 0.0, 0.5**0.5),  # variance 1
-    "lognormal": lambda: dist.LogNormal(-0.55, 0.5),
-}
-
-
-def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
-    """The Pyro program of a prior.
-
-    Args:
-        prior: the scale (standard deviation) of Normal(0, scale); a name: ``"normal"``, ``"laplace"``,
-            ``"student_t"``, ``"lognormal"``, ``"horseshoe"``, ``"hierarchical"``, ``"empirical"``, ``"rank_mask"``; a
-            Pyro distribution with batch shape () or (D,), or event shape (D,); a callable ``layer -> distribution`` of
-            batch shape () or (r,), one family for all layers; or a :class:`Prior`.
-        subspace: the D latents and their layers.
-
-    Raises:
-        TypeError: ``prior`` is none of these.
-        ValueError: an unknown name, a scale that is not positive, or shapes that do not fit the latents.
-    """
-    if isinstance(prior, str):
-        check_choice("prior", prior, [*DISTRIBUTIONS, *FAMILIES])
-        prior = FAMILIES[prior]() if prior in FAMILIES else DISTRIBUTIONS[prior]()
-    if isinstance(prior, Prior):
-        return _set_up(prior, subspace)
-    if isinstance(prior, type):
-        raise TypeError(_not_a_prior(prior))
-    if isinstance(prior, numbers.Real):
-        if not 0 < prior < float("inf"):
-            raise ValueError(f"prior={prior}: a scale (standard deviation) must be positive and finite.")
-        scale = torch.tensor(float(prior), dtype=torch.float64)
-        prior = dist.Normal(torch.zeros_like(scale), scale)
-    if isinstance(prior, Distribution):
-        return _set_up(from_distribution(prior, subspace.dim), subspace)
-    if callable(prior):
-        return _set_up(from_layers(prior, subspace), subspace)
-    raise TypeError(_not_a_prior(prior))
-
-
-def to_config(prior: Prior) -> dict[str, Any]:
-    """What is saved of a prior besides its tensors."""
-    if type(prior) is FixedPrior:
-        family, parameters = prior.family_name, list(prior.parameter_names)
-    else:
-        family = (prior.family or "") if type(prior) is FAMILIES.get(prior.family or "") else ""
-        parameters = []
-    return {
-        "family": family or None,
-        "class": type(prior).__name__,
-        "parameters": parameters,
-        "options": prior.options(),
-    }
-
-
-def from_saved(entry: Mapping[str, Any], tensors: Mapping[str, Tensor], subspace: Subspace) -> Prior:
-    """The prior that :func:`describe` described; tensors of a family of its own are still to be filled.
-
-    Raises:
-        ValueError: an unknown family, options it refuses, or parameters outside of its constraints.
-    """
-    if entry["family"] in FAMILIES:
-        return _set_up(FAMILIES[entry["family"]](**entry["options"]), subspace)
-    names = [str(name) for name in entry["parameters"]]
-    family = known_family(entry["family"], names)
-    if set(names) != set(tensors):
-        raise ValueError(
-            f"missing {sorted(set(names) - set(tensors))}, unexpected {sorted(set(tensors) - set(names))}."
-        )
-    return _set_up(from_parameters(family, {name: tensors[name] for name in names}, subspace.dim), subspace)
-
-
-def _set_up(prior: Prior, subspace: Subspace) -> Prior:
-    if type(prior).setup is Prior.setup:
-        return prior  # knows its latents already
-    known = prior.__dict__.get("subspace")
-    if known is None:
-        prior.__dict__["subspace"] = subspace
-        prior.setup(subspace)
-    elif known != subspace:
-        raise ValueError(
-            f"This {type(prior).__name__} belongs to a model with {known.dim} latents: make a new one for this model."
-        )
-    return prior
-
-
-def _not_a_prior(prior: object) -> str:
-    return (
-        f"prior={prior!r}: expected a scale, a name such as 'horseshoe', a Pyro distribution such as "
-        "dist.Normal(0., 1.), a callable layer -> distribution, or a scalabl_pyro.priors.Prior."
-    )

@@ -1,6 +1,6 @@
-"""A scale that maximizes the ELBO: empirical Bayes."""
+"""Empirical Bayes: scales of the prior that are learned as point estimates by the same ELBO."""
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pyro
 import pyro.distributions as dist
@@ -9,36 +9,43 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from .._errors import check_choice
+from .._errors import check_choice, check_positive
 from ..lora.subspace import Subspace
 from .base import Prior, layer_of_latent
-from .hierarchical import positive
 
 
 class EmpiricalBayesPrior(Prior):
-    """s_i ~ Normal(0, scale), scale learned as a point estimate with everything else (type-II maximum likelihood).
+    """s_i ~ Normal(0, scale), with a learned point estimate of scale (type-II maximum likelihood).
 
-    At the optimum scale^2 is the mean of loc^2 + sd^2 over the latents that share it (MacKay, 1992). The ELBO then
-    bounds the evidence of the learned prior, not of one fixed before seeing the data.
+    At the optimum, scale^2 is the mean of loc^2 + sd^2 over the latents that share it (MacKay, 1992). The ELBO then
+    bounds the evidence of the learned prior, not the evidence of a prior fixed before seeing the data.
 
     Args:
-        per: ``"layer"`` or ``"global"``.
-        scale: where it starts.
+        per: Latents that share a scale: those of a ``"layer"``, or all (``"global"``).
+        scale: Initial scale.
+
+    Raises:
+        ValueError: ``per`` is unknown, or ``scale`` is not positive and finite.
+
+    Example:
+        >>> scalabl_pyro.priors.EmpiricalBayesPrior(per="global", scale=0.5).options()
+        {'per': 'global'}
     """
 
     family = "empirical"
 
-    def __init__(self, per: str = "layer", scale: float = 1.0) -> None:
+    def __init__(self, per: Literal["layer", "global"] = "layer", scale: float = 1.0) -> None:
         super().__init__()
         check_choice("per", per, ("layer", "global"))
+        check_positive(scale=scale)
         self.per = per
-        self.start = positive("scale", scale)
+        self.initial_scale = float(scale)
 
     def setup(self, subspace: Subspace) -> None:
-        """One scale a layer, or one for all."""
+        """Create one scale per layer, or one for all."""
         groups = len(subspace) if self.per == "layer" else 1
         index = layer_of_latent(subspace) if self.per == "layer" else torch.zeros(subspace.dim, dtype=torch.long)
-        self.scale: Tensor | PyroParam = PyroParam(torch.full((groups,), self.start), constraints.positive)
+        self.scale: Tensor | PyroParam = PyroParam(torch.full((groups,), self.initial_scale), constraints.positive)
         self.register_buffer("group", index, persistent=False)
 
     def forward(self) -> Tensor:
@@ -47,5 +54,5 @@ class EmpiricalBayesPrior(Prior):
         return pyro.sample("s", dist.Normal(torch.zeros_like(scale), scale).to_event(1))
 
     def options(self) -> dict[str, Any]:
-        """What shares a scale."""
+        """Return which latents share a scale."""
         return {"per": self.per}

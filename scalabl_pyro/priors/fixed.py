@@ -1,4 +1,4 @@
-"""Fixed priors: a Pyro distribution for all latents, or one a layer."""
+"""Fixed priors: one Pyro distribution for all latents, or one per layer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -14,11 +14,18 @@ from .base import Prior
 
 
 class FixedPrior(Prior):
-    """A distribution without parameters of its own to learn.
+    """A distribution of s whose parameters are constants.
 
     Args:
-        family: a class of ``pyro.distributions``.
-        parameters: its constructor arguments, with batch shape (D,) and no event dimensions, or event shape (D,).
+        family: Class of ``pyro.distributions``.
+        parameters: Its constructor arguments, with batch shape (D,) and no event dimensions, or event shape (D,).
+
+    Example:
+        >>> import torch
+        >>> from pyro import distributions as dist
+        >>> prior = scalabl_pyro.priors.FixedPrior(dist.Normal, {"loc": torch.zeros(3), "scale": torch.ones(3)})
+        >>> prior
+        FixedPrior(Normal(loc, scale))
     """
 
     def __init__(self, family: type[Distribution], parameters: dict[str, Tensor]) -> None:
@@ -26,7 +33,7 @@ class FixedPrior(Prior):
         self.distribution_class = family
         self.parameter_names = tuple(parameters)
         for name, value in parameters.items():
-            # Contiguous, as a file gives it back: a Cholesky factor of torch is not, and sums in another order.
+            # A file gives contiguous tensors back. torch's Cholesky factor is not, and sums in another order.
             self.register_buffer(name, value.contiguous())
 
     @property
@@ -35,7 +42,7 @@ class FixedPrior(Prior):
         return self.distribution_class.__name__
 
     def distribution(self) -> Any:
-        """The prior of s, event shape (D,)."""
+        """Build the distribution of s, with event shape (D,)."""
         base: Any = self.distribution_class(**{name: getattr(self, name) for name in self.parameter_names})
         return base if base.event_shape else base.to_event(1)
 
@@ -44,31 +51,43 @@ class FixedPrior(Prior):
         return pyro.sample("s", self.distribution())
 
     def extra_repr(self) -> str:
-        """Family and parameter names."""
+        """Return family and parameter names."""
         return f"{self.family_name}({', '.join(self.parameter_names)})"
 
 
 def from_distribution(prior: Distribution, dim: int) -> FixedPrior:
-    """A Pyro distribution of batch shape () or (D,), or of event shape (D,), as the prior of s."""
+    """Build the prior of s from a Pyro distribution.
+
+    Args:
+        prior: Distribution with batch shape () or (D,), or with event shape (D,).
+        dim: Number D of latents.
+
+    Raises:
+        ValueError: The shape is another, or the distribution is discrete or cannot be rebuilt from its parameters.
+    """
     family, parameters = _decompose(prior)
     return FixedPrior(family, {name: _spread(prior, value, dim) for name, value in parameters.items()})
 
 
 def known_family(name: object, parameters: Sequence[str]) -> type[Distribution]:
-    """The class of ``pyro.distributions`` called ``name``, if it takes these parameters."""
+    """Return the class ``name`` of ``pyro.distributions``, which must have these parameters.
+
+    Raises:
+        ValueError: There is no such class, or it has other parameters.
+    """
     family = getattr(dist, name, None) if isinstance(name, str) else None
     is_family = isinstance(family, type) and issubclass(family, Distribution)
     allowed = getattr(family, "arg_constraints", None) if is_family else None
     if not isinstance(allowed, dict) or not parameters or not set(parameters) <= set(allowed):
-        raise ValueError(f"{name!r} with parameters {list(parameters)} is no known prior.")
+        raise ValueError(f"{name!r} with parameters {list(parameters)} is not a known prior.")
     return cast(type[Distribution], family)
 
 
 def from_parameters(family: type[Distribution], parameters: dict[str, Tensor], dim: int) -> FixedPrior:
-    """A saved prior back, its parameters checked against the family and the D latents.
+    """Rebuild a saved prior; check its parameters against the family and the D latents.
 
     Raises:
-        ValueError: parameters outside the family's constraints, or of another shape than (D,).
+        ValueError: Parameters violate the family's constraints, or have another shape than (D,).
     """
     build: Any = family
     d = build(**parameters, validate_args=True)
@@ -78,7 +97,16 @@ def from_parameters(family: type[Distribution], parameters: dict[str, Tensor], d
 
 
 def from_layers(prior: Callable[[Layer], Distribution], subspace: Subspace) -> FixedPrior:
-    """One distribution a layer, of one univariate family."""
+    """Build the prior of s from one distribution per layer.
+
+    Args:
+        prior: Function from layer to a distribution with batch shape () or (r,).
+        subspace: The D latents and their layers.
+
+    Raises:
+        TypeError: The function returns something else than a distribution.
+        ValueError: Layers have different families, or a family is multivariate.
+    """
     parts: list[tuple[type, dict[str, Tensor]]] = []
     bases: list[Distribution] = []
     for layer in subspace:
@@ -92,14 +120,14 @@ def from_layers(prior: Callable[[Layer], Distribution], subspace: Subspace) -> F
     if len(families) > 1 or any(d.event_shape for d in bases):
         names = sorted(f.__name__ for f in families)
         raise ValueError(
-            f"A prior by layer must use one univariate family for all layers, got {names}. "
+            f"A prior per layer must use one univariate family for all layers, got {names}. "
             "Write a scalabl_pyro.priors.Prior to mix families."
         )
     return FixedPrior(parts[0][0], {k: torch.cat([p[k] for _, p in parts]) for k in parts[0][1]})
 
 
 def _decompose(d: Distribution) -> tuple[type, dict[str, Tensor]]:
-    """Family and constructor arguments of a distribution, so that both can be moved and saved."""
+    """Return class and constructor arguments of a distribution, which can be moved between devices and saved."""
     d = _base(d)
     if getattr(d.support, "is_discrete", False):
         raise ValueError(f"A {type(d).__name__} is discrete, but s is real.")

@@ -1,4 +1,4 @@
-"""A scale for each layer that is inferred with s."""
+"""Hierarchical prior: one scale per layer, inferred together with s."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from .._errors import check_positive
 from ..lora.subspace import Subspace
 from .base import Prior, layer_of_latent
 
@@ -14,20 +15,32 @@ from .base import Prior, layer_of_latent
 class HierarchicalPrior(Prior):
     """layer_scale_l ~ HalfCauchy(scale), s_i ~ Normal(0, layer_scale_l(i)).
 
-    Layers that the data do not need can shrink as a whole (Gelman, 2006, on half-Cauchy scales).
+    A layer that the data do not need can shrink as a whole.
 
     Args:
-        scale: median of the layers' scales.
+        scale: Median of the layers' scales.
+
+    Raises:
+        ValueError: ``scale`` is not positive and finite.
+
+    Example:
+        >>> prior = scalabl_pyro.priors.as_prior(scalabl_pyro.priors.HierarchicalPrior(0.5), blora.subspace)
+        >>> prior.num_layers == len(blora.subspace)
+        True
+
+    References:
+        Gelman, Prior distributions for variance parameters in hierarchical models, Bayesian Analysis 2006.
     """
 
     family = "hierarchical"
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.tensor(positive("scale", scale)))
+        check_positive(scale=scale)
+        self.register_buffer("scale", torch.tensor(float(scale)))
 
     def setup(self, subspace: Subspace) -> None:
-        """One scale a layer."""
+        """Prepare one scale per layer."""
         self.num_layers = len(subspace)
         self.register_buffer("layer", layer_of_latent(subspace), persistent=False)
 
@@ -37,12 +50,5 @@ class HierarchicalPrior(Prior):
         return pyro.sample("s", dist.Normal(torch.zeros_like(scales[..., :1]), scales[..., self.layer]).to_event(1))
 
     def options(self) -> dict[str, Any]:
-        """The median."""
+        """Return the median."""
         return {"scale": self.scale.item()}
-
-
-def positive(name: str, value: Any) -> float:
-    """``value`` as a positive finite float."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}={value!r} must be a positive finite number.")
-    return float(value)

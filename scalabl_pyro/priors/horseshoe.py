@@ -1,4 +1,4 @@
-"""Few large latents, many near zero: the regularized horseshoe."""
+"""Regularized horseshoe prior: few large latents, many near zero."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from .._errors import check_positive
 from ..lora.subspace import Subspace
 from .base import Prior
-from .hierarchical import positive
 
 
 class HorseshoePrior(Prior):
@@ -19,36 +19,44 @@ class HorseshoePrior(Prior):
         slab_variance ~ InverseGamma(df / 2, df slab^2 / 2)
         s_i ~ Normal(0, global_scale * lambda_i),  lambda_i^2 = c^2 l_i^2 / (c^2 + g^2 l_i^2)
 
-    with g, l_i, c^2 the three latents above. Large latents are shrunk like under a Student-t with ``df`` degrees of
-    freedom and scale ``slab``.
+    where g, l_i and c^2 are the three latents above. Large latents are shrunk as under a Student-t with ``df`` degrees
+    of freedom and scale ``slab``.
 
     Args:
-        global_scale: tau, the scale of what is shrunk; small means sparse.
-        slab: scale of what is not.
-        df: degrees of freedom of the slab.
+        global_scale: Scale tau of the latents that are shrunk to zero; a small one gives few large latents.
+        slab: Scale of the large latents.
+        df: Degrees of freedom of the large latents.
+
+    Raises:
+        ValueError: An argument is not positive and finite.
+
+    Example:
+        >>> scalabl_pyro.priors.as_prior(scalabl_pyro.priors.HorseshoePrior(global_scale=0.01), blora.subspace)
+        HorseshoePrior()
     """
 
     family = "horseshoe"
 
     def __init__(self, global_scale: float = 0.1, slab: float = 1.0, df: float = 4.0) -> None:
         super().__init__()
+        check_positive(global_scale=global_scale, slab=slab, df=df)
         for name, value in {"global_scale": global_scale, "slab": slab, "df": df}.items():
-            self.register_buffer(name, torch.tensor(positive(name, value)))
+            self.register_buffer(name, torch.tensor(float(value)))
 
     def setup(self, subspace: Subspace) -> None:
-        """One local scale a latent."""
+        """Prepare one local scale per latent."""
         self.dim = subspace.dim
 
     def forward(self) -> Tensor:
         """Sample the scales and s, (..., D)."""
         half = self.df / 2
         slab_variance = pyro.sample("slab_variance", dist.InverseGamma(half, half * self.slab**2)).unsqueeze(-1)
-        overall = pyro.sample("global_scale", dist.HalfCauchy(self.global_scale)).unsqueeze(-1)
+        global_scale = pyro.sample("global_scale", dist.HalfCauchy(self.global_scale)).unsqueeze(-1)
         local = pyro.sample("local_scale", dist.HalfCauchy(torch.ones_like(self.slab).expand(self.dim)).to_event(1))
-        wide = (overall * local).square()
-        scale = (slab_variance * wide / (slab_variance + wide)).sqrt()
+        variance = (global_scale * local).square()
+        scale = (slab_variance * variance / (slab_variance + variance)).sqrt()
         return pyro.sample("s", dist.Normal(torch.zeros_like(scale), scale).to_event(1))
 
     def options(self) -> dict[str, Any]:
-        """The three hyperparameters."""
+        """Return the three hyperparameters."""
         return {name: getattr(self, name).item() for name in ("global_scale", "slab", "df")}

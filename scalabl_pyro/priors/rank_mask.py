@@ -1,4 +1,4 @@
-"""Which rank directions a layer needs: Bernoulli masks."""
+"""Bernoulli masks: which rank directions a layer keeps."""
 
 from typing import Any
 
@@ -12,13 +12,20 @@ from .base import Prior
 
 
 class RankMaskPrior(Prior):
-    """s_i ~ Bernoulli(probability): each rank direction is in or out, and B carries its size.
+    """s_i ~ Bernoulli(probability): each rank direction is kept or not, and B learns its size.
 
-    The guide's KL is in closed form and its gradient goes straight through the draws
-    (:class:`~scalabl_pyro.guides.RankMaskGuide`). The model is that of DALorRA (arXiv 2607.02182).
+    Its guide is :class:`~scalabl_pyro.guides.RankMaskGuide`, whose KL is in closed form. The model is that of DALorRA
+    (arXiv 2607.02182).
 
     Args:
-        probability: of a direction being in.
+        probability: Prior probability that a direction is kept, between 0 and 1.
+
+    Raises:
+        ValueError: ``probability`` is not strictly between 0 and 1.
+
+    Example:
+        >>> scalabl_pyro.priors.as_prior(scalabl_pyro.priors.RankMaskPrior(0.5), blora.subspace)
+        RankMaskPrior()
     """
 
     family = "rank_mask"
@@ -30,7 +37,7 @@ class RankMaskPrior(Prior):
         self.register_buffer("probability", torch.tensor(float(probability)))
 
     def setup(self, subspace: Subspace) -> None:
-        """One mask a latent."""
+        """Prepare one mask per latent."""
         self.dim = subspace.dim
 
     def forward(self) -> Tensor:
@@ -38,5 +45,5 @@ class RankMaskPrior(Prior):
         return pyro.sample("s", dist.Bernoulli(self.probability.expand(self.dim)).to_event(1))
 
     def options(self) -> dict[str, Any]:
-        """The probability."""
+        """Return the probability."""
         return {"probability": self.probability.item()}

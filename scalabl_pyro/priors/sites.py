@@ -1,4 +1,4 @@
-"""The latent sites of a prior: their distributions and medians, and whether a continuous guide can cover them."""
+"""The latent sites of a prior: their distributions and medians, and a check that they are continuous."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,18 @@ from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from .base import Prior
 
+#: Number of draws behind the median of a site. It is odd, so that the median is a draw, within the support.
+MEDIAN_DRAWS = 101
+
 
 def prior_sites(prior: Prior) -> dict[str, dict[str, Any]]:
-    """Latent sites of a prior in its order, each with its distribution ``fn`` and the ``median`` of 101 draws."""
+    """Return the latent sites of a prior, in the order in which it samples them.
+
+    Returns:
+        Sites by name, each with its distribution ``fn`` and its ``median``, which is estimated from 101 draws.
+    """
     with torch.no_grad(), scoped_seed(0), local_params():
-        traces = [poutine.trace(prior).get_trace() for _ in range(101)]
+        traces = [poutine.trace(prior).get_trace() for _ in range(MEDIAN_DRAWS)]
     sites: dict[str, dict[str, Any]] = {}
     for name in traces[0].stochastic_nodes:
         nodes: list[Any] = [trace.nodes[name] for trace in traces]
@@ -24,15 +31,15 @@ def prior_sites(prior: Prior) -> dict[str, dict[str, Any]]:
 
 
 def check_continuous(what: str, sites: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse discrete latents, which only a guide of their own can cover.
+    """Raise ValueError if a latent site is discrete, which only a guide made for it can cover.
 
     Args:
-        what: the family that cannot, as the message calls it.
-        sites: of the prior, by name, see :func:`prior_sites`.
+        what: Name of the guide in the message.
+        sites: Sites of the prior by name, see :func:`prior_sites`.
 
     Raises:
-        ValueError: one of them is discrete.
+        ValueError: A site is discrete.
     """
     for name in (name for name, site in sites.items() if site["fn"].support.is_discrete):
-        way_out = "masks need guide='rank_mask'" if name == "s" else f"write a guide for {name!r}, which is discrete"
-        raise ValueError(f"{what} needs latents on the real line; {way_out}.")
+        advice = "masks need guide='rank_mask'" if name == "s" else f"write a guide for {name!r}, which is discrete"
+        raise ValueError(f"{what} needs latents on the real line; {advice}.")

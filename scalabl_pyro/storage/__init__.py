@@ -1,1 +1,1 @@
-"""Files: directories written whole, and untrusted files read within limits."""
+"""Files: folders that are written completely or not at all, and untrusted files that are read within limits."""

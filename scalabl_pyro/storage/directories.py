@@ -1,7 +1,7 @@
-"""Folders that are whole or absent.
+"""Folders that are written completely or not at all.
 
-What is written lies beside its place until all of it is on the disk, and is then renamed: a reader, or a machine that
-lost power, finds the old folder or the new one.
+A new folder is written under a temporary name. When all its files are on the disk, it is renamed. A reader therefore
+finds the old folder or the complete new one, even after a power failure.
 """
 
 import ctypes
@@ -15,10 +15,18 @@ from pathlib import Path
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A new folder beside ``path``, which takes its place when the context ends well, and is gone otherwise.
+    """Yield a new folder that replaces ``path`` when the context ends, and is deleted if the context raises an error.
 
-    Where the system can exchange two folders (Linux), one that was there is replaced in one step; elsewhere by two
-    renames, the first of which is undone should the second fail.
+    On Linux, an existing folder is replaced in one step. On other systems it is replaced by two renames; if the second
+    one fails, the first one is undone.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "saved"
+        >>> with staged(path) as folder:
+        ...     write_file(folder / "a.txt", b"hello")
+        >>> (path / "a.txt").read_text()
+        'hello'
     """
     staging = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     os.mkdir(staging)
@@ -32,7 +40,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def sync(folder: Path) -> None:
-    """Bring all files of a folder to the disk, and then what names them."""
+    """Write all files of a folder to the disk, then the directories that name them."""
     for file in folder.rglob("*"):
         if file.is_file():
             handle = os.open(file, os.O_RDONLY)
@@ -45,7 +53,11 @@ def sync(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a new file, and return when it is on the disk."""
+    """Write a new file, and return when its content is on the disk.
+
+    Raises:
+        FileExistsError: ``path`` exists.
+    """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         left = memoryview(data)
@@ -60,7 +72,7 @@ def _move_into_place(staging: Path, path: Path) -> None:
     if not path.exists():
         os.replace(staging, path)
     elif exchange(staging, path):
-        _remove(staging)  # the old one, under the name of the new
+        _remove(staging)  # after the exchange, this name belongs to the old folder
     else:
         old = staging.with_name(staging.name + "-old")
         os.replace(path, old)
@@ -74,23 +86,27 @@ def _move_into_place(staging: Path, path: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Let two paths of one file system change places in one step; False where the system has no such step."""
+    """Exchange two paths of one file system in one step.
+
+    Returns:
+        Whether they were exchanged. False where the system cannot do it.
+    """
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):  # not Linux, or an old C library
         return False
-    here, exchange_flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(here, os.fsencode(a), here, os.fsencode(b), ctypes.c_uint(exchange_flag)) == 0
+    at_fdcwd, rename_exchange = -100, 2  # constants of the Linux headers
+    return rename(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), ctypes.c_uint(rename_exchange)) == 0
 
 
 def _remove(folder: Path) -> None:
-    for _ in range(2):  # a passing error is no reason to leave litter
+    for _ in range(2):  # a second try, in case the first met a temporary error
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_names(folder: Path) -> None:
-    """As far as the file system can; some cannot do it for folders, and Windows cannot open them."""
-    with suppress(OSError):
+    """Write the names in a directory to the disk, where the system can."""
+    with suppress(OSError):  # some file systems cannot sync a directory, and Windows cannot open one
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -1,4 +1,4 @@
-"""JSON as every reader understands it: each key once, no number of endless digits, no endless nesting."""
+"""JSON from untrusted files: each key stands once, and the digits of integers and the depth of nesting are limited."""
 
 import json
 from typing import Any
@@ -8,10 +8,18 @@ MAX_DEPTH = 32
 
 
 def loads(content: bytes | str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
+
+    Args:
+        content: The text, or its UTF-8 bytes.
 
     Raises:
-        ValueError: not UTF-8, not JSON, or beyond what is said above.
+        ValueError: The content is not UTF-8 or not JSON, repeats a key, or exceeds :data:`MAX_DIGITS` or
+            :data:`MAX_DEPTH`.
+
+    Example:
+        >>> loads('{"step": 3}')
+        {'step': 3}
     """
     text = content if isinstance(content, str) else content.decode("utf-8")
     try:
@@ -25,7 +33,7 @@ def loads(content: bytes | str) -> Any:
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:  # two readers could see different things
+        if key in found:  # two programs could read different values
             raise ValueError(f"the key {key!r} stands twice")
         found[key] = value
     return found
@@ -33,7 +41,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
+        raise ValueError(f"an integer has {len(digits)} digits, more than {MAX_DIGITS}")
     return int(digits)
 
 

@@ -1,4 +1,4 @@
-"""What all tasks share: a row becomes tokens, and the LLM's output a distribution over the answer."""
+"""Base class of tasks: a task turns a row into tokens, and the LLM's output into a distribution over the answer."""
 
 import copy
 import math
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .._errors import nearest
+from .._process.lock import LOCK
 from .._process.pyro_modes import Program
 from ..data.batch import Batch, Example
 from ..data.rows import Row
@@ -20,17 +21,40 @@ from ..lora.forward import LatentLLM
 class Task(Program):
     """Likelihood p(y | outputs of the LLM), and the prompt that asks for y.
 
-    Parameters and PyroParams of a task are learned with everything else and saved with the posterior.
+    A subclass defines :meth:`encode` and :meth:`likelihood`. Parameters and PyroParams of a task are learned together
+    with the posterior and saved with it.
 
     Args:
-        tokenizer: a Hugging Face tokenizer with a pad token; None for a module that is fed no text.
-        max_length: longest prompt in tokens; longer ones lose the end of their text, which is logged.
+        tokenizer: A Hugging Face tokenizer with a pad token. None for a module whose input is not text.
+        max_length: Longest prompt in tokens. A longer prompt loses the end of its text, and a warning is logged.
+
+    Raises:
+        TypeError: ``tokenizer`` is not a Hugging Face tokenizer.
+        ValueError: The tokenizer has no pad token, or ``max_length`` is not a positive whole number.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from scalabl_pyro import Task
+        >>> from scalabl_pyro.data import Example
+        >>> class Counts(Task):  # for a classification model with one output
+        ...     def encode(self, row):
+        ...         return Example({"input_ids": self.tokenizer(row["text"]).input_ids}, row.get("count"))
+        ...
+        ...     def likelihood(self, outputs, batch):
+        ...         return dist.Poisson(outputs[..., 0].exp())
+        >>> task = Counts(tokenizer, max_length=8)  # any Hugging Face tokenizer
+        >>> task
+        Counts(max_length=8)
+        >>> task.encode({"text": "the sky is blue", "count": 4}).target
+        4
     """
 
-    #: Constructor arguments besides the tokenizer, saved with a posterior and given back on loading.
+    #: Names of the constructor arguments besides the tokenizer. They are saved with a posterior, passed to the
+    #: constructor on loading, and shown by ``repr``.
     options: tuple[str, ...] = ("max_length",)
+    #: Whether the task works without a tokenizer.
     without_tokenizer = True
-    #: Names of the classes; None for a likelihood over numbers.
+    #: Names of the classes. None for a likelihood over numbers.
     classes: Sequence[str] | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, *, max_length: int | None = None) -> None:
@@ -45,47 +69,95 @@ class Task(Program):
                 "tokenizer.pad_token = tokenizer.eos_token."
             )
         if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-            raise ValueError(f"max_length={max_length!r} must be a positive number of tokens, or None.")
+            raise ValueError(f"max_length={max_length!r} must be a positive whole number of tokens, or None.")
         self.tokenizer: Any = tokenizer
         self.max_length = max_length
 
     @property
     def pad_token_id(self) -> int:
-        """Fills the right end of shorter rows."""
+        """Token that fills shorter rows at their right end."""
         return 0 if self.tokenizer is None else self.tokenizer.pad_token_id
 
     def encode(self, row: Row) -> Example:
-        """Tokenize one row."""
+        """Tokenize one row.
+
+        Args:
+            row: Fields of the row, by name.
+
+        Returns:
+            Tokens and answer; the answer is None if the row has none.
+
+        Raises:
+            ValueError: A field is missing or has a wrong value.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define encode(row) -> Example.")
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
-        """What the likelihood needs of the LLM for each row, (..., B, K); by default its logits, float32."""
+        """Run the LLM, and return what the likelihood needs of its output. By default, these are the logits.
+
+        Args:
+            llm: The LLM, which takes the latents as its argument ``s``.
+            batch: B rows.
+            s: Latents, shape (..., 1, D), or (..., B, D) where each row has a draw of its own.
+
+        Returns:
+            K numbers per row, shape (..., B, K), float32 or float64.
+        """
         return at_least_float32(llm(**batch.inputs, s=s).logits)
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.TorchDistribution:
-        """Distribution of y given ``outputs`` (..., B, K): batch shape (..., B)."""
+        """Build the distribution of y.
+
+        Args:
+            outputs: What :meth:`outputs` returned, shape (..., B, K).
+            batch: The B rows.
+
+        Returns:
+            Distribution with batch shape (..., B).
+        """
         raise NotImplementedError(f"{type(self).__name__} must define likelihood(outputs, batch) -> distribution.")
 
+    def distribution(self, outputs: Tensor, batch: Batch) -> dist.TorchDistribution:
+        """Build the :meth:`likelihood` while no other thread runs a Pyro program.
+
+        A task is a Pyro program, and Pyro's settings belong to the process. Only the construction takes the lock: use
+        the distribution (``log_prob``, ``sample``) without it.
+
+        Args:
+            outputs: What :meth:`outputs` returned, shape (..., B, K).
+            batch: The B rows.
+
+        Returns:
+            Distribution with batch shape (..., B).
+        """
+        with LOCK:
+            return self.likelihood(outputs, batch)
+
     def forward(self, outputs: Tensor, batch: Batch) -> dist.TorchDistribution:
-        """:meth:`likelihood` as a Pyro program, in which the task's PyroParams are param sites."""
+        """Run :meth:`likelihood` as a Pyro program, in which the task's PyroParams are param sites."""
         return self.likelihood(outputs, batch)
+
+    def __repr__(self) -> str:
+        values = {name: getattr(self, name, None) for name in self.options}
+        shown = [f"{name}={_short(value)}" for name, value in values.items() if value is not None]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def copy_task(task: Task) -> Task:
-    """A copy of a task and its parameters that shares the tokenizer."""
+    """Copy a task and its parameters; the copy shares the tokenizer."""
     return copy.deepcopy(task, {id(task.tokenizer): task.tokenizer})
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Log-probabilities are computed in float32 over a half-precision model."""
+    """Convert half-precision outputs to float32, in which log-probabilities are computed."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def field_of(row: Row, name: str) -> Any:
-    """A field that a row must have.
+    """Return a field that a row must have.
 
     Raises:
-        ValueError: it has none of that name, or nothing in it.
+        ValueError: The field does not exist, or its value is missing.
     """
     if name not in row:
         raise ValueError(f"there is no field {name!r}. {nearest(name, map(str, row))}")
@@ -95,5 +167,15 @@ def field_of(row: Row, name: str) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """None, or the NaN that stands for it in tables."""
+    """Whether a value is None, or the NaN that stands for None in tables."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _short(value: Any, limit: int = 40) -> str:
+    """Return the repr of an option, shortened to the first and last item of a long sequence."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return f"{value.item():.4g}"
+    text = repr(value)
+    if isinstance(value, list | tuple) and len(text) > limit:
+        text = f"({value[0]!r}, ..., {value[-1]!r})"
+    return text if len(text) <= limit else f"{text[: limit - 4]}...{text[-1]}"

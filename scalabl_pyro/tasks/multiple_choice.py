@@ -1,4 +1,4 @@
-"""Questions with a few answers, of which the LLM gives the first token."""
+"""Multiple-choice questions, which the LLM answers with the label of a choice."""
 
 import numbers
 import re
@@ -18,20 +18,27 @@ from .base import Task, at_least_float32, field_of, is_missing
 
 
 class MultipleChoice(Task):
-    """Answer a question by one token: the label (A, B, C, ...) of a choice.
+    """Task for multiple-choice questions. The LLM answers with one token, the label (A, B, C, ...) of a choice.
 
-    Rows are ``{"question": str, "choices": [str, ...], "answer": int}``; the answer may also be a label, and may
-    be missing for prediction. The likelihood is categorical over the labels' logits at the last prompt token.
+    Rows are ``{"question": str, "choices": [str, ...], "answer": int}``. The answer may also be a label, and may be
+    missing in prediction. The likelihood is categorical; its logits are those of the labels at the last prompt token.
 
     Args:
-        tokenizer: a Hugging Face tokenizer with a pad token.
-        labels: one label a choice, each a single token; default A to Z.
-        template: the prompt, with ``{question}`` and, if wanted, ``{choices}``.
-        chat: wrap the prompt with the tokenizer's chat template; default: if it has one.
-        max_length: longest prompt in tokens; longer questions are cut at their end.
+        tokenizer: A Hugging Face tokenizer with a pad token.
+        labels: One label per choice. Each label must be a single token.
+        template: The prompt, with ``{question}`` and, optionally, ``{choices}``.
+        chat: Whether to apply the tokenizer's chat template to the prompt. By default, it is applied if it exists.
+        max_length: Longest prompt in tokens. A longer question loses its end.
 
     Raises:
-        ValueError: a label is not one token, or the template lacks ``{question}``.
+        TypeError: ``tokenizer`` is not a Hugging Face tokenizer.
+        ValueError: A label is not one token, or the template does not contain ``{question}``.
+
+    Example:
+        >>> from scalabl_pyro import MultipleChoice
+        >>> task = MultipleChoice(tokenizer, labels=["A", "B"], chat=False)  # any Hugging Face tokenizer
+        >>> task.prompt({"question": "What color is the sky?", "choices": ["red", "blue"]}).splitlines()
+        ['What color is the sky?', 'A. red', 'B. blue', 'Answer:']
     """
 
     options = ("labels", "template", "chat", "max_length")
@@ -62,19 +69,19 @@ class MultipleChoice(Task):
 
     @property
     def classes(self) -> Sequence[str]:  # type: ignore[override]
-        """The labels."""
+        """Names of the classes: the labels."""
         return self.labels
 
     def encode(self, row: Row) -> Example:
-        """Prompt tokens, the index of the answer, and the number of choices."""
+        """Tokenize the prompt, and find the index of the answer and the number of choices."""
         choices = field_of(row, "choices")
         if isinstance(choices, str | Mapping) or not isinstance(choices, Iterable):
             raise ValueError(f"choices must be a list of texts, got a {type(choices).__name__}.")
         choices = list(choices)
         if any(is_missing(choice) for choice in choices):
-            raise ValueError(f"choices={choices} has a missing one (None).")
+            raise ValueError(f"choices={choices} contains a missing choice (None).")
         if not 2 <= len(choices) <= len(self.labels):
-            raise ValueError(f"{len(choices)} choices; this task has labels for 2 to {len(self.labels)}.")
+            raise ValueError(f"{len(choices)} choices; this task has labels for 2 to {len(self.labels)} choices.")
         prompt = self.prompt(row)
         ids = self._tokens(prompt)
         is_cut = self.max_length is not None and len(ids) > self.max_length
@@ -84,7 +91,7 @@ class MultipleChoice(Task):
         return Example({"input_ids": ids}, answer, {"num_choices": len(choices)}, is_cut=is_cut)
 
     def prompt(self, row: Row) -> str:
-        """The text that the LLM is asked to continue with a label."""
+        """Return the text that the LLM continues with a label."""
         lines = "\n".join(f"{label}. {choice}" for label, choice in zip(self.labels, row["choices"], strict=False))
         fill = {"{choices}": lines, "{question}": str(field_of(row, "question"))}
         text = re.sub(r"\{(choices|question)\}", lambda match: fill[match[0]], self.template)
@@ -94,21 +101,21 @@ class MultipleChoice(Task):
         return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
-        """Logits of all labels at the last prompt token, (..., B, labels)."""
-        # Padding stands right of the last token, where a causal LM does not look; without a mask, attention takes its
-        # fastest kernel, and nothing on the host waits to read the mask.
+        """Return the logits of all labels at the last prompt token, shape (..., B, labels)."""
+        # Padding stands right of the last token, so a causal LM does not see it. Without a mask, attention uses its
+        # fastest kernel, and the host does not wait to read the mask.
         inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
         logits = llm(**inputs, s=s, positions=batch.last).logits
         if logits.dim() < 3 or logits.shape[-1] <= self._largest_id:
             raise ValueError(
-                f"The model gives {logits.shape[-1]} logits, fewer than the labels need: load a causal LM "
-                "(AutoModelForCausalLM) with its own tokenizer."
+                f"The model returns {logits.shape[-1]} logits, but the labels need {self._largest_id + 1} per token: "
+                "load a causal LM (AutoModelForCausalLM) with its own tokenizer."
             )
         logits = logits[..., 0, :]
         return at_least_float32(logits[..., self.label_ids.to(logits.device)])
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Categorical:
-        """Categorical over the choices that a row has."""
+        """Build the categorical distribution over the choices of each row."""
         label = torch.arange(outputs.shape[-1], device=outputs.device)
         missing = label >= batch.extras["num_choices"].unsqueeze(-1)
         return dist.Categorical(logits=outputs.masked_fill(missing, -torch.inf))
@@ -117,13 +124,13 @@ class MultipleChoice(Task):
         return self.tokenizer(text, add_special_tokens=not self.chat).input_ids
 
     def _label_ids(self) -> list[int]:
-        """The token that each label becomes behind a prompt (a chat starts a line, plain text a word)."""
+        """Return the token of each label after a prompt: at the start of a line in a chat, else after a space."""
         prompt = self.prompt({"question": "?", "choices": []})
         head = self._tokens(prompt)
         if not self.chat and self.tokenizer.eos_token_id is not None and head[-1:] == [self.tokenizer.eos_token_id]:
             raise ValueError(
-                "The tokenizer appends an end-of-text token to prompts, so the LLM would be asked what comes after the "
-                "end: set tokenizer.add_eos_token = False."
+                "The tokenizer appends an end-of-text token to prompts, so the LLM would predict what follows the end "
+                "of a text: set tokenizer.add_eos_token = False."
             )
         ids = []
         for label in self.labels:
@@ -131,8 +138,8 @@ class MultipleChoice(Task):
             if tokens[: len(head)] != head or len(tokens) != len(head) + 1:
                 pieces = self.tokenizer.convert_ids_to_tokens(tokens[len(head) :])
                 raise ValueError(
-                    f"The label {label!r} is not one token behind this prompt (it becomes {pieces}): choose labels "
-                    "that are, such as A, B, C, or short words."
+                    f"The label {label!r} is not one token after this prompt (it becomes {pieces}): choose labels "
+                    "of one token, such as A, B, C, or short words."
                 )
             if tokens[-1] == self.tokenizer.unk_token_id:
                 raise ValueError(f"The tokenizer does not know the label {label!r}: choose another.")
@@ -153,7 +160,7 @@ class MultipleChoice(Task):
         return int(index)
 
     def _shorten(self, row: Row) -> list[int]:
-        """Cut the end of the question, never the choices or the cue for the answer."""
+        """Cut the end of the question, but never the choices or the end of the prompt."""
         assert self.max_length is not None
         question = self.tokenizer(str(row["question"]), add_special_tokens=False).input_ids
         ids = self._tokens(self.prompt(row))
@@ -161,5 +168,7 @@ class MultipleChoice(Task):
             question = question[: self.max_length - len(ids)]
             ids = self._tokens(self.prompt({**row, "question": self.tokenizer.decode(question)}))
         if not question:
-            raise ValueError(f"max_length={self.max_length} leaves no room for the question beside the choices.")
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room for the question next to the choices: increase it."
+            )
         return ids

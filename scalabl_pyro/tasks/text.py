@@ -1,4 +1,4 @@
-"""Texts and pairs of texts under a head of the model: classes and numbers."""
+"""Tasks for classification models: a class or a number for a text, or for a pair of texts."""
 
 import numbers
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .base import Task, field_of
 
 
 class _TextTask(Task):
-    """Shared by the tasks whose answer comes from a classification head over a text or a pair of texts."""
+    """Task whose answer comes from the classification head of the model, for a text or a pair of texts."""
 
     options: tuple[str, ...] = ("text", "text_pair", "target", "max_length")
     without_tokenizer = False
@@ -36,11 +36,11 @@ class _TextTask(Task):
         super().__init__(tokenizer, max_length=max_length)
         for name, value in {"text": text, "text_pair": text_pair or "", "target": target}.items():
             if not isinstance(value, str):
-                raise ValueError(f"{name}={value!r} must be the name of a field of the rows.")
+                raise ValueError(f"{name}={value!r} must be a string, the name of a field of the rows.")
         self.text, self.text_pair, self.target = text, text_pair, target
 
     def encode(self, row: Row) -> Example:
-        """Tokens of the text (pair), cut at ``max_length``."""
+        """Tokenize the text or the pair of texts, cut at ``max_length`` tokens."""
         texts = [str(field_of(row, name)) for name in (self.text, self.text_pair) if name is not None]
         encoded = self.tokenizer(*texts, truncation=self.max_length is not None, max_length=self.max_length)
         inputs = {k: list(v) for k, v in encoded.items() if k != "attention_mask"}
@@ -49,34 +49,44 @@ class _TextTask(Task):
         return Example(inputs, None if value is None else self.parse_target(value), is_cut=is_cut)
 
     def parse_target(self, value: Any) -> float | int:
+        """Convert the answer in a row to a class index or a number."""
         raise NotImplementedError
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
-        """Logits of the classification head, (..., B, K)."""
+        """Return the logits of the classification head, shape (..., B, K)."""
         config: Any = getattr(llm.llm, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         pads = getattr(config, "pad_token_id", self.pad_token_id)
         if pads != self.pad_token_id:
             raise ValueError(
-                f"The model pads with token {pads}, the tokenizer with {self.pad_token_id}, so the "
-                "last real token would be missed: set model.config.pad_token_id = tokenizer.pad_token_id."
+                f"The model pads with token {pads}, the tokenizer with {self.pad_token_id}, so the model would not "
+                "find the last real token: set model.config.pad_token_id = tokenizer.pad_token_id."
             )
         return super().outputs(llm, batch, s)
 
 
 class SequenceClassification(_TextTask):
-    """Classes of a text, for ``AutoModelForSequenceClassification``.
+    """Task that assigns a class to a text, for ``AutoModelForSequenceClassification``.
 
-    Rows are ``{"text": str, "label": int}`` (other field names by option). A head that the checkpoint lacks is
-    trained in full and saved with the posterior.
+    Rows are ``{"text": str, "label": int}``; the names of the fields are options. If the checkpoint of the model has no
+    classification head, the head is trained in full and saved with the posterior.
 
     Args:
-        tokenizer: a Hugging Face tokenizer with a pad token.
-        classes: names of the classes, in the order of the head's outputs; a row's label may be a name.
-        text: field of the text.
-        text_pair: field of a second text, for pairs.
-        target: field of the label.
-        max_length: longest text in tokens; longer ones are cut at their end.
+        tokenizer: A Hugging Face tokenizer with a pad token.
+        classes: Names of the classes, in the order of the head's outputs. The label of a row is an index or a name.
+        options: ``text``, ``text_pair`` and ``target``, the names of the fields of the text (default ``"text"``), of an
+            optional second text (default None) and of the label (default ``"label"``); ``max_length``, the longest text
+            in tokens. A longer text loses its end.
+
+    Raises:
+        TypeError: ``tokenizer`` is not a Hugging Face tokenizer.
+        ValueError: There are fewer than two classes, or two of them have one name.
+
+    Example:
+        >>> from scalabl_pyro import SequenceClassification
+        >>> task = SequenceClassification(tokenizer, classes=["no", "yes"])  # any Hugging Face tokenizer
+        >>> task.encode({"text": "the sky is blue", "label": "yes"}).target
+        1
     """
 
     options = ("classes", *_TextTask.options)
@@ -90,7 +100,7 @@ class SequenceClassification(_TextTask):
         self.classes = tuple(map(str, classes))
 
     def parse_target(self, value: Any) -> int:
-        """Index of a class given by index or name."""
+        """Return the index of a class, given by its index or its name."""
         assert self.classes is not None
         if isinstance(value, str):
             if value not in self.classes:
@@ -103,7 +113,7 @@ class SequenceClassification(_TextTask):
         return int(float(value))
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Categorical:
-        """Categorical over the classes."""
+        """Build the categorical distribution over the classes."""
         assert self.classes is not None
         if outputs.shape[-1] != len(self.classes):
             raise ValueError(
@@ -114,14 +124,25 @@ class SequenceClassification(_TextTask):
 
 
 class Regression(_TextTask):
-    """A number from a text, with learned Gaussian noise, for a classification model with one output.
+    """Task that assigns a number y to a text, for a classification model with one output.
 
-    Rows are ``{"text": str, "label": float}`` (other field names by option); y ~ Normal(output, noise_scale).
+    The likelihood is y ~ Normal(output, noise_scale), and ``noise_scale`` is learned. Rows are
+    ``{"text": str, "label": float}``; the names of the fields are options.
 
     Args:
-        tokenizer: a Hugging Face tokenizer with a pad token.
-        noise_scale: standard deviation of the noise to start from, in units of y.
-        options: as for :class:`SequenceClassification`.
+        tokenizer: A Hugging Face tokenizer with a pad token.
+        noise_scale: Initial standard deviation of the noise, in units of y.
+        options: ``text``, ``text_pair``, ``target`` and ``max_length``, as for :class:`SequenceClassification`.
+
+    Raises:
+        TypeError: ``tokenizer`` is not a Hugging Face tokenizer.
+        ValueError: ``noise_scale`` is not a positive finite number.
+
+    Example:
+        >>> from scalabl_pyro import Regression
+        >>> task = Regression(tokenizer, target="stars", noise_scale=0.5)  # any Hugging Face tokenizer
+        >>> task.encode({"text": "the sky is blue", "stars": 4}).target
+        4.0
     """
 
     options = ("noise_scale", *_TextTask.options)
@@ -133,12 +154,12 @@ class Regression(_TextTask):
         self.noise_scale: Tensor | PyroParam = PyroParam(torch.tensor(float(noise_scale)), constraints.positive)
 
     def parse_target(self, value: Any) -> float:
-        """The number itself."""
+        """Convert the answer to a float."""
         return float(value)
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Normal:
-        """Normal around the single output."""
+        """Build the normal distribution around the single output."""
         if outputs.shape[-1] != 1:
             raise ValueError(f"The model's head has {outputs.shape[-1]} outputs; regression needs num_labels=1.")
-        # In the precision of the outputs, or a float64 model would get its log density with a float32 error.
+        # The scale has the precision of the outputs; otherwise a float64 model would get float32 log densities.
         return dist.Normal(outputs[..., 0], cast(Tensor, self.noise_scale).to(outputs.dtype))

@@ -1,12 +1,12 @@
-"""Checkpoints of a run as folders that are complete or ignored. No pickle is written or read.
+"""Checkpoints of a run as folders. A damaged folder is ignored; pickle is neither written nor read.
 
     step-00000300/
         tensors.safetensors   parameters, optimizer state, random states, history
-        record.json           numbers and words: the step, and the identity of the run
-        manifest.json         size and SHA-256 of the two, written last
+        record.json           numbers and strings: the step, and the options of the run
+        manifest.json         size and SHA-256 of the other two files, written last
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed (``storage.directories``). If the
-writing is interrupted, earlier checkpoints stay as they were.
+A checkpoint is written under a temporary name, synced to the disk and then renamed (``storage.directories``). If
+writing stops in between, the earlier checkpoints are unchanged.
 """
 
 import json
@@ -23,28 +23,29 @@ from torch import Tensor
 
 from ..storage import json_reader
 from ..storage.directories import staged, write_file
+from ..storage.manifest import Manifest
 from ..storage.tensor_files import read_tensors, write_tensors
-from ..storage.untrusted_files import check_file, describe, read_file
+from ..storage.untrusted_files import read_file
 
 logger = logging.getLogger(__name__)
 
-#: 2: options have the names of release 0.2 (``lr_A``, ...), tensors those of ``optimizer``.
+#: Format 2 has the option names of release 0.2 (``lr_A``, ...) and tensors named ``optimizer.*``.
 FORMAT_VERSION = 2
 TENSORS, RECORD, MANIFEST = "tensors.safetensors", "record.json", "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
-#: Larger ones are no manifest or record that was written here.
+#: Largest allowed size of the JSON files and of the tensor file, in bytes.
 MAX_BYTES = {MANIFEST: 2**16, RECORD: 2**26}
 MAX_TENSORS = 2**40
 
 
 class Checkpoint(NamedTuple):
-    """What was saved at a step.
+    """A checkpoint that was read from disk.
 
     Attributes:
         path: Folder of the checkpoint.
-        step: Number of steps taken.
-        tensors: Saved tensors by name.
-        record: Saved numbers and words.
+        step: Number of training steps taken.
+        tensors: Tensors by name.
+        record: Numbers and strings beside the tensors.
     """
 
     path: Path
@@ -54,11 +55,18 @@ class Checkpoint(NamedTuple):
 
 
 class CheckpointFolder:
-    """The checkpoints of one run.
+    """The folder of all checkpoints of one run.
 
     Args:
-        path: Folder, created with the first checkpoint.
+        path: Folder, created when the first checkpoint is written.
         keep: Number of most recent checkpoints to keep.
+
+    Example:
+        >>> import tempfile, torch
+        >>> folder = CheckpointFolder(tempfile.mkdtemp(), keep=2)
+        >>> folder.write(100, {"loc": torch.zeros(3)}, {"loss": 0.5})
+        >>> folder.newest().step
+        100
     """
 
     def __init__(self, path: str | Path, *, keep: int) -> None:
@@ -66,47 +74,49 @@ class CheckpointFolder:
         self.keep = keep
 
     def paths(self) -> list[Path]:
-        """List the folders of all checkpoints, complete or damaged, by step."""
+        """Return the folders of all checkpoints, damaged ones too, in the order of their steps."""
         if not self.path.is_dir():
             return []
         return sorted((p for p in self.path.iterdir() if NAME.fullmatch(p.name)), key=_step)
 
     def write(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Save a step, then delete all but the last ``keep`` checkpoints.
+        """Write the checkpoint of a step, then delete all but the most recent ``keep`` checkpoints.
+
+        Args:
+            step: Number of training steps taken.
+            tensors: Tensors by name.
+            record: Numbers and strings, as JSON can hold them.
 
         Raises:
-            OSError: The checkpoint could not be written. Earlier ones stay as they were.
+            OSError: Writing failed. The earlier checkpoints are unchanged.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with staged(self.path / f"step-{step:08d}") as staging:
             write_tensors(staging / TENSORS, tensors)
             write_file(staging / RECORD, _json(record))
-            files = {name: describe(staging / name) for name in (TENSORS, RECORD)}
+            files = Manifest.of_folder(staging).to_json()
             manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
             write_file(staging / MANIFEST, _json(manifest))
         self._prune()
 
     def newest(self) -> Checkpoint | None:
-        """Read the newest valid checkpoint. Damaged ones are skipped with a warning.
-
-        Returns:
-            The checkpoint, or None if there is none.
+        """Return the newest usable checkpoint, or None. Each damaged checkpoint that is skipped is logged.
 
         Raises:
-            ValueError: The checkpoint was written in another version of the format.
+            ValueError: The newest checkpoint has another format version.
         """
         for path in reversed(self.paths()):
             try:
                 return read(path)
             except (OSError, Damaged) as error:
-                logger.warning("the checkpoint %s is damaged and is skipped: %s", path, error)
+                logger.warning("The checkpoint %s cannot be used; the one before it is tried next: %s", path, error)
         return None
 
     def set_aside(self, above: int) -> None:
-        """Rename damaged checkpoints above a step, and delete unfinished ones.
+        """Rename the checkpoints after a step, which could not be used, and delete unfinished and surplus ones.
 
         Args:
-            above: Step of the checkpoint that the run resumes from, or -1.
+            above: Step that the run resumes from; -1 renames all checkpoints.
         """
         if not self.path.is_dir():
             return
@@ -116,7 +126,7 @@ class CheckpointFolder:
             for path in self.paths():
                 if _step(path) > above:
                     os.replace(path, path.with_name(f"damaged-{path.name}-{os.urandom(2).hex()}"))
-        self._prune()  # a run that was killed after writing may have left one too many
+        self._prune()  # a run that was killed before it deleted its oldest checkpoint left one too many
 
     def _prune(self) -> None:
         for path in self.paths()[: -self.keep]:
@@ -124,15 +134,15 @@ class CheckpointFolder:
 
 
 class Damaged(ValueError):
-    """A checkpoint that differs from its manifest."""
+    """Raised for a checkpoint whose files do not match its manifest."""
 
 
 def read(path: Path) -> Checkpoint:
-    """Read one checkpoint, after checking sizes and sums.
+    """Read one checkpoint, and compare its files with its manifest.
 
     Raises:
-        Damaged: it is not whole.
-        ValueError: another version of the format.
+        Damaged: A file is missing, damaged or changed.
+        ValueError: The checkpoint has another format version.
     """
     manifest = _read_json(path / MANIFEST)
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -141,15 +151,14 @@ def read(path: Path) -> Checkpoint:
             f"scalabl_pyro reads {FORMAT_VERSION}. Resume with the version that wrote it, or give another "
             "checkpoint_dir."
         )
-    files = manifest.get("files")
-    if manifest.get("step") != _step(path) or not isinstance(files, dict) or set(files) != {TENSORS, RECORD}:
-        raise Damaged(f"{MANIFEST} does not describe this checkpoint.")
+    if manifest.get("step") != _step(path):
+        raise Damaged(f"{MANIFEST} is that of step {manifest.get('step')!r}.")
     try:
-        for name, said in files.items():
-            if not isinstance(said, dict) or set(said) != {"bytes", "sha256"}:
-                raise Damaged(f"{MANIFEST} does not describe {name}.")
-            check_file(path, name, said)
-        tensors = read_tensors(path, TENSORS, limit=MAX_TENSORS, finite=False)  # a history has NaN
+        files = Manifest.from_json(manifest.get("files"), names=[TENSORS, RECORD])
+        if len(files.entries) < 2:
+            raise Damaged(f"{MANIFEST} must list {TENSORS} and {RECORD}.")
+        files.check(path)
+        tensors = read_tensors(path, TENSORS, limit=MAX_TENSORS, finite=False)  # the history may hold NaN
     except (FileNotFoundError, ValueError) as error:
         raise Damaged(str(error)) from None
     return Checkpoint(path, _step(path), tensors, _read_json(path / RECORD))
@@ -170,18 +179,18 @@ def _read_json(file: Path) -> dict[str, Any]:
         value = json_reader.loads(read_file(file.parent, file.name, limit=MAX_BYTES[file.name]))
     except FileNotFoundError as error:
         raise Damaged(str(error)) from None
-    except ValueError as error:  # too large, elsewhere, not JSON, not text, nested or endless
+    except ValueError as error:  # too large, outside the folder, not text, or not JSON within the limits
         raise Damaged(f"{file.name} cannot be read ({error}).") from None
     if not isinstance(value, dict):
-        raise Damaged(f"{file.name} is no JSON object.")
+        raise Damaged(f"{file.name} is not a JSON object.")
     return value
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint. It is renamed first, because a half-deleted one must not look complete."""
+    """Delete a checkpoint. It is renamed first, so that a half-deleted folder does not look like a checkpoint."""
     try:
         gone = path.with_name(f".{path.name}-gone")
         os.replace(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
     except OSError as error:
-        logger.warning("the old checkpoint %s could not be deleted: %s", path, error)
+        logger.warning("The old checkpoint %s could not be deleted: %s", path, error)

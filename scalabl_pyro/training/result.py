@@ -81,5 +81,5 @@ def freeze(blora: BayesianLoRA, task: Task, guide: Guide, provenance: dict[str, 
             if A.requires_grad:  # fixed factors have unit rows already, and must keep every bit
                 A.copy_(nn.functional.normalize(A, dim=-1))
     posterior = Posterior.capture(blora, task, guide, provenance=provenance)
-    adapter.loc = posterior.mean()
+    adapter.rest_at(posterior.mean())
     return posterior

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..storage.tensor_files import check_keys
+from ..storage.tensor_files import below, check_keys
 from .objective import TrainingObjective
 
 #: What a fused AdamW stores per parameter: a step count, and two tensors of the parameter's shape.
@@ -52,7 +52,7 @@ class LearnedState:
         moments = {k: v for k, v in saved.items() if k.startswith(mine)}
         check_keys("The saved state", set(saved) - set(moments), set(modules))
         for parameter, prefix in zip(parameters, mine, strict=True):
-            if own := _below(moments, prefix):
+            if own := below(moments, prefix):
                 check_keys(f"The saved state of {prefix[:-1]}", set(own), set(MOMENTS))
             for name, tensor in own.items():
                 shape, dtype = (torch.Size(), torch.float32) if name == "step" else (parameter.shape, parameter.dtype)
@@ -67,7 +67,7 @@ class LearnedState:
         for name, live in modules.items():
             live.copy_(saved[name])
         for parameter, prefix in zip(parameters, mine, strict=True):
-            self._load_moments(parameter, _below(moments, prefix))
+            self._load_moments(parameter, below(moments, prefix))
 
     def _load_moments(self, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
         state: dict[str, Any] = self.optimizer.state[parameter]
@@ -137,7 +137,3 @@ def _check(name: str, saved: Tensor, shape: torch.Size, dtype: torch.dtype, *, f
         raise ValueError(f"{name!r} was saved as {was}, and is {now} now.")
     if finite and saved.is_floating_point() and not torch.isfinite(saved).all():
         raise ValueError(f"{name!r} was saved with numbers that are not finite.")
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -157,7 +157,7 @@ def test_no_draws_give_the_posterior_mean(posterior):
 
 
 def test_negative_number_of_draws_is_refused(posterior):
-    with pytest.raises(ValueError, match=r"num_draws=-1 must be 0 .* or more"):
+    with pytest.raises(ValueError, match="num_draws=-1 must be a whole number, 0 or more"):
         posterior.to_arviz(num_draws=-1)
 
 

@@ -514,7 +514,7 @@ def test_too_few_draws_are_refused_instead_of_called_healthy(toy, healthy, num_d
 
 @pytest.mark.parametrize("verb", ["log_weights", "loo", "diagnose", "predict_linearized", "prior_predictive"])
 def test_a_batch_size_that_is_not_positive_is_named(toy, healthy, verb):
-    with pytest.raises(ValueError, match="batch_size=0 must be positive"):
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number, 1 or more"):
         getattr(healthy, verb)(toy.rows, batch_size=0)
 
 

@@ -19,7 +19,7 @@ from scalabl_pyro.baselines.predictor import predict_functions
 from scalabl_pyro.baselines.released_kl import LogNormals, reversed_kl
 from scalabl_pyro.baselines.released_step import AlternatingStep
 from scalabl_pyro.baselines.temperature import apply_temperature, fit_temperature
-from scalabl_pyro.lora.adapter import RowNoise
+from scalabl_pyro.lora.binding import RowNoise
 from scalabl_pyro.prediction.predict import NumericPrediction, Prediction
 
 ROWS, TEST = tiny.question_rows(24), tiny.question_rows(11, seed=1)
@@ -580,7 +580,7 @@ def test_a_damaged_baseline_is_named(trained, tmp_path, change, message):
 
 def test_a_baseline_does_not_write_over_something_else(trained, tmp_path):
     (tmp_path / "thesis.txt").write_text("important")
-    with pytest.raises(FileExistsError, match="holds no baseline"):
+    with pytest.raises(FileExistsError, match="does not hold a baseline"):
         trained("mc_dropout").save_pretrained(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "important"
 

@@ -16,7 +16,7 @@ from golden_posterior import GOLDEN, base_model
 from safetensors.torch import load_file, save_file
 
 import scalabl_pyro as sp
-from scalabl_pyro.cli import doctor
+from scalabl_pyro.cli import check_installation
 from scalabl_pyro.cli import main as cli
 from scalabl_pyro.training.checkpoint_files import CheckpointFolder
 
@@ -72,13 +72,16 @@ def link(path: Path) -> None:
 #: What breaks a directory, and what is then said.
 BROKEN = {
     "no such directory": (shutil.rmtree, ["holds no scalabl_config.json", "-> check the path"]),
-    "no configuration": (lambda p: (p / CONFIG).unlink(), ["holds no scalabl_config.json", "-> copy the whole dir"]),
+    "no configuration": (
+        lambda p: (p / CONFIG).unlink(),
+        ["holds no scalabl_config.json", "-> copy the whole"],
+    ),
     "configuration cut": (
         lambda p: (p / CONFIG).write_text("{"),
         ["is damaged: not JSON", "-> copy the directory again"],
     ),
     "newer format": (lambda p: edit_config(p, format_version=2), ["has format_version 2", "update scalabl_pyro"]),
-    "wrong entry": (lambda p: edit_config(p, gauge=1), ["'gauge' must be a str"]),
+    "wrong entry": (lambda p: edit_config(p, gauge=1), ["'gauge' must be of type str"]),
     "missing file": (lambda p: (p / POSTERIOR).unlink(), [f"{POSTERIOR} is missing", "-> copy the file again"]),
     "cut file": (
         lambda p: (p / POSTERIOR).write_bytes(b"x" * 99),
@@ -127,12 +130,12 @@ def test_good_posterior_and_installation_end_a_process_with_0(path, tmp_path):
     base_model().save_pretrained(tmp_path / "base")
     for arguments in ((), (path,), (path, "--model", tmp_path / "base")):
         code, said = in_a_process("doctor", *arguments)
-        assert code == 0 and said.endswith("All is well.\n"), said
+        assert code == 0 and said.endswith("No problems found.\n"), said
 
 
 def test_good_posterior_is_well(path, run):
     code, said = run("doctor", path)
-    assert code == 0 and said.endswith("All is well.\n") and "PROBLEM" not in said
+    assert code == 0 and said.endswith("No problems found.\n") and "PROBLEM" not in said
     assert "8 latents in 4 layers of a LlamaForCausalLM; guide NormalGuide, prior Normal, task MultipleChoice" in said
 
 
@@ -142,12 +145,12 @@ def test_posterior_is_compared_with_its_base_model(path, run, tmp_path):
     code, said = run("doctor", path, "--model", tmp_path / "base")
     assert code == 0 and f"it belongs to {tmp_path / 'base'}; 10 draws" in said
     code, said = run("doctor", path, "--model", tmp_path / "other")
-    assert code == 1 and "Another base model" in said and "-> load the very model" in said
+    assert code == 1 and "Another base model" in said and "-> load the model that the posterior was learned on" in said
     code, said = run("doctor", path, "--model", tmp_path / "nowhere")
     assert code == 1 and "cannot be read" in said
     flip(path)
     code, said = run("doctor", path, "--model", tmp_path / "base")
-    assert code == 1 and "not compared with" in said and "-> mend that first" in said
+    assert code == 1 and "not compared with" in said and "-> solve those first" in said
 
 
 def test_classifier_is_compared_with_its_base_model(run, tmp_path):
@@ -163,15 +166,15 @@ def test_classifier_is_compared_with_its_base_model(run, tmp_path):
 def test_files_that_were_not_saved_with_it_are_mentioned(path, run):
     (path / "notes.txt").write_text("mine")
     code, said = run("doctor", path)
-    assert code == 0 and "1 more file that was not saved with it, such as 'notes.txt'" in said
+    assert code == 0 and "1 more file that was not saved with the posterior, such as 'notes.txt'" in said
     (path / "more.txt").write_text("mine")
-    assert "2 more files that were not saved with it, such as 'more.txt'" in run("doctor", path)[1]
+    assert "2 more files that were not saved with the posterior, such as 'more.txt'" in run("doctor", path)[1]
 
 
 def test_checkpoints_are_told_from_posteriors(run, tmp_path):
     CheckpointFolder(tmp_path / "run", keep=1).write(3, {"a": torch.zeros(1)}, {})
     code, said = run("doctor", tmp_path / "run")
-    assert code == 1 and "-> these are checkpoints of a run: fit(..., checkpoint_dir=" in said
+    assert code == 1 and "-> these are checkpoints of a training run: fit(..., checkpoint_dir=" in said
 
 
 def test_names_in_a_file_cannot_control_the_terminal(path, run):
@@ -182,8 +185,8 @@ def test_names_in_a_file_cannot_control_the_terminal(path, run):
 
 def test_installation_is_examined(run, unchanged_rng):
     code, said = run("doctor")
-    assert code == 0 and said.endswith("All is well.\n")
-    for word in ("torch 2.", "device cpu", "arviz of generation", "was learned", "saved and read back"):
+    assert code == 0 and said.endswith("No problems found.\n")
+    for word in ("torch 2.", "device cpu", "arviz ", "was trained", "saved and loaded again"):
         assert word in said
 
 
@@ -195,22 +198,23 @@ def test_old_and_missing_packages_are_named_with_what_to_install(monkeypatch, ru
             raise metadata.PackageNotFoundError(name)
         return "0.1" if name == "peft" else found(name)
 
-    monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(check_installation.metadata, "version", version)
     code, said = run("doctor")
     assert code == 1 and said.endswith("2 problems found.\n")
     assert "scipy is not installed\n         -> pip install 'scipy>=1.11'" in said
-    assert "peft 0.1, needed >=0.19\n         -> pip install --upgrade 'peft>=0.19'" in said
+    assert "peft 0.1 is installed, needed >=0.19\n         -> pip install --upgrade 'peft>=0.19'" in said
 
 
 def test_bounds_are_those_of_pyproject_and_of_the_installed_package(monkeypatch):
-    project = {r.name: str(r.specifier) for r in doctor.requirements()}
+    assert check_installation.PYPROJECT == Path(__file__).resolve().parents[2] / "pyproject.toml"
+    project = {r.name: str(r.specifier) for r in check_installation.requirements()}
     assert project["torch"] == ">=2.6" and "pytest" not in project
-    monkeypatch.setattr(doctor, "PYPROJECT", Path("/nowhere"))
-    assert {"torch", "peft"} <= {r.name for r in doctor.requirements()}
+    monkeypatch.setattr(check_installation, "PYPROJECT", Path("/nowhere"))
+    assert {"torch", "peft"} <= {r.name for r in check_installation.requirements()}
 
 
 def test_failure_of_the_trial_is_a_finding(monkeypatch, run):
-    monkeypatch.setattr(doctor, "fit", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(check_installation, "fit", lambda *args, **options: 1 / 0)
     code, said = run("doctor")
     assert code == 1 and "a small random model on cpu: ZeroDivisionError" in said
 
@@ -226,4 +230,4 @@ def test_arguments_that_make_no_sense_end_with_2(arguments, capsys):
 @pytest.mark.gpu
 def test_installation_is_examined_on_the_gpu(run):
     code, said = run("doctor")
-    assert code == 0 and f"a small random model on {torch.device('cuda', 0)} was learned" in said
+    assert code == 0 and f"a small random model on {torch.device('cuda', 0)} was trained" in said

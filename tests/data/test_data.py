@@ -1,5 +1,7 @@
 """Rows from anywhere, encoded one by one, and put into right-padded batches of similar length."""
 
+import doctest
+import importlib
 import json
 import logging
 
@@ -431,3 +433,9 @@ def test_real_questions_have_little_padding_in_training(shared_data):
 )
 def test_rows_of_known_hub_data_sets_get_one_form(row, expected):
     assert as_question(row) == expected
+
+
+@pytest.mark.parametrize("name", ["batch", "encoding", "rows", "training_batches"])
+def test_examples_of_docstrings_run(name):
+    result = doctest.testmod(importlib.import_module(f"scalabl_pyro.data.{name}"))
+    assert result.attempted and not result.failed

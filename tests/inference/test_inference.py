@@ -13,12 +13,14 @@ import torch
 from arviz_stats.base import array_stats
 from gaussians import normal_guide, posterior_of, solve
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
 from scipy.optimize import minimize_scalar
 from toys import NOISE, PRIOR_SCALE, LinearGaussian, LinearToy
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import collate, encode, evaluation_batches
 from scalabl_pyro.guides import DeltaGuide, EmpiricalGuide, FlowGuide, MixtureGuide, NormalGuide, ParticleGuide
+from scalabl_pyro.inference.evidence import scale_of_largest_evidence
 from scalabl_pyro.inference.mcmc import _FullData
 from scalabl_pyro.model.derivatives import gauss_newton
 from scalabl_pyro.model.joint import TaskModel
@@ -204,8 +206,11 @@ def test_a_laplace_posterior_is_saved_and_loaded(fitted, tmp_path):
         ("horseshoe", {}, r"HorseshoePrior\(\) is not normal: pass prior_scale="),
         ("rank_mask", {}, r"RankMaskPrior\(\) is not normal"),
         (dist.MultivariateNormal(torch.zeros(3), torch.eye(3)), {}, "factorized normal"),
-        (1.0, {"batch_size": 0}, "batch_size=0 must be positive"),
-        (1.0, {"newton_steps": -1}, "newton_steps=-1"),
+        (1.0, {"prior_scale": [1.0]}, r"prior_scale=\[1.0\]: give a number, 'evidence', or None"),
+        (1.0, {"prior_scale": True}, "prior_scale=True must be positive and finite"),
+        (1.0, {"batch_size": 0}, r"^batch_size=0 must be a whole number, 1 or more\.$"),
+        (1.0, {"newton_steps": -1}, r"^newton_steps=-1 must be a whole number, 0 or more\.$"),
+        (1.0, {"newton_steps": 1.5}, r"^newton_steps=1.5 must be a whole number, 0 or more\.$"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -282,7 +287,7 @@ def test_a_row_is_predicted_alike_in_any_batch(questions, unchanged_rng):
 def test_linearized_prediction_needs_a_normal_guide_and_draws(questions, toy, exact):
     posterior, rows, _ = questions
     flow = replace(posterior, guide=FlowGuide(posterior.mean(), torch.ones_like(posterior.mean())))
-    with pytest.raises(TypeError, match=r"FlowGuide is no normal family"):
+    with pytest.raises(TypeError, match=r"FlowGuide is not a normal family"):
         flow.predict_linearized(rows)
     with pytest.raises(TypeError, match=r"DeltaGuide.*laplace\(\)"):
         posterior_of(toy, DeltaGuide(exact.mean)).predict_linearized(toy.rows)
@@ -394,11 +399,20 @@ def test_scales_of_the_prior_are_sampled_with_s():
 @pytest.mark.parametrize(
     ("prior", "options", "message"),
     [
-        (1.0, {"num_samples": 3}, "num_samples=3 must be positive, and num_samples 4 or more"),
-        (1.0, {"num_chains": 0}, "num_chains=0 must be positive"),
-        (1.0, {"warmup_steps": 0}, "warmup_steps=0 must be positive"),
-        (1.0, {"batch_size": 0}, "batch_size=0 must be positive"),
+        (1.0, {"num_samples": 2}, r"^num_samples=2 must be a whole number, 4 or more\.$"),
+        (1.0, {"num_samples": 3}, r"^num_samples=3 must be a whole number, 4 or more\.$"),
+        (1.0, {"num_samples": True}, r"^num_samples=True must be a whole number, 4 or more\.$"),
+        (1.0, {"num_samples": 10.5}, r"^num_samples=10.5 must be a whole number, 4 or more\.$"),
+        (1.0, {"num_chains": 0}, r"^num_chains=0 must be a whole number, 1 or more\.$"),
+        (1.0, {"warmup_steps": 0}, r"^warmup_steps=0 must be a whole number, 1 or more\.$"),
+        (1.0, {"batch_size": 0}, r"^batch_size=0 must be a whole number, 1 or more\.$"),
+        (1.0, {"batch_size": "8"}, r"^batch_size='8' must be a whole number, 1 or more\.$"),
+        (1.0, {"max_tree_depth": None}, r"^max_tree_depth=None must be a whole number, 1 or more\.$"),
         (1.0, {"target_accept": 1.5}, r"target_accept=1.5.*between 0 and 1"),
+        (1.0, {"target_accept": math.nan}, r"target_accept=nan.*between 0 and 1"),
+        (1.0, {"target_accept": "0.8"}, r"target_accept='0.8'.*between 0 and 1"),
+        (1.0, {"jitter": -1}, r"^jitter=-1 must be a finite number, 0 or more\.$"),
+        (1.0, {"jitter": math.nan}, r"^jitter=nan must be a finite number, 0 or more\.$"),
         ("rank_mask", {}, "discrete"),
     ],
     ids=lambda value: str(value)[:30],
@@ -447,6 +461,75 @@ def test_the_mixture_weighs_its_members_alike(exact):
     nearer_second = ((draws.s - locs[1]).norm(dim=1) < (draws.s - locs[0]).norm(dim=1)).double().mean()
     assert abs(nearer_second - 0.5) < 5 * 0.5 / 2000**0.5
     torch.testing.assert_close(posterior_of(toy, guide).mean(), locs.mean(0))
+
+
+def test_a_mixture_gives_the_density_of_values_that_it_did_not_draw(exact):
+    guide = MixtureGuide([normal_guide(exact.mean + shift, exact.covariance) for shift in (0, 3)])
+    values = seeded(5, 3)
+    members = dist.MultivariateNormal(torch.stack([exact.mean, exact.mean + 3]), exact.covariance)
+    by_hand = members.log_prob(values.unsqueeze(1)).logsumexp(1) - math.log(2)
+    torch.testing.assert_close(guide.log_prob({"s": values}), by_hand, rtol=1e-9, atol=1e-9)
+
+
+def test_autoguides_know_the_density_of_their_own_draws_alone():
+    blora = sp.bayesian_lora(tiny.causal_lm())
+    guide = sp.guides.as_guide(AutoNormal, blora)
+    sites, log_q = guide.sample_and_log_prob(3, seed=0)
+    assert log_q.isfinite().all()
+    with pytest.raises(TypeError, match=r"AutoFamily samples auxiliary sites.*sample_and_log_prob"):
+        guide.log_prob(sites)
+    mixture = MixtureGuide([guide, sp.guides.as_guide("normal", blora)])  # -inf would be the wrong density
+    assert mixture.sample_and_log_prob(3, seed=0)[1] is None
+
+
+class WithoutExtras(sp.guides.Guide):
+    """A guide of a user, with the two methods that it must have."""
+
+    def __init__(self, loc):
+        super().__init__()
+        self.loc = torch.nn.Parameter(loc.clone())
+
+    def forward(self, *args, **kwargs):
+        return pyro.sample("s", dist.Normal(self.loc, 0.5).to_event(1))
+
+    def mean(self):
+        return {"s": self.loc}
+
+
+def test_a_guide_of_ones_own_has_defaults_for_all_else(exact, unchanged_rng):
+    guide, twin = WithoutExtras(exact.mean), NormalGuide(exact.mean, torch.full_like(exact.mean, 0.5))
+    sites, log_q = guide.sample_and_log_prob(4, seed=3)
+    expected, expected_log_q = twin.sample_and_log_prob(4, seed=3)
+    assert torch.equal(sites["s"], expected["s"]) and torch.equal(log_q, expected_log_q)
+    assert torch.equal(guide.sample(2, seed=3)["s"], sites["s"][:2])
+    torch.testing.assert_close(guide.log_prob(sites), log_q)
+    assert guide.location() is guide.loc and guide.method == "SVI"
+    assert guide.chains() is None and guide.component_list() == []
+    for num_draws in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"num_draws={num_draws} must be a whole number, 1 or more"):
+            guide.sample(num_draws, seed=0)
+
+
+def test_a_point_has_no_density_to_ask_for(exact):
+    with pytest.raises(TypeError, match="DeltaGuide has no density"):
+        DeltaGuide(exact.mean).log_prob({"s": exact.mean[None]})
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 40.0])
+def test_the_evidence_is_that_of_the_linear_model_on_the_whole_grid(spread):
+    eigenvalues, weights = torch.tensor([3.0, 0.5, 0.0, -1e-9]).double(), spread * seeded(4)
+    found = scale_of_largest_evidence(eigenvalues, float(weights.square().sum()), num_scales=601)
+    grid = np.exp(np.linspace(math.log(1e-3), math.log(1e3), 601))
+    h = eigenvalues.clamp_min(0).numpy()
+    evidence = [
+        -4 * math.log(c) - 0.5 * float(weights.square().sum()) / c**2 - 0.5 * np.log(h + c**-2).sum() for c in grid
+    ]
+    assert found == grid[np.argmax(evidence)]
+
+
+def test_an_evidence_without_a_maximum_is_warned_of(caplog):
+    assert scale_of_largest_evidence(torch.zeros(3), 1.0) == pytest.approx(1e3)
+    assert "the evidence chose the prior scale 1e+03, an end of its range" in caplog.text
 
 
 def test_a_mixture_of_points_has_no_density(toy, exact):
@@ -504,8 +587,12 @@ def test_members_share_the_prior_that_the_first_one_learned():
 
 def test_an_ensemble_explains_what_it_cannot_do(toy, exact):
     middle = posterior_of(toy, DeltaGuide(exact.mean))
-    with pytest.raises(ValueError, match="num_members=1: an ensemble has 2 or more"):
-        sp.ensemble(middle, toy.rows, num_members=1)
+    for num_members in (1, 2.5, True):
+        with pytest.raises(ValueError, match=f"num_members={num_members} must be a whole number, 2 or more"):
+            sp.ensemble(middle, toy.rows, num_members=num_members)
+    for spread in (-1.0, math.nan, "wide"):
+        with pytest.raises(ValueError, match=f"spread={spread!r} must be a finite number, 0 or more"):
+            sp.ensemble(middle, toy.rows, spread=spread)
     with pytest.raises(TypeError, match=r"ParticleGuide has no parameter 'loc'.*use 'normal', 'layer_covariance'"):
         sp.ensemble(middle, toy.rows, guide="svgd", **QUIET)
 
@@ -563,7 +650,7 @@ def test_particles_gather_around_the_posterior_and_stay_apart(toy, exact):
 
 
 def test_particles_are_two_or_more():
-    with pytest.raises(ValueError, match="num_particles=1: particles that repel each other are 2 or more"):
+    with pytest.raises(ValueError, match="num_particles=1 must be a whole number, 2 or more"):
         ParticleGuide(torch.zeros(2), torch.ones(2), num_particles=1)
 
 

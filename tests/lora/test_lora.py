@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import scalabl_pyro as sp
-from scalabl_pyro.lora import attach
+from scalabl_pyro.lora import attach, layer_checks
 
 
 def random_factors(blora, *, seed=0):
@@ -287,7 +287,7 @@ def test_merging_is_refused(blora):
 
 def test_layers_that_would_ignore_the_latents_are_refused(monkeypatch, llm):
     """PEFT's AWQ, AQLM, EETQ, INC and Megatron layers never ask the variant."""
-    monkeypatch.setattr(attach, "SUPPORTED_LAYERS", ("Linear4bit",))
+    monkeypatch.setattr(layer_checks, "SUPPORTED_LAYERS", ("Linear4bit",))
     modules = dict(llm.named_modules())
     with pytest.raises(TypeError, match="is a PEFT Linear, which would ignore the latents silently"):
         sp.bayesian_lora(llm)

@@ -569,7 +569,7 @@ def test_baseline_that_holds_itself_is_refused(baselines):
     baselines.put("temperature", {})
     shutil.rmtree(baselines.folder / "base")
     (baselines.folder / "base").symlink_to(baselines.folder)
-    with pytest.raises(ValueError, match="a baseline of baselines deeper than"):
+    with pytest.raises(ValueError, match="baselines are nested deeper than 4"):
         sp.baselines.load(baselines.llm, baselines.folder)
 
 
@@ -612,7 +612,7 @@ class RunPlace(Place):
         with torch.no_grad():  # a run before may have left anything
             for own, start in zip(self.blora.point_estimates.parameters(), self.start, strict=True):
                 own.copy_(start)
-        self.blora.adapter.loc = self.loc.clone()
+        self.blora.adapter.rest_at(self.loc.clone())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             try:
@@ -746,7 +746,9 @@ def test_edited_configuration_is_parsed_to_its_types_or_refused(sources, cases):
         assert all(layer["rank"] >= 1 and np.isfinite(layer["scaling"]) for layer in config.layers)
         assert all(type(layer["rank"]) is int and type(layer["name"]) is str for layer in config.layers)
         assert isinstance(config.task["options"], dict) and isinstance(config.task["class"], str)
-        assert all(type(file["bytes"]) is int and not Path(name).is_absolute() for name, file in config.files.items())
+        assert all(
+            type(file["bytes"]) is int and not Path(name).is_absolute() for name, file in config.files.to_json().items()
+        )
 
     run(cases, check, kind=KIND, edits=JSON_EDITS, raw=st.none() | BYTE_EDITS)
 

@@ -138,7 +138,7 @@ def test_new_field_of_a_newer_minor_format_is_ignored_with_a_warning(path, poste
 @pytest.mark.parametrize("where", PLACES, ids=str)
 def test_new_field_of_the_present_format_is_damage(path, where):
     edit(path, *where, color="blue")
-    with pytest.raises(ValueError, match=r"color'\]\. Format 1\.0 has none, so the file is damaged"):
+    with pytest.raises(ValueError, match=r"color'\]\. Format 1\.0 has no such fields, so the file is damaged"):
         sp.Posterior.from_pretrained(base_model(), path)
 
 
@@ -165,7 +165,7 @@ def test_newer_major_format_is_refused(path):
 
 def test_newer_minor_format_does_not_excuse_a_missing_or_wrong_field(path):
     edit(path, format_minor=FORMAT_MINOR + 1, gauge=3)
-    with pytest.raises(ValueError, match="'gauge' must be a str"):
+    with pytest.raises(ValueError, match="'gauge' must be of type str"):
         sp.Posterior.from_pretrained(base_model(), path)
 
 

@@ -556,7 +556,7 @@ def test_configuration_that_is_no_json_object_is_refused(path, content):
 def test_oversized_configuration_is_refused_unread(path):
     with (path / CONFIG).open("r+b") as file:
         file.truncate(2**30)
-    assert_refused(path, rf"{CONFIG} has {2**30} bytes, more than the {2**23} that it can need")
+    assert_refused(path, rf"{CONFIG} has {2**30} bytes, more than the {2**23} that are allowed here")
 
 
 @pytest.mark.parametrize("version", [2, 10**9, 0, "1", None, ...], ids=repr)
@@ -571,32 +571,36 @@ def auto(options: Any) -> dict[str, Any]:
 
 
 WRONG = {
-    "layers-null": (("layers",), None, "'layers' must be a list, found NoneType"),
-    "layers-missing": (("layers",), ..., "'layers' must be a list, found NoneType"),
-    "layers-object": (("layers",), {}, "'layers' must be a list, found dict"),
+    "layers-null": (("layers",), None, "'layers' must be of type list, found NoneType"),
+    "layers-missing": (("layers",), ..., "'layers' must be of type list, found NoneType"),
+    "layers-object": (("layers",), {}, "'layers' must be of type list, found dict"),
     "layers-empty": (("layers",), [], "'layers' must be a list of objects"),
     "layers-numbers": (("layers",), [1, 2], "'layers' must be a list of objects"),
-    "name-number": (("layers", 0, "name"), 7, "'name' must be a str, found int"),
-    "name-empty": (("layers", 0, "name"), "", "does not hold what its configuration says"),
-    "rank-text": (("layers", 0, "rank"), "8", "'rank' must be a int, found str"),
-    "rank-bool": (("layers", 0, "rank"), True, "'rank' must be a int, found bool"),
-    "rank-fraction": (("layers", 0, "rank"), 8.5, "'rank' must be a int, found float"),
-    "rank-zero": (("layers", 0, "rank"), 0, "ranks and shapes of layers must be positive"),
-    "rank-negative": (("layers", 0, "rank"), -8, "ranks and shapes of layers must be positive"),
+    "name-number": (("layers", 0, "name"), 7, "'name' must be of type str, found int"),
+    "name-empty": (("layers", 0, "name"), "", "does not hold the tensors that its configuration asks for"),
+    "rank-text": (("layers", 0, "rank"), "8", "'rank' must be of type int, found str"),
+    "rank-bool": (("layers", 0, "rank"), True, "'rank' must be of type int, found bool"),
+    "rank-fraction": (("layers", 0, "rank"), 8.5, "'rank' must be of type int, found float"),
+    "rank-zero": (("layers", 0, "rank"), 0, "ranks and sizes of layers must be positive"),
+    "rank-negative": (
+        ("layers", 0, "rank"),
+        -8,
+        "ranks and sizes of layers must be positive",
+    ),
     "rank-huge": (("layers", 0, "rank"), 10**12, f"r={10**12} is larger than layer '{Q_PROJ}'"),
     "rank-other": (("layers", 0, "rank"), 4, rf"lora_A of '{Q_PROJ}' is \(8, 32\), expected \(4, 32\)"),
     "in_features-other": (("layers", 0, "in_features"), 31, "is 32 x 32 .*, but .* learned on 32 x 31"),
-    "scaling-null": (("layers", 0, "scaling"), None, "'scaling' must be a float, found NoneType"),
+    "scaling-null": (("layers", 0, "scaling"), None, "'scaling' must be of type float, found NoneType"),
     "scaling-nan": (("layers", 0, "scaling"), float("nan"), "scaling.*finite"),
     "scaling-infinite": (("layers", 0, "scaling"), float("inf"), "scaling.*finite"),
-    "gauge-null": (("gauge",), None, "'gauge' must be a str, found NoneType"),
+    "gauge-null": (("gauge",), None, "'gauge' must be of type str, found NoneType"),
     "gauge-unknown": (("gauge",), "unit_row", "gauge='unit_row' is unknown. Did you mean 'unit_rows'"),
-    "heads-null": (("heads",), None, "'heads' must be a list, found NoneType"),
+    "heads-null": (("heads",), None, "'heads' must be of type list, found NoneType"),
     "heads-unknown": (("heads",), ["lm_hea"], "no 'lm_hea'. Did you mean 'lm_head'"),
     "heads-numbers": (("heads",), [3], "heads|no '3'"),
     "heads-untrained": (("heads",), ["lm_head"], "head 'lm_head'"),
     "heads-parameterless": (("heads",), ["model.rotary_emb"], r"model\.rotary_emb"),
-    "base_model-null": (("base_model",), None, "'base_model' must be a dict, found NoneType"),
+    "base_model-null": (("base_model",), None, "'base_model' must be of type dict, found NoneType"),
     "base_model-empty": (("base_model",), {}, "Another base model: class is 'LlamaForCausalLM'"),
     "probes-missing": (("base_model", "probes"), ..., "probes"),
     "probes-null": (("base_model", "probes"), None, "probes"),
@@ -605,14 +609,18 @@ WRONG = {
     "probes-ragged": (("base_model", "probes"), [1.0, [2.0]], "probes"),
     "probes-empty": (("base_model", "probes"), [], "Another base model"),
     "probes-infinite": (("base_model", "probes"), [float("inf")] * 64, "Another base model"),
-    "guide-null": (("guide",), None, "'guide' must be a dict, found NoneType"),
-    "guide-options": (("guide",), {"family": "auto", "options": None}, "'options' must be a dict, found NoneType"),
+    "guide-null": (("guide",), None, "'guide' must be of type dict, found NoneType"),
+    "guide-options": (
+        ("guide",),
+        {"family": "auto", "options": None},
+        "'options' must be of type dict, found NoneType",
+    ),
     "guide-delta": (("guide", "family"), "delta", r"guide does not hold .* unexpected \['scale_unconstrained'\]"),
     "guide-unknown": (("guide", "family"), "nrmal", "'nrmal'.*Did you mean 'normal'"),
-    "guide-list": (("guide", "family"), ["normal"], "'family' must be a str, found list"),
-    "auto-none": (("guide",), auto({}), "names no class of pyro.infer.autoguide"),
-    "auto-module": (("guide",), auto({"class": "guides"}), "names no class of pyro"),
-    "auto-function": (("guide",), auto({"class": "init_to_value"}), "names no class of pyro"),
+    "guide-list": (("guide", "family"), ["normal"], "'family' must be of type str, found list"),
+    "auto-none": (("guide",), auto({}), "pyro.infer.autoguide has no class"),
+    "auto-module": (("guide",), auto({"class": "guides"}), "pyro.infer.autoguide has no class"),
+    "auto-function": (("guide",), auto({"class": "init_to_value"}), "pyro.infer.autoguide has no class"),
     "auto-laplace": (
         ("guide",),
         auto({"class": "AutoLaplaceApproximation"}),
@@ -631,28 +639,28 @@ WRONG = {
         auto({"class": "AutoLowRankMultivariateNormal", "rank": 10**15}),
         "rank",
     ),
-    "prior-null": (("prior",), None, "'prior' must be a dict, found NoneType"),
-    "prior-number": (("prior", "family"), 3, "'family' must be a str, found int"),
-    "prior-unknown": (("prior", "family"), "Gaussian", "'Gaussian' with parameters .* is no known prior"),
-    "prior-module": (("prior", "family"), "constraints", "'constraints' with parameters .* is no known prior"),
-    "prior-dunder": (("prior", "family"), "__builtins__", "'__builtins__' with parameters .* is no known prior"),
-    "prior-base": (("prior",), {"family": "Distribution", "parameters": []}, "is no known prior|prior"),
-    "prior-other": (("prior", "family"), "Gamma", r"'Gamma' with parameters \['loc', 'scale'\] is no known prior"),
-    "prior-parameters": (("prior", "parameters"), "loc", "'parameters' must be a list, found str"),
+    "prior-null": (("prior",), None, "'prior' must be of type dict, found NoneType"),
+    "prior-number": (("prior", "family"), 3, "'family' must be of type str, found int"),
+    "prior-unknown": (("prior", "family"), "Gaussian", "'Gaussian' with parameters .* is not a known prior"),
+    "prior-module": (("prior", "family"), "constraints", "'constraints' with parameters .* is not a known prior"),
+    "prior-dunder": (("prior", "family"), "__builtins__", "'__builtins__' with parameters .* is not a known prior"),
+    "prior-base": (("prior",), {"family": "Distribution", "parameters": []}, "is not a known prior|prior"),
+    "prior-other": (("prior", "family"), "Gamma", r"'Gamma' with parameters \['loc', 'scale'\] is not a known prior"),
+    "prior-parameters": (("prior", "parameters"), "loc", "'parameters' must be of type list, found str"),
     "prior-surplus": (("prior", "parameters"), ["loc"], r"missing \[\], unexpected \['scale'\]"),
     "prior-twice": (("prior", "parameters"), ["loc", "loc"], "unexpected"),
-    "prior-unhashable": (("prior", "parameters"), [["loc"], {}], "is no known prior"),
-    "task-null": (("task",), None, "'task' must be a dict, found NoneType"),
-    "task-class": (("task", "class"), None, "'class' must be a str, found NoneType"),
-    "task-options": (("task", "options"), [], "'options' must be a dict, found list"),
+    "prior-unhashable": (("prior", "parameters"), [["loc"], {}], "is not a known prior"),
+    "task-null": (("task",), None, "'task' must be of type dict, found NoneType"),
+    "task-class": (("task", "class"), None, "'class' must be of type str, found NoneType"),
+    "task-options": (("task", "options"), [], "'options' must be of type dict, found list"),
     "task-option": (("task", "options", "labls"), ["A"], r"unknown options of MultipleChoice: \['labls'\]. .*'labels'"),
     "labels-number": (("task", "options", "labels"), 5, "labels"),
     "labels-numbers": (("task", "options", "labels"), [1, 2], "labels"),
     "template-number": (("task", "options", "template"), 5, "template"),
     "template-null": (("task", "options", "template"), None, "template"),
     "max_length-text": (("task", "options", "max_length"), "long", "max_length"),
-    "provenance-null": (("provenance",), None, "'provenance' must be a dict, found NoneType"),
-    "provenance-list": (("provenance",), [], "'provenance' must be a dict, found list"),
+    "provenance-null": (("provenance",), None, "'provenance' must be of type dict, found NoneType"),
+    "provenance-list": (("provenance",), [], "'provenance' must be of type dict, found list"),
 }
 
 
@@ -718,7 +726,7 @@ TENSORS = {
     "loc in half precision": (
         POSTERIOR,
         {"guide.loc": lambda t: t.half()},
-        r"guide: '\w+' is torch\.float\w+ and '\w+' torch\.float\w+: they are saved in one precision",
+        r"guide: '\w+' is torch\.float\w+ and '\w+' is torch\.float\w+: both must be saved in one precision",
     ),
     "guide surplus": (POSTERIOR, {"guide.extra": torch.zeros(1)}, r"guide does not hold .*unexpected \['extra'\]"),
     "foreign part": (POSTERIOR, {"optimizer.step": torch.zeros(1)}, r"unexpected \['optimizer\.step'\]"),
@@ -785,7 +793,7 @@ BROKEN = {
 @pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
 def test_broken_tensor_file_is_named_and_changes_nothing(path, file, damage):
     (path / file).write_bytes(damage((path / file).read_bytes()))
-    assert_refused(path, rf"{file} is damaged: not a whole safetensors file")
+    assert_refused(path, rf"{file} is damaged: it is not a whole safetensors file")
 
 
 @pytest.mark.parametrize("file", [CONFIG, ADAPTER, POSTERIOR])
@@ -1108,7 +1116,7 @@ def test_what_is_no_posterior_is_never_overwritten(posterior, tmp_path, kind):
         (path / name).write_text("years of work")
     before = contents(tmp_path)
     with pytest.raises(
-        FileExistsError, match=rf"{path} exists and holds no posterior: give the path of a new directory"
+        FileExistsError, match=rf"{path} exists and does not hold a posterior: give the path of a new directory"
     ):
         posterior.save_pretrained(path)
     assert contents(tmp_path) == before

@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 
+import gaussians
 import numpy as np
 import pytest
 import tiny
 import torch
+import toys
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import encode, evaluation_batches
 from scalabl_pyro.prediction import predict as predictive
+from scalabl_pyro.prediction.draws import sample_prior
 
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gpt2"]
 
@@ -70,7 +73,7 @@ def test_zero_draws_are_the_posterior_mean(posterior):
     assert mean.log_probs.shape == (1, 11, 4)
     assert torch.equal(posterior.sample(0).s[0], posterior.mean())
     np.testing.assert_allclose(mean.epistemic, 0, atol=1e-6)
-    with pytest.raises(ValueError, match="num_draws=-1 must be 0"):
+    with pytest.raises(ValueError, match="num_draws=-1 must be a whole number, 0 or more"):
         posterior.predict(ROWS, num_draws=-1)
 
 
@@ -110,7 +113,7 @@ def test_rows_with_fewer_choices_give_no_weight_to_the_missing_ones(posterior):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sharing_the_lower_blocks_between_draws_changes_nothing(family):
+def test_sharing_the_lower_blocks_between_draws_changes_nothing(family, monkeypatch):
     """With the second block adapted alone, the first runs once for all draws."""
     posterior = trained(family, layers_to_transform=[1])
     blocks = posterior.adapter.module.get_submodule("transformer.h" if family == "gpt2" else "model.layers")
@@ -119,7 +122,7 @@ def test_sharing_the_lower_blocks_between_draws_changes_nothing(family):
     assert posterior.adapter.shares_prefix
     shared = posterior.predict(ROWS, num_draws=5, batch_size=11)
     assert rows_seen == [11]
-    posterior.adapter.shares_prefix = False
+    monkeypatch.setattr(type(posterior.adapter), "shares_prefix", property(lambda self: False))
     plain = posterior.predict(ROWS, num_draws=5, batch_size=11)
     assert rows_seen == [11, 55]
     handle.remove()
@@ -140,7 +143,7 @@ def test_classifiers_fold_draws_too(family):
 
 def test_running_out_of_memory_halves_the_draws_a_pass(posterior, monkeypatch, caplog):
     reference = posterior.predict(ROWS, num_draws=8)
-    real, sizes = predictive._moments, []
+    real, sizes = predictive._outputs, []
 
     def limited(llm, task, s, *rest):
         sizes.append(len(s))
@@ -148,10 +151,10 @@ def test_running_out_of_memory_halves_the_draws_a_pass(posterior, monkeypatch, c
             raise torch.OutOfMemoryError("pretend")
         return real(llm, task, s, *rest)
 
-    monkeypatch.setattr(predictive, "_moments", limited)
+    monkeypatch.setattr(predictive, "_outputs", limited)
     prediction = posterior.predict(ROWS, num_draws=8)
     assert sizes[:3] == [8, 4, 2]
-    assert "going on with 2 draws a pass" in caplog.text
+    assert "going on with 2 draws per pass" in caplog.text
     np.testing.assert_allclose(prediction.log_probs, reference.log_probs, rtol=1e-4, atol=1e-5)
 
 
@@ -159,7 +162,7 @@ def test_running_out_of_memory_with_one_draw_is_an_error(posterior, monkeypatch)
     def never(*args):
         raise torch.OutOfMemoryError("pretend")
 
-    monkeypatch.setattr(predictive, "_moments", never)
+    monkeypatch.setattr(predictive, "_outputs", never)
     with pytest.raises(torch.OutOfMemoryError):
         posterior.predict(ROWS, num_draws=2)
 
@@ -236,3 +239,39 @@ def test_pad_token_that_the_model_has_no_embedding_for_is_named(posterior):
     task.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     with pytest.raises(ValueError, match="The pad token is 59, but the model has embeddings for 0 to 58 only"):
         replace(posterior, task=task).predict(ROWS)
+
+
+def answers_and_draws(toy, kind, *, num_draws, seed):
+    """(S, N) noise of the simulated answers, and the standardized draws of s (S, D) behind their means."""
+    posterior = gaussians.posterior_of(toy)
+    prediction = getattr(posterior, kind)(toy.rows[:16], num_draws=num_draws, seed=seed)
+    if kind == "prior_predictive":
+        s = sample_prior(posterior.prior, num_draws, seed=seed)
+    else:
+        s = posterior.sample(num_draws, seed=seed).s
+    noise = (prediction.replicates - prediction.means) / np.sqrt(prediction.variances)
+    return noise, ((s - s.mean(0)) / s.std(0)).numpy()
+
+
+@pytest.mark.parametrize("kind", ["predict", "predict_linearized", "prior_predictive"])
+@pytest.mark.parametrize("dim", [1, 4])
+def test_simulated_answers_do_not_follow_the_draws(kind, dim):
+    """Both come from one seed: the random numbers of the answers must not be those that made the draws."""
+    noise, s = answers_and_draws(toys.LinearToy(dim), kind, num_draws=400, seed=3)
+    flat = min(noise.size, s.size)
+    in_order = np.corrcoef(noise.ravel()[:flat], s.ravel()[:flat])[0, 1]
+    assert abs(in_order) < 5 / flat**0.5
+    of_pairs = np.corrcoef(noise.T, s.T)[: noise.shape[1], noise.shape[1] :]
+    assert np.abs(of_pairs).max() < 5 / len(s) ** 0.5
+    # The same numbers in another order would show as repeated values.
+    whitened = np.abs(noise.ravel()[:, None] - s.ravel()[None, :200]) < 1e-6
+    assert whitened.sum() < 5
+
+
+def test_replicates_in_arviz_data_have_random_numbers_of_their_own(posterior):
+    prediction = posterior.predict(ROWS, num_draws=6, seed=3)
+    answers = np.asarray(
+        posterior.to_arviz(num_draws=6, seed=3, prediction=prediction)["posterior_predictive"]["label"]
+    )
+    shared = (prediction.log_probs + np.random.default_rng(3).gumbel(size=prediction.log_probs.shape)).argmax(-1)
+    assert not np.array_equal(answers[0], shared)

@@ -64,5 +64,5 @@ def test_what_has_no_even_design_is_refused(fitted):
     blora = sp.bayesian_lora(tiny.causal_lm(), prior="hierarchical")
     options = {"num_steps": 1, "progress": False}
     posterior = sp.fit(blora, sp.MultipleChoice(tiny.tokenizer()), ROWS, **options).posterior
-    with pytest.raises(TypeError, match="knows posteriors of s alone"):
+    with pytest.raises(TypeError, match="is for posteriors of s alone"):
         posterior.predict(ROWS, design="antithetic")

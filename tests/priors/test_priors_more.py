@@ -98,10 +98,10 @@ def test_a_plate_of_draws_gives_each_its_own(name):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: HorseshoePrior(global_scale=0), "global_scale=0 must be a positive finite number"),
-        (lambda: HorseshoePrior(df=math.inf), "df=inf must be a positive finite number"),
-        (lambda: HierarchicalPrior(scale="1"), "scale='1' must be a positive finite number"),
-        (lambda: EmpiricalBayesPrior(scale=-1), "scale=-1 must be a positive finite number"),
+        (lambda: HorseshoePrior(global_scale=0), "global_scale=0 must be positive and finite"),
+        (lambda: HorseshoePrior(df=math.inf), "df=inf must be positive and finite"),
+        (lambda: HierarchicalPrior(scale="1"), "scale='1' must be positive and finite"),
+        (lambda: EmpiricalBayesPrior(scale=-1), "scale=-1 must be positive and finite"),
         (lambda: EmpiricalBayesPrior(per="rank"), "per='rank' is unknown.*'global', 'layer'"),
         (lambda: RankMaskPrior(1.0), "probability=1.0 must lie between 0 and 1"),
         (lambda: RankMaskPrior(True), "probability=True must lie between 0 and 1"),

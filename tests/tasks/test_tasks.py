@@ -1,7 +1,10 @@
 """Tasks: the prompt and target of a row, and the distribution of its answer given the LLM."""
 
+import doctest
+import importlib
 import inspect
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyro.distributions as dist
@@ -13,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import scalabl_pyro as sp
+from scalabl_pyro._process.lock import LOCK
 from scalabl_pyro.data import Example, collate, encode, read_rows
 
 QUESTION = {"id": "q0", "question": "what is the sky ?", "choices": ["red", "green", "blue"], "answer": 2}
@@ -387,6 +391,33 @@ def test_the_options_of_a_task_build_it_again(task):
     assert again.encode(row) == task.encode(row)
 
 
+def test_repr_of_a_task_is_one_short_line_of_options(tokenizer, task):
+    assert repr(task) == (
+        r"MultipleChoice(labels=('A', ..., 'Z'), template='{question}\n{choices}\nAnswer:', chat=False)"
+    )
+    assert repr(sp.MultipleChoice(tokenizer, labels="AB", template="{question}" * 9, max_length=40)) == (
+        "MultipleChoice(labels=('A', 'B'), template='{question}{question}{question}{ques...', chat=False, "
+        "max_length=40)"
+    )
+    assert repr(classifying(tokenizer)) == (
+        "SequenceClassification(classes=('no', 'yes', 'maybe'), text='text', target='label')"
+    )
+    assert repr(regressing(tokenizer, noise_scale=0.25, text_pair="other")) == (
+        "Regression(noise_scale=0.25, text='text', text_pair='other', target='label')"
+    )
+    assert repr(Counts(tokenizer)) == "Counts()"
+    assert repr(Counts(tokenizer, max_length=5)) == "Counts(max_length=5)"
+    many = [f"class {i}" for i in range(1000)]
+    assert "classes=('class 0', ..., 'class 999')" in repr(sp.SequenceClassification(tokenizer, classes=many))
+
+
+@pytest.mark.parametrize("name", ["base", "multiple_choice", "text"])
+def test_examples_of_docstrings_run(name, tokenizer):
+    module = importlib.import_module(f"scalabl_pyro.tasks.{name}")
+    result = doctest.testmod(module, extraglobs={"tokenizer": tokenizer})
+    assert result.attempted and not result.failed
+
+
 # likelihoods --------------------------------------------------------------------------------------------------
 
 
@@ -413,6 +444,24 @@ def test_a_likelihood_keeps_the_dimensions_of_draws(task, tokenizer, draws):
         d = each.likelihood(outputs, batch_of(each, rows))
         assert d.batch_shape == (*draws, 2)
         assert d.event_shape == ()
+
+
+def test_distribution_is_the_likelihood_built_while_the_lock_is_held(task, monkeypatch):
+    batch = batch_of(task, [QUESTION, QUESTION])
+    outputs = torch.zeros(2, len(batch), 26)
+    expected = task.likelihood(outputs, batch)
+    seen = []
+
+    def likelihood(outputs, batch):
+        with ThreadPoolExecutor(1) as other:
+            seen.append(other.submit(LOCK.acquire, blocking=False).result())
+        return expected
+
+    monkeypatch.setattr(task, "likelihood", likelihood)
+    assert task.distribution(outputs, batch) is expected
+    assert seen == [False]  # no other thread could take the lock meanwhile
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: LOCK.acquire(blocking=False) and LOCK.release() is None).result()
 
 
 def test_classes_are_categorical_in_the_logits_of_the_head(tokenizer):

@@ -102,7 +102,7 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(damage, folder, caplog):
     damage(folder.path / "step-00000020")
     assert folder.newest().step == 10
-    assert "step-00000020 cannot be used, the one before it is looked at" in caplog.text
+    assert "step-00000020 cannot be used; the one before it is tried next" in caplog.text
 
 
 def test_if_all_are_damaged_there_is_none(folder, caplog):

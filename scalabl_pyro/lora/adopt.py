@@ -1,0 +1,74 @@
+"""Make the PEFT LoRA layers that a module already carries Bayesian, without changing the function they compute."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .adapter import Adapter
+from .factors import factors_of
+from .hooks import activate
+from .initialization import factorize
+from .layer_checks import check_layers
+from .module_changes import ModuleChanges
+
+
+def adopt(
+    module: nn.Module,
+    found: Mapping[str, BaseTunerLayer],
+    *,
+    gauge: str,
+    heads: Sequence[str],
+    original: nn.Module | None = None,
+) -> Adapter:
+    """Rewrite each update B A as B' diag(s) A' with orthonormal rows of A'.
+
+    Args:
+        module: Module that carries the layers.
+        found: PEFT layers of the module, by path.
+        gauge: See :class:`~scalabl_pyro.lora.adapter.Adapter`.
+        heads: Paths of modules to train in full.
+        original: What ``unload`` returns; None means ``module``.
+
+    Raises:
+        TypeError: A layer of another PEFT method, or of a kind that ignores the latents.
+        ValueError: Several active adapters, merged layers, or a LoRA variant such as DoRA.
+    """
+    adapter_name, layers = _plain_lora(found)
+    changes = ModuleChanges(module)
+    changes.record_weights(weight for layer in layers.values() for weight in factors_of(layer, adapter_name))
+    locs = [factorize(layer, adapter_name) for layer in layers.values()]
+    return activate(
+        module,
+        layers,
+        adapter_name=adapter_name,
+        loc=torch.cat(locs),
+        changes=changes,
+        gauge=gauge,
+        heads=heads,
+        original=original,
+    )
+
+
+def _plain_lora(found: Mapping[str, BaseTunerLayer]) -> tuple[str, dict[str, LoraLayer]]:
+    """The name of the active adapter and its layers by path, checked."""
+    layers = {name: m for name, m in found.items() if isinstance(m, LoraLayer)}
+    if len(layers) < len(found):
+        name, other = next((n, m) for n, m in found.items() if n not in layers)
+        raise TypeError(f"{name!r} is a {type(other).__name__} of another PEFT method; only LoRA can become Bayesian.")
+    active = {tuple(layer.active_adapters) for layer in layers.values()}
+    if len(active) != 1 or len(next(iter(active))) != 1:
+        raise ValueError(f"Exactly one LoRA adapter must be active, found {sorted(active)}: call set_adapter(name).")
+    (adapter_name,) = next(iter(active))
+    layers = {name: m for name, m in layers.items() if adapter_name in m.lora_A}
+    check_layers(layers.keys(), layers.values())
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name!r} is merged into its base layer: call unmerge_adapter() first.")
+        if layer.lora_variant.get(adapter_name) is not None or layer.lora_bias.get(adapter_name):
+            raise ValueError(
+                f"{name!r} uses a LoRA variant (DoRA, ...) or lora_bias; only plain LoRA can become Bayesian."
+            )
+    return adapter_name, layers

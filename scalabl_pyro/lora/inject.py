@@ -1,0 +1,112 @@
+"""Put new LoRA layers into a module: with the paper's initialization, or as a saved posterior describes them."""
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .._errors import check_choice, nearest
+from .._process.random_state import scoped_seed
+from .adapter import GAUGES, Adapter
+from .hooks import activate
+from .initialization import initialize
+from .layer_checks import check_heads, check_layers, check_rank, shape_of
+from .module_changes import ModuleChanges
+from .targets import is_linear
+
+ADAPTER_NAME = "scalabl"
+
+
+def inject(
+    module: nn.Module,
+    names: Sequence[str],
+    config: LoraConfig,
+    *,
+    gauge: str,
+    heads: Sequence[str],
+    seed: int,
+    original: nn.Module | None = None,
+) -> Adapter:
+    """Replace the linear layers with these paths by LoRA layers, initialized as in the paper.
+
+    Args:
+        module: Module that gets the layers.
+        names: Paths of linear layers.
+        config: Ranks, alpha and dropout; its targets are set here.
+        gauge: See :class:`~scalabl_pyro.lora.adapter.Adapter`.
+        heads: Paths of modules to train in full.
+        seed: Seed of the initial factors.
+        original: What ``unload`` returns; None means ``module``.
+    """
+    replaced = {name: module.get_submodule(name) for name in names}
+    changes = ModuleChanges(module)
+    changes.record_layers(replaced)
+    changes.record_new_attribute("peft_config")
+    config.target_modules = "|".join(map(re.escape, names))  # whole paths: a list would match suffixes
+    config.fan_in_fan_out = isinstance(replaced[names[0]], Conv1D)
+    with scoped_seed(seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # one config for Conv1D and Linear targets
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # matters for merging only
+        inject_adapter_in_model(config, module, ADAPTER_NAME)
+    layers = [cast(LoraLayer, module.get_submodule(name)) for name in names]
+    locs = [initialize(layer, ADAPTER_NAME) for layer in layers]
+    for layer, before in zip(layers, replaced.values(), strict=True):
+        cast(nn.Module, layer).train(before.training)
+    try:
+        check_layers(names, layers)
+    except TypeError:
+        changes.revert()
+        raise
+    return activate(
+        module,
+        dict(zip(names, layers, strict=True)),
+        adapter_name=ADAPTER_NAME,
+        loc=torch.cat(locs),
+        changes=changes,
+        gauge=gauge,
+        heads=heads,
+        original=original,
+    )
+
+
+def reattach(module: nn.Module, layers: Sequence[Mapping[str, Any]], *, gauge: str, heads: Sequence[str]) -> Adapter:
+    """Give a module the LoRA layers that a saved posterior describes.
+
+    Args:
+        module: Plain base model.
+        layers: ``name``, ``rank``, ``in_features``, ``out_features`` and ``scaling`` of each layer.
+        gauge: See :class:`~scalabl_pyro.lora.adapter.Adapter`.
+        heads: Paths of the modules that were trained in full.
+
+    Raises:
+        ValueError: The module carries PEFT layers already, or is not the base model that the posterior was learned on.
+    """
+    check_choice("gauge", gauge, GAUGES)
+    if any(isinstance(m, BaseTunerLayer) for m in module.modules()):
+        raise ValueError("The module already carries PEFT layers: load the posterior into the plain base model.")
+    linear = {name for name, m in module.named_modules() if is_linear(m)}
+    for layer in layers:
+        if layer["name"] not in linear:
+            raise ValueError(
+                f"Another base model: it has no linear layer {layer['name']!r}. {nearest(layer['name'], linear)}"
+            )
+        shape = shape_of(module.get_submodule(layer["name"]))
+        if shape != (layer["out_features"], layer["in_features"]):
+            raise ValueError(
+                f"Another base model: {layer['name']!r} is {shape[0]} x {shape[1]} (out x in), but the posterior was "
+                f"learned on {layer['out_features']} x {layer['in_features']}."
+            )
+        check_rank(module, [layer["name"]], layer["rank"])
+    check_heads(module, heads)
+    config = LoraConfig(rank_pattern={re.escape(layer["name"]): layer["rank"] for layer in layers})
+    adapter = inject(module, [layer["name"] for layer in layers], config, gauge=gauge, heads=heads, seed=0)
+    for saved, own in zip(layers, adapter.layers, strict=True):
+        own.scaling[adapter.adapter_name] = saved["scaling"]
+    return adapter

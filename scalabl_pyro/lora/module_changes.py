@@ -1,0 +1,83 @@
+"""Records each change to the user's module, so that all of them can be reverted."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass
+class ModuleChanges:
+    """The changes to one module.
+
+    The record is data rather than closures, so that a deep copy of the module reverts its own changes.
+
+    Args:
+        module: Module that is about to be changed; its ``requires_grad`` flags are recorded now.
+    """
+
+    module: nn.Module
+    _flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+    _replaced: dict[str, nn.Module] = field(default_factory=dict)
+    _attributes: list[str] = field(default_factory=list)
+    _weights: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _variants: list[tuple[LoraLayer, str, bool]] = field(default_factory=list)
+    _hooks: list[RemovableHandle] = field(default_factory=list)
+    _forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._flags = [(p, p.requires_grad) for p in self.module.parameters()]
+
+    def record_layers(self, layers: dict[str, nn.Module]) -> None:
+        """Record submodules, by path, that are about to be replaced."""
+        self._replaced.update(layers)
+
+    def record_new_attribute(self, name: str) -> None:
+        """Record an attribute that the module is about to get, unless it has one already."""
+        if not hasattr(self.module, name):
+            self._attributes.append(name)
+
+    def record_weights(self, weights: Iterable[Tensor]) -> None:
+        """Record the values of tensors that are about to be changed."""
+        self._weights += [(weight, weight.detach().clone()) for weight in weights]
+
+    def set_variant(self, layer: LoraLayer, adapter_name: str, variant: LoraVariant) -> None:
+        """Let ``variant`` compute the update of a PEFT layer, without PEFT's float32 copy of the activations."""
+        self._variants.append((layer, adapter_name, layer.cast_input_dtype_enabled))
+        layer.lora_variant[adapter_name] = variant
+        layer.cast_input_dtype_enabled = False
+
+    def add_hook(self, handle: RemovableHandle) -> None:
+        """Record a hook that was registered."""
+        self._hooks.append(handle)
+
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Replace the ``forward`` of one instance; one that was replaced before (by accelerate) is recorded."""
+        self._forwards.append((module, module.__dict__.get("forward")))
+        module.forward = forward
+
+    def revert(self) -> None:
+        """Make the module what it was before, bit for bit; a second call does nothing."""
+        for handle in self._hooks:
+            handle.remove()
+        for module, forward in self._forwards:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+        for layer, adapter_name, casts_input in self._variants:
+            layer.lora_variant.pop(adapter_name, None)
+            layer.cast_input_dtype_enabled = casts_input
+        for weight, data in self._weights:
+            weight.data = data
+        for name, original in self._replaced.items():
+            self.module.set_submodule(name, original)
+        for name in self._attributes:
+            delattr(self.module, name)
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        for record in (self._hooks, self._forwards, self._variants, self._weights, self._attributes, self._flags):
+            record.clear()
+        self._replaced.clear()

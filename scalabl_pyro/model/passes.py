@@ -1,0 +1,89 @@
+"""Forward passes over a data set: the one loop that takes batches of rows to what is computed from each of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from .._errors import check_count
+from ..data.batch import Batch, Example, evaluation_batches
+from ..data.encoding import check_tokens
+from ..lora.adapter import Adapter
+from ..lora.hidden_state_cache import Prefix, reuse
+from ..lora.train_mode import eval_mode
+from ..tasks import Task
+
+Result = TypeVar("Result")
+
+
+class Passes:
+    """The batches of a data set, and how the LLM runs over them.
+
+    Prediction, log likelihoods, their derivatives and the baselines all go through :meth:`map`.
+
+    Args:
+        adapter: LoRA layers inside the LLM.
+        batches: Batches of rows.
+        prefixes: Hidden states at the first adapted block, kept for each batch; None keeps nothing.
+
+    Example:
+        >>> from scalabl_pyro.model.passes import Passes
+        >>> passes = Passes.over(examples, posterior.task, posterior.adapter, batch_size=8)  # doctest: +SKIP
+        >>> rows = passes.map(len)  # number of rows per batch  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, adapter: Adapter, batches: Sequence[Batch], *, prefixes: Sequence[Prefix | None] | None = None
+    ) -> None:
+        self.adapter = adapter
+        self.batches = batches
+        self.prefixes = [None] * len(batches) if prefixes is None else prefixes
+
+    @classmethod
+    def over(cls, examples: Sequence[Example], task: Task, adapter: Adapter, *, batch_size: int) -> Self:
+        """Split examples into batches, longest first.
+
+        Args:
+            examples: Tokenized rows.
+            task: Task that encoded them.
+            adapter: LoRA layers inside the LLM.
+            batch_size: Number of rows per forward pass.
+
+        Raises:
+            ValueError: If ``batch_size`` is not a whole number from 1 on, or if a token has no embedding.
+        """
+        check_count(batch_size=batch_size)
+        check_tokens(examples, adapter.module, task.pad_token_id)
+        return cls(adapter, list(evaluation_batches(examples, batch_size, task.pad_token_id)))
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which the adapted layers run."""
+        return self.adapter.device
+
+    def map(
+        self,
+        function: Callable[..., Result],
+        *arguments: Sequence[Any],
+        progress: bool = False,
+        description: str = "predict",
+    ) -> list[Result]:
+        """Call a function with each batch, with the module in eval mode and the kept hidden states in place.
+
+        Args:
+            function: Function of a batch on the device, and of one item of each of ``arguments``.
+            arguments: Sequences of one further argument per batch.
+            progress: Whether to show a progress bar.
+            description: Text left of the progress bar.
+
+        Returns:
+            What the function returned, in the order of the batches.
+        """
+        given = list(zip(self.batches, self.prefixes, *arguments, strict=True))
+        results = []
+        with eval_mode(self.adapter.module), tqdm(given, disable=not progress, desc=description, unit="batch") as bar:
+            for batch, prefix, *rest in bar:
+                with reuse(self.adapter, prefix):
+                    results.append(function(batch.to(self.device), *rest))
+        return results

@@ -1,0 +1,85 @@
+"""``adapter_model.safetensors`` of a saved posterior: the LoRA factors A and B of each layer, and the trained heads."""
+
+import copy
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..lora.adapter import Adapter
+from ..lora.factors import Factors
+from ..storage.tensor_files import below, check_keys, check_like, check_state, load_strict
+from .config import CONFIG_FILE, SavedConfig
+from .state import PosteriorState
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def adapter_tensors(posterior: PosteriorState) -> dict[str, Tensor]:
+    """Return the factors and the heads of a posterior, by their names in the file."""
+    tensors = {}
+    for layer, (A, B) in zip(posterior.subspace, posterior.factors, strict=True):
+        tensors[_factor_name(layer.name, "A")] = A
+        tensors[_factor_name(layer.name, "B")] = B
+    for name, head in posterior.heads.items():
+        tensors |= {_head_prefix(name) + k: v for k, v in head.state_dict().items()}
+    return tensors
+
+
+def check_adapter_keys(config: SavedConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the file holds A and B of each layer and nothing else, except tensors of heads.
+
+    :func:`check_heads` checks the tensors of heads.
+    """
+    of_heads = {name for head in config.heads for name in tensors if name.startswith(_head_prefix(head))}
+    expected = {_factor_name(layer["name"], x) for layer in config.layers for x in "AB"}
+    check_keys(ADAPTER, set(tensors) - of_heads, expected)
+
+
+def check_heads(names: list[str], tensors: Mapping[str, Tensor], llm: nn.Module) -> None:
+    """Raise ValueError unless the trained heads fit the modules of ``llm`` that they replace.
+
+    The check comes before any of those modules is copied.
+    """
+    modules = dict(llm.named_modules())
+    for name in names:
+        if name in modules:
+            check_state(f"{ADAPTER}: head {name!r}", below(tensors, _head_prefix(name)), modules[name])
+
+
+def saved_factors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> Factors:
+    """Return A and B of each layer, on the device of the layer.
+
+    Raises:
+        ValueError: A factor has another shape than its layer needs.
+    """
+    factors = []
+    for layer, live in zip(adapter.subspace, adapter.factors(), strict=True):
+        pair = [tensors[_factor_name(layer.name, x)] for x in "AB"]
+        for x, saved, own in zip("AB", pair, live, strict=True):
+            check_like(f"{ADAPTER}: lora_{x} of {layer.name!r}", saved, own)
+        factors.append((pair[0].to(live[0].device), pair[1].to(live[1].device)))
+    return tuple(factors)
+
+
+def saved_heads(adapter: Adapter, names: list[str], tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Return the trained heads as frozen modules.
+
+    Raises:
+        ValueError: The adapter trains other heads, or a head has other tensors.
+    """
+    if set(names) != set(adapter.heads):
+        raise ValueError(f"{CONFIG_FILE}: trained heads are {names}, the module trains {sorted(adapter.heads)}.")
+    heads = {}
+    for name in names:
+        head = copy.deepcopy(adapter.heads[name])
+        load_strict(f"{ADAPTER}: head {name!r}", head, below(tensors, _head_prefix(name)))
+        heads[name] = head.to(next(adapter.heads[name].parameters()).device).requires_grad_(False)
+    return heads
+
+
+def _factor_name(layer: str, factor: str) -> str:
+    return f"{layer}.lora_{factor}.weight"
+
+
+def _head_prefix(head: str) -> str:
+    return f"heads.{head}."

@@ -1,0 +1,142 @@
+"""From the outputs of an LLM to a prediction: the likelihood of each batch, and the rows back in their order."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from .._process.random_state import Stream, derive_seed
+from ..data.batch import Batch, Example
+from ..model.passes import Passes
+from ..tasks import Task, at_least_float32
+from .result import NumericPrediction, Prediction
+
+Part = tuple[Tensor, dict[str, Tensor]]
+"""Positions of the rows of a batch in the data set, and what is kept of their likelihood."""
+
+
+@torch.no_grad()
+def predict_batches(
+    passes: Passes,
+    outputs_of: Callable[[Batch], Tensor],
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    seed: int,
+    is_mean: bool = False,
+    progress: bool = False,
+) -> Prediction | NumericPrediction:
+    """Predict all rows from a function that gives the outputs of a batch.
+
+    Args:
+        passes: Batches of the rows, and the LLM that runs over them.
+        outputs_of: Function from a batch on the device to outputs (S, B, K).
+        task: Task that defines the likelihood.
+        examples: Tokenized rows.
+        seed: Seed of the simulated answers of a likelihood over numbers.
+        is_mean: Whether the only draw is the posterior mean.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        FloatingPointError: If an output is NaN.
+    """
+    start = time.perf_counter()
+    collect = _Collector(task, passes.batches, seed=seed)
+    parts = passes.map(lambda batch: collect(batch, outputs_of(batch)), progress=progress)
+    return _as_prediction(parts, collect, examples, is_mean=is_mean, seconds=time.perf_counter() - start)
+
+
+@torch.no_grad()
+def predict_from_outputs(
+    task: Task,
+    examples: Sequence[Example],
+    outputs: Sequence[tuple[Batch, Tensor]],
+    *,
+    seed: int = 0,
+    is_mean: bool = False,
+    seconds: float = float("nan"),
+) -> Prediction | NumericPrediction:
+    """Predict all rows from outputs that were computed elsewhere.
+
+    Args:
+        task: Task that defines the likelihood.
+        examples: Tokenized rows.
+        outputs: Batches, each with its outputs (S, B, K).
+        seed: Seed of the simulated answers of a likelihood over numbers.
+        is_mean: Whether the only draw is the posterior mean.
+        seconds: Time that the outputs took.
+
+    Raises:
+        FloatingPointError: If an output is NaN.
+    """
+    collect = _Collector(task, [batch for batch, _ in outputs], seed=seed)
+    parts = [collect(batch, draws) for batch, draws in outputs]
+    return _as_prediction(parts, collect, examples, is_mean=is_mean, seconds=seconds)
+
+
+class _Collector:
+    """Keeps what a prediction needs of the likelihood of each batch.
+
+    Args:
+        task: Task that defines the likelihood.
+        batches: All batches: where one row has no answer, no row is scored.
+        seed: Seed of the simulated answers.
+    """
+
+    def __init__(self, task: Task, batches: Sequence[Batch], *, seed: int) -> None:
+        self.task = task
+        self.is_scored = all(batch.target is not None for batch in batches)
+        # The draws of s come from the plain seed: with the same random numbers the answers would follow them.
+        self.is_normal = False
+        self.noise = Stream(derive_seed(seed, "answers"))
+
+    def __call__(self, batch: Batch, outputs: Tensor) -> Part:
+        """Log probabilities, or moments, given ``outputs`` (S, B, K): each (S, B, ...), on the CPU."""
+        _check_outputs(batch, outputs)
+        if not self.is_scored:
+            batch = batch.without_target()
+        d: Any = self.task.distribution(outputs.to(batch.index.device), batch)
+        if isinstance(d, dist.Categorical):
+            kept = {"log_probs": at_least_float32(d.logits).log_softmax(-1)}
+        else:
+            with self.noise.use():
+                replicates = d.sample()
+            self.is_normal = isinstance(d, torch.distributions.Normal)
+            kept = {"means": d.mean, "variances": d.variance, "replicates": replicates}
+            if batch.target is not None:
+                kept["log_density"] = d.log_prob(batch.target)
+        shape = (len(outputs), len(batch))
+        return batch.index.cpu(), {k: v.expand(*shape, *v.shape[2:]).cpu() for k, v in kept.items()}
+
+
+def _check_outputs(batch: Batch, outputs: Tensor) -> None:
+    missing = torch.isnan(outputs)
+    if missing.any():
+        bad = missing.reshape(*outputs.shape[:2], -1).any(2).any(0).cpu()
+        raise FloatingPointError(
+            f"The LLM's outputs of rows {batch.index.cpu()[bad].tolist()} are NaN. Check these inputs, and use "
+            "bfloat16 or float32 instead of float16."
+        )
+
+
+def _as_prediction(
+    parts: Sequence[Part], collect: _Collector, examples: Sequence[Example], *, is_mean: bool, seconds: float
+) -> Prediction | NumericPrediction:
+    """Join what was kept of each batch, rows back in the order of the data."""
+    order = torch.cat([index for index, _ in parts]).argsort()
+    kept = {k: torch.cat([part[k] for _, part in parts], dim=1)[:, order].numpy() for k in parts[0][1]}
+    targets = [e.target for e in examples]
+    target: Any = None if any(t is None for t in targets) else np.asarray(targets)
+    arrays: dict[str, Any] = dict(kept)
+    if "log_probs" not in arrays:
+        arrays.setdefault("log_density", None)
+        arrays["is_normal"] = collect.is_normal
+        return NumericPrediction(target=target, is_mean=is_mean, seconds=seconds, **arrays)
+    log_probs = arrays["log_probs"]
+    classes = collect.task.classes or tuple(str(c) for c in range(log_probs.shape[-1]))
+    used = max((e.extras.get("num_choices", len(classes)) for e in examples), default=len(classes))
+    return Prediction(log_probs[..., :used], target, tuple(classes[:used]), is_mean=is_mean, seconds=seconds)

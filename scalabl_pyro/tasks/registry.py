@@ -1,0 +1,44 @@
+"""Tasks that a saved posterior can name: their configuration, and how they are built from it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .._errors import nearest
+from .base import Task
+from .multiple_choice import MultipleChoice
+from .text import Regression, SequenceClassification
+
+#: Classes of this library, by name.
+TASKS: dict[str, type[Task]] = {task.__name__: task for task in (MultipleChoice, SequenceClassification, Regression)}
+
+
+def to_config(task: Task) -> dict[str, Any]:
+    """Return what is saved of a task besides its tensors and its tokenizer: ``class`` and ``options``."""
+    name = type(task).__name__
+    if name in TASKS and type(task) is not TASKS[name]:
+        name = f"{type(task).__module__}.{name}"  # a user's class with the name of one of this library
+    return {"class": name, "options": {option: _jsonable(getattr(task, option)) for option in task.options}}
+
+
+def from_options(name: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Task:
+    """Build a saved task again.
+
+    Args:
+        name: Name of a class in :data:`TASKS`.
+        tokenizer: Its tokenizer.
+        options: Its options, as :func:`to_config` gave them.
+
+    Raises:
+        ValueError: The task does not have an option of this name, or refuses the value.
+    """
+    task = TASKS[name]
+    if unknown := sorted(set(options) - set(task.options)):
+        raise ValueError(f"unknown options of {name}: {unknown}. {nearest(unknown[0], task.options)}")
+    return task(tokenizer, **options)
+
+
+def _jsonable(value: Any) -> Any:
+    return value.item() if torch.is_tensor(value) else list(value) if isinstance(value, tuple) else value
