@@ -100,7 +100,7 @@ def load(llm: nn.Module, path: str | Path, **overrides: Any) -> Predictor:
     Example:
         Save what ``mle`` learned, and load it again for the same base model::
 
-            point = scalabl_pyro.baselines.mle(blora, task, rows)
+            point = scalabl_pyro.baselines.mle(llm, task, rows)
             point.save_pretrained("mle")
             point = scalabl_pyro.baselines.load(llm, "mle")
     """

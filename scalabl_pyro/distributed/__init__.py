@@ -1,4 +1,4 @@
-"""Several processes that train and predict as one."""
+"""Training and prediction in several processes that work as one."""
 
 from .._deprecated import renamed_function
 from .gloo_group import LostProcess

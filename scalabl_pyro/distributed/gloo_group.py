@@ -1,7 +1,7 @@
-"""A second, small group of processes (gloo, on the CPU), which carries what the host must know.
+"""A second group of the same processes (gloo, on the CPU), for messages between the hosts.
 
-Whether all are there, with the same batch; signals; results of ``predict``. It is closed when a call fails, so that the
-others learn of it at once.
+It carries checks that all processes are present and hold the same batch, signals, and results of ``predict``. It is
+closed when a call fails, so that the other processes notice at once.
 """
 
 from collections.abc import Iterator
@@ -13,25 +13,34 @@ from torch import distributed as dist
 
 
 class LostProcess(RuntimeError):
-    """The other processes cannot be reached any more."""
+    """Error of a process that can no longer reach the others.
+
+    Example:
+        >>> from scalabl_pyro.distributed import LostProcess
+        >>> try:
+        ...     raise LostProcess("Process 0 of 2 cannot reach the others.")  # fit() and predict() raise it
+        ... except LostProcess as error:
+        ...     print(error)
+        Process 0 of 2 cannot reach the others.
+    """
 
 
 @contextmanager
 def reaching() -> Iterator[None]:
-    """Errors of torch that mean that a process is gone, in other words."""
+    """Turn errors of torch.distributed into :class:`LostProcess`."""
     try:
         yield
     except RuntimeError as error:
         raise LostProcess(
             f"Process {dist.get_rank()} of {dist.get_world_size()} cannot reach the others any more. One of them was "
-            "killed, failed (its own output says how), or went on without calling the same function of scalabl_pyro; "
-            "calls in one process alone belong into `with scalabl_pyro.distributed.single_process():`. A run with "
-            f"checkpoint_dir= can be resumed. What torch says: {(str(error).splitlines() or [repr(error)])[0]}"
+            "killed, failed (see its own output), or did not call the same function of scalabl_pyro. To call a "
+            "function in one process only, use `with scalabl_pyro.distributed.single_process():`. A run with "
+            f"checkpoint_dir= can be resumed. Error of torch: {(str(error).splitlines() or [repr(error)])[0]}"
         ) from error
 
 
 class _Control:
-    """The gloo group of the present default group; made when first needed, by all processes together."""
+    """The gloo group that belongs to the present default group; all processes create it together, when first needed."""
 
     def __init__(self) -> None:
         self.world: Any = None
@@ -43,13 +52,15 @@ class _Control:
         if self.group is None or self.world is not world:
             self.world = world
             with reaching():
-                if is_gloo(torch.device("cpu")):  # its connections tell at once who is gone, the store does not
+                if is_gloo(
+                    torch.device("cpu")
+                ):  # its connections show at once that a process is gone; the store does not
                     dist.all_reduce(torch.zeros(1))
                 self.group = dist.new_group(backend="gloo", timeout=_timeout(world))
         return self.group
 
     def close(self) -> None:
-        """Let the others see that this process will not answer."""
+        """Close the connections, so that the other processes see that this one will not answer."""
         group, self.group = self.group, None
         if group is not None and dist.is_initialized():
             dist.destroy_process_group(group)
@@ -59,12 +70,12 @@ CONTROL = _Control()
 
 
 def is_gloo(device: torch.device) -> bool:
-    """Whether the group that the caller initialized is gloo, for tensors on such a device."""
+    """Tell whether the group that the caller initialized uses gloo for tensors on this device."""
     return f"{device.type}:gloo" in str(dist.get_backend_config())
 
 
 def _timeout(world: Any) -> Any:
-    """That of the group which the caller initialized, None for torch's default."""
+    """Timeout of the group that the caller initialized; None means torch's default."""
     for device in ("cpu", "cuda"):
         try:
             return world._get_backend(torch.device(device)).options._timeout

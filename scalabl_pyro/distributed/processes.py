@@ -1,9 +1,11 @@
 """Several processes that work as one: ``fit`` and ``predict`` under an initialized ``torch.distributed``.
 
-Every process holds the whole program: model, data, and the generators of noise, seeded alike. So each knows the joint
-batch of a step and draws the noise of all its rows, but runs the LLM on rows of its own only. With b of the B rows a
-process computes the ELBO of its rows scaled to N, and counts b / B of it, as a micro-batch does: the shares add up to
-1, the KL is counted once, and one sum of gradients over processes is the gradient of one process on the joint batch.
+Every process holds the whole program: the model, the data, and random generators with the same seed. So each process
+knows the joint batch of a step, and draws the noise of all its rows. It runs the LLM on its own rows only.
+
+A process with b of the B rows computes the ELBO of its rows, scaled to the N rows of the data set, and weights it by
+b / B, as for a micro-batch. The shares add up to 1, so the KL is counted once. The sum of the gradients over processes
+is the gradient that one process would compute on the joint batch.
 """
 
 import builtins
@@ -31,15 +33,15 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-_ALONE: ContextVar[bool] = ContextVar("scalabl_pyro_alone", default=False)
+_SINGLE: ContextVar[bool] = ContextVar("scalabl_pyro_single_process", default=False)
 
 
 class Processes:
-    """The processes of a call, and what they do together; by default this one alone.
+    """The processes that run a call together, and their collective operations; by default this process alone.
 
     Args:
-        rank: number of this process.
-        size: how many there are.
+        rank: Number of this process, from 0.
+        size: Number of processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -48,24 +50,27 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is process 0, which writes files."""
+        """Tell whether this is process 0, which writes the files."""
         return self.rank == 0
 
     @property
     def control(self) -> Any:
-        """Their gloo group; kept nowhere else, as an error that is kept would keep its connections open."""
+        """The gloo group of these processes.
+
+        It is stored in one place only: an error that holds a reference to it would keep its connections open.
+        """
         return CONTROL.get()
 
     @property
     def are_several(self) -> bool:
-        """Whether there are others."""
+        """Tell whether there are other processes."""
         return self.size > 1
 
     def shard(self, batch: Batch) -> tuple[Batch, float]:
-        """The rows of this process, and their share of the batch.
+        """Return the rows of this process, and their share of the joint batch.
 
-        Where there are fewer rows than processes, some run a row at share 0: all draw the same noise then, and a base
-        that is sharded over processes is run by all of them.
+        If there are fewer rows than processes, some processes run one row with share 0. All processes then still draw
+        the same noise, and all of them run a base model that is sharded over processes.
         """
         if not self.are_several:
             return batch, 1.0
@@ -77,16 +82,20 @@ class Processes:
         return replace(own, start=start, joint=rows), share
 
     def synchronize(self, batch: Batch, signal: int) -> int:
-        """Wait until all processes have come as far, and tell each other of signals.
+        """Wait until all processes have reached this step, and exchange their signals.
 
-        It comes before each sum over GPUs, which would not return where a process is missing.
+        It is called before each sum over GPUs, because such a sum never returns if a process is missing.
+
+        Args:
+            batch: The joint batch, which must be the same in all processes.
+            signal: Signal that this process has received; 0 for none.
 
         Returns:
-            The largest signal that one of them has received, 0 for none.
+            The largest signal that any process has received; 0 for none.
 
         Raises:
-            ValueError: the processes hold different batches.
-            LostProcess: one is gone.
+            ValueError: The processes hold different batches.
+            LostProcess: A process cannot be reached.
         """
         if not self.are_several:
             return signal
@@ -99,17 +108,25 @@ class Processes:
         signal, largest, smallest = told.tolist()
         if largest != -smallest:
             raise ValueError(
-                "The processes hold different batches. Each must be given the same ones, of batch_size rows for all "
-                "processes together, of which fit takes its part: pass rows, or a loader that was not prepared by "
-                "accelerate and has no DistributedSampler."
+                "The processes hold different batches. Give each process the same batches, with batch_size rows for "
+                "all processes together; fit takes the part of each process itself. Pass rows, or a loader without a "
+                "DistributedSampler that accelerate has not prepared."
             )
         return signal
 
     @torch.no_grad()
     def all_reduce_gradients(self, parameters: Sequence[Tensor], terms: Tensor) -> Tensor:
-        """Sum gradients (in place) and ``terms`` over processes, in one all_reduce.
+        """Sum the gradients (in place) and ``terms`` over processes, in one all_reduce.
 
-        A parameter without a gradient in some processes gets the sum of the others, without one in all it has none.
+        A parameter that has a gradient in some processes gets their sum in all processes. A parameter that has a
+        gradient in no process keeps none.
+
+        Args:
+            parameters: Trained parameters, in the same order in all processes.
+            terms: Numbers to sum with the gradients, (n,).
+
+        Returns:
+            The sum of ``terms`` over processes, (n,).
         """
         if not self.are_several:
             return terms
@@ -126,26 +143,28 @@ class Processes:
         own = [(p.grad, total.view_as(p)) for p, total in zip(parameters, sums, strict=True) if p.grad is not None]
         if own:
             torch._foreach_copy_([grad for grad, _ in own], [total for _, total in own])
-        for i in missing:  # asked only here: a GPU would have to be waited for
+        for i in missing:  # `present` is read only here, because reading it waits for the GPU
             if present[i] > 0:
                 parameters[i].grad = sums[i].view_as(parameters[i]).to(parameters[i], copy=True)
         return terms_sum.to(terms.dtype)
 
     @torch.no_grad()
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Give tensors of equal shapes the values that they have in process 0."""
+        """Give the tensors, in place, the values that they have in process 0."""
         if not self.are_several or not tensors:
             return
         for dtype in sorted({t.dtype for t in tensors}, key=str):
             own = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.detach().flatten().cpu() for t in own])
             with reaching():
-                dist.broadcast(flat.view(torch.uint8), src=0, group=self.control)  # whatever gloo can count with
+                dist.broadcast(
+                    flat.view(torch.uint8), src=0, group=self.control
+                )  # bytes: gloo does not know every dtype
             for tensor, values in zip(own, flat.split([t.numel() for t in own]), strict=True):
                 tensor.copy_(values.view_as(tensor))
 
     def broadcast_random_state(self, device: torch.device) -> None:
-        """Go on with the random states of process 0: that of the CPU, and that of ``device``."""
+        """Give all processes the random states of process 0: that of the CPU, and that of ``device``."""
         if not self.are_several:
             return
         own = [torch.default_generator]
@@ -156,78 +175,91 @@ class Processes:
             generator.set_state(state)
 
     def all_gather(self, function: Callable[[], Result]) -> list[Result]:
-        """Call a function in every process; what each gave, by number of the process.
+        """Call a function in every process, and return the results of all, ordered by rank.
 
         Raises:
-            Exception: what it raised in one of them, in all of them.
+            Exception: If the function raises in one process, all processes raise that error.
         """
         if not self.are_several:
             return [function()]
         value, error = _outcome(function)
         found: list[Any] = [None] * self.size
         with reaching():
-            dist.all_gather_object(found, (value, _told(error)), group=self.control)
+            dist.all_gather_object(found, (value, _described(error)), group=self.control)
         if error is not None:
             raise error
         for rank, (_, told) in enumerate(found):
-            _raise_as_told(rank, told)
+            _raise_described(rank, told)
         return [value for value, _ in found]
 
     def from_rank_zero(self, function: Callable[[], Result]) -> Result:
-        """Call a function in process 0 alone; all get what it gave, or raise what it raised. All wait for it."""
+        """Call a function in process 0 only; all processes wait for it, and return its result or raise its error."""
         if not self.are_several:
             return function()
         value, error = _outcome(function) if self.is_first else (None, None)
-        told = [(value, _told(error))]
+        told = [(value, _described(error))]
         with reaching():
             dist.broadcast_object_list(told, src=0, group=self.control)
         if error is not None:
             raise error
         ((value, failure),) = told
-        _raise_as_told(0, failure)
+        _raise_described(0, failure)
         return value  # type: ignore[return-value]
 
     def _group_of(self, tensor: Tensor) -> Any:
-        """The group that adds up where a tensor lies: NCCL for CUDA, if it was initialized."""
+        """The group that sums tensors on this device: NCCL for CUDA tensors, if the caller initialized NCCL."""
         on_control = tensor.device.type == "cpu" or is_gloo(tensor.device)
         return self.control if on_control else dist.group.WORLD
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Inside the context this process works by itself, as if there were no others."""
-    token = _ALONE.set(True)
+    """Let this process work by itself inside the context, as if there were no other processes.
+
+    Inside it, ``fit`` and ``predict`` may be called by one process only, for example by rank 0 to evaluate.
+
+    Example:
+        >>> import torch, scalabl_pyro
+        >>> blora = scalabl_pyro.bayesian_lora(torch.nn.Sequential(torch.nn.Linear(4, 3)), r=2)
+        >>> with scalabl_pyro.distributed.single_process():
+        ...     tuple(blora(torch.ones(5, 4)).shape)
+        (5, 3)
+    """
+    token = _SINGLE.set(True)
     try:
         yield
     finally:
-        _ALONE.reset(token)
+        _SINGLE.reset(token)
 
 
 def current_processes() -> Processes:
-    """The processes that work together now: those of torch.distributed, if it is initialized."""
-    if _ALONE.get() or not dist.is_available():
+    """Return the processes that work together now: those of torch.distributed, if it is initialized."""
+    if _SINGLE.get() or not dist.is_available():
         return Processes()
     if not dist.is_initialized():
-        _point_out(os.environ.get("WORLD_SIZE", ""))
+        _warn_not_initialized(os.environ.get("WORLD_SIZE", ""))
         return Processes()
     if dist.get_world_size() == 1:
         return Processes()
-    CONTROL.get()  # made here, where all processes pass
+    CONTROL.get()  # created here, because all processes pass here
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
-@functools.cache  # once is enough
-def _point_out(world_size: str) -> None:
+@functools.cache  # one warning is enough
+def _warn_not_initialized(world_size: str) -> None:
     if world_size.isdecimal() and int(world_size) > 1:
         logger.warning(
-            "WORLD_SIZE is %s, but torch.distributed is not initialized: every process works by itself. For one "
-            "training in all of them call torch.distributed.init_process_group() first.",
+            "WORLD_SIZE is %s, but torch.distributed is not initialized, so every process works by itself. To train in "
+            "all of them together, call torch.distributed.init_process_group() first.",
             world_size,
         )
 
 
 def collective(function: Callable[P, Result]) -> Callable[P, Result]:
-    """A function that all processes call; one that fails in it closes its connections, so that none waits for it."""
+    """Decorate a function that all processes call together.
+
+    A process in which it fails closes its connections, so that no other process waits for it.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
@@ -249,11 +281,11 @@ def _outcome(function: Callable[[], Result]) -> tuple[Result | None, Exception |
         return None, error
 
 
-def _told(error: Exception | None) -> tuple[str, str] | None:
+def _described(error: Exception | None) -> tuple[str, str] | None:
     return None if error is None else (type(error).__name__, str(error))
 
 
-def _raise_as_told(rank: int, told: tuple[str, str] | None) -> None:
+def _raise_described(rank: int, told: tuple[str, str] | None) -> None:
     if told is None:
         return
     name, message = told

@@ -6,18 +6,22 @@ from .covariance import CovarianceGuide, LowRankGuide
 from .delta import DeltaGuide
 from .empirical import EmpiricalGuide
 from .flow import FlowGuide
-from .initial_scale import INIT_SCALE
+from .initial_scale import INIT_SCALE as INIT_SCALE
 from .mean_field import MeanFieldGuide, WithHyperparameters
 from .mixture import MixtureGuide
 from .normal import NormalGuide
 from .particles import ParticleGuide
 from .rank_mask import RankMaskGuide
-from .resolve import FAMILIES, NAMES, GuideLike, GuideName, as_guide, from_options, to_config, wrap_autoguide
+from .resolve import FAMILIES as FAMILIES
+from .resolve import NAMES as NAMES
+from .resolve import GuideLike as GuideLike
+from .resolve import GuideName as GuideName
+from .resolve import as_guide
+from .resolve import from_options as from_options
+from .resolve import to_config as to_config
+from .resolve import wrap_autoguide as wrap_autoguide
 
 __all__ = [
-    "FAMILIES",
-    "INIT_SCALE",
-    "NAMES",
     "AutoFamily",
     "AutoInstance",
     "CovarianceGuide",
@@ -25,8 +29,6 @@ __all__ = [
     "EmpiricalGuide",
     "FlowGuide",
     "Guide",
-    "GuideLike",
-    "GuideName",
     "LowRankGuide",
     "MeanFieldGuide",
     "MixtureGuide",
@@ -35,7 +37,4 @@ __all__ = [
     "RankMaskGuide",
     "WithHyperparameters",
     "as_guide",
-    "from_options",
-    "to_config",
-    "wrap_autoguide",
 ]

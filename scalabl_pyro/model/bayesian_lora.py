@@ -1,4 +1,4 @@
-"""A Hugging Face LLM as a Pyro program: a function of the latents s, which it samples from their prior."""
+"""A Hugging Face LLM as a Pyro program: it samples the latents s from their prior, and runs the LLM with them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,35 +36,46 @@ def bayesian_lora(
     modules_to_save: Sequence[str] | None = None,
     seed: int = 0,
 ) -> "BayesianLoRA":
-    """Give a module LoRA adapters with a latent vector s inside each layer, y = W0 x + gamma B (s * A x).
+    """Add LoRA adapters with a latent vector s inside each layer: y = W0 x + gamma B (s * A x).
 
-    The module is changed in place (its linear layers are wrapped by PEFT) and its weights are frozen;
-    ``blora.unload()`` puts it back bit for bit. A module that already carries a PEFT LoRA adapter keeps the
-    function it computes: its factors are rewritten as B diag(s) A with orthonormal rows of A.
+    The module is changed in place: PEFT wraps its linear layers, and its weights are frozen. ``blora.unload()`` puts it
+    back bit for bit. A module that already carries a PEFT LoRA adapter keeps the function that it computes: the factors
+    are rewritten as B diag(s) A with orthonormal rows of A.
 
     Args:
-        module: a Hugging Face causal LM or classifier, or any module with linear layers.
-        r: rank of the factors, latents a layer (default 8).
-        lora_alpha: gamma = lora_alpha / r (default 16).
-        target_modules: path suffixes, a regular expression, ``"all-linear"``, a predicate ``(path, module)``, or
-            None for the paper's choice: query and value projections and the LM head.
-        layers_to_transform: adapt these blocks only; the upper half costs much less.
-        lora_dropout: dropout on the input of A; 0 in the paper.
-        prior: scale of Normal(0, scale), a Pyro distribution, a callable ``layer -> distribution``, or a
-            :class:`~scalabl_pyro.priors.Prior`.
-        gauge: ``"unit_rows"`` computes with rows of A at unit norm, which leaves s one partner, B, to trade its scale
-            with; ``"free"`` leaves it two. Only with a prior on B too (``fit(factor_scale=...)``) has the scale of the
-            prior of s a meaning of its own.
-        modules_to_save: modules trained in full (point estimates) and saved; default: the new head of a Hugging Face
-            classifier.
-        seed: of the initial factors; the global random state is left alone.
+        module: Hugging Face causal LM or classifier, or any module with linear layers.
+        r: Rank of the factors, and number of latents per layer. None means 8.
+        lora_alpha: Numerator of gamma = lora_alpha / r. None means 16.
+        target_modules: Layers to adapt: a list of path suffixes, one regular expression for whole paths,
+            ``"all-linear"``, or a predicate ``(path, module) -> bool``. None means the layers that the paper adapts:
+            query and value projections and the LM head.
+        layers_to_transform: Indices of the blocks to adapt; None means all. Adapting the upper half only is much
+            cheaper.
+        lora_dropout: Dropout probability on the input of A; 0 in the paper.
+        prior: Prior of s: the scale of Normal(0, scale), a Pyro distribution, a callable ``layer -> distribution``, or
+            a :class:`~scalabl_pyro.priors.Prior`.
+        gauge: ``"unit_rows"`` computes with the rows of A at unit norm, so that s can trade its scale only with B.
+            ``"free"`` lets it trade with A too. The scale of the prior has a meaning of its own only if B has a prior
+            too (``fit(factor_scale=...)``).
+        modules_to_save: Paths of modules that are trained in full (as point estimates) and saved. None means the new
+            head of a Hugging Face classifier.
+        seed: Seed of the initial factors; the global random state stays as it is.
 
     Returns:
         A PyroModule to call in place of the LLM.
 
     Raises:
-        ValueError: targets that match nothing, a rank larger than a layer, a module wrapped twice.
-        TypeError: a layer kind that cannot carry latents, a prior that is none.
+        ValueError: The targets match nothing, the rank is too large for a layer, or the module is wrapped already.
+        TypeError: A layer cannot carry latents, or the prior is not one of the kinds above.
+
+    Example:
+        >>> import torch, scalabl_pyro
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> blora = scalabl_pyro.bayesian_lora(net, r=2, prior=1.0)
+        >>> blora.num_parameters()
+        {'lora': 46, 'latents': 4, 'variational': 8}
+        >>> tuple(blora(torch.ones(5, 4)).shape)  # one draw of s from the prior
+        (5, 3)
 
     References:
         Samplawski et al., Scalable Bayesian Low-Rank Adaptation of Large Language Models via Stochastic
@@ -91,14 +102,24 @@ def bayesian_lora(
 class BayesianLoRA(Program):
     """An LLM as a Pyro program over the D latents of its LoRA layers.
 
-    Calling it samples the site ``"s"`` from the prior (or takes ``s=``), and runs the LLM with it. The base model
-    is no submodule: it never enters a trace, and ``parameters()`` are the trainable ones alone. Batches of draws
-    are folded into the rows of the input, so ``Trace_ELBO(vectorize_particles=True)``,
-    ``Predictive(parallel=True)`` and plates over rows work unchanged.
+    A call samples the site ``"s"`` from the prior (or takes ``s=``), and runs the LLM with it. The base model is not a
+    submodule: it never enters a trace, and ``parameters()`` gives the trainable parameters only. Batches of draws are
+    folded into the rows of the input, so ``Trace_ELBO(vectorize_particles=True)``, ``Predictive(parallel=True)`` and
+    plates over rows work unchanged.
+
+    Args:
+        adapter: The LoRA layers inside the LLM.
+        prior: Prior of s, see :func:`bayesian_lora`.
 
     Attributes:
-        subspace: names, offsets and ranks of the layers.
-        prior: the Pyro program that samples s.
+        prior: Pyro program that samples s.
+
+    Example:
+        >>> import torch, scalabl_pyro
+        >>> blora = scalabl_pyro.bayesian_lora(torch.nn.Sequential(torch.nn.Linear(4, 3)), r=2)
+        >>> draws = torch.randn(10, 1, blora.subspace.dim)  # 10 draws for all rows
+        >>> tuple(blora(torch.ones(5, 4), s=draws).shape)
+        (10, 5, 3)
     """
 
     def __init__(self, adapter: Adapter, *, prior: PriorLike = 1.0) -> None:
@@ -115,7 +136,7 @@ class BayesianLoRA(Program):
 
     @property
     def subspace(self) -> Subspace:
-        """Which latent belongs to which layer."""
+        """Names, ranks and offsets of the layers in the vector s."""
         return self.adapter.subspace
 
     @property
@@ -124,50 +145,123 @@ class BayesianLoRA(Program):
         return self.adapter.device
 
     def forward(self, *args: Any, s: Tensor | None = None, positions: Tensor | None = None, **kwargs: Any) -> Any:
-        """Run the LLM with latents s, by default sampled from the prior; see ``AdaptedLLM``.
+        """Run the LLM with latents s; see :class:`~scalabl_pyro.lora.forward.AdaptedLLM`.
 
         Args:
-            args: positional inputs of the LLM, rows first.
-            s: (..., D) latents instead of the site ``"s"``.
-            positions: (B,) the only token of each row whose logits are wanted.
-            kwargs: keyword inputs of the LLM.
+            args: Positional inputs of the LLM; tensors have the B rows as their first dimension.
+            s: Latents, (..., D); None samples the site ``"s"`` from the prior.
+            positions: Index of the only token of each row whose logits are wanted, (B,); None means all tokens.
+            kwargs: Keyword inputs of the LLM.
 
         Returns:
-            What the LLM returns, its tensors with the broadcast batch shape of s and the rows in front.
+            What the LLM returns; its tensors have the batch shape of s, broadcast against the rows, in front.
+
+        Example:
+            >>> import torch, scalabl_pyro
+            >>> blora = scalabl_pyro.bayesian_lora(torch.nn.Sequential(torch.nn.Linear(4, 3)), r=2)
+            >>> s = torch.zeros(blora.subspace.dim)
+            >>> tuple(blora(torch.ones(5, 4), s=s).shape)
+            (5, 3)
         """
         self._register_with_pyro()
         s = self.sample_latents() if s is None else s
         return self._adapted(*args, s=s, positions=positions, **kwargs)
 
     def sample_latents(self) -> Tensor:
-        """Sample s, (..., D), from the prior, or take it from the guide or from conditioned draws in a trace."""
+        """Sample s from the prior; inside a Pyro handler, take it from the guide or from conditioned draws.
+
+        Returns:
+            Latents, (..., D), with the plates of the site in front.
+
+        Example:
+            >>> import torch, scalabl_pyro
+            >>> blora = scalabl_pyro.bayesian_lora(torch.nn.Sequential(torch.nn.Linear(4, 3)), r=2)
+            >>> tuple(blora.sample_latents().shape)
+            (2,)
+        """
         with KeepPlates():
             return self.prior()
 
     def init_loc(self, site: Mapping[str, Any]) -> Tensor:
-        """``init_loc_fn`` for Pyro's AutoGuides: the paper's start for s, a prior draw for any other site."""
+        """Choose where a site starts, as ``init_loc_fn`` of Pyro's AutoGuides.
+
+        Args:
+            site: Pyro's record of the site.
+
+        Returns:
+            The paper's initial value for the site ``"s"``, a draw from the prior for any other site.
+
+        Example:
+            >>> import torch, scalabl_pyro
+            >>> from pyro.infer.autoguide import AutoNormal
+            >>> blora = scalabl_pyro.bayesian_lora(torch.nn.Sequential(torch.nn.Linear(4, 3)), r=2)
+            >>> guide = AutoNormal(blora.prior, init_loc_fn=blora.init_loc)
+        """
         if site["name"] == "s":
             return self.adapter.loc.to(self.device).expand(site["fn"].shape()).clone()
         return site["fn"].sample().detach()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The untouched base model inside the context."""
+        """Run the untouched base model inside the context.
+
+        Example:
+            >>> import torch, scalabl_pyro
+            >>> net, x = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.ones(5, 4)
+            >>> before = net(x)
+            >>> blora = scalabl_pyro.bayesian_lora(net, r=2)
+            >>> with blora.disabled():
+            ...     torch.equal(net(x), before)
+            True
+        """
         with self.adapter.disabled():
             yield
 
     def unload(self) -> nn.Module:
-        """Put the original module back, bit for bit, and return it."""
+        """Put the original module back, bit for bit, and return it.
+
+        Example:
+            >>> import torch, scalabl_pyro
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+            >>> blora = scalabl_pyro.bayesian_lora(net, r=2)
+            >>> blora.unload() is net
+            True
+        """
         return self.adapter.unload()
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters added to the base model: ``lora`` (A and B), ``latents`` (D), ``variational`` (2 D)."""
+        """Count the parameters added to the base model.
+
+        Returns:
+            ``lora`` (entries of A and B), ``latents`` (D), and ``variational`` (2 D: a loc and a scale per latent).
+
+        Example:
+            >>> import torch, scalabl_pyro
+            >>> blora = scalabl_pyro.bayesian_lora(torch.nn.Sequential(torch.nn.Linear(4, 3)), r=2)
+            >>> blora.num_parameters()
+            {'lora': 14, 'latents': 2, 'variational': 4}
+        """
         return self.adapter.num_parameters()
 
     def estimate_memory(
         self, batch: Batch | Mapping[str, Any], *, gradient_checkpointing: bool = False
     ) -> MemoryEstimate:
-        """Bytes at the peak of a training step on ``batch`` (or on keyword inputs of the LLM); runs two rows."""
+        """Estimate the bytes at the peak of a training step; runs forward passes of one row and of two.
+
+        Args:
+            batch: Batch of a task, or keyword inputs of the LLM.
+            gradient_checkpointing: Whether blocks are run again in the backward pass, as in :func:`scalabl_pyro.fit`.
+
+        Example:
+            >>> import torch, scalabl_pyro
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            ...                      num_attention_heads=2)
+            >>> blora = scalabl_pyro.bayesian_lora(LlamaForCausalLM(config), r=2)
+            >>> estimate = blora.estimate_memory({"input_ids": torch.ones(8, 6, dtype=torch.long)})
+            >>> estimate.total == estimate.weights + estimate.trained + estimate.activations
+            True
+        """
         inputs = batch.inputs if isinstance(batch, Batch) else batch
         positions = batch.last if isinstance(batch, Batch) and output_head(self.llm) is not None else None
         return estimate_memory(self.adapter, inputs, positions=positions, gradient_checkpointing=gradient_checkpointing)
@@ -180,7 +274,15 @@ class BayesianLoRA(Program):
         )
 
     def move_own_tensors(self) -> None:
-        """Bring prior and trained heads to where their layers are, after the LLM was moved by itself."""
+        """Move the prior and the trained heads to the devices of their layers, after the LLM alone was moved.
+
+        Example:
+            >>> import torch, scalabl_pyro
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+            >>> blora = scalabl_pyro.bayesian_lora(net, r=2)
+            >>> _ = net.to("cpu")
+            >>> blora.move_own_tensors()
+        """
         self.prior.to(self.device)
         for name, head in self.adapter.heads.items():
             head.to(next(self.llm.get_submodule(name).parameters()).device)
@@ -190,15 +292,23 @@ class BayesianLoRA(Program):
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> "BayesianLoRA":
-        """Set the train mode of the LLM too."""
+        """Set the train mode of this module and of the LLM.
+
+        Example:
+            >>> import torch, scalabl_pyro
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+            >>> _ = scalabl_pyro.bayesian_lora(net, r=2).train(False)
+            >>> net.training
+            False
+        """
         self.llm.train(mode)
         return super().train(mode)
 
     def _register_with_pyro(self) -> None:
-        """Tell stock SVI, which optimizes what is in Pyro's global store, about A, B and heads.
+        """Register A, B and the heads in Pyro's global store, because stock SVI optimizes what lies there.
 
-        ELBO modules (``Trace_ELBO()(model, guide)``) find them as ``parameters()``; there, a param site for each
-        of hundreds of factors would only cost time.
+        ELBO modules (``Trace_ELBO()(model, guide)``) find them as ``parameters()``. With those, a param site for each
+        of the hundreds of factors would only cost time.
         """
         if not am_i_wrapped():
             return
@@ -212,7 +322,7 @@ class BayesianLoRA(Program):
 
 
 def _point_estimates(adapter: Adapter) -> nn.Module:
-    """The trainable tensors of an adapter under names without dots: ``path/A``, ``path/B``, heads."""
+    """The trainable tensors of an adapter, under names without dots: ``path/A``, ``path/B``, heads."""
     container = nn.ParameterDict()
     for layer, (A, B) in zip(adapter.subspace, adapter.factors(), strict=True):
         container[f"{layer.name}/A".replace(".", "/")] = A

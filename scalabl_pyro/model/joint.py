@@ -19,15 +19,15 @@ class TaskModel(nn.Module):
     """The joint model of a data set: s ~ prior, y_n ~ likelihood(LLM(x_n; s)).
 
     Args:
-        blora: the LLM.
-        task: the likelihood.
-        num_data: N, the size of the whole training set, by which minibatches are scaled.
-        factor_scale: standard deviation of a normal MAP prior on B (and A, where the gauge leaves it free).
-        draws: ``"per_example"`` gives each row of a batch its own s, which makes the ELBO's gradient noise fall
-            with the batch size; ``"shared"`` gives all rows one.
+        blora: The LLM.
+        task: The likelihood.
+        num_data: Size N of the whole training set; the likelihood of a minibatch of B rows is scaled by N / B.
+        factor_scale: Standard deviation of a normal MAP prior on B (and on A, if the gauge leaves it free).
+        draws: ``"per_example"`` gives each row of a batch its own s, so that the gradient noise of the ELBO falls with
+            the batch size. ``"shared"`` gives all rows the same s.
 
     Raises:
-        ValueError: a ``factor_scale`` that is not positive.
+        ValueError: ``factor_scale`` is not positive.
     """
 
     def __init__(
@@ -53,7 +53,10 @@ class TaskModel(nn.Module):
 
         Args:
             batch: B rows of the data set.
-            kl_weight: weight of the log prior; the guide must carry the same, see :func:`latent_scope`.
+            kl_weight: Weight of the log prior; the guide must use the same weight, see :func:`latent_scope`.
+
+        Returns:
+            The answers y, (B,) or with the dimensions of the draws in front.
         """
         with latent_scope(batch, kl_weight, draws=self.draws):
             s = self.blora.sample_latents()
@@ -67,18 +70,22 @@ class TaskModel(nn.Module):
             return pyro.sample("label", self.task(outputs, batch), obs=batch.target)
 
     def log_factor_prior(self) -> Tensor:
-        """Log density of the factors under their MAP prior up to a constant, (), nats per data set; 0 without one."""
+        """Log density of the factors under their MAP prior, up to a constant: (), nats per data set; 0 without one."""
         adapter, device = self.blora.adapter, self.blora.device
         if self.factor_scale is None:
             return torch.zeros((), device=device)
-        # In the other gauge only the directions of A matter, on which the prior is uniform.
+        # With unit rows only the directions of A matter, and the prior is uniform on directions.
         free = [factor for A, B in adapter.factors() for factor in ((A, B) if adapter.gauge == "free" else (B,))]
         squares = torch.stack([factor.square().sum().to(device) for factor in free]).sum()
         return -0.5 * squares / self.factor_scale**2
 
     @contextmanager
     def _own_masks(self, batch: Batch) -> Iterator[None]:
-        """Dropout draws as many numbers as a process has rows: from a stream of its own, so that others stay alike."""
+        """Give dropout a random stream per process.
+
+        It draws as many numbers as the process has rows. Without a stream of its own, the random states of the
+        processes would drift apart.
+        """
         dropouts = (dropout for layer in self.blora.adapter.layers for dropout in layer.lora_dropout.values())
         if batch.joint is None or not any(isinstance(dropout, nn.Dropout) for dropout in dropouts):
             yield
@@ -89,11 +96,16 @@ class TaskModel(nn.Module):
 
 @contextmanager
 def latent_scope(batch: Batch, kl_weight: float | Tensor = 1.0, *, draws: str) -> Iterator[None]:
-    """Where the site s is sampled, in model and guide alike.
+    """Set the plate and the scale of the site s, for model and guide alike.
 
-    With per-example draws, s stands in a plate over the B rows and its log density is scaled by 1 / B: the average
-    over rows of log p(s_b) - log q(s_b) is an unbiased estimate of -KL(q || p). Of a batch that several processes
-    share, each draws for all rows.
+    With per-example draws, s is sampled in a plate over the B rows, and its log density is scaled by 1 / B: the average
+    over rows of log p(s_b) - log q(s_b) is an unbiased estimate of -KL(q || p). If several processes share a batch,
+    each of them draws s for all rows.
+
+    Args:
+        batch: Rows of this process.
+        kl_weight: Weight of KL(q || p).
+        draws: ``"per_example"`` or ``"shared"``, see :class:`TaskModel`.
     """
     rows = len(batch) if batch.joint is None else batch.joint
     with ExitStack() as stack:

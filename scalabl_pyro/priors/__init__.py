@@ -6,20 +6,20 @@ from .fixed import FixedPrior
 from .hierarchical import HierarchicalPrior
 from .horseshoe import HorseshoePrior
 from .rank_mask import RankMaskPrior
-from .resolve import DISTRIBUTIONS, FAMILIES, PriorLike, PriorName, as_prior, from_saved, to_config
+from .resolve import DISTRIBUTIONS as DISTRIBUTIONS
+from .resolve import FAMILIES as FAMILIES
+from .resolve import PriorLike as PriorLike
+from .resolve import PriorName as PriorName
+from .resolve import as_prior
+from .resolve import from_saved as from_saved
+from .resolve import to_config as to_config
 
 __all__ = [
-    "DISTRIBUTIONS",
-    "FAMILIES",
     "EmpiricalBayesPrior",
     "FixedPrior",
     "HierarchicalPrior",
     "HorseshoePrior",
     "Prior",
-    "PriorLike",
-    "PriorName",
     "RankMaskPrior",
     "as_prior",
-    "from_saved",
-    "to_config",
 ]

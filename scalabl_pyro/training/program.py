@@ -80,7 +80,7 @@ class TrainingProgram:
             "batch_size": self.options.batch_size,
             "seed": self.options.seed,
             "draws": self.model.draws,
-            "method": "SVGD" if isinstance(self.guide, ParticleGuide) else "SVI",
+            "method": self.guide.method,
             "elbo": self.elbo,
             "seconds": round(seconds, 3),
         }

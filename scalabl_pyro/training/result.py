@@ -14,8 +14,8 @@ from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
 from ..tasks import Task
 
-#: Lines of the posterior's repr that the repr of a result shows.
-MAX_REPR_LINES = 12
+#: Number of characters of the posterior's repr that the repr of a result shows.
+MAX_REPR = 1000
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,15 +38,21 @@ class FitResult:
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name}={value}" for name, value in self._summary().items())
-        lines = repr(self.posterior).splitlines()
-        inner = "\n".join(lines[:MAX_REPR_LINES] + ["..."] * (len(lines) > MAX_REPR_LINES))
-        return f"FitResult({numbers})\n" + textwrap.indent(f"posterior: {inner}", "  ")
+        return f"FitResult({numbers})\n" + textwrap.indent(f"posterior: {self._describe_posterior()}", "  ")
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
-        cells = self._summary() | {"posterior": type(self.posterior.guide).__name__}
+        cells = self._summary() | {"posterior": self._describe_posterior()}
         rows = "".join(f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in cells.items())
         return f"<table><caption>FitResult</caption>{rows}</table>"
+
+    def _describe_posterior(self) -> str:
+        """The posterior's repr if it is short, else its guide, task and number of latents."""
+        shown = repr(self.posterior)
+        if len(shown) <= MAX_REPR:
+            return shown
+        guide, task = type(self.posterior.guide).__name__, type(self.posterior.task).__name__
+        return f"Posterior(guide={guide}, task={task}, dim={self.posterior.adapter.subspace.dim})"
 
     def _summary(self) -> dict[str, str]:
         """Steps, and loss, NLL, KL and seconds of the last one."""

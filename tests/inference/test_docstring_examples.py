@@ -12,10 +12,6 @@ PUBLIC = {
     **{f"priors.{name}": getattr(sp.priors, name) for name in sp.priors.__all__},
     **{name: getattr(sp, name) for name in ("Draws", "ensemble", "laplace", "mcmc", "refit")},
 }
-#: Tables and types, and functions for saving that users do not call.
-WITHOUT = ("FAMILIES", "NAMES", "INIT_SCALE", "DISTRIBUTIONS", "GuideLike", "GuideName", "PriorLike", "PriorName")
-WITHOUT += ("to_config", "from_options", "from_saved", "wrap_autoguide")
-DOCUMENTED = {name: value for name, value in PUBLIC.items() if name.split(".")[-1] not in WITHOUT}
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +22,9 @@ def names():
     return {"scalabl_pyro": sp, "blora": blora, "posterior": posterior, "train_data": rows}
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
+@pytest.mark.parametrize("name", PUBLIC)
 def test_the_example_runs(name, names):
-    tests = doctest.DocTestFinder(recurse=False).find(DOCUMENTED[name], name, module=False, globs=dict(names))
+    tests = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, module=False, globs=dict(names))
     assert any(test.examples for test in tests), "no example"
     output: list[str] = []
     for test in tests:

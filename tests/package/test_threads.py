@@ -249,6 +249,43 @@ def test_fits_on_modules_of_their_own_give_what_they_give_alone():
         assert_equal(found, alone)
 
 
+def test_other_models_predict_and_train_while_a_fit_runs(choice):
+    """A fit holds the lock of the process per step, so another thread need not wait for its end."""
+    expected = shown(choice.predict(ROWS, num_draws=2))
+
+    def train(seed: int, **options: Any) -> list[float]:
+        blora, task = sp.bayesian_lora(models[seed], seed=seed), sp.MultipleChoice(tiny.tokenizer())
+        return sp.fit(blora, task, ROWS, seed=seed, progress=False, **options).history.loss.tolist()
+
+    models = [tiny.causal_lm(seed=seed) for seed in range(2)]
+    short = train(1, num_steps=5)
+    models[1] = tiny.causal_lm(seed=1)
+    done = threading.Event()
+    steps_after: list[int] = []
+
+    def wait_for_others(row: dict[str, float]) -> bool:
+        """Train until the other thread is done, and three steps more."""
+        steps_after.extend([int(row["step"])] if done.is_set() else [])
+        return len(steps_after) == 3
+
+    def others() -> list[Any]:
+        found = [shown(choice.predict(ROWS, num_draws=2)), train(1, num_steps=5)]
+        done.set()
+        return found
+
+    long, (predicted, trained) = together(
+        lambda: train(0, num_steps=100_000, callbacks=[wait_for_others], schedule="constant", warmup=0.0), others
+    )
+    assert len(steps_after) == 3  # the fit was not over when the others ended
+    assert_equal(predicted, expected)
+    assert trained == short
+    models[0] = tiny.causal_lm(seed=0)
+    alone = train(
+        0, num_steps=100_000, callbacks=[lambda row: row["step"] == len(long) - 1], schedule="constant", warmup=0.0
+    )
+    assert alone == long
+
+
 def test_loading_into_one_module_from_several_threads_attaches_the_layers_once(tmp_path, choice):
     choice.save_pretrained(tmp_path / "p")
     expected = [shown(choice.predict(ROWS, num_draws=2))]

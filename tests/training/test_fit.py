@@ -1,6 +1,9 @@
 """Training: what it records, what it refuses, what it leaves alone."""
 
+import dataclasses
+import inspect
 import logging
+import math
 
 import numpy as np
 import pyro
@@ -16,6 +19,7 @@ from scalabl_pyro._process.random_state import derive_seed
 from scalabl_pyro.data import collate, encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import Guide
+from scalabl_pyro.training.options import TrainingOptions
 
 ROWS = tiny.question_rows(16)
 
@@ -230,6 +234,121 @@ def test_a_generator_that_runs_dry_is_explained(blora, task):
 def test_options_that_make_no_sense_are_refused(blora, task, options, message):
     with pytest.raises(ValueError, match=message):
         fit(blora, task, **options)
+
+
+RATES = ("lr", "lr_A", "lr_loc", "lr_scale", "factor_scale", "init_scale")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({rate: value}, f"{rate}={value}") for rate in RATES for value in (-1.0, 0.0, math.nan, math.inf)),
+        *(({"weight_decay": value}, f"weight_decay={value}") for value in (-1.0, math.nan, math.inf)),
+        *(({"max_grad_norm": value}, f"max_grad_norm={value}") for value in (-1, 0, math.nan)),
+        *(({"warmup": value}, f"warmup={value}") for value in (-0.1, math.nan, True)),
+        *(({"kl_weight": value}, f"kl_weight={value}") for value in (math.nan, math.inf)),
+        *(({name: value}, f"{name}={value}") for name in ("num_steps", "batch_size") for value in (True, 2.5, 0, -1)),
+        *(({"micro_batch_size": value}, f"micro_batch_size={value}") for value in (True, 2.5, 0)),
+        ({"callbacks": print}, "callbacks=.*expected a list of functions"),
+        ({"callbacks": [3]}, "callbacks=.*expected a list of functions"),
+        ({"cache_prefix": "yes"}, "cache_prefix='yes': expected True or False"),
+        ({"seed": 0.5}, "seed=0.5: expected an integer"),
+        ({"optimizer": {"warmup": 0.1}}, r"optimizer=.*expected scalabl_pyro.OptimizerOptions"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is unknown"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range_are_refused_before_anything_starts(blora, task, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        fit(blora, task, **options)
+
+
+def test_old_flat_options_work_for_a_release_and_say_where_they_went(task):
+    def run(**options):
+        return fit(sp.bayesian_lora(tiny.causal_lm()), task, **options).posterior.guide.loc
+
+    groups = {"optimizer": sp.OptimizerOptions(lr_loc=0.5, schedule="constant")}
+    with pytest.warns(
+        DeprecationWarning, match=r"loc_lr= is now given as optimizer=OptimizerOptions\(lr_loc=...\)"
+    ) as seen:
+        old = run(loc_lr=0.5, schedule="constant")
+    assert all(
+        w.filename == __file__ for w in seen if w.category is DeprecationWarning and "is now given" in str(w.message)
+    )
+    assert torch.equal(run(**groups), old)
+    with pytest.warns(DeprecationWarning, match="schedule= is now given as"):
+        assert torch.equal(run(optimizer=sp.OptimizerOptions(lr_loc=0.5), schedule="constant"), old)
+    with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match=r"got lr_loc= and lr_loc in Optimizer"):
+        run(lr_loc=0.1, **groups)
+
+
+def test_fit_has_few_options_and_groups_cannot_change():
+    assert len(inspect.signature(sp.fit).parameters) <= 21  # 32 before the groups
+    for group in (sp.OptimizerOptions(), sp.CheckpointOptions(), sp.HardwareOptions(), TrainingOptions()):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(group, dataclasses.fields(group)[0].name, 1)
+
+
+def test_the_identity_of_a_run_has_what_changes_its_numbers_and_nothing_else():
+    base = TrainingOptions()
+    same = dataclasses.replace(
+        base,
+        on_nonfinite="skip",
+        checkpoint=sp.CheckpointOptions(every=3, keep=9, resume=False),
+        hardware=sp.HardwareOptions(micro_batch_size=2, cuda_graph=False, gradient_checkpointing=True),
+    )
+    assert same.identity() == base.identity()
+    for change in ({"lr": 1.0}, {"seed": 1}, {"optimizer": sp.OptimizerOptions(warmup=0.5)}):
+        assert dataclasses.replace(base, **change).identity() != base.identity()
+
+
+def test_order_initial_scales_and_noise_have_streams_of_their_own():
+    """Correlations of 10,000 numbers lie within 5 standard errors of 0; one shared seed gives 0.7 and more."""
+    n = 10_000
+    seeds = {"order": 0, "scales": derive_seed(0, "initial scales"), "noise": derive_seed(0, "noise")}
+    assert len(set(seeds.values())) == 3
+    generators = {name: torch.Generator().manual_seed(seed) for name, seed in seeds.items()}
+    streams = {name: torch.rand(n, generator=generator) for name, generator in generators.items()}
+    streams["normal noise"] = torch.randn(n, generator=torch.Generator().manual_seed(seeds["noise"]))
+    for a, b in [("order", "scales"), ("order", "noise"), ("scales", "noise"), ("scales", "normal noise")]:
+        correlation = np.corrcoef(streams[a], streams[b])[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(n), (a, b)
+
+
+def test_the_first_noise_of_a_fit_does_not_follow_its_initial_scales(task):
+    """The same over 60 seeds, in fit itself: scales at the start, and the first draw of s."""
+    scales, noise = [], []
+
+    class Watched(sp.guides.NormalGuide):
+        def forward(self, *args, **kwargs):
+            s = super().forward(*args, **kwargs)
+            if not first:
+                first.append((s.reshape(-1, s.shape[-1])[0] - self.loc) / self.scale)
+            return s
+
+    blora = sp.bayesian_lora(tiny.causal_lm())
+    for seed in range(20):
+        first: list[torch.Tensor] = []
+
+        def guide(blora, seed=seed):
+            plain = sp.guides.as_guide("normal", blora, seed=derive_seed(seed, "initial scales"))
+            scales.append(plain.scale.detach())
+            return Watched(plain.loc.detach(), plain.scale.detach())
+
+        fit(blora, task, guide=guide, num_steps=1, seed=seed, draws="shared")
+        noise.append(first[0].detach())
+    x, y = torch.cat(scales).numpy(), torch.cat(noise).numpy()
+    assert abs(np.corrcoef(x, y)[0, 1]) < 5 / math.sqrt(len(x))
+
+
+def test_a_result_shows_itself_in_a_few_lines_and_as_a_table(blora, task):
+    result = fit(blora, task)
+    shown = repr(result)
+    assert shown.startswith("FitResult(steps=3, loss=") and "kl=" in shown and "posterior: " in shown
+    assert len(shown) < 1500 and len(shown.splitlines()) <= 20
+    assert "tensor(" not in shown
+    table = result._repr_html_()
+    assert table.startswith("<table>") and "<th>steps</th><td>3</td>" in table and len(table) < 1500
 
 
 @pytest.mark.parametrize("guide", [3, lambda blora: "nonsense", AutoNormal.__init__])
