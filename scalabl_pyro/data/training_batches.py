@@ -207,6 +207,6 @@ class Cycle:
             raise ValueError(
                 f"train_data does not give the {position['count']} batches again that the run was trained on. "
                 "Possible causes: other data, an iterator that was used before, or an order that depends on more than "
-                "the seed. To resume, pass rows, or a loader that yields the same batches at each start: "
+                "the seed. To resume, pass rows, or a loader that yields the same batches at each program start: "
                 "give it a seeded generator=, or let it shuffle by torch's global generator (fit seeds it)."
             )
