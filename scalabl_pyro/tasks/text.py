@@ -74,9 +74,10 @@ class SequenceClassification(_TextTask):
     Args:
         tokenizer: A Hugging Face tokenizer with a pad token.
         classes: Names of the classes, in the order of the head's outputs. The label of a row is an index or a name.
-        options: ``text``, ``text_pair`` and ``target``, the names of the fields of the text (default ``"text"``), of an
-            optional second text (default None) and of the label (default ``"label"``); ``max_length``, the longest text
-            in tokens. A longer text loses its end.
+        text: Name of the field of the text.
+        text_pair: Name of the field of a second text. Default: there is none.
+        target: Name of the field of the label.
+        max_length: Number of tokens of the longest text. A longer text loses its end. Default: texts are not cut.
 
     Raises:
         TypeError: ``tokenizer`` is not a Hugging Face tokenizer.
