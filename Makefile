@@ -43,8 +43,8 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-docs: install  ## into site/; warnings are errors
-	$(BIN)/mkdocs build --strict --quiet
+docs: install  ## into site/; warnings are errors (with --quiet, mkdocs would not count them)
+	$(BIN)/mkdocs build --strict
 
 notebook: install  ## rebuild and execute the notebooks: on the posterior of `make demo`, and the ablation (half an hour)
 	$(BIN)/jupytext --to ipynb --execute --output examples/posterior_analysis.ipynb examples/posterior_analysis.py

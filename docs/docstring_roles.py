@@ -7,6 +7,9 @@ import griffe
 
 ROLE = re.compile(r":(?:attr|class|func|meth|mod):`(~?)([\w.]+)`")
 
+#: griffe shows the code of a section "Examples", and takes "Example" for a paragraph of text.
+EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
+
 
 class DocstringRoles(griffe.Extension):
     """Rewrite Sphinx roles before mkdocstrings renders a docstring."""
@@ -14,7 +17,8 @@ class DocstringRoles(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called for each object, once griffe has read it."""
         if obj.docstring:
-            obj.docstring.value = ROLE.sub(_link, obj.docstring.value)
+            text = ROLE.sub(_link, obj.docstring.value)
+            obj.docstring.value = EXAMPLE.sub(r"\1Examples:", text)
 
 
 def _link(match: re.Match[str]) -> str:

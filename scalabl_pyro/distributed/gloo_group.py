@@ -20,8 +20,8 @@ class LostProcess(RuntimeError):
         >>> try:
         ...     raise LostProcess("Process 0 of 2 cannot reach the others.")  # fit() and predict() raise it
         ... except LostProcess as error:
-        ...     print(error)
-        Process 0 of 2 cannot reach the others.
+        ...     str(error)
+        'Process 0 of 2 cannot reach the others.'
     """
 
 

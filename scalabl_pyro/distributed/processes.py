@@ -109,8 +109,8 @@ class Processes:
         if largest != -smallest:
             raise ValueError(
                 "The processes hold different batches. Give each process the same batches, with batch_size rows for "
-                "all processes together; fit takes the part of each process itself. Pass rows, or a loader without a "
-                "DistributedSampler that accelerate has not prepared."
+                "all processes together; fit takes the part of each process itself. So pass rows, or a loader "
+                "without a DistributedSampler that accelerate has not prepared."
             )
         return signal
 

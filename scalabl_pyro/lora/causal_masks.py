@@ -23,7 +23,7 @@ def decided_as_in_eager_passes(inputs: Mapping[str, Any]) -> Iterator[None]:
     """Have transformers leave out masks in a capture where it would leave them out in an eager pass.
 
     Args:
-        inputs: of the batch. With positions of its own, and in any pass with a padding mask, masks are built as ever.
+        inputs: Inputs of the batch. If they hold positions or a padding mask, masks are built as usual.
     """
     known = {name: getattr(masking_utils, name) for name in NAMES if hasattr(masking_utils, name)}
     if len(known) < len(NAMES) or "position_ids" in inputs:

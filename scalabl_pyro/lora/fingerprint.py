@@ -91,7 +91,7 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Non
 
 
 def _class_name(base: nn.Module) -> str:
-    """Of the model, where fully_shard has put a class of its own before it."""
+    """Class of the model, also if fully_shard has put a class of its own in front of it."""
     return next(c.__name__ for c in type(base).__mro__ if "FSDPModule" not in (parent.__name__ for parent in c.__mro__))
 
 

@@ -62,7 +62,7 @@ class AdaptedLLM:
             s: (..., D). Its batch dimensions broadcast against the B rows as in Pyro: (D,) and (1, D) are one draw
                 for all rows, (B, D) one a row, (P, 1, D) P draws of all rows.
             positions: (B,) the only token of each row whose logits are wanted.
-            noise: of each layer, for the B rows; then s must be one draw, or one a row.
+            noise: Noise of each layer, for the B rows. With it, s must be one draw, or one draw per row.
             kwargs: keyword inputs of the LLM; tensors with B rows are repeated for each draw.
 
         Returns:

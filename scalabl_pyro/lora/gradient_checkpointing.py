@@ -18,7 +18,7 @@ def recompute(blocks: Sequence[nn.Module], *, has_dropout: bool = False) -> Iter
     """Run ``blocks`` again in backward passes of what is computed inside the context.
 
     Args:
-        blocks: of a model, those with something to train and those above them.
+        blocks: Blocks of a model that hold trained parameters, and those above them.
         has_dropout: whether the second run must draw the same masks, for which the random state is put back.
     """
     before = [(block, block.__dict__.get("forward")) for block in blocks]

@@ -18,7 +18,7 @@ class ReadPosition:
     """Forward pre-hook of the output head: keep one token of each row.
 
     Args:
-        positions: of the current pass.
+        positions: Positions of the current pass.
     """
 
     def __init__(self, positions: Positions) -> None:
@@ -37,8 +37,8 @@ class AtPosition:
     """``forward`` of a module that treats each token alone: run it on the token that is read, give 0 to the others.
 
     Args:
-        positions: of the current pass.
-        forward: of the module.
+        positions: Positions of the current pass.
+        forward: The module's own forward.
     """
 
     def __init__(self, positions: Positions, forward: Callable[..., Any]) -> None:
@@ -56,7 +56,7 @@ class AtPosition:
 
 
 def tokenwise_end(blocks: Sequence[nn.Module]) -> nn.Module | None:
-    """The MLP of the last block, whose result for one token depends on that token alone; None where there is no such.
+    """The MLP of the last block, whose result for one token depends on that token alone; None if the model has none.
 
     Only dense ones by the name that Llama, Qwen, Mistral, Gemma, Phi and GPT-2 give them: a mixture of experts hands
     its routing on.

@@ -42,7 +42,7 @@ class SubspaceVariant(LoraVariant):
         self.index = index
 
     def supports_lora_conversion(self) -> bool:
-        """A distribution over updates is no single update."""
+        """Return False: a distribution over updates is not a single update."""
         return False
 
     def forward(  # type: ignore[override]  # PEFT calls it on the instance

@@ -21,7 +21,7 @@ class MemoryEstimate:
     """Bytes at the peak of a training step.
 
     Attributes:
-        weights: of the whole module as it lies in memory, the frozen base above all.
+        weights: Weights of the whole module in memory, mostly the frozen base.
         trained: gradients and AdamW's moments of what is trained, and its copies in the base's precision.
         activations: what the backward pass needs of the forward pass, for all rows.
     """
@@ -46,7 +46,7 @@ def estimate_memory(
     """Run one row forward, then two, count what autograd saves, and go on in a straight line to all rows.
 
     Args:
-        adapter: of the LLM.
+        adapter: Adapter of the LLM.
         inputs: keyword inputs of the LLM, each tensor (rows, ...).
         positions: (rows,) the token of each row whose logits are read, or None.
         gradient_checkpointing: as in :func:`scalabl_pyro.fit`.

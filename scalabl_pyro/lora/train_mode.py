@@ -13,7 +13,7 @@ from .._process.lock import IDLE, LOCK
 
 @dataclass
 class _Use:
-    """Of a module in eval mode: what to restore, and how often each thread is inside."""
+    """State of a module in eval mode: the modes to restore, and how often each thread is inside."""
 
     modes: list[tuple[nn.Module, bool]]
     threads: Counter[int] = field(default_factory=Counter)

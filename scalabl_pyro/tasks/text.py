@@ -91,8 +91,17 @@ class SequenceClassification(_TextTask):
 
     options = ("classes", *_TextTask.options)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, classes: Sequence[str], **options: Any) -> None:
-        super().__init__(tokenizer, **options)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        classes: Sequence[str],
+        text: str = "text",
+        text_pair: str | None = None,
+        target: str = "label",
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__(tokenizer, text=text, text_pair=text_pair, target=target, max_length=max_length)
         if isinstance(classes, str) or not isinstance(classes, Sequence) or len(classes) < 2:
             raise ValueError(f"classes={classes!r}: name at least two classes.")
         if len(set(map(str, classes))) < len(classes):

@@ -1,5 +1,6 @@
 """The documentation is true: its code runs, it names everything public, and it builds without a warning."""
 
+import ast
 import importlib.util
 import inspect
 import json
@@ -108,21 +109,52 @@ def test_a_task_of_the_how_to_takes_at_most_15_lines():
         assert len([line for line in source.splitlines() if line.strip()]) <= 15, source
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Folder of the built site."""
+def require_mkdocs() -> None:
+    """Skip, with a warning, where the site cannot be built."""
     for package in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(package) is None:
             reason = f"{package} is not installed, so the site was NOT built and checked: pip install -e '.[docs]'"
             warnings.warn(reason, stacklevel=1)
             pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Folder of the built site."""
+    require_mkdocs()
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     quiet = {"NO_MKDOCS_2_WARNING": "1"}  # an announcement of the theme's authors
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **quiet}, timeout=120)
     assert done.returncode == 0, done.stderr
     assert not re.search(r"WARNING|ERROR", done.stderr), done.stderr
     return folder
+
+
+@pytest.mark.parametrize(
+    ("link", "passes"),
+    [("other.md#there", True), ("missing.md", False), ("other.md#missing", False), ("#missing", False)],
+)
+def test_dead_links_and_anchors_fail_the_build(tmp_path, link, passes):
+    """A site of two pages under the options of mkdocs.yml, without its plugins, which no link needs."""
+    require_mkdocs()
+    pages = tmp_path / "docs"
+    pages.mkdir()
+    (pages / "index.md").write_text(f"# Start\n\n[link]({link})\n", "utf-8")
+    (pages / "other.md").write_text("# Other\n\n## There\n", "utf-8")
+    config = {"INHERIT": str(ROOT / "mkdocs.yml"), "docs_dir": str(pages), "nav": ["index.md", "other.md"]}
+    config |= {"plugins": [], "site_dir": str(tmp_path / "site"), "theme": {"name": "mkdocs"}}
+    (tmp_path / "mkdocs.yml").write_text(json.dumps(config), "utf-8")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(tmp_path / "mkdocs.yml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode == 0) == passes, done.stderr
+
+
+def test_make_docs_counts_warnings():
+    """With ``--quiet`` mkdocs does not count warnings, so ``--strict`` would let them pass."""
+    (command,) = re.findall(r"mkdocs build.*", (ROOT / "Makefile").read_text("utf-8"))
+    assert "--strict" in command
+    assert "--quiet" not in command
 
 
 def public_names() -> set[str]:
@@ -157,6 +189,60 @@ def test_every_public_name_is_documented(site):
 def test_no_sphinx_role_is_left_in_the_site(site):
     for page in (site / "api").glob("*.html"):
         assert not re.search(r":(?:attr|class|func|meth|mod):", page.read_text("utf-8")), page.name
+
+
+def script(name: str):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_of_public_names_show_the_code():
+    public_api = script("public_api")
+    page = public_api.PAGE.read_text("utf-8")
+    missing = sorted(name for name in public_api.public_names() if f"| `{name}` |" not in page)
+    assert not missing, f"docs/api/index.md lacks {missing}: run python docs/public_api.py"
+    assert public_api.updated(page) == page, "docs/api/index.md is old: run python docs/public_api.py"
+    assert {f"scalabl_pyro.{name}" for name in public_api.public_names()} >= public_names()
+
+
+def test_every_public_name_has_an_example_that_runs():
+    public_api = script("public_api")
+    code = "\n".join(code for _, code in blocks(public_api.PAGE))
+    missing = [name for name in public_api.public_names() if not re.search(rf"\b{name.rpartition('.')[2]}\b", code)]
+    assert not missing, f"no example on docs/api/index.md uses {missing}"
+
+
+def test_the_picture_of_the_packages_shows_the_code():
+    draw_packages = script("draw_packages")
+    assert draw_packages.read_picture() == draw_packages.read_code(), "run python docs/draw_packages.py"
+    line = (ROOT / "tests" / "package" / "test_structure.py").read_text("utf-8").split('LINE = """')[1].split('"""')[0]
+    order = [name for name in line.replace("|", " ").split() if name in draw_packages.LINE]
+    assert order == draw_packages.LINE
+
+
+def test_functions_named_on_a_page_exist():
+    page = (ROOT / "docs" / "internals.md").read_text("utf-8")
+    named = re.findall(r"([\w/]+\.py):([\w.]+)", page)
+    assert len(named) > 20
+    for file, name in named:
+        if file == "file.py":  # how names are written
+            continue
+        body = ast.parse((ROOT / "scalabl_pyro" / file).read_text("utf-8")).body
+        for part in name.split("."):
+            found = [n for n in body if getattr(n, "name", None) == part]
+            assert found, f"{file} has no {name}"
+            body = found[-1].body
+
+
+def test_a_word_travels_in_at_most_six_hops():
+    page = (ROOT / "docs" / "internals.md").read_text("utf-8")
+    sections = re.split(r"^##+ ", page.split("## How a row becomes")[1], flags=re.M)
+    hops = {section.splitlines()[0]: re.findall(r"^(\d+)\. ", section, flags=re.M) for section in sections}
+    assert {"`prior`", "`guide`", "`seed`", "`num_draws`", "`kl_weight`"} < set(hops)
+    assert all(int(number) <= 6 for numbers in hops.values() for number in numbers)
 
 
 def test_every_page_is_in_the_navigation():

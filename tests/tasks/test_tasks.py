@@ -4,7 +4,7 @@ import doctest
 import importlib
 import inspect
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
 
 import numpy as np
 import pyro.distributions as dist
@@ -450,18 +450,23 @@ def test_distribution_is_the_likelihood_built_while_the_lock_is_held(task, monke
     batch = batch_of(task, [QUESTION, QUESTION])
     outputs = torch.zeros(2, len(batch), 26)
     expected = task.likelihood(outputs, batch)
-    seen = []
+    entered = Event()
+
+    def wait_for_the_lock():
+        with LOCK:
+            entered.set()
+
+    other = Thread(target=wait_for_the_lock)
 
     def likelihood(outputs, batch):
-        with ThreadPoolExecutor(1) as other:
-            seen.append(other.submit(LOCK.acquire, blocking=False).result())
+        other.start()
+        assert not entered.wait(0.2)
         return expected
 
     monkeypatch.setattr(task, "likelihood", likelihood)
     assert task.distribution(outputs, batch) is expected
-    assert seen == [False]  # no other thread could take the lock meanwhile
-    with ThreadPoolExecutor(1) as other:
-        assert other.submit(lambda: LOCK.acquire(blocking=False) and LOCK.release() is None).result()
+    assert entered.wait(10)
+    other.join()
 
 
 def test_classes_are_categorical_in_the_logits_of_the_head(tokenizer):

@@ -412,11 +412,11 @@ def test_an_error_between_two_steps_costs_no_step(tmp_path):
 def test_an_error_within_a_step_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     take = Trainer._take
 
-    def fail(self, step, batch):
+    def fail(self, step, batch=None, *, validate=False):
         if step == 5:
             self.is_whole = False
             raise torch.OutOfMemoryError("CUDA out of memory")
-        take(self, step, batch)
+        return take(self, step, batch, validate=validate)
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(Trainer, "_take", fail)
