@@ -61,14 +61,14 @@ class Finding:
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis(Summarized):
-    """All findings about an inference, worst first; ``print`` shows one line per finding.
+    """All findings about an inference, worst first; ``str()`` gives one line per finding.
 
     Attributes:
         findings: Findings, worst first.
 
     Example:
-        >>> print(as_diagnosis([Finding("pareto_k", "ok", 0.2, 0.7, "q is close to the posterior.", "")]))
-             OK  pareto_k = 0.2: q is close to the posterior.
+        >>> str(as_diagnosis([Finding("pareto_k", "ok", 0.2, 0.7, "q is close to the posterior.", "")]))
+        '     OK  pareto_k = 0.2: q is close to the posterior.'
     """
 
     findings: tuple[Finding, ...]

@@ -164,7 +164,7 @@ def good_k(num_draws: int) -> float:
         Vehtari et al., Pareto smoothed importance sampling, JMLR 2024, section 3.2.
 
     Example:
-        >>> round(good_k(100), 2)
+        >>> float(good_k(100))
         0.5
     """
     return min(1 - 1 / np.log10(max(num_draws, 10)), 0.7)

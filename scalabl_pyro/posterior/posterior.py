@@ -215,7 +215,7 @@ class Posterior(PosteriorState):
             ValueError: If there are fewer than 25 draws, or if ``num_data`` is smaller than ``data``.
 
         Example:
-            >>> print(posterior.diagnose(train_data, history=result.history))  # doctest: +SKIP
+            >>> posterior.diagnose(train_data, history=result.history).to_frame()  # doctest: +SKIP
         """
         check_count(num_draws=num_draws, batch_size=batch_size)
         return diagnose(

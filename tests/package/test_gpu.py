@@ -181,7 +181,7 @@ def test_a_real_out_of_memory_halves_the_draws(monkeypatch, caplog):
         del hog
         torch.cuda.empty_cache()
     assert prediction.log_probs.shape[0] == 256
-    assert "out of memory: going on with" in caplog.text
+    assert "Out of memory: going on with" in caplog.text
 
 
 def test_a_classifier_with_a_new_head_trains():

@@ -24,8 +24,7 @@ from pyro import infer, poutine
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import read_rows
-from scalabl_pyro.lora import adapter as lora
-from scalabl_pyro.lora import hidden_state_cache
+from scalabl_pyro.lora import binding, hidden_state_cache
 
 ROWS = tiny.question_rows(8)
 TEXTS = [{**row, "label": float(row["label"])} for row in tiny.text_rows(8)]
@@ -49,7 +48,7 @@ def state(llm: torch.nn.Module) -> dict[str, Any]:
         "settings": dict(pyro.settings.get()),
         "validation": [d.is_validation_enabled() for d in (dist, infer, poutine)],
         "handlers": len(poutine.runtime._PYRO_STACK),
-        "draws bound": dict(lora._BOUND.get()),
+        "draws bound": dict(binding._BOUND.get()),
         "prefixes": dict(hidden_state_cache._PREFIX.get()),
         "warning filters": list(warnings.filters),
         "train modes": [m.training for m in llm.modules()],
