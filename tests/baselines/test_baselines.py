@@ -158,7 +158,7 @@ def test_rows_that_do_not_fit_leave_the_base_model_as_it_was(llm, task, train):
         train(llm, task, [{"question": "what ?"}])
     assert sp.lora.attach.find_adapter(llm) is None
     assert all(torch.equal(llm.state_dict()[k], v) for k, v in before.items())
-    with pytest.raises(ValueError, match="num_members=0" if train is baselines.deep_ensemble else "must be positive"):
+    with pytest.raises(ValueError, match="num_members=0" if train is baselines.deep_ensemble else "batch_size=0 must be"):
         train(llm, task, ROWS, **({"num_members": 0} if train is baselines.deep_ensemble else {"batch_size": 0}))
     assert sp.lora.attach.find_adapter(llm) is None
 
@@ -564,7 +564,7 @@ def test_load_reads_posteriors_too_and_leaves_the_model_alone_when_it_fails(trai
         ({"kind": "magic"}, "kind='magic' is unknown"),
         ({"kind": None}, "kind=None is unknown"),
         ({"format_version": 99}, "reads format_version 1"),
-        ({"children": ["../x"]}, "names of folders"),
+        ({"children": ["../x"]}, "list of folder names"),
         ({"options": {}}, "damaged: KeyError 'noise'"),
         ({"options": {"noise": "dropout", "options": {"p": 3.0}, "provenance": {}}}, "between 0 and 1"),
         ({"options": {"noise": "fog", "options": {}, "provenance": {}}}, "noise='fog' is unknown"),
