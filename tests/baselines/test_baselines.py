@@ -158,8 +158,9 @@ def test_rows_that_do_not_fit_leave_the_base_model_as_it_was(llm, task, train):
         train(llm, task, [{"question": "what ?"}])
     assert sp.lora.attach.find_adapter(llm) is None
     assert all(torch.equal(llm.state_dict()[k], v) for k, v in before.items())
-    with pytest.raises(ValueError, match="num_members=0" if train is baselines.deep_ensemble else "batch_size=0 must be"):
-        train(llm, task, ROWS, **({"num_members": 0} if train is baselines.deep_ensemble else {"batch_size": 0}))
+    option = "num_members" if train is baselines.deep_ensemble else "batch_size"
+    with pytest.raises(ValueError, match=f"{option}=0"):
+        train(llm, task, ROWS, **{option: 0})
     assert sp.lora.attach.find_adapter(llm) is None
 
 
