@@ -116,7 +116,8 @@ def num_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
                 raise ValueError("The batch is empty: it has 0 rows. Pass at least one row.")
             return x.shape[0]
     raise ValueError(
-        "The inputs contain no tensor with rows. Pass at least one tensor whose first dimension is the rows, as in input_ids=..."
+        "The inputs contain no tensor with rows. Pass at least one tensor whose first dimension is the rows, "
+        "as in input_ids=..."
     )
 
 

@@ -2,8 +2,8 @@
 
 The last attention layer is the last step that mixes tokens. After it, other tokens no longer matter. So the MLP of the
 last block and the output head run on one token per row. The logits of shape (rows, tokens, vocabulary) are never built.
-Skipping the MLP for the other tokens saves one thirtieth of the arithmetic of a model with 28 blocks, in both the forward
-and the backward pass.
+Skipping the MLP for the other tokens saves one thirtieth of the arithmetic of a model with 28 blocks, forward and
+backward.
 """
 
 from collections.abc import Callable, Sequence
