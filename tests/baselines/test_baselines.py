@@ -205,7 +205,7 @@ def test_row_noise_is_a_matrix_of_its_own_for_each_row(llm, task):
 def test_row_noise_goes_with_one_draw_only(blora):
     noise = [RowNoise(A) for A, _ in blora.adapter.factors()]
     ids = torch.randint(2, 30, (3, 6))
-    with pytest.raises(ValueError, match="noise of each row goes with one draw"):
+    with pytest.raises(ValueError, match="Noise per row allows only one draw"):
         blora._adapted(input_ids=ids, s=torch.rand(2, 1, blora.subspace.dim), noise=noise)
 
 
