@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyro
 import pytest
 import tiny
 import torch
@@ -139,7 +140,7 @@ def gradient(processes, dtype):
     objective = Objective(default_elbo(scoped.guide, blora.prior), model, scoped)
     optimizer = build_optimizer(model, scoped.guide, lr=0.0, lr_A=0.0, lr_loc=0.0, lr_scale=0.0, weight_decay=0.0)
     step = EagerStep(objective, optimizer, device=torch.device("cpu"), processes=processes)
-    with sp.training.loop.pyro.settings.context(module_local_params=True), torch.random.fork_rng():
+    with pyro.settings.context(module_local_params=True), torch.random.fork_rng():
         torch.manual_seed(3)
         loss = step(batch, 1.0)
     return {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}, loss
@@ -572,7 +573,7 @@ def refusals(rank):
 def test_what_cannot_be_shared_is_refused_by_all(tmp_path):
     for said in results(run_together(refusals, tmp_path)):
         assert "use at least 2" in said["too few rows"]
-        assert "RenyiELBO is no sum over rows" in said["no sum"]
+        assert "RenyiELBO is not a sum over rows" in said["no sum"]
         assert "FileNotFoundError" in said["nothing to resume"]
         assert "The processes hold different batches" in said["other batches"]
         assert "different predictions" in said["other draws"]

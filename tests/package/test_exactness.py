@@ -39,7 +39,7 @@ FAMILIES = {
     "full_covariance": ("full_covariance", EQUAL, 300),
     "lowrank": ("lowrank", EQUAL, 300),
     "lowrank of rank 1": (rank_one, EQUAL, 600),
-    "flow": ("flow", {"dim": 2, "correlation": 0.5}, 600),
+    "flow": ("flow", {"dim": 2, "correlation": 0.5}, 1000),
     "AutoNormal": (AutoNormal, DIAGONAL, 300),
     "AutoMultivariateNormal": (AutoMultivariateNormal, EQUAL, 300),
     "AutoLowRankMultivariateNormal": (AutoLowRankMultivariateNormal, EQUAL, 800),

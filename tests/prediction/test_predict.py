@@ -17,7 +17,7 @@ from scalabl_pyro.prediction.draws import sample_prior
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gpt2"]
 
 
-def trained(family="llama", *, task=None, rows=None, model=None, **options):
+def trained(family="llama", *, task=None, rows=None, model=None, num_steps=5, **options):
     """A posterior whose draws differ visibly."""
     blora = sp.bayesian_lora(model or tiny.causal_lm(family), **options)
     with torch.no_grad():
@@ -26,7 +26,9 @@ def trained(family="llama", *, task=None, rows=None, model=None, **options):
     task = task or sp.MultipleChoice(tiny.tokenizer())
     rows = rows or tiny.question_rows(16)
     rates = {"lr": 3e-2, "lr_A": 3e-2}
-    return sp.fit(blora, task, rows, num_steps=5, **rates, init_scale=0.5, batch_size=8, progress=False).posterior
+    return sp.fit(
+        blora, task, rows, num_steps=num_steps, **rates, init_scale=0.5, batch_size=8, progress=False
+    ).posterior
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +136,7 @@ def test_sharing_the_lower_blocks_between_draws_changes_nothing(family, monkeypa
 def test_classifiers_fold_draws_too(family):
     task = sp.SequenceClassification(tiny.tokenizer(), classes=["a", "b", "c"])
     rows = tiny.text_rows(12)
-    posterior = trained(task=task, rows=rows, model=tiny.classifier(family), layers_to_transform=[1])
+    posterior = trained(task=task, rows=rows, model=tiny.classifier(family), num_steps=30, layers_to_transform=[1])
     together = posterior.predict(rows, num_draws=4)
     looped = posterior.predict(rows, num_draws=4, draws_per_pass=1)
     np.testing.assert_allclose(together.log_probs, looped.log_probs, rtol=1e-4, atol=1e-5)

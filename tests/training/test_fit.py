@@ -196,7 +196,7 @@ def test_a_loader_of_batches_needs_num_data(blora, task):
     examples = encode(ROWS, task.encode, need_target=True)
     plan = TrainingBatches(examples, 8, task.pad_token_id, seed=0)
     batches = [plan(0), plan(1)]
-    with pytest.raises(ValueError, match="size of the data set is unknown: pass num_data=N"):
+    with pytest.raises(ValueError, match="size N of the data set is unknown: pass num_data=N"):
         fit(blora, task, batches)
     assert fit(blora, task, batches, num_data=16).posterior.provenance["num_data"] == 16
 
