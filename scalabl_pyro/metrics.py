@@ -21,6 +21,23 @@ from torchmetrics.functional.classification import binary_auroc, multiclass_accu
 
 from ._errors import check_count
 
+__all__ = [
+    "accuracy",
+    "adaptive_ece",
+    "aurc",
+    "auroc",
+    "brier",
+    "classification_report",
+    "ece",
+    "entropy",
+    "error_auroc",
+    "nll",
+    "ood_auroc",
+    "reliability",
+    "report",
+    "risk_coverage",
+]
+
 Array = NDArray[Any]
 """Array of numbers."""
 Labels = NDArray[np.integer]

@@ -1,6 +1,6 @@
 """Plots of a fit and of its predictions.
 
-Each function draws on the axes that it is given, or on new ones, and returns them. It neither shows nor saves a figure.
+Each function draws on the given axes, or on new ones, and returns the axes. It does not show or save the figure.
 """
 
 import itertools
@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 
 from . import metrics
 from ._errors import check_count
+from .lora.module_paths import block_of, last_name
 from .posterior.posterior import Posterior
 from .prediction.result import NumericPrediction, Prediction
 
 Kind = Literal["total", "aleatoric", "epistemic"]
-"""Words for the kinds of uncertainty."""
+"""Kinds of uncertainty."""
 
 MARK = "#0b4f8a"
 QUIET = "#9aa5b1"
@@ -25,12 +26,12 @@ WARM = "#c8553d"
 
 
 def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | None = None, color: str = MARK) -> Axes:
-    """Plot accuracy against confidence over 15 bins; the area of a marker shows how many rows the bin has.
+    """Plot accuracy against confidence in 15 bins; the area of a marker shows the number of rows in the bin.
 
     Args:
         prediction: Prediction of rows with answers.
         ax: Axes to draw on; None for new ones.
-        label: Legend entry, to which the ECE is added.
+        label: Legend entry. The expected calibration error (ECE) is added to it.
         color: Color of the markers.
 
     Returns:
@@ -54,7 +55,7 @@ def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | 
         alpha=0.55,
         linewidths=0,
     )
-    ax.plot([], [], "o", color=color, alpha=0.55, label=name)  # its size in the legend does not depend on the rows
+    ax.plot([], [], "o", color=color, alpha=0.55, label=name)  # a legend marker of fixed size
     ax.set(
         xlabel="confidence (top probability)", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02), title="Reliability"
     )
@@ -66,9 +67,9 @@ def history(frame: pd.DataFrame, *, ax: Axes | None = None, smooth: int = 10) ->
     """Plot the negative ELBO and its two parts against the step, in nats per example.
 
     Args:
-        frame: ``FitResult.history``.
+        frame: History of a fit, as in ``FitResult.history``.
         ax: Axes to draw on; None for new ones.
-        smooth: Number of steps in the running mean, which is drawn over the raw values.
+        smooth: Number of steps in the running mean that is drawn over the raw values.
 
     Returns:
         The axes.
@@ -93,12 +94,12 @@ def history(frame: pd.DataFrame, *, ax: Axes | None = None, smooth: int = 10) ->
 
 
 def posterior_by_layer(posterior: Posterior, *, ax: Axes | None = None, num_draws: int = 500, seed: int = 0) -> Axes:
-    """Plot mean and standard deviation of each latent of s, layer after layer.
+    """Plot the mean and standard deviation of each latent, layer by layer.
 
     Args:
         posterior: Fitted posterior.
         ax: Axes to draw on; None for new ones.
-        num_draws: Number of draws behind mean and standard deviation, 2 or more.
+        num_draws: Number of draws to estimate the mean and standard deviation from, 2 or more.
         seed: Seed of the draws.
 
     Returns:
@@ -112,7 +113,7 @@ def posterior_by_layer(posterior: Posterior, *, ax: Axes | None = None, num_draw
     s = posterior.sample(num_draws, seed=seed).s
     mean, sd = s.mean(0).numpy(), s.std(0).numpy()
     edges = np.cumsum([0, *posterior.subspace.ranks])
-    kinds = [_short(name) for name in posterior.subspace.names]
+    kinds = [last_name(name) for name in posterior.subspace.names]
     colors = [MARK, WARM, "#3d7d4f", "#7d4f9e", "#b58a1b", QUIET, "#1f9ea8", "#d06ca8", "#6b4a2b", "#444444"]
     palette = dict(zip(dict.fromkeys(kinds), itertools.cycle(colors), strict=False))
     for kind, start, stop in zip(kinds, edges[:-1], edges[1:], strict=True):
@@ -142,7 +143,9 @@ def uncertainty_histogram(
     kind: Kind = "total",
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot histograms of the uncertainty of in-distribution and other rows, with the AUROC that tells them apart.
+    """Plot histograms of the uncertainty of in-distribution and out-of-distribution rows.
+
+    The title gives the AUROC of the uncertainty as a score that separates the two groups.
 
     Args:
         inside: Prediction of in-distribution rows.
@@ -160,7 +163,8 @@ def uncertainty_histogram(
         raise ValueError(f"kind={kind!r} is unknown: use 'total', 'aleatoric' or 'epistemic'.")
     if type(inside) is not type(outside):
         raise TypeError(
-            f"A {type(inside).__name__} and a {type(outside).__name__} have uncertainties in different units."
+            f"inside is a {type(inside).__name__} and outside is a {type(outside).__name__}: their uncertainties have "
+            "different units. Pass two predictions of the same type."
         )
     ax = _axes(ax)
     a, b = getattr(inside, kind), getattr(outside, kind)
@@ -181,14 +185,14 @@ def risk_coverage(
     label: str | None = None,
     color: str = MARK,
 ) -> Axes:
-    """Plot the error among the answered rows against the share answered, most certain rows first.
+    """Plot the error of the answered rows against the share of rows that are answered, most certain rows first.
 
     Args:
         prediction: Prediction of rows with answers.
-        uncertainty: (N,) score that orders the rows, such as ``prediction.epistemic``; None for 1 - maximum
+        uncertainty: Score that orders the rows, (N,), such as ``prediction.epistemic``. None means 1 - maximum
             probability.
         ax: Axes to draw on; None for new ones.
-        label: Legend entry, to which the area is added.
+        label: Legend entry. The area under the curve is added to it.
         color: Color of the line.
 
     Returns:
@@ -209,7 +213,10 @@ def risk_coverage(
 
 def _scored(prediction: Prediction) -> tuple[metrics.Array, metrics.Labels]:
     if not isinstance(prediction, Prediction):
-        raise TypeError(f"Expected a Prediction of classes, got a {type(prediction).__name__}.")
+        raise TypeError(
+            f"prediction is a {type(prediction).__name__}, but this plot needs class probabilities. Pass a Prediction "
+            "of a classification task."
+        )
     return prediction.probs, prediction._labeled()
 
 
@@ -220,11 +227,7 @@ def _axes(ax: Axes | None, *, width: float = 4.5) -> Axes:
     return plt.subplots(**options)[1]
 
 
-def _short(name: str) -> str:
-    """Last part of a path: ``q_proj`` for ``model.layers.3.self_attn.q_proj``."""
-    return name.rsplit(".", 1)[-1]
-
-
-def _block(name: str) -> str:
-    """Number of the block in a path: ``3`` for ``model.layers.3.self_attn.q_proj``; the last part if there is none."""
-    return next((part for part in name.split(".") if part.isdigit()), _short(name))
+def _block(path: str) -> str:
+    """Return the index of the block in a path, or the last name if the path has no numbered block."""
+    block = block_of(path)
+    return last_name(path) if block is None else str(block.index)

@@ -1,4 +1,4 @@
-"""The LoRA layers inside one module, and the latents that flow through them (torch and peft only)."""
+"""The adapter: the LoRA layers of one module, and the latents that they compute with (torch and peft only)."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,29 +23,30 @@ _SERIAL = itertools.count()
 
 
 class Adapter:
-    """The LoRA layers inside one module, and the latents that flow through them.
+    """The LoRA layers of one module, and the latents that they compute with.
 
-    Its attributes are set by the constructor. Later, only three methods change it: ``rest_at`` moves the resting
-    point, ``keep_fingerprint`` remembers a fingerprint, and ``unload`` takes the layers away. What a forward pass
-    computes with is bound by ``bind`` for that pass, and never stored here.
+    The constructor sets all attributes. Later, only three methods change the adapter: ``rest_at`` moves the resting
+    point, ``keep_fingerprint`` stores a fingerprint, and ``unload`` removes the layers. The method ``bind`` sets the
+    latents of a forward pass for that pass only. They are never stored in the adapter.
 
     Args:
-        module: Module of the user, which already carries the layers.
+        module: Module of the user, which already contains the layers.
         layers: PEFT LoRA layers, in the order of ``subspace``.
         subspace: Names, ranks and shapes of the layers.
         adapter_name: Name of the adapter in PEFT.
-        loc: Resting point: the value of s outside of any draw, (D,).
+        loc: Resting point, (D,): the value of s in passes that bind no draw.
         changes: Record of the changes to ``module``.
         gauge: ``"unit_rows"`` computes with the rows of A at unit norm, ``"free"`` with A as it is.
-            (s, A) -> (c s, A / c) and (s, B) -> (c s, B / c) leave the function unchanged. Unit rows fix the first
-            of these two freedoms, a prior on B alone fixes the second.
-        heads: Float32 copies of newly initialized heads, which are trained in full, by module path.
-        original: What ``unload`` returns, such as the PeftModel around ``module``; None means ``module``.
+            Two changes leave the function of the model unchanged: (s, A) -> (c s, A / c) and (s, B) -> (c s, B / c).
+            Unit rows remove the first freedom. A prior on B removes the second.
+        heads: Float32 copies of newly initialized heads by module path. They are trained in full.
+        original: Module that ``unload`` returns, such as the PeftModel around ``module``; None means ``module``.
 
     Attributes:
-        blocks: Transformer blocks from the first adapted one on; empty where the module has no single stack of them.
-        blocks_below: Blocks below the first adapted one.
-        serial: Number of this adapter in Pyro's global store. (An ``id()`` could be reused.)
+        blocks: Transformer blocks from the first adapted one on; empty if the module does not have exactly one stack of
+            blocks.
+        blocks_below: Transformer blocks below the first adapted one.
+        serial: Number of this adapter in Pyro's global store. (Python could use an ``id()`` again.)
     """
 
     def __init__(
@@ -84,58 +85,59 @@ class Adapter:
 
     @property
     def loc(self) -> Tensor:
-        """Resting point: the value of s outside of any draw, (D,); ``rest_at`` moves it."""
+        """Resting point, (D,): the value of s in passes that bind no draw. ``rest_at`` moves it."""
         return self._loc
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether hooks repeat the rows for the draws at the first adapted block, see ``shared_prefix``.
+        """Whether hooks repeat the rows once per draw at the first adapted block; see ``shared_prefix``.
 
-        Models without an output head (classifiers) are left out: they pool by the rows of their input.
+        False for models without an output head (classifiers): they pool over tokens with the rows of their input,
+        which are not repeated.
         """
         return bool(self.blocks_below) and output_head(self.module) is not None
 
     @property
     def has_fixed_prefix(self) -> bool:
-        """Whether blocks lie below the first adapted one, and nothing that is trained."""
+        """Whether draws share the blocks below the first adapted one, and training cannot change their outputs."""
         head = output_head(self.module)
         return self.shares_prefix and all(self.module.get_submodule(name) is head for name in self.heads)
 
     @property
     def kept_fingerprint(self) -> Mapping[str, Any] | None:
-        """Fingerprint of a base model that lies in pieces on several processes, once it was computed."""
+        """Fingerprint of a base model that is split over several processes; None before it was computed."""
         return self._fingerprint
 
     def keep_fingerprint(self, fingerprint: Mapping[str, Any]) -> None:
-        """Remember the fingerprint of the base model, so that one process can save a posterior by itself."""
+        """Store the fingerprint of the base model, so that one process can save a posterior without the others."""
         self._fingerprint = fingerprint
 
     def factors(self) -> Factors:
-        """The trainable (A, B) of each layer: (r, in) and (out, r)."""
+        """Return the trainable A (r, in) and B (out, r) of each layer."""
         return tuple(factors_of(layer, self.adapter_name) for layer in self.layers)
 
     @torch.no_grad()
     def rest_at(
         self, loc: Tensor, *, factors: Factors | None = None, heads: Mapping[str, nn.Module] | None = None
     ) -> None:
-        """Move the resting point, for calls of the module outside of any draw.
+        """Move the resting point, where the module computes if no draw is bound.
 
         Args:
             loc: New value of s, (D,).
-            factors: Values that (A, B) of each layer get; None leaves them.
-            heads: Modules whose state the trained heads get; None leaves them.
+            factors: New values of (A, B) of each layer; None keeps the present values.
+            heads: Modules whose state is copied to the trained heads, by path; None keeps the present state.
         """
         self._copy(factors or (), heads or {})
         self._loc = loc
 
     @contextmanager
     def resting_at(self, loc: Tensor, *, factors: Factors, heads: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Rest at given values, frozen, inside the context; everything is as before afterwards.
+        """Move the resting point inside the context, and freeze the factors and heads; then restore everything.
 
         Args:
             loc: Value of s inside the context, (D,).
             factors: Values of (A, B) of each layer inside the context.
-            heads: Modules whose state the trained heads have inside the context.
+            heads: Modules whose state the trained heads have inside the context, by path.
         """
         trained = [p for pair in self.factors() for p in pair]
         trained += [p for head in self.heads.values() for p in head.parameters()]
@@ -155,9 +157,16 @@ class Adapter:
                     p.requires_grad_(flag)
 
     def prepare(self, factors: Factors) -> Factors:
-        """Apply the gauge, and cast to the compute dtype of each layer.
+        """Apply the gauge to the factors, and cast them to the compute dtype of each layer.
 
-        Layers of one shape are stacked, because a step with two small kernels per layer is bound by launches.
+        Layers of one shape are stacked. Without stacking, each layer needs two small kernels, and launching them takes
+        longer than running them.
+
+        Args:
+            factors: (A, B) of each layer.
+
+        Returns:
+            Prepared (A, B) of each layer.
         """
         dtypes = [compute_dtype(layer, A) for layer, (A, _) in zip(self.layers, factors, strict=True)]
         rows = [A for A, _ in factors]
@@ -178,14 +187,14 @@ class Adapter:
         """Compute with the latents ``s`` inside the context.
 
         Args:
-            s: Latents, (D,) for all rows of the input, or (rows, D) for each row.
-            positions: Index of the token of each row whose logits are wanted, (rows,). The output head then sees one
-                token per row, and logits (rows, tokens, vocabulary) are never built.
-            factors: *Prepared* factors of a frozen posterior; None means the module's own.
-            heads: Trained heads of a frozen posterior; None means the adapter's own.
-            fan_out: (batch_shape, rows): the input has ``rows`` rows, which the first adapted block repeats to
-                ``batch_shape``. ``s`` and ``positions`` are those of the repeated rows.
-            noise: Noise that each layer adds to A x (with A in the adapter's gauge).
+            s: Latents: (D,) for all rows of the input together, or (rows, D) with one s per row.
+            positions: Index of the token whose logits are needed in each row, (rows,). The output head then computes
+                one token per row, and logits (rows, tokens, vocabulary) are never built.
+            factors: Factors of a frozen posterior, as :meth:`prepare` returns them; None means those of the module.
+            heads: Trained heads of a frozen posterior by path; None means those of the adapter.
+            fan_out: Pair (batch_shape, rows). The input has ``rows`` rows, and the first adapted block repeats them to
+                ``batch_shape``. ``s`` and ``positions`` then belong to the repeated rows.
+            noise: Noise that each layer adds to A x, with the gauge applied to A.
         """
         prepared = self.prepare(self.factors()) if factors is None else factors
         scaled = tuple(
@@ -199,7 +208,7 @@ class Adapter:
         return binding(self, None)
 
     def current_layer(self, index: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(A, B, gamma * s) that layer ``index`` computes with now; None when the adapter is disabled."""
+        """Return (A, B, gamma * s) of layer ``index`` in the present pass; None if the adapter is disabled."""
         bound = bound_to(self)
         if bound is None:
             return None
@@ -212,27 +221,27 @@ class Adapter:
         return A, B, layer.scaling[self.adapter_name] * s
 
     def current_noise(self, index: int) -> RowNoise | None:
-        """The noise that layer ``index`` adds to A x now."""
+        """Return the noise that layer ``index`` adds to A x in the present pass; None if there is none."""
         bound = bound_to(self)
         return None if bound is None or bound.noise is None else bound.noise[index]
 
     def current_positions(self) -> Tensor | None:
-        """The only token of each row that the present pass reads, (rows,); see ``last_token``."""
+        """Return the index of the token that the present pass reads in each row, (rows,); see ``last_token``."""
         bound = bound_to(self)
         return None if bound is None else bound.positions
 
     def current_fan_out(self) -> tuple[torch.Size, int] | None:
-        """What the rows become at the first adapted block of the present pass; see ``shared_prefix``."""
+        """Return the pair (batch_shape, rows) of the present pass, see ``bind``; None if rows are not repeated."""
         bound = bound_to(self)
         return None if bound is None else bound.fan_out
 
     def current_head(self, name: str) -> nn.Module | None:
-        """The trained head that answers for module ``name`` in the present pass; None when disabled."""
+        """Return the trained head that replaces module ``name`` in the present pass; None if disabled."""
         bound = bound_to(self)
         return None if bound is None else (bound.heads or self.heads)[name]
 
     def check_attached(self) -> None:
-        """Raise if the layers are gone, so that nobody takes the base model for the adapted one."""
+        """Raise a RuntimeError if the layers were removed, so that the base model is not used by mistake."""
         if not self._is_attached:
             raise RuntimeError(
                 "This adapter was unloaded from its module. Load the posterior with from_pretrained(), or call "
@@ -240,13 +249,13 @@ class Adapter:
             )
 
     def unload(self) -> nn.Module:
-        """Put the original module back, bit for bit, and return it."""
+        """Restore the original module exactly, bit for bit, and return it."""
         self._is_attached = False
         self._changes.revert()
         return self._original
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters added: ``lora`` (A and B), ``latents`` (D), ``variational`` (2 D, as the paper counts)."""
+        """Count the added parameters: ``lora`` (A and B), ``latents`` (D), ``variational`` (2 D, as in the paper)."""
         lora = sum(A.numel() + B.numel() for A, B in self.factors())
         return {"lora": lora, "latents": self.subspace.dim, "variational": 2 * self.subspace.dim}
 

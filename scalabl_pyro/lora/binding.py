@@ -1,6 +1,6 @@
-"""What one forward pass computes with, kept in a context variable for the duration of the pass.
+"""Storage of the latents and factors of one forward pass, in a context variable that lasts as long as the pass.
 
-No draw is ever written into a shared module, so that several threads can run one module with different draws.
+A draw is never written into a shared module. Several threads can therefore run one module with different draws.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +25,8 @@ class RowNoise:
 
     Attributes:
         matrix: Noise matrix, (r, in).
-        inputs: Factor of each input and row, (rows, in); None means 1.
-        outputs: Factor of each output and row, (rows, r); None means 1.
+        inputs: Multiplier of each input in each row, (rows, in); None means 1.
+        outputs: Multiplier of each output in each row, (rows, r); None means 1.
     """
 
     matrix: Tensor
@@ -36,15 +36,16 @@ class RowNoise:
 
 @dataclass(frozen=True)
 class Bound:
-    """What one forward pass of an adapter computes with.
+    """Latents, factors and options of one forward pass of an adapter.
 
     Attributes:
         factors: (A, B) of each layer, with the gauge applied and in the dtype of the layer.
-        s: gamma * s of each layer, (r,) or (rows, r).
-        positions: Index of the only token of each row that the output head sees, (rows,); None for all tokens.
-        heads: Modules that replace the trained heads.
-        fan_out: (batch_shape, rows): the first adapted block repeats ``rows`` rows to ``batch_shape``.
-        noise: Noise that each layer adds to A x.
+        s: Product gamma * s of each layer, (r,) or (rows, r).
+        positions: Index of the only token that the output head computes in each row, (rows,); None means all tokens.
+        heads: Modules that replace the trained heads, by path; None means the heads of the adapter.
+        fan_out: Pair (batch_shape, rows). The first adapted block repeats ``rows`` rows to ``batch_shape``. None means
+            that rows are not repeated.
+        noise: Noise that each layer adds to A x; None means no noise.
     """
 
     factors: Factors = ()
@@ -55,14 +56,14 @@ class Bound:
     noise: Sequence[RowNoise] | None = None
 
 
-#: Stands for "nothing was bound": the adapter then computes at its resting point.
+#: Marks that nothing was bound. The adapter then computes at its resting point.
 UNBOUND = Bound()
 _BOUND: ContextVar[Mapping[object, Bound | None]] = ContextVar("scalabl_pyro_bound", default=MappingProxyType({}))
 
 
 @contextmanager
 def binding(owner: object, bound: Bound | None) -> Iterator[None]:
-    """Let passes of the adapter ``owner`` compute with ``bound`` inside the context; None disables the adapter."""
+    """Make passes of the adapter ``owner`` use ``bound`` inside the context; None disables the adapter."""
     token = _BOUND.set({**_BOUND.get(), owner: bound})
     try:
         yield
@@ -71,5 +72,5 @@ def binding(owner: object, bound: Bound | None) -> Iterator[None]:
 
 
 def bound_to(owner: object) -> Bound | None:
-    """What the adapter ``owner`` computes with now; None when it is disabled."""
+    """Return what is bound for the adapter ``owner``: None if it is disabled, ``UNBOUND`` if nothing is bound."""
     return _BOUND.get().get(owner, UNBOUND)

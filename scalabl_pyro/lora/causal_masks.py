@@ -1,8 +1,9 @@
-"""While a step is captured, transformers builds a causal mask that an eager pass leaves out.
+"""Leave out causal masks during a CUDA graph capture, as transformers does in an eager pass.
 
-It cannot read tensors then, so it assumes the worst: packed rows. With a mask SDPA has no flash kernel, and keys and
-values are repeated for each query head: a tenth more memory above the weights of a 7B model. Where the caller gives no
-positions, rows are not packed, and there is nothing to read.
+During a capture, transformers cannot read the values of tensors. It then assumes that rows are packed (several
+sequences in one row), and builds a mask. With a mask, SDPA cannot use its flash kernel, and keys and values are
+repeated for each query head. For a 7B model, this adds 10 % to the memory used beyond the weights. If the caller gives
+no positions, rows are not packed, so there is nothing to read and the mask is not needed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,23 +15,24 @@ from transformers.utils import import_utils
 
 from .._process.lock import LOCK
 
-#: What asks whether tensors can be read, and what reads whether rows are packed; the same since transformers 5.0.
+#: Names of the functions that tell whether tensors can be read, and that read whether rows are packed.
+#: They have not changed since transformers 5.0.
 NAMES = ("is_tracing", "find_packed_sequence_indices")
 
 
 @contextmanager
 def decided_as_in_eager_passes(inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Have transformers leave out masks in a capture where it would leave them out in an eager pass.
+    """Let transformers leave out a mask during a capture if it would leave it out in an eager pass.
 
     Args:
-        inputs: Inputs of the batch. If they hold positions or a padding mask, masks are built as usual.
+        inputs: Inputs of the batch. If they contain positions or a padding mask, masks are built as usual.
     """
     known = {name: getattr(masking_utils, name) for name in NAMES if hasattr(masking_utils, name)}
     if len(known) < len(NAMES) or "position_ids" in inputs:
         yield
         return
     is_tracing, find_packed = (known[name] for name in NAMES)
-    captures = import_utils.is_cuda_stream_capturing  # asks for this thread: others may be in passes of their own
+    captures = import_utils.is_cuda_stream_capturing  # per thread: other threads may run other passes
 
     def is_tracing_unless_nothing_is_read(tensor: Any = None) -> bool:
         return is_tracing(tensor) and not (tensor is None and captures())

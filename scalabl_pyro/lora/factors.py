@@ -1,4 +1,4 @@
-"""The factors (A, B) of LoRA layers: where PEFT keeps them, and one kernel for all of a shape instead of one each."""
+"""Access to the factors (A, B) of LoRA layers, and functions that process all factors of one shape in one call."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -13,18 +13,21 @@ Factors = tuple[tuple[Tensor, Tensor], ...]
 
 
 def factors_of(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """The parameters A (r, in) and B (out, r) of a PEFT layer."""
+    """Return the parameters A (r, in) and B (out, r) of a PEFT layer."""
     return cast(nn.Linear, layer.lora_A[adapter_name]).weight, cast(nn.Linear, layer.lora_B[adapter_name]).weight
 
 
 def compute_dtype(layer: LoraLayer, A: Tensor) -> torch.dtype:
-    """The dtype of an ordinary base weight; quantized layers (int8, float8, ...) decide when they see x."""
+    """Return the dtype of the base weight, or that of A if the base layer is quantized (int8, float8, ...).
+
+    A quantized layer has no dtype to compute with. The forward pass casts the factors to the dtype of its input.
+    """
     dtype = getattr(getattr(layer.get_base_layer(), "weight", None), "dtype", None)
     return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64) else A.dtype
 
 
 def cast_stacked(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Each tensor in its dtype."""
+    """Cast each tensor to its own dtype, with one call for all tensors of one shape."""
     out = list(tensors)
     for dtype in set(dtypes):
         todo = [i for i, t in enumerate(tensors) if dtypes[i] == dtype and t.dtype != dtype]
@@ -35,7 +38,15 @@ def cast_stacked(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> li
 
 
 def map_stacked(fn: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """``[fn(t) for t in tensors]`` for a batched ``fn``, with one call for all tensors of one shape."""
+    """Compute ``[fn(t) for t in tensors]`` with one call for all tensors of one shape, dtype and device.
+
+    Args:
+        fn: Function that treats the first dimension of its argument as a batch.
+        tensors: Tensors of any shapes.
+
+    Returns:
+        Results in the order of ``tensors``.
+    """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, t in enumerate(tensors):
         groups.setdefault((t.shape, t.dtype, t.device), []).append(i)

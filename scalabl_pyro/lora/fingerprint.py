@@ -1,4 +1,4 @@
-"""Telling base models apart: a posterior means nothing on other weights than those it was learned on."""
+"""Tell base models apart: a posterior is valid only for the weights on which it was learned."""
 
 import copy
 from collections.abc import Mapping
@@ -16,11 +16,19 @@ ORDINARY = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def fingerprint(adapter: Adapter) -> dict[str, Any]:
-    """Class, type, and a few weights of the embeddings and of each adapted layer.
+    """Describe a base model: its class, its type, and a few weights of its embeddings and adapted layers.
 
-    Weights of quantized layers are left out, so that a posterior learned on a 4-bit base loads on the same base in
-    bfloat16, and the other way round. Weights that lie in pieces on several processes are put together the first time,
-    by all of them (``fit`` does so); what was found is kept, so that one process can save a posterior.
+    Weights of quantized layers are left out. So a posterior learned on a 4-bit base loads on the same base in bfloat16,
+    and the other way round.
+
+    Weights may be sharded over several processes. Then the first call gathers them, and all processes must make it
+    together (``fit`` does so). The result is kept, so that one process alone can save a posterior later.
+
+    Args:
+        adapter: Adapter of the base model.
+
+    Returns:
+        The fingerprint, ready for JSON.
     """
     base = adapter.module
     if not is_sharded(base):
@@ -50,7 +58,7 @@ def _fingerprint(adapter: Adapter) -> dict[str, Any]:
 
 
 def describe_layers(adapter: Adapter) -> list[dict[str, Any]]:
-    """Names, ranks, shapes and scaling of the adapted layers, for JSON."""
+    """Return the name, rank, shape and scaling of each adapted layer, ready for JSON."""
     return [
         {
             "name": layer.name,
@@ -64,15 +72,20 @@ def describe_layers(adapter: Adapter) -> list[dict[str, Any]]:
 
 
 def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Compare a saved fingerprint with that of the present base model.
+    """Compare a saved fingerprint with the fingerprint of the present base model.
+
+    Args:
+        saved: Fingerprint stored with the posterior.
+        found: Fingerprint of the present base model.
 
     Raises:
-        ValueError: another base model, or a saved fingerprint that is none; the message says what differs.
+        ValueError: If the base models differ, or the saved fingerprint is damaged. The message says what differs.
     """
     for key in ("class", "model_type", "embedding_shape"):
         if saved.get(key) != found[key]:
             raise ValueError(
-                f"Another base model: {key} is {found[key]!r}, but the posterior was learned on {saved.get(key)!r}."
+                f"Another base model: its {key} is {found[key]!r}, but the posterior was learned on a model with "
+                f"{saved.get(key)!r}. Load the posterior on that model."
             )
     layers = saved.get("layer_probes")
     if not isinstance(layers, dict) or set(layers) != set(found["layer_probes"]):
@@ -81,17 +94,17 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Non
     pairs |= {f"layer {name!r}": (layers[name], found["layer_probes"][name]) for name in layers}
     for where, (a, b) in pairs.items():
         if not isinstance(a, list) or not all(isinstance(x, int | float) for x in a):
-            raise ValueError(f"The saved fingerprint is damaged: the probes of {where} are no list of numbers.")
+            raise ValueError(f"The saved fingerprint is damaged: the probes of {where} are not a list of numbers.")
         if (where != "the embeddings" and not (a and b)) or _close(a, b):
             continue
         raise ValueError(
-            f"Another base model: the shapes are right, but the weights of {where} are not those that the posterior "
-            "was learned on (another checkpoint, or a randomly initialized model)."
+            f"Another base model: the shapes are right, but the weights of {where} differ from those on which the "
+            "posterior was learned. Load the checkpoint used in training, not another one or random weights."
         )
 
 
 def _class_name(base: nn.Module) -> str:
-    """Class of the model, also if fully_shard has put a class of its own in front of it."""
+    """Return the name of the model's class, without the class that ``fully_shard`` adds."""
     return next(c.__name__ for c in type(base).__mro__ if "FSDPModule" not in (parent.__name__ for parent in c.__mro__))
 
 
@@ -105,7 +118,7 @@ def _probe(weight: Tensor | None, count: int) -> list[float]:
 
 
 def _close(a: list[float], b: list[float]) -> bool:
-    """Equal up to the rounding of half precision."""
+    """Tell whether two lists of weights are equal up to the rounding of half precision."""
     if len(a) != len(b):
         return False
     x, y = (torch.tensor([float(min(v, 1e300)) for v in values], dtype=torch.float64) for values in (a, b))

@@ -1,4 +1,4 @@
-"""One forward pass of an adapted LLM for any batch of draws: draws are folded into the rows of the input."""
+"""Run an adapted LLM once for any batch of draws. The input's rows are repeated for each draw."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -14,23 +14,23 @@ from .shared_prefix import repeat_rows
 
 
 class LatentLLM(Protocol):
-    """Anything that runs an LLM with given latents: :class:`AdaptedLLM`, :class:`~scalabl_pyro.BayesianLoRA`."""
+    """Interface for running an LLM with given latents: :class:`AdaptedLLM`, :class:`~scalabl_pyro.BayesianLoRA`."""
 
     @property
     def llm(self) -> nn.Module:
         """The adapted module."""
 
     def __call__(self, *args: Any, s: Tensor, positions: Tensor | None = None, **kwargs: Any) -> Any:
-        """Run the LLM with latents s, (..., D)."""
+        """Run the LLM with latents ``s`` of shape (..., D)."""
 
 
 class AdaptedLLM:
-    """An LLM as a function of its input and of the latents s.
+    """An LLM as a function of its input and the latents s.
 
     Args:
-        adapter: the LoRA layers inside the LLM.
-        factors: (A, B) of a frozen posterior; default: the layers' own, trainable ones.
-        heads: trained heads of a frozen posterior; default: the adapter's own.
+        adapter: Adapter that holds the LLM's LoRA layers.
+        factors: Pair (A, B) per layer from a frozen posterior. None uses the layers' own trainable factors.
+        heads: Trained heads of a frozen posterior. None uses the adapter's own heads.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class AdaptedLLM:
         self.adapter = adapter
         self.heads = heads
         self.factors = None if factors is None else adapter.prepare(factors)
-        self._repeats_inputs = False  # whether a pass showed that hooks cannot repeat the rows of this module
+        self._repeats_inputs = False  # True once a pass shows that hooks cannot repeat this module's rows
         self._takes_use_cache = "use_cache" in inspect.signature(adapter.module.forward).parameters
 
     @property
@@ -58,18 +58,18 @@ class AdaptedLLM:
         """Run the LLM with latents s.
 
         Args:
-            args: positional inputs of the LLM, rows first.
-            s: (..., D). Its batch dimensions broadcast against the B rows as in Pyro: (D,) and (1, D) are one draw
-                for all rows, (B, D) one a row, (P, 1, D) P draws of all rows.
-            positions: (B,) the only token of each row whose logits are wanted.
-            noise: Noise of each layer, for the B rows. With it, s must be one draw, or one draw per row.
-            kwargs: keyword inputs of the LLM; tensors with B rows are repeated for each draw.
+            args: Positional inputs of the LLM. The first dimension of each tensor is the rows.
+            s: Latents, shape (..., D). Their batch dimensions broadcast against the B rows as in Pyro: (D,) and
+                (1, D) are one draw for all rows, (B, D) is one draw per row, (P, 1, D) is P draws for all rows.
+            positions: Position of the token whose logits are computed, per row, shape (B,). None computes all logits.
+            noise: Noise per layer for the B rows. With noise, ``s`` must be one draw, or one draw per row.
+            kwargs: Keyword inputs of the LLM. Tensors with B rows are repeated for each draw.
 
         Returns:
-            What the LLM returns, its tensors with shape (*batch, ...), where batch is the broadcast shape above.
+            The LLM's output. Its tensors have shape (*batch, ...), where batch is the shape after broadcasting.
 
         Raises:
-            ValueError: an empty batch, or draws whose shape does not fit the rows.
+            ValueError: If the batch is empty, or the shape of ``s`` does not fit the rows.
         """
         self.adapter.check_attached()
         rows = num_rows(args, kwargs)
@@ -79,17 +79,20 @@ class AdaptedLLM:
         else:
             s = s.expand(*batch_shape, s.shape[-1]).reshape(-1, s.shape[-1])
         if self._takes_use_cache:
-            kwargs.setdefault("use_cache", False)  # keys and values of past tokens serve generation only
+            kwargs.setdefault("use_cache", False)  # only generation needs the keys and values of past tokens
         if batch_shape == (rows,):
             return self._run(args, kwargs, s, positions, noise=noise)
         if noise is not None:
-            raise ValueError(f"s has shape {tuple(s.shape)}: noise of each row goes with one draw of s, or one a row.")
+            raise ValueError(
+                f"s has shape {tuple(s.shape)}. Noise per row allows only one draw of s for all rows, or one draw per "
+                "row. Pass s with shape (D,) or (rows, D)."
+            )
         positions = repeat_rows(positions, batch_shape, rows)
         if self.adapter.shares_prefix and not self._repeats_inputs and batch_shape.numel() > rows:
             output = self._run(args, kwargs, s, positions, fan_out=(batch_shape, rows))
             if _leading(output) == batch_shape.numel():
                 return _unfold_rows(output, batch_shape)
-            self._repeats_inputs = True  # the module counts rows behind the blocks by its input
+            self._repeats_inputs = True  # after its blocks, this module takes the number of rows from its input
         output = self._run(repeat_rows(args, batch_shape, rows), repeat_rows(kwargs, batch_shape, rows), s, positions)
         return _unfold_rows(output, batch_shape)
 
@@ -106,13 +109,16 @@ class AdaptedLLM:
 
 
 def num_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """B, the rows of the first tensor among the inputs of an LLM."""
+    """Return B, the number of rows in the first tensor among an LLM's inputs."""
     for x in (*args, *kwargs.values()):
         if torch.is_tensor(x) and x.dim() > 0:
             if x.shape[0] == 0:
-                raise ValueError("The batch is empty: it has 0 rows.")
+                raise ValueError("The batch is empty: it has 0 rows. Pass at least one row.")
             return x.shape[0]
-    raise ValueError("Call it with at least one tensor whose first dimension is the rows, such as input_ids=...")
+    raise ValueError(
+        "The inputs contain no tensor with rows. Pass at least one tensor whose first dimension is the rows, "
+        "as in input_ids=..."
+    )
 
 
 def _broadcast(s: Tensor, rows: int) -> torch.Size:
@@ -120,13 +126,14 @@ def _broadcast(s: Tensor, rows: int) -> torch.Size:
         return torch.broadcast_shapes(s.shape[:-1], (rows,))
     except RuntimeError:
         raise ValueError(
-            f"s has shape {tuple(s.shape)} and the batch {rows} rows: the dimension before the last must be 1 (one "
-            f"draw for all rows) or {rows} (one a row). Draws belong to a plate left of the data, as in (P, 1, D)."
+            f"s has shape {tuple(s.shape)} and the batch has {rows} rows. The second-to-last dimension of s must be 1 "
+            f"(one draw for all rows) or {rows} (one draw per row). Put several draws for all rows into a dimension "
+            "left of it, as in (P, 1, D)."
         ) from None
 
 
 def _leading(output: Any) -> int:
-    """Rows of the first tensor of an output: the tensor itself, or the logits of a Hugging Face output."""
+    """Count the rows of an output's first tensor. For a Hugging Face output this is the tensor of logits."""
     if isinstance(output, Mapping):
         output = output.get("logits", next(iter(output.values())))
     while isinstance(output, tuple | list):
@@ -135,7 +142,7 @@ def _leading(output: Any) -> int:
 
 
 def _unfold_rows(x: Any, batch_shape: torch.Size) -> Any:
-    """(rows of all draws, ...) back to (*batch_shape, ...), in tensors, tuples and Hugging Face outputs."""
+    """Reshape (rows for all draws, ...) to (*batch_shape, ...) in tensors, tuples and Hugging Face outputs."""
     if torch.is_tensor(x) and x.dim() > 0 and x.shape[0] == batch_shape.numel():
         return x.unflatten(0, batch_shape)
     if isinstance(x, Mapping):

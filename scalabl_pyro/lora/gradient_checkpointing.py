@@ -1,7 +1,8 @@
-"""Gradient checkpointing: blocks keep their input alone and are run again in the backward pass (Chen et al., 2016).
+"""Gradient checkpointing: a block stores only its input, and runs again in the backward pass (Chen et al., 2016).
 
-A block that is run again must see the draws it saw the first time. Draws are bound in context variables, which the
-backward pass, often in a thread of its own, does not have: so the context of the first run comes along.
+The second run of a block must use the same draws as the first run. Draws are bound in context variables. The backward
+pass often runs in another thread, which does not have these variables. The second run therefore uses a copy of the
+context of the first run.
 """
 
 import contextvars
@@ -15,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 @contextmanager
 def recompute(blocks: Sequence[nn.Module], *, has_dropout: bool = False) -> Iterator[None]:
-    """Run ``blocks`` again in backward passes of what is computed inside the context.
+    """Recompute ``blocks`` in the backward pass of everything that is computed inside the context.
 
     Args:
-        blocks: Blocks of a model that hold trained parameters, and those above them.
-        has_dropout: whether the second run must draw the same masks, for which the random state is put back.
+        blocks: Blocks of the model that hold trained parameters, and all blocks above them.
+        has_dropout: Whether the blocks use dropout. The second run then restores the random state of the first run, so
+            that it draws the same masks.
     """
     before = [(block, block.__dict__.get("forward")) for block in blocks]
     try:
@@ -34,6 +36,8 @@ def recompute(blocks: Sequence[nn.Module], *, has_dropout: bool = False) -> Iter
 
 
 class _RunAgain:
+    """Forward of a block that stores only its input, and runs again in the backward pass."""
+
     def __init__(self, forward: Callable[..., Any], has_dropout: bool) -> None:
         self.forward = forward
         self.has_dropout = has_dropout

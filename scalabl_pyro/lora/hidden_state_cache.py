@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Prefix:
-    """What enters the first adapted block for one batch.
+    """Hidden states that enter the first adapted block, for one batch.
 
     Attributes:
-        hidden: (rows, tokens, width), None before the first pass.
-        in_tuple: whether the blocks of this model return tuples.
+        hidden: Hidden states, shape (rows, tokens, width). None before the first pass.
+        in_tuple: Whether the blocks of this model return tuples.
     """
 
     def __init__(self, hidden: Tensor | None = None, *, in_tuple: bool = False) -> None:
@@ -22,7 +22,7 @@ class Prefix:
         self.in_tuple = in_tuple
 
     def fits(self, x: Tensor) -> bool:
-        """Whether the kept states are those of hidden states with the rows and tokens of ``x``."""
+        """Tell whether the kept states have as many rows and tokens as ``x``."""
         return self.hidden is not None and self.hidden.shape[:2] == x.shape[:2]
 
 
@@ -31,7 +31,12 @@ _PREFIX: ContextVar[Mapping[object, Prefix]] = ContextVar("scalabl_pyro_prefix",
 
 @contextmanager
 def reuse(owner: object, prefix: Prefix | None) -> Iterator[None]:
-    """Fill ``prefix`` or take from it in the passes of the adapter ``owner`` inside the context."""
+    """Make passes of the adapter ``owner`` fill ``prefix``, or read from it once it is filled.
+
+    Args:
+        owner: Adapter whose passes are concerned.
+        prefix: Hidden states to fill or to read. None changes nothing.
+    """
     token = _PREFIX.set(_PREFIX.get() if prefix is None else {**_PREFIX.get(), owner: prefix})
     try:
         yield
@@ -40,11 +45,11 @@ def reuse(owner: object, prefix: Prefix | None) -> Iterator[None]:
 
 
 class PrefixStore:
-    """Hidden states of each row of a data set at the first adapted block, for all epochs.
+    """Hidden states at the first adapted block for each row of a data set, kept over all epochs.
 
     Args:
-        owner: the adapter.
-        num_data: N.
+        owner: Adapter whose hidden states are kept.
+        num_data: Number of rows in the data set.
     """
 
     def __init__(self, owner: object, num_data: int) -> None:
@@ -54,12 +59,15 @@ class PrefixStore:
 
     @contextmanager
     def reuse(self, index: Tensor, lengths: Tensor, width: int) -> Iterator[None]:
-        """Passes of one batch: rows that were all seen before come from the store, else they go into it.
+        """Use the store in the passes of one batch.
+
+        If all rows of the batch are in the store, their hidden states come from there. Otherwise the pass computes them
+        and the store keeps them.
 
         Args:
-            index: (B,) positions of the rows in the data set.
-            lengths: (B,) real tokens of each row; what lies right of them does not matter.
-            width: tokens of the padded batch.
+            index: Positions of the rows in the data set, shape (B,).
+            lengths: Number of tokens per row without padding, shape (B,). The padding must be on the right.
+            width: Number of tokens per row of the padded batch.
         """
         rows = index.tolist()
         kept = [self.rows[i] for i in rows]
@@ -81,13 +89,13 @@ class PrefixStore:
 
 
 class HiddenStates:
-    """Forward pre-hook (with kwargs) of the first adapted block: keep what enters it, or put in what was kept."""
+    """Forward pre-hook (with kwargs) of the first adapted block: keep its hidden states, or insert the kept ones."""
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Arguments of the block."""
+        """Return the arguments of the block, or None to leave them unchanged."""
         prefix = _PREFIX.get().get(self.owner)
         if prefix is None or not args:
             return None
@@ -98,14 +106,17 @@ class HiddenStates:
 
 
 class SkippableForward:
-    """``forward`` of a block below the adapted ones: hands its input on where its result will not be used."""
+    """Replacement for ``forward`` of a block below the adapted ones.
+
+    It returns its input unchanged if kept hidden states replace the block's result later.
+    """
 
     def __init__(self, owner: object, forward: Callable[..., Any]) -> None:
         self.owner = owner
         self.forward = forward
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The block, or nothing at all."""
+        """Run the block, or return its input unchanged."""
         prefix = _PREFIX.get().get(self.owner)
         if prefix is not None and prefix.fits(hidden_states):
             return (hidden_states,) if prefix.in_tuple else hidden_states

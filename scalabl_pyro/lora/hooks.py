@@ -1,4 +1,4 @@
-"""Route the layers, heads and blocks of a module through what its adapter binds, and freeze the rest."""
+"""Installation of an adapter in a module: its layers, heads and blocks use the adapter, and the rest is frozen."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -29,17 +29,20 @@ def activate(
     heads: Sequence[str],
     original: nn.Module | None = None,
 ) -> Adapter:
-    """Build the adapter of LoRA layers that are in place, let them compute with latents, and freeze the base.
+    """Build the adapter of LoRA layers that the module already has, connect them to it, and freeze the base model.
 
     Args:
-        module: Module that carries the layers.
+        module: Module that contains the layers.
         layers: PEFT LoRA layers by path.
         adapter_name: Name of the adapter in PEFT.
         loc: Initial s, (D,).
-        changes: Record of the changes to the module; those made here are added.
-        gauge: See :class:`~scalabl_pyro.lora.adapter.Adapter`.
+        changes: Record of the changes to the module, to which this function adds its own.
+        gauge: Gauge of the factors, ``"unit_rows"`` or ``"free"``; see :class:`~scalabl_pyro.lora.adapter.Adapter`.
         heads: Paths of modules to train in full.
-        original: What ``unload`` returns; None means ``module``.
+        original: Module that ``unload`` returns; None means ``module``.
+
+    Returns:
+        Adapter that computes at ``loc`` until a pass binds a draw.
     """
     module.requires_grad_(False)
     adapter = Adapter(
@@ -65,9 +68,13 @@ def activate(
 
 
 def _add_hooks(adapter: Adapter, changes: ModuleChanges) -> None:
-    """Save work at the end of the model (one token is read) and at its beginning (draws share the lower blocks)."""
+    """Add the hooks that save work.
+
+    The output head and the last MLP compute only the token that is read. The blocks below the first adapted one run
+    once for all draws.
+    """
     head = output_head(adapter.module)
-    if head is None:  # classifiers pool by the rows of their input
+    if head is None:  # a classifier pools over tokens, with the rows of its input
         return
     changes.add_hook(head.register_forward_pre_hook(ReadPosition(adapter.current_positions)))
     if (mlp := tokenwise_end(adapter.blocks)) is not None:
@@ -91,6 +98,6 @@ def _subspace(layers: Mapping[str, LoraLayer], adapter_name: str) -> Subspace:
 
 
 def _trainable_copy(module: nn.Module) -> nn.Module:
-    """A copy in at least float32, so that small updates are not rounded away."""
+    """Return a copy in float32 or higher, because half precision would round small updates away."""
     dtype = torch.promote_types(next(module.parameters()).dtype, torch.float32)
     return copy.deepcopy(module).to(dtype).requires_grad_(True)

@@ -1,7 +1,7 @@
-"""Where s and the factors of a layer start: as in the paper, or at what a trained LoRA computes.
+"""Initial values of s and of the factors of a layer: those of the paper, or those of a trained LoRA.
 
-Factorizations run on the CPU: the signs of singular vectors differ between libraries, and a seed is to start alike on
-every device of a machine.
+Factorizations run on the CPU. The signs of singular vectors differ between libraries, and a seed must give the same
+start on every device of a machine.
 """
 
 import torch
@@ -12,9 +12,23 @@ from .factors import factors_of
 
 
 def initialize(layer: LoraLayer, adapter_name: str) -> Tensor:
-    """The paper's start: Z = the default nn.Linear init, ``_, s0, Vh = svd(Z)``, A = Vh, B = 0; returns s0 (r,)."""
+    """Set the factors of a layer to the initial values of the paper, and return the initial s.
+
+    Let Z (r, in) be the default initial weight of ``nn.Linear``, and ``_, s0, Vh = svd(Z)``. A becomes Vh, and B
+    becomes 0.
+
+    Args:
+        layer: PEFT LoRA layer whose A still has its default initial value Z.
+        adapter_name: Name of the adapter in PEFT.
+
+    Returns:
+        Initial s of the layer: s0, (r,).
+
+    References:
+        Samplawski et al., UAI 2025.
+    """
     A, B = _master_factors(layer, adapter_name)
-    if A.is_meta:  # shapes only
+    if A.is_meta:  # a tensor on the meta device has a shape, but no values
         return torch.full((A.shape[0],), 3**-0.5)
     with torch.no_grad():
         _, s0, Vh = torch.linalg.svd(A.cpu(), full_matrices=False)
@@ -24,10 +38,17 @@ def initialize(layer: LoraLayer, adapter_name: str) -> Tensor:
 
 
 def factorize(layer: LoraLayer, adapter_name: str) -> Tensor:
-    """Rewrite trained factors as B' diag(s) A' = B A with orthonormal rows of A'; returns s (r,).
+    """Rewrite trained factors as B' diag(s) A' = B A with orthonormal rows of A', and return s.
 
-    The singular values of the update go into B', and s starts near where a fresh adapter's does, so that one prior
+    The singular values of the update go into B'. All entries of s are close to those of a new adapter, so that a prior
     scale means the same for both.
+
+    Args:
+        layer: PEFT LoRA layer with trained factors.
+        adapter_name: Name of the adapter in PEFT.
+
+    Returns:
+        Initial s of the layer, (r,).
     """
     A, B = _master_factors(layer, adapter_name)
     with torch.no_grad():
@@ -41,7 +62,7 @@ def factorize(layer: LoraLayer, adapter_name: str) -> Tensor:
 
 
 def _master_factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """A and B in at least float32: updates of half-precision factors would be rounded away."""
+    """Convert A and B to float32 or higher, and return them: half precision would round small updates away."""
     pair = factors_of(layer, adapter_name)
     for factor in pair:
         factor.data = factor.data.to(torch.promote_types(factor.dtype, torch.float32))

@@ -1,7 +1,9 @@
-"""Only one token of each row is read: what follows the last mixing of tokens is computed for it alone.
+"""Compute the last steps of a model only for the one token per row whose logits are read.
 
-That is the output head, whose logits (rows, tokens, vocabulary) are then never built, and the MLP of the last block:
-one thirtieth of the arithmetic of a model of 28 blocks, forward and backward.
+The last attention layer is the last step that mixes tokens. After it, other tokens no longer matter. So the MLP of the
+last block and the output head run on one token per row. The logits of shape (rows, tokens, vocabulary) are never built.
+Skipping the MLP for the other tokens saves one thirtieth of the arithmetic of a model with 28 blocks, forward and
+backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 Positions = Callable[[], Tensor | None]
-"""Tells the (rows,) positions that the current pass reads; None if it reads all."""
+"""Function that returns the positions read by the current pass, shape (rows,), or None if it reads all tokens."""
 
 
 class ReadPosition:
-    """Forward pre-hook of the output head: keep one token of each row.
+    """Forward pre-hook of the output head that keeps one token per row.
 
     Args:
-        positions: Positions of the current pass.
+        positions: Function that returns the positions read by the current pass.
     """
 
     def __init__(self, positions: Positions) -> None:
         self.positions = positions
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Arguments of the head."""
+        """Return the arguments of the head, or None to leave them unchanged."""
         positions = self.positions()
         if positions is None:
             return None
@@ -34,11 +36,13 @@ class ReadPosition:
 
 
 class AtPosition:
-    """``forward`` of a module that treats each token alone: run it on the token that is read, give 0 to the others.
+    """Replacement for ``forward`` of a module that treats each token alone.
+
+    The module runs on the one token per row that is read. The other tokens get 0.
 
     Args:
-        positions: Positions of the current pass.
-        forward: The module's own forward.
+        positions: Function that returns the positions read by the current pass.
+        forward: The module's own ``forward``.
     """
 
     def __init__(self, positions: Positions, forward: Callable[..., Any]) -> None:
@@ -46,7 +50,7 @@ class AtPosition:
         self.forward = forward
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The output (rows, tokens, width)."""
+        """Return the output, shape (rows, tokens, width)."""
         positions = self.positions()
         if positions is None or hidden.dim() != 3 or len(hidden) != len(positions) or hidden.shape[1] == 1:
             return self.forward(hidden, *args, **kwargs)
@@ -56,10 +60,13 @@ class AtPosition:
 
 
 def tokenwise_end(blocks: Sequence[nn.Module]) -> nn.Module | None:
-    """The MLP of the last block, whose result for one token depends on that token alone; None if the model has none.
+    """Return the MLP of the last block, or None if it has no dense MLP.
 
-    Only dense ones by the name that Llama, Qwen, Mistral, Gemma, Phi and GPT-2 give them: a mixture of experts hands
-    its routing on.
+    The MLP's result for one token depends on that token alone. It is found by its name, ``mlp``, as in Llama, Qwen,
+    Mistral, Gemma, Phi and GPT-2. A mixture of experts is left out, because it also returns the routing of all tokens.
+
+    Args:
+        blocks: Blocks of the model, in order.
     """
     mlp = getattr(blocks[-1], "mlp", None) if blocks else None
     is_dense = isinstance(mlp, nn.Module) and not hasattr(mlp, "experts") and not hasattr(mlp, "gate")
@@ -67,6 +74,6 @@ def tokenwise_end(blocks: Sequence[nn.Module]) -> nn.Module | None:
 
 
 def _pick(hidden: Tensor, positions: Tensor) -> Tensor:
-    """(rows, 1, width): the token of each row."""
+    """Select one token per row. The result has shape (rows, 1, width)."""
     positions = positions.to(hidden.device)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), positions].unsqueeze(1)

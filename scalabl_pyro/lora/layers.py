@@ -1,10 +1,10 @@
-"""What is computed in a pass in place of the module's own: by adapted layers, and by new heads (torch and peft only).
+"""Computations that replace those of the module in a forward pass: adapted layers and new heads (torch and peft only).
 
 For a layer with frozen weight W0 (out x in), factors A (r x in), B (out x r) and gamma = lora_alpha / r,
 
     y = W0 x + gamma * B (s * (A x))                      (Samplawski et al., UAI 2025, section 3)
 
-PEFT injects the layers and calls W0; a LoRA *variant* computes the second term.
+PEFT injects the layers and computes the first term. A LoRA *variant*, PEFT's extension point, computes the second term.
 """
 
 from typing import Any
@@ -19,14 +19,19 @@ from .binding import RowNoise
 
 
 class ReplaceHead:
-    """Forward hook of a new head: answer with the trained copy, in its own (float32) precision."""
+    """Forward hook of a new head, which returns the output of the trained copy in the dtype of that copy (float32).
+
+    Args:
+        adapter: Adapter that holds the trained copy.
+        name: Path of the head in the module.
+    """
 
     def __init__(self, adapter: Adapter, name: str) -> None:
         self.adapter = adapter
         self.name = name
 
     def __call__(self, original: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Replace the output of the original head."""
+        """Return the output of the trained head in place of that of the original head."""
         head = self.adapter.current_head(self.name)
         if head is None:
             return output
@@ -35,7 +40,12 @@ class ReplaceHead:
 
 
 class SubspaceVariant(LoraVariant):
-    """PEFT LoRA variant that scales the bottleneck A x by the bound latents."""
+    """PEFT LoRA variant that multiplies A x by the latents of the present pass.
+
+    Args:
+        adapter: Adapter that binds factors and latents.
+        index: Index of the layer in the subspace.
+    """
 
     def __init__(self, adapter: Adapter, index: int) -> None:
         self.adapter = adapter
@@ -45,7 +55,7 @@ class SubspaceVariant(LoraVariant):
         """Return False: a distribution over updates is not a single update."""
         return False
 
-    def forward(  # type: ignore[override]  # PEFT calls it on the instance
+    def forward(  # type: ignore[override]  # PEFT declares a static method, but calls it on the instance
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """Add gamma * B (s * (A x)) to ``result`` = W0 x."""
@@ -53,7 +63,7 @@ class SubspaceVariant(LoraVariant):
         if bound is None:
             return result
         A, B, s = bound
-        x = module.lora_dropout[active_adapter](x).to(result.device)  # a device map moves the base layer's copy alone
+        x = module.lora_dropout[active_adapter](x).to(result.device)  # a device map moves x only for W0
         hidden = F.linear(x, A.to(x.dtype))
         noise = self.adapter.current_noise(self.index)
         if noise is not None:
@@ -71,28 +81,28 @@ class SubspaceVariant(LoraVariant):
         return added if noise.outputs is None else added * self._align(noise.outputs.to(added), added)
 
     def _align(self, s: Tensor, hidden: Tensor) -> Tensor:
-        """(rows, n) numbers as (rows, 1, ..., 1, n), against activations (rows, ..., n)."""
+        """Reshape (rows, n) numbers to (rows, 1, ..., 1, n), to multiply activations (rows, ..., n)."""
         if s.dim() == 1:
             return s
         if hidden.shape[0] != s.shape[0]:
             name = self.adapter.subspace.names[self.index]
             raise ValueError(
-                f"Layer {name!r} sees {hidden.shape[0]} rows where the batch has {s.shape[0]}: it mixes or "
-                "flattens the rows (mixture of experts, packed sequences), so that rows cannot carry draws of "
-                "their own. Train with draws='shared' and predict with draws_per_pass=1, or leave this layer out of "
+                f"Layer {name!r} received {hidden.shape[0]} rows, but the batch has {s.shape[0]} rows. The model mixes "
+                "or flattens rows before this layer (mixture of experts, packed sequences), so each row cannot have "
+                "its own draw. Train with draws='shared' and predict with draws_per_pass=1, or remove this layer from "
                 "target_modules."
             )
         return s.view(s.shape[0], *([1] * (hidden.dim() - 2)), s.shape[1])
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """Nothing to add: the latents live outside of the module."""
+        """Add nothing: the module does not hold the latents."""
 
     @staticmethod
     def _refuse_merge(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
             "A Bayesian LoRA layer holds a distribution over weights and cannot be merged into one weight. "
-            "Predict with posterior.predict(...), or call blora.unload() for the original module."
+            "Predict with posterior.predict(...), or call blora.unload() to get the original module back."
         )
 
     merge_safe = merge_unsafe = unmerge = _refuse_merge

@@ -1,4 +1,4 @@
-"""How much memory a training step will need, from what autograd keeps of one row and of two."""
+"""Estimate the memory of a training step from what autograd saves for one row and for two rows."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from .forward import AdaptedLLM
 from .gradient_checkpointing import recompute
 from .train_mode import sole_use
 
-#: float32 value, gradient and the two moments of AdamW.
+#: Bytes per trained parameter: its float32 value, its gradient and the two moments of AdamW.
 BYTES_A_PARAMETER = 16
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at the peak of a training step.
+    """Estimated bytes at the peak of a training step.
 
     Attributes:
-        weights: Weights of the whole module in memory, mostly the frozen base.
-        trained: gradients and AdamW's moments of what is trained, and its copies in the base's precision.
-        activations: what the backward pass needs of the forward pass, for all rows.
+        weights: Bytes of the weights that are not trained, mostly the frozen base model.
+        trained: Bytes of the trained parameters, their gradients and AdamW's moments.
+        activations: Bytes that the forward pass saves for the backward pass, for all rows.
     """
 
     weights: int
@@ -32,7 +32,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """Sum of the three parts."""
         return self.weights + self.trained + self.activations
 
     def __str__(self) -> str:
@@ -43,13 +43,19 @@ class MemoryEstimate:
 def estimate_memory(
     adapter: Adapter, inputs: Mapping[str, Any], *, positions: Tensor | None, gradient_checkpointing: bool
 ) -> MemoryEstimate:
-    """Run one row forward, then two, count what autograd saves, and go on in a straight line to all rows.
+    """Estimate the memory of a training step.
+
+    One row runs forward, then two rows. The bytes that autograd saves are extrapolated linearly to all rows.
 
     Args:
         adapter: Adapter of the LLM.
-        inputs: keyword inputs of the LLM, each tensor (rows, ...).
-        positions: (rows,) the token of each row whose logits are read, or None.
-        gradient_checkpointing: as in :func:`scalabl_pyro.fit`.
+        inputs: Keyword inputs of the LLM. Each tensor has shape (rows, ...).
+        positions: Position of the token whose logits are read, per row, shape (rows,). None reads all tokens.
+        gradient_checkpointing: Whether training recomputes blocks in the backward pass, as in
+            :func:`scalabl_pyro.fit`.
+
+    Returns:
+        The estimate in bytes.
     """
     named = {**inputs} if positions is None else {**inputs, "positions": positions}
     rows = next(len(x) for x in inputs.values() if torch.is_tensor(x))
@@ -64,7 +70,7 @@ def estimate_memory(
 
     activations = of_all_rows()
     if gradient_checkpointing and adapter.blocks:
-        # The inputs of all blocks, and while one block runs again all that it saves.
+        # Autograd keeps the inputs of all blocks. While one block runs again, it also keeps all that this block saves.
         activations = of_all_rows(adapter.blocks) + activations // len(adapter.blocks)
     modules = [adapter.module, *adapter.heads.values()]
     own_tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
@@ -76,7 +82,7 @@ def estimate_memory(
 
 
 def _of_quantization(weight: Tensor) -> Iterator[Tensor]:
-    """The scales that bitsandbytes keeps beside the codes of a 4-bit weight, nested where they are quantized too."""
+    """Yield the scales that bitsandbytes stores with a 4-bit weight, and the scales of quantized scales."""
     state = getattr(weight, "quant_state", None)
     while state is not None:
         yield from (value for value in vars(state).values() if torch.is_tensor(value))
@@ -84,7 +90,7 @@ def _of_quantization(weight: Tensor) -> Iterator[Tensor]:
 
 
 def _saved_bytes(adapter: Adapter, inputs: dict[str, Any], *, again: tuple[nn.Module, ...]) -> int:
-    """Bytes that autograd keeps of a forward pass, each storage once, without those of the weights."""
+    """Count the bytes that autograd saves in a forward pass. Each storage counts once, weights do not count."""
     known = {t.untyped_storage().data_ptr() for t in (*adapter.module.parameters(), *adapter.module.buffers())}
     kept: dict[int, int] = {}
 
@@ -92,7 +98,7 @@ def _saved_bytes(adapter: Adapter, inputs: dict[str, Any], *, again: tuple[nn.Mo
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would hold the node that holds it, and never be freed
+        return tensor.detach()  # the tensor and its graph node would hold each other and never be freed
 
     s = adapter.loc.to(adapter.device).clone().requires_grad_(True)
     with (
@@ -102,5 +108,5 @@ def _saved_bytes(adapter: Adapter, inputs: dict[str, Any], *, again: tuple[nn.Mo
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         output = AdaptedLLM(adapter)(**inputs, s=s)
-        del output  # after the pass: until here no storage was freed and its address reused
+        del output  # kept until here, so that no storage is freed and its address reused during the pass
     return sum(kept.values())

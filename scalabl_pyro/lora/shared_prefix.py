@@ -1,9 +1,10 @@
-"""Blocks below the first adapted one depend neither on s nor on anything that is trained.
+"""Run the blocks below the first adapted one only once for all draws.
 
-Within a pass they run once for all draws: a batch of B rows under P draws needs P * B rows only from the first adapted
-block on. Hooks of the blocks repeat the hidden states there, and for each later block what the model hands it by row
-(attention mask, rotary angles). Over several passes their result can be kept: inside ``reuse(prefix)`` the first pass
-fills ``prefix``, and later ones skip these blocks.
+These blocks depend neither on the latents s nor on any trained parameter. So a batch of B rows with P draws needs P * B
+rows only from the first adapted block on. Hooks repeat the hidden states there. For each later block, hooks repeat the
+other inputs with one entry per row (attention mask, rotary angles).
+
+The result of these blocks can also be kept over several passes, see ``hidden_state_cache``.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,17 +18,17 @@ from .targets import output_head
 
 
 class RepeatRows:
-    """Forward pre-hook (with kwargs) of an adapted block: repeat for the draws what has only the rows of the input.
+    """Forward pre-hook (with kwargs) of an adapted block: repeat inputs for the draws if they only have the B rows.
 
     Args:
-        fan_out: tells (batch_shape, rows) of the current pass, or None.
+        fan_out: Function that returns (batch_shape, rows) of the current pass, or None if nothing is to be repeated.
     """
 
     def __init__(self, fan_out: Callable[[], tuple[torch.Size, int] | None]) -> None:
         self.fan_out = fan_out
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Arguments of the block with all rows."""
+        """Return the arguments of the block with all rows, or None to leave them unchanged."""
         shape = self.fan_out()
         if shape is None:
             return None
@@ -35,13 +36,17 @@ class RepeatRows:
 
 
 def repeat_rows(x: Any, batch_shape: torch.Size, rows: int, *, min_dim: int = 1) -> Any:
-    """Repeat each tensor of ``rows`` rows in a nest of tuples and dicts to ``batch_shape``, draws first.
+    """Repeat each tensor that has ``rows`` rows for all draws, also inside nested tuples, lists and dicts.
 
     Args:
-        x: a tensor (rows, ...), anything else (returned as it is), or a nest of both.
-        batch_shape: (*draws, rows).
-        rows: B.
-        min_dim: tensors of fewer dimensions are left alone (positions in a sequence may count B by chance).
+        x: Tensor of shape (rows, ...), another object (returned unchanged), or nested tuples, lists and dicts of them.
+        batch_shape: Shape (*draws, rows) to repeat to.
+        rows: Number of rows B.
+        min_dim: Smallest number of dimensions of a tensor to repeat. A tensor with fewer dimensions may have length B
+            by chance, such as the positions in a sequence.
+
+    Returns:
+        ``x`` with tensors of shape (draws * rows, ...), ordered by draw, then by row.
     """
     if torch.is_tensor(x):
         if x.dim() < min_dim or x.dim() == 0 or x.shape[0] != rows:
@@ -55,10 +60,17 @@ def repeat_rows(x: Any, batch_shape: torch.Size, rows: int, *, min_dim: int = 1)
 
 
 def split_blocks(module: nn.Module, names: Sequence[str]) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The blocks below the first adapted one and those from it on.
+    """Split the blocks into those below the first adapted block and the rest.
 
-    Both are empty where an adapted layer is neither in a block nor the LM head, or where the module has no single stack
-    of blocks (encoder and decoder, several modalities).
+    Both lists are empty if an adapted layer is neither in a block nor the LM head. They are also empty if the adapted
+    layers do not lie in one single stack of blocks (encoder and decoder, several modalities).
+
+    Args:
+        module: The adapted module.
+        names: Paths of the adapted layers.
+
+    Returns:
+        Blocks below the first adapted block, and blocks from the first adapted block on.
     """
     head = output_head(module)
     inside = [name for name in names if module.get_submodule(name) is not head]

@@ -1,4 +1,4 @@
-"""Which layers of a module get a subspace: names, patterns and defaults resolved to module paths."""
+"""Find the layers to adapt: turn names, patterns and defaults into module paths."""
 
 import re
 import warnings
@@ -14,7 +14,8 @@ from .module_paths import block_of, has_suffix, last_name, lies_in
 
 TargetModules = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
-#: Names that Hugging Face gives to heads which a checkpoint does not contain and which are trained in full.
+#: Hugging Face's names for new classification heads. Checkpoints of base models lack these heads, so all their weights
+#: are trained.
 NEW_HEADS = ("classifier", "score")
 
 
@@ -24,17 +25,22 @@ def resolve_targets(
     *,
     layers_to_transform: int | Iterable[int] | None = None,
 ) -> list[str]:
-    """Paths of the layers that get LoRA factors and latents, in module order.
+    """Return the paths of the layers that get LoRA factors and latents, in module order.
 
     Args:
-        module: any ``nn.Module``.
-        target_modules: names matched as path suffixes (``["q_proj", "lm_head"]``), one regular
-            expression for whole paths, ``"all-linear"``, a predicate ``(path, module) -> bool``, or None:
-            the query and value projections and the LM head, as in the paper (Samplawski et al., 2025).
-        layers_to_transform: block indices to keep; layers outside numbered blocks are always kept.
+        module: Module whose layers are searched.
+        target_modules: Layers to adapt: names that end the layers' paths (``["q_proj", "lm_head"]``), one regular
+            expression that matches whole paths, ``"all-linear"``, or a predicate ``(path, module) -> bool``. None
+            stands for the query and value projections and the LM head, as in the paper (Samplawski et al., 2025).
+        layers_to_transform: Indices of the blocks whose layers are adapted. Layers outside numbered blocks are always
+            kept.
+
+    Returns:
+        Path of each layer to adapt.
 
     Raises:
-        ValueError: a name or pattern matches nothing, or matches a layer that cannot carry LoRA.
+        TypeError: If ``module`` is not an ``nn.Module``, or ``target_modules`` has a wrong type.
+        ValueError: If a name or pattern matches no layer, or matches a layer that cannot carry LoRA.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -58,7 +64,10 @@ def resolve_targets(
     elif isinstance(target_modules, Iterable):
         chosen = _match_suffixes(module, list(target_modules), linear)
     else:
-        raise TypeError(f"target_modules={target_modules!r}: expected names, a pattern, 'all-linear' or a predicate.")
+        raise TypeError(
+            f"target_modules={target_modules!r}: expected a list of names, a regular expression, "
+            "'all-linear', a predicate or None."
+        )
     if not chosen:
         raise ValueError(
             f"target_modules={target_modules!r} matches no linear layer. "
@@ -73,26 +82,26 @@ def _match_pattern(pattern: str, linear: dict[str, nn.Module]) -> list[str]:
     try:
         chosen = [name for name in linear if re.fullmatch(pattern, name)]
     except re.error as error:
-        raise ValueError(f"target_modules={pattern!r} is no regular expression ({error}).") from None
+        raise ValueError(f"target_modules={pattern!r} is not a valid regular expression ({error}).") from None
     if not chosen and any(has_suffix(name, pattern) for name in linear):
         raise ValueError(
-            f"target_modules={pattern!r} is a regular expression for whole paths and matches none: give a list of "
-            f"names, [{pattern!r}]."
+            f"target_modules={pattern!r} is a regular expression that must match a whole path, and it matches none. "
+            f"To choose layers by name, pass a list: [{pattern!r}]."
         )
     return chosen
 
 
 def new_heads(module: nn.Module) -> list[str]:
-    """Top-level heads of a Hugging Face classifier, which are trained in full and saved."""
+    """Return the names of a Hugging Face classifier's heads, whose weights are all trained and saved."""
     if "ForSequenceClassification" not in type(module).__name__:
         return []
     return [name for name, _ in module.named_children() if name in NEW_HEADS]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Linear layers, GPT-2's Conv1D, and quantized layers that look like a linear layer."""
+    """Tell whether a module is a linear layer, GPT-2's Conv1D, or a quantized layer that looks like a linear one."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
-        return False  # nn.MultiheadAttention reads its weight and never calls it
+        return False  # nn.MultiheadAttention reads the weight of this layer and never calls the layer
     if isinstance(module, nn.Linear | Conv1D):
         return True
     looks_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
@@ -100,7 +109,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def output_head(module: nn.Module) -> nn.Module | None:
-    """The layer that turns hidden states into logits over the vocabulary, if the module says so."""
+    """Return the layer that turns hidden states into logits over the vocabulary, or None if the module names none."""
     get = getattr(module, "get_output_embeddings", None)
     try:
         return get() if callable(get) else None
@@ -113,7 +122,7 @@ def _default_targets(module: nn.Module, linear: dict[str, nn.Module]) -> list[st
     suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ["q_proj", "v_proj"])
     head = output_head(module)
     chosen = [name for name, m in linear.items() if m is head or any(has_suffix(name, s) for s in suffixes)]
-    if chosen == [name for name, m in linear.items() if m is head]:  # no attention of known names
+    if chosen == [name for name, m in linear.items() if m is head]:  # no attention layer has a known name
         return _all_linear(module, linear)
     return chosen
 
@@ -124,14 +133,14 @@ def _all_linear(module: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
 
 
 def _warn_of_fused_experts(module: nn.Module) -> None:
-    """Experts that share one three-dimensional parameter are no layers that could be adapted."""
+    """Warn if experts share one three-dimensional parameter: they are not layers, so they cannot be adapted."""
     fused = [name for name, p in module.named_parameters() if p.dim() == 3 and "expert" in name]
     if fused:
         total = sum(p.numel() for p in module.parameters())
         share = sum(module.get_parameter(name).numel() for name in fused) / total
         warnings.warn(
-            f"'all-linear' leaves out {len(fused)} parameters of fused experts, such as {fused[0]!r}: {share:.0%} of "
-            "the model's weights cannot carry LoRA.",
+            f"'all-linear' leaves out {len(fused)} parameters of fused experts, such as {fused[0]!r}. They hold "
+            f"{share:.0%} of the model's weights and cannot carry LoRA.",
             ScalaBLWarning,
             stacklevel=4,
         )
@@ -141,7 +150,7 @@ def _match_suffixes(module: nn.Module, targets: list[str], linear: dict[str, nn.
     chosen = set()
     for target in targets:
         if not isinstance(target, str):
-            raise TypeError(f"target_modules: {target!r} is no name of a layer.")
+            raise TypeError(f"target_modules contains {target!r}: expected only strings, the names of layers.")
         hits = [name for name in linear if has_suffix(name, target)]
         if not hits:
             raise ValueError(_no_match(module, target, linear))
@@ -173,5 +182,5 @@ def _keep_blocks(names: list[str], blocks: int | Iterable[int]) -> list[str]:
         )
     kept = [name for name in names if (block := block_of(name)) is None or block.index in wanted]
     if not kept:
-        raise ValueError(f"layers_to_transform={sorted(wanted)} leaves no layer to adapt.")
+        raise ValueError(f"layers_to_transform={sorted(wanted)} leaves no layer to adapt. Name at least one block.")
     return kept

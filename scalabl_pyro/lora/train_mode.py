@@ -1,4 +1,4 @@
-"""Train and eval modes of a module that several threads use at once."""
+"""Switch a module between train and eval mode while several threads use it."""
 
 import threading
 from collections import Counter
@@ -13,22 +13,27 @@ from .._process.lock import IDLE, LOCK
 
 @dataclass
 class _Use:
-    """State of a module in eval mode: the modes to restore, and how often each thread is inside."""
+    """State of a module in eval mode: the modes to restore, and the number of open contexts per thread."""
 
     modes: list[tuple[nn.Module, bool]]
     threads: Counter[int] = field(default_factory=Counter)
 
 
+#: State of each module in eval mode, by the id of the module.
 _IN_USE: dict[int, _Use] = {}
-#: Thread that trains each module.
+#: Thread that trains a module, by the id of the module.
 _TRAINING: dict[int, int] = {}
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """No dropout inside the context; the train mode of each submodule as before afterwards.
+    """Put a module into eval mode (no dropout), and restore the mode of each submodule afterwards.
 
-    Threads may be inside together: the first to come saves the modes, the last to leave restores them.
+    Several threads may be inside at once. The first one to enter saves the modes, the last one to leave restores them.
+    A thread waits while another thread trains the module.
+
+    Args:
+        module: Module to put into eval mode.
     """
     own = threading.get_ident()
     with LOCK:
@@ -52,10 +57,13 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def sole_use(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode for training, and let no other thread use it meanwhile.
+    """Put a module into eval mode for training, and keep other threads from using it meanwhile.
 
-    It waits for predictions and trainings on ``module`` in other threads, and they wait for it. Other modules stay
-    free.
+    The context waits until other threads finish their predictions and trainings on ``module``. They then wait for it.
+    Other modules are not affected.
+
+    Args:
+        module: Module to train.
     """
     own = threading.get_ident()
     with LOCK:
@@ -63,7 +71,7 @@ def sole_use(module: nn.Module) -> Iterator[None]:
         outer = _TRAINING.get(id(module))
         _TRAINING[id(module)] = own
         modes = _modes(module)
-        inside = _IN_USE.pop(id(module), None)  # of this thread: a callback's predictions count anew
+        inside = _IN_USE.pop(id(module), None)  # opened by this thread: predictions in a callback are counted from zero
         module.eval()
     try:
         yield
@@ -78,7 +86,7 @@ def sole_use(module: nn.Module) -> Iterator[None]:
 
 
 def _other_threads(module: nn.Module, own: int) -> set[int]:
-    """Threads that predict with the module or train it, except one."""
+    """Return the threads that predict with the module or train it, except the thread ``own``."""
     use = _IN_USE.get(id(module))
     trains = {_TRAINING[id(module)]} if id(module) in _TRAINING else set()
     return (trains | set(() if use is None else use.threads)) - {own}

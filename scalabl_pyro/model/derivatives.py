@@ -1,4 +1,4 @@
-"""First and second derivatives of outputs and likelihood in s, and the Gauss-Newton matrix of a data set."""
+"""Derivatives of the outputs and the likelihood with respect to s, and the Gauss-Newton matrix of a data set."""
 
 from typing import cast
 
@@ -14,15 +14,15 @@ from .log_likelihood import LogLikelihood
 def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
     """Compute the generalized Gauss-Newton matrix of the negative log likelihood at s.
 
-    H = sum_n J_n' L_n J_n, where J_n is the Jacobian of the outputs in s, and L_n the Hessian of the negative log
-    likelihood in the outputs. Where L_n is not positive semidefinite, its positive part is used.
+    H = sum_n J_n' L_n J_n. Here J_n is the Jacobian of the outputs of row n with respect to s, and L_n is the Hessian
+    of the negative log likelihood with respect to these outputs. Negative eigenvalues of L_n are set to 0.
 
     Args:
         likelihood: Log likelihood of N rows.
-        s: (D,) latents.
+        s: Latents, (D,).
 
     Returns:
-        (D, D) matrix, float64, on the CPU.
+        Matrix H, (D, D), in float64 on the CPU.
 
     Raises:
         ValueError: If the likelihood has no curvature, so that H does not depend on the data.
@@ -37,14 +37,14 @@ def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
     point = s.to(likelihood.llm.adapter.loc.dtype)
 
     def add(batch: Batch) -> bool:
-        """Add the matrix of a batch; tell whether its rows have curvature."""
+        """Add the matrix of a batch, and tell whether its rows have curvature."""
         own, outputs = likelihood.with_own_s(batch, point)
         hessian = output_hessian(likelihood.task, batch, outputs)
-        active = hessian.abs().amax(dim=(0, 1)).nonzero()[:, 0]  # labels that no row has do not matter
+        active = hessian.abs().amax(dim=(0, 1)).nonzero()[:, 0]  # outputs that no row uses add nothing
         if not len(active):
             return False
         jacobian = jacobian_of(outputs, own, active).double()
-        # J' L J by a square root of L: products of (rows * classes, D) matrices alone.
+        # With a square root of L, J' L J needs only products of (rows * classes, D) matrices.
         values, vectors = torch.linalg.eigh(hessian[:, active][:, :, active].double())
         root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1)).transpose(1, 2)  # (B, K, K), root' root = L
         half = torch.einsum("bij,bjd->bid", root, jacobian).flatten(0, 1)
@@ -53,23 +53,23 @@ def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
 
     if not any(likelihood.passes.map(add)):
         raise ValueError(
-            f"The log likelihood of {type(likelihood.task).__name__} has no curvature in the outputs of these rows: it "
-            "is piecewise linear, or saturated. A Laplace approximation would give back the prior. Use fit() with "
-            "guide='normal', or mcmc()."
+            f"The log likelihood of {type(likelihood.task).__name__} has no curvature in the outputs of these rows, "
+            "because it is piecewise linear or saturated. A Laplace approximation would return the prior. Use fit() "
+            "with guide='normal', or mcmc()."
         )
     return total
 
 
 def output_hessian(task: Task, batch: Batch, outputs: Tensor) -> Tensor:
-    """Compute the Hessian of -log p(y | outputs) in the outputs of each row.
+    """Compute the Hessian of -log p(y | outputs) with respect to the outputs of each row.
 
     Args:
         task: Task that defines the likelihood.
-        batch: B rows with answers.
-        outputs: (B, K) outputs of the LLM; rows do not interact.
+        batch: Batch of B rows with answers.
+        outputs: Outputs of the LLM, (B, K). The likelihood of a row must depend only on the outputs of that row.
 
     Returns:
-        (B, K, K) Hessians.
+        Hessian of each row, (B, K, K).
     """
     with torch.enable_grad():
         point = outputs.detach().requires_grad_(True)
@@ -85,15 +85,15 @@ def output_hessian(task: Task, batch: Batch, outputs: Tensor) -> Tensor:
 
 
 def jacobian_of(outputs: Tensor, own: Tensor, active: Tensor) -> Tensor:
-    """Compute the gradients of chosen outputs of each row, one backward pass per output.
+    """Compute the gradients of some outputs of each row with respect to s, with one backward pass per output.
 
     Args:
-        outputs: (B, K) outputs of the LLM.
-        own: (B, D) the copy of s that each row saw.
-        active: Indices of the outputs that count, at most K.
+        outputs: Outputs of the LLM, (B, K).
+        own: Copy of s that each row used, (B, D).
+        active: Indices of the outputs to differentiate, at most K.
 
     Returns:
-        (B, len(active), D) gradients.
+        Gradient of each such output, (B, len(active), D).
     """
     with torch.enable_grad():
         rows = [torch.autograd.grad(outputs[:, k].sum(), own, retain_graph=True)[0] for k in active.tolist()]

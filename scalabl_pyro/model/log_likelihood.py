@@ -1,4 +1,4 @@
-"""log p(y | s) of a whole data set with the point estimates held fixed: what NUTS, Laplace and diagnostics need."""
+"""Log likelihood log p(y | s) of a whole data set with fixed factors and heads, for NUTS, Laplace and diagnostics."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -18,11 +18,12 @@ class LogLikelihood:
     """The log likelihood of N examples as a function of s, in nats.
 
     Args:
-        llm: LLM with the factors of a posterior.
+        llm: LLM that computes with the factors of a posterior.
         task: Task that defines the likelihood.
         examples: Tokenized rows with answers.
         batch_size: Number of rows per forward pass.
-        cache_prefix: Whether to keep the hidden states at the first adapted block for all later passes.
+        cache_prefix: Whether to keep the hidden states at the first adapted block for later passes. The blocks below it
+            then run only once per batch. Ignored if ``adapter.has_fixed_prefix`` is False.
 
     Raises:
         ValueError: If ``batch_size`` is not a whole number from 1 on, or if a token has no embedding.
@@ -59,12 +60,12 @@ class LogLikelihood:
         """Compute the log likelihood of each example under each draw.
 
         Args:
-            s: (S, D) draws.
+            s: Draws, (S, D).
             draws_per_pass: Largest number of draws per forward pass.
             progress: Whether to show a progress bar.
 
         Returns:
-            (S, N) log likelihoods in nats, on the CPU.
+            Log likelihoods in nats, (S, N), on the CPU.
 
         Raises:
             ValueError: If ``draws_per_pass`` is not a whole number from 1 on.
@@ -82,7 +83,14 @@ class LogLikelihood:
         return out
 
     def with_gradient(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the sum over examples at one s (D,), and its gradient (D,); memory is that of one batch."""
+        """Compute the sum over examples and its gradient with respect to s, with the memory of one batch.
+
+        Args:
+            s: Latents, (D,).
+
+        Returns:
+            Log likelihood in nats, (), and its gradient, (D,).
+        """
         total, gradient = torch.zeros((), dtype=s.dtype), torch.zeros_like(s)
 
         def add(batch: Batch) -> None:
@@ -97,20 +105,20 @@ class LogLikelihood:
         return total, gradient
 
     def __call__(self, s: Tensor) -> Tensor:
-        """Compute the sum over examples at one s (D,), differentiable with respect to s."""
+        """Compute the sum over examples, in nats, at latents s (D,). The result is differentiable in s."""
         return _Sum.apply(s, self.with_gradient)
 
     def with_own_s(self, batch: Batch, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a batch with a copy of s for each row, for use inside ``passes.map``.
+        """Run a batch with one copy of s per row; call it inside ``passes.map``.
 
-        Row b sees its own copy of s, so the gradient of a sum over rows holds every per-example gradient.
+        Each row uses only its own copy of s. The gradient of a sum over rows then contains the gradient of each row.
 
         Args:
-            batch: B rows on the device.
-            s: (D,) latents.
+            batch: Batch of B rows on the device.
+            s: Latents, (D,).
 
         Returns:
-            The copies (B, D), which require a gradient, and the outputs (B, K).
+            Copies of s, (B, D), which require a gradient, and outputs, (B, K).
         """
         with torch.enable_grad():
             own = s.detach().to(self.device).expand(len(batch), -1).clone().requires_grad_(True)
@@ -122,7 +130,7 @@ class LogLikelihood:
 
 
 class _Sum(torch.autograd.Function):
-    """A sum whose gradient was computed batch by batch together with its value."""
+    """Sum over batches whose gradient is computed in the forward pass, together with its value."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, with_gradient: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:

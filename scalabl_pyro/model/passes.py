@@ -1,4 +1,4 @@
-"""Forward passes over a data set: the one loop that takes batches of rows to what is computed from each of them."""
+"""Forward passes over a data set: the one loop that runs a function on each batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar
@@ -18,14 +18,15 @@ Result = TypeVar("Result")
 
 
 class Passes:
-    """The batches of a data set, and how the LLM runs over them.
+    """The batches of a data set, and the loop that runs the LLM on them.
 
-    Prediction, log likelihoods, their derivatives and the baselines all go through :meth:`map`.
+    Prediction, log likelihoods, their derivatives and the baselines all use :meth:`map`.
 
     Args:
         adapter: LoRA layers inside the LLM.
         batches: Batches of rows.
-        prefixes: Hidden states at the first adapted block, kept for each batch; None keeps nothing.
+        prefixes: Store for the hidden states at the first adapted block, one per batch. None means that nothing is
+            kept between passes.
 
     Example:
         >>> from scalabl_pyro.model.passes import Passes
@@ -42,13 +43,16 @@ class Passes:
 
     @classmethod
     def over(cls, examples: Sequence[Example], task: Task, adapter: Adapter, *, batch_size: int) -> Self:
-        """Split examples into batches, longest first.
+        """Split examples into batches, with the longest examples first.
 
         Args:
             examples: Tokenized rows.
-            task: Task that encoded them.
+            task: Task that encoded the examples.
             adapter: LoRA layers inside the LLM.
             batch_size: Number of rows per forward pass.
+
+        Returns:
+            Passes over all examples, which keep no hidden states.
 
         Raises:
             ValueError: If ``batch_size`` is not a whole number from 1 on, or if a token has no embedding.
@@ -69,16 +73,16 @@ class Passes:
         progress: bool = False,
         description: str = "predict",
     ) -> list[Result]:
-        """Call a function with each batch, with the module in eval mode and the kept hidden states in place.
+        """Call a function on each batch, with the module in eval mode and with the hidden states that were kept.
 
         Args:
-            function: Function of a batch on the device, and of one item of each of ``arguments``.
-            arguments: Sequences of one further argument per batch.
+            function: Function that gets a batch on the device, and one item of each sequence in ``arguments``.
+            arguments: Sequences of further arguments, with one item per batch.
             progress: Whether to show a progress bar.
-            description: Text left of the progress bar.
+            description: Text to the left of the progress bar.
 
         Returns:
-            What the function returned, in the order of the batches.
+            Results of the function, in the order of the batches.
         """
         given = list(zip(self.batches, self.prefixes, *arguments, strict=True))
         results = []

@@ -158,8 +158,9 @@ def test_rows_that_do_not_fit_leave_the_base_model_as_it_was(llm, task, train):
         train(llm, task, [{"question": "what ?"}])
     assert sp.lora.attach.find_adapter(llm) is None
     assert all(torch.equal(llm.state_dict()[k], v) for k, v in before.items())
-    with pytest.raises(ValueError, match="num_members=0" if train is baselines.deep_ensemble else "must be positive"):
-        train(llm, task, ROWS, **({"num_members": 0} if train is baselines.deep_ensemble else {"batch_size": 0}))
+    option = "num_members" if train is baselines.deep_ensemble else "batch_size"
+    with pytest.raises(ValueError, match=f"{option}=0"):
+        train(llm, task, ROWS, **{option: 0})
     assert sp.lora.attach.find_adapter(llm) is None
 
 
@@ -204,7 +205,7 @@ def test_row_noise_is_a_matrix_of_its_own_for_each_row(llm, task):
 def test_row_noise_goes_with_one_draw_only(blora):
     noise = [RowNoise(A) for A, _ in blora.adapter.factors()]
     ids = torch.randint(2, 30, (3, 6))
-    with pytest.raises(ValueError, match="noise of each row goes with one draw"):
+    with pytest.raises(ValueError, match="Noise per row allows only one draw"):
         blora._adapted(input_ids=ids, s=torch.rand(2, 1, blora.subspace.dim), noise=noise)
 
 
@@ -564,7 +565,7 @@ def test_load_reads_posteriors_too_and_leaves_the_model_alone_when_it_fails(trai
         ({"kind": "magic"}, "kind='magic' is unknown"),
         ({"kind": None}, "kind=None is unknown"),
         ({"format_version": 99}, "reads format_version 1"),
-        ({"children": ["../x"]}, "names of folders"),
+        ({"children": ["../x"]}, "list of folder names"),
         ({"options": {}}, "damaged: KeyError 'noise'"),
         ({"options": {"noise": "dropout", "options": {"p": 3.0}, "provenance": {}}}, "between 0 and 1"),
         ({"options": {"noise": "fog", "options": {}, "provenance": {}}}, "noise='fog' is unknown"),

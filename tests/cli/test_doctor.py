@@ -202,13 +202,13 @@ def test_old_and_missing_packages_are_named_with_what_to_install(monkeypatch, ru
     code, said = run("doctor")
     assert code == 1 and said.endswith("2 problems found.\n")
     assert "scipy is not installed\n         -> pip install 'scipy>=1.11'" in said
-    assert "peft 0.1 is installed, needed >=0.19\n         -> pip install --upgrade 'peft>=0.19'" in said
+    assert "peft 0.1 is installed, needed <0.22,>=0.19\n         -> pip install --upgrade 'peft<0.22,>=0.19'" in said
 
 
 def test_bounds_are_those_of_pyproject_and_of_the_installed_package(monkeypatch):
     assert check_installation.PYPROJECT == Path(__file__).resolve().parents[2] / "pyproject.toml"
     project = {r.name: str(r.specifier) for r in check_installation.requirements()}
-    assert project["torch"] == ">=2.6" and "pytest" not in project
+    assert project["torch"] == "<3,>=2.6" and "pytest" not in project
     monkeypatch.setattr(check_installation, "PYPROJECT", Path("/nowhere"))
     assert {"torch", "peft"} <= {r.name for r in check_installation.requirements()}
 

@@ -93,7 +93,7 @@ def test_a_layer_that_mixes_rows_refuses_row_draws():
     blora = sp.bayesian_lora(Flattens(), r=2)
     x = torch.ones(2, 3, 6)
     blora(x, s=latents(blora))  # one draw for all rows is fine
-    with pytest.raises(ValueError, match=r"'experts' sees 6 rows where the batch has 2.*draws='shared'"):
+    with pytest.raises(ValueError, match=r"'experts' received 6 rows, but the batch has 2 rows.*draws='shared'"):
         blora(x, s=latents(blora, 2))
 
 

@@ -412,6 +412,7 @@ CALLS |= {
 ELSEWHERE = {
     *("BayesianLoRA.forward", "BayesianLoRA.sample_latents", "BayesianLoRA.unload", "BayesianLoRA.train"),
     *("BayesianLoRA.init_loc", "BayesianLoRA.move_own_tensors", "NumericPrediction.metrics"),
+    *("NumericPrediction.interval", "NumericPrediction.to_frame"),
 }
 
 

@@ -95,7 +95,7 @@ def test_rows_of_one_score_are_answered_in_random_order():
 
 @pytest.mark.parametrize("uncertainty", [np.zeros(3), np.zeros((4, 1)), np.array([0, 0, 0, np.nan])])
 def test_an_uncertainty_must_be_a_number_a_row(uncertainty):
-    with pytest.raises(ValueError, match=r"expected \(4,\), a finite number a row"):
+    with pytest.raises(ValueError, match=r"expected \(4,\), one finite number per row"):
         metrics.risk_coverage(PROBS, LABELS, uncertainty=uncertainty)
 
 

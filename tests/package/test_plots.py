@@ -135,7 +135,7 @@ def test_an_axes_is_given_by_name_only(name, posterior):
 
 @pytest.mark.parametrize("plot", [plots.reliability, plots.risk_coverage], ids=lambda f: f.__name__)
 def test_rows_without_answers_cannot_be_scored(plot):
-    with pytest.raises(ValueError, match=r"no answers.*predict on rows that have them"):
+    with pytest.raises(ValueError, match=r"no answers.*Predict rows that have answers"):
         plot(prediction(answered=False))
     assert not plt.get_fignums(), "an empty figure was left behind"
 

@@ -688,8 +688,8 @@ FORGED: dict[str, tuple[str, Any, str]] = {
     "NaN": ("module.guide.guide.loc", torch.nan, "'module.guide.guide.loc' was saved with numbers that are not finite"),
     "another prior": ("module.model.blora.prior.scale", 9.0, "is held fixed in a run, but was saved with other"),
     "NaN of the optimizer": ("optimizer.0.exp_avg", torch.nan, "'optimizer.0.exp_avg' was saved with numbers"),
-    "a history that counts nothing": ("history.step", torch.nan, "steps of the saved history are no numbers"),
-    "no random state": ("random.cpu", 0, "the random states are none of torch's"),
+    "a history that counts nothing": ("history.step", torch.nan, "the saved history has steps that are not finite"),
+    "no random state": ("random.cpu", 0, "the random states are not states of torch's generators"),
 }
 
 

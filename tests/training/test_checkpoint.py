@@ -229,7 +229,7 @@ def full_disk(monkeypatch, *, from_step, to_step=100):
 def test_a_disk_that_fills_up_does_not_end_the_training(tmp_path, monkeypatch, caplog):
     full_disk(monkeypatch, from_step=4)
     with pytest.warns(
-        sp.ScalaBLWarning, match="The last checkpoint is that of step 2, later ones could not be written"
+        sp.ScalaBLWarning, match="The last checkpoint is that of step 2; later ones could not be written"
     ):
         result = fit(tmp_path)
     assert len(result.history) == 6

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 import scalabl_pyro as sp
+from scalabl_pyro._process.random_state import derive_seed
 from scalabl_pyro.data import Batch, encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import NormalGuide
@@ -131,7 +132,7 @@ def test_fit_recovers_the_conjugate_posterior_and_the_evidence(draws):
         num_data=N,
         num_steps=1500,
         optimizer={"lr_loc": 0.03, "lr_scale": 0.03},
-        elbo=TraceMeanField_ELBO(num_particles=32, vectorize_particles=True),
+        elbo=TraceMeanField_ELBO(num_particles=128, vectorize_particles=True),  # 32 meet the bounds by luck
         draws=draws,
         progress=False,
     )
@@ -166,7 +167,7 @@ def test_stock_svi_and_fit_reach_equal_parameters_from_equal_seeds(stock_pyro, t
     ).posterior
 
     twin = sp.bayesian_lora(tiny.causal_lm(dtype=torch.float64), gauge="unit_rows")
-    guide = sp.guides.as_guide("normal", twin, seed=seed)
+    guide = sp.guides.as_guide("normal", twin, seed=derive_seed(seed, "initial scales"))
     examples = encode(rows, task.encode, need_target=True)
     batches = TrainingBatches(examples, size, task.pad_token_id, seed=seed)
     model = TaskModel(twin, task, num_data=len(rows), draws="per_example")
@@ -178,7 +179,7 @@ def test_stock_svi_and_fit_reach_equal_parameters_from_equal_seeds(stock_pyro, t
         TraceMeanField_ELBO(),
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(derive_seed(seed, "noise"))
         for step in range(steps):
             svi.step(batches(step))
 
