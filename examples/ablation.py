@@ -115,10 +115,10 @@ def run(llm, task, train: list, test: list, prior: str, guide: str, args: argpar
             batch_size=args.batch_size,
             lr=5e-3,
             lr_A=5e-3,  # The stored results were made with this rate, not with the default.
-            lr_scale=5e-2,
+            optimizer={"lr_scale": 5e-2},
             init_scale=0.3,
             seed=args.seed,
-            cache_prefix=True,
+            hardware={"cache_prefix": True},
             progress=False,
         )
         seconds = time.perf_counter() - start

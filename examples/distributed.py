@@ -125,7 +125,7 @@ def learned(posterior: sp.Posterior) -> torch.Tensor:
 
 def check(args: argparse.Namespace, device: torch.device, size: int) -> None:
     """Print the difference between several processes and one, and the time of each."""
-    eager = {"cuda_graph": False}
+    eager = {"hardware": {"cuda_graph": False}}
     several = run(args, device, **eager)
     parts = {f"{size} processes": several}
     if not dist.is_initialized() or dist.get_rank() == 0:

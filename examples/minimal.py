@@ -22,7 +22,9 @@ blora = scalabl_pyro.bayesian_lora(llm, r=8, layers_to_transform=upper_blocks(ll
 task = word_task(tokenizer, train, NEWS, max_length=32)
 
 # Variational inference: learns the LoRA factors and the posterior of the bottlenecks together.
-result = scalabl_pyro.fit(blora, task, train, num_steps=60, batch_size=8, seed=0, cache_prefix=True, progress=False)
+result = scalabl_pyro.fit(
+    blora, task, train, num_steps=60, batch_size=8, seed=0, hardware={"cache_prefix": True}, progress=False
+)
 
 # Each draw of the posterior is one network. The prediction averages over ten of them.
 prediction = result.posterior.predict(test, num_draws=10, seed=0)

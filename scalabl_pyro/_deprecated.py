@@ -9,6 +9,10 @@ from typing import Any, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+class ScalaBLDeprecationWarning(DeprecationWarning):
+    """Warns of an old name of this package. The tests make it an error, so that the package uses none itself."""
+
+
 def renamed_arguments(groups: Mapping[str, type] | None = None, /, **new_names: str) -> Callable[[Function], Function]:
     """Accept old names of keyword arguments.
 
@@ -37,12 +41,12 @@ def renamed_arguments(groups: Mapping[str, type] | None = None, /, **new_names: 
                     )
                 value = kwargs.pop(old)
                 if not group:
-                    warnings.warn(f"{old}= is now called {field}=.", DeprecationWarning, stacklevel=2)
+                    warnings.warn(f"{old}= is now called {field}=.", ScalaBLDeprecationWarning, stacklevel=2)
                     kwargs[field] = value
                     continue
                 kind = (groups or {})[group]
                 new = f"{group}={kind.__name__}({field}=...)"
-                warnings.warn(f"{old}= is now given as {new}.", DeprecationWarning, stacklevel=2)
+                warnings.warn(f"{old}= is now given as {new}.", ScalaBLDeprecationWarning, stacklevel=2)
                 kwargs[group] = _with_field(function.__name__, old, kwargs.get(group), kind, field, value)
             return function(*args, **kwargs)
 
@@ -59,10 +63,15 @@ def _with_field(function: str, old: str, given: Any, kind: type, field: str, val
     """
     if given is None:
         return kind(**{field: value})
-    default = {f.name: f.default for f in fields(kind)}[field]
-    if getattr(given, field) not in (default, value):
+    if isinstance(given, Mapping):
+        unset, found = value, given.get(field, value)
+    elif isinstance(given, kind):
+        unset, found = {f.name: f.default for f in fields(kind)}[field], getattr(given, field)
+    else:
+        return given  # which the function itself refuses
+    if found not in (unset, value):
         raise TypeError(f"{function}() got {old}= and {field} in {kind.__name__}: {old} is the old name, leave it out.")
-    return replace(given, **{field: value})
+    return {**given, field: value} if isinstance(given, Mapping) else replace(given, **{field: value})
 
 
 def renamed_function(function: Function, old: str) -> Function:
@@ -78,7 +87,7 @@ def renamed_function(function: Function, old: str) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        warnings.warn(f"{old}() is now called {function.__name__}().", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"{old}() is now called {function.__name__}().", ScalaBLDeprecationWarning, stacklevel=2)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]

@@ -62,9 +62,9 @@ def fit_upper_blocks(llm, task: sp.Task, rows: Sequence[dict], args: argparse.Na
         batch_size=args.batch_size,
         lr=args.lr,
         lr_A=args.lr,  # The stored results were made with this rate, not with the default.
-        lr_scale=5e-2,
+        optimizer={"lr_scale": 5e-2},
         init_scale=0.3,
         seed=seed,
-        cache_prefix=True,
+        hardware={"cache_prefix": True},
         progress=False,
     ).posterior

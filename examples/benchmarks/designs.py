@@ -51,8 +51,9 @@ def learn(args: argparse.Namespace) -> tuple[sp.Posterior, list[dict]]:
     test = reuters_r8("test", count=args.test_rows, seed=0)
     task = word_task(tokenizer, train, NEWS, 48)
     blora = sp.bayesian_lora(llm, layers_to_transform=upper_blocks(llm, args.blocks))
-    options = {"lr": 5e-3, "lr_A": 5e-3, "lr_scale": 5e-2}  # The stored results were made with these rates.
-    options |= {"num_steps": args.steps, "cache_prefix": True, "progress": False}
+    # The stored results were made with these rates.
+    options = {"lr": 5e-3, "lr_A": 5e-3, "optimizer": {"lr_scale": 5e-2}}
+    options |= {"num_steps": args.steps, "hardware": {"cache_prefix": True}, "progress": False}
     return sp.fit(blora, task, train, **options).posterior, test
 
 

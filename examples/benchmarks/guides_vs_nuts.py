@@ -74,8 +74,8 @@ def learn_factors(args: argparse.Namespace):
     task = word_task(tokenizer, train, NEWS, args.max_length)
     blora = sp.bayesian_lora(llm, r=args.rank, layers_to_transform=upper_blocks(llm, args.blocks))
     # The stored results were made with these options.
-    options = {"lr": 5e-3, "lr_A": 5e-3, "lr_scale": 5e-2, "init_scale": 0.3}
-    options |= {"num_steps": args.fit_steps, "seed": args.seed, "cache_prefix": True, "progress": False}
+    options = {"lr": 5e-3, "lr_A": 5e-3, "optimizer": {"lr_scale": 5e-2}, "init_scale": 0.3}
+    options |= {"num_steps": args.fit_steps, "seed": args.seed, "hardware": {"cache_prefix": True}, "progress": False}
     return sp.fit(blora, task, train, **options).posterior, train, test
 
 
@@ -143,8 +143,14 @@ def run_nuts(base: sp.Posterior, train: list, args: argparse.Namespace) -> sp.Po
 
 def infer(guide: str, base: sp.Posterior, train: list, args: argparse.Namespace) -> sp.Posterior:
     """Fit a guide, or the Laplace approximation, on the factors of ``base``."""
-    options = {"lr": 1e-2, "lr_scale": 3e-2, "init_scale": 0.3, "batch_size": 100, "num_steps": args.refit_steps}
-    options |= {"seed": args.seed, "cache_prefix": True, "progress": False}
+    options = {
+        "lr": 1e-2,
+        "optimizer": {"lr_scale": 3e-2},
+        "init_scale": 0.3,
+        "batch_size": 100,
+        "num_steps": args.refit_steps,
+    }
+    options |= {"seed": args.seed, "hardware": {"cache_prefix": True}, "progress": False}
     if guide == "laplace":
         mode = sp.refit(base, train, guide="delta", **options).posterior
         return sp.laplace(mode, train, newton_steps=3, batch_size=50)

@@ -51,9 +51,10 @@ def one(run: str, rows: int, tokens: int, device: str) -> dict:
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    hardware = {"gradient_checkpointing": checkpointing, "cuda_graph": False}
     result = sp.fit(
-        blora, AnswerTokens(), [batch], num_data=1000, num_steps=STEPS, gradient_checkpointing=checkpointing,
-        cuda_graph=False, callbacks=[lambda row: False], progress=False,
+        blora, AnswerTokens(), [batch], num_data=1000, num_steps=STEPS, hardware=hardware,
+        callbacks=[lambda row: False], progress=False,
     )  # fmt: skip
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
     seconds = result.history["seconds"].diff().iloc[3:].median()

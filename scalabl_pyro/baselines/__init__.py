@@ -7,6 +7,7 @@ others start from a fitted posterior. ``posterior.blora().unload()`` gives the b
 import warnings
 from typing import Any
 
+from .._deprecated import ScalaBLDeprecationWarning
 from . import saving
 from .bayes_by_backprop import NormalNoise, blob
 from .dropout import DropoutNoise, mc_dropout
@@ -56,5 +57,5 @@ def __getattr__(name: str) -> Any:
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     new = _RENAMED[name]
-    warnings.warn(f"{__name__}.{name} is now called {new}.", DeprecationWarning, stacklevel=2)
+    warnings.warn(f"{__name__}.{name} is now called {new}.", ScalaBLDeprecationWarning, stacklevel=2)
     return globals()[new]

@@ -25,6 +25,7 @@ from ..posterior.posterior import Posterior
 from ..priors import Prior, as_prior
 from ..tasks import Task
 from ..training.fit import fit
+from ..training.options import optimizer_with
 from ..training.result import FitResult
 from .factor_posterior import FactorPosterior, NoisyLoRA, WeightNoise
 from .point_lora import plain_lora, unloaded_on_error
@@ -62,8 +63,8 @@ def blob(
         lr: Learning rate of the means of A, of B and of the heads.
         lora: Options of :func:`scalabl_pyro.bayesian_lora`, such as ``r`` and ``target_modules``.
         seed: Seed of the initial roots, the data order and the noise.
-        options: Options of :func:`scalabl_pyro.fit`, such as ``num_steps``. ``lr_A`` and ``lr_scale`` (the rate of the
-            roots) are ``lr`` by default.
+        options: Options of :func:`scalabl_pyro.fit`, such as ``num_steps``. By default ``lr_A``, and ``lr_scale`` of
+            the optimizer (the rate of the roots), are ``lr``.
 
     Returns:
         A result whose posterior draws A.
@@ -83,9 +84,11 @@ def blob(
     adapter = plain_lora(module, lora).adapter
     guide = NoiseGuide(adapter, init_root_scale=init_root_scale, seed=seed)
     blora = FlipoutLoRA(adapter, prior=NoisePrior(adapter, prior_scale))
-    options = {"lr": lr, "lr_A": lr, "lr_scale": lr, **options}
+    own = {} if options.keys() & {"lr_scale", "scale_lr"} else {"lr_scale": lr}  # given by a deprecated name
+    optimizer = optimizer_with(options.pop("optimizer", None), **own)
     try:
         with unloaded_on_error(blora, lambda partial: _as_result(partial, prior_scale)):
+            options = {"lr": lr, "lr_A": lr, "optimizer": optimizer, **options}
             result = fit(blora, task, train_data, guide=guide, kl_weight=kl_weight, seed=seed, **options)
     finally:  # fit left the mean of the noise there, which has another length
         adapter.rest_at(torch.ones(adapter.subspace.dim, dtype=adapter.factors()[0][0].dtype))

@@ -35,7 +35,8 @@ def mc_dropout(
     """Fine-tune plain LoRA with dropout on the input of A, and keep the dropout for prediction.
 
     In training each row of a batch has one mask per layer over the input features. All tokens of the row share it. A
-    draw of the posterior is one such mask per layer. The loss has no KL term. ``factor_scale=`` adds the weight decay
+    draw of the posterior is one such mask per layer. The loss has no KL term. ``factor_scale`` of the optimizer adds
+    the weight decay
     that makes dropout an approximate posterior.
 
     Args:

@@ -43,7 +43,8 @@ def deep_ensemble(
         lr: Learning rate of both factors, the heads, and the task's parameters.
         lora: Options of :func:`scalabl_pyro.bayesian_lora`, such as ``r``. A ``seed`` in it has no effect.
         seed: Seed of the first member. Member i has ``seed + i``.
-        options: Options of :func:`scalabl_pyro.fit`, such as ``num_steps``; with ``factor_scale`` the members are
+        options: Options of :func:`scalabl_pyro.fit`, such as ``num_steps``; with ``factor_scale`` of the optimizer
+            the members are
             maximum a posteriori estimates. ``lr_A`` is ``lr`` by default.
 
     Returns:

@@ -12,6 +12,7 @@ from ..guides import DeltaGuide
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..tasks import Task
 from ..training.fit import fit
+from ..training.options import optimizer_with
 from ..training.result import FitResult
 
 #: Default learning rate of point estimates. It had the lowest mean NLL on validation data; larger rates overfit.
@@ -81,13 +82,17 @@ def map_lora(
 
     Raises:
         ValueError: ``scale`` is not positive and finite.
+        TypeError: ``optimizer=`` has another ``factor_scale``.
 
     Example:
         >>> result = scalabl_pyro.baselines.map_lora(llm, task, train_data, scale=0.5, num_steps=1000)
         >>> result.posterior.predict(test_data).metrics()
     """
     check_positive(scale=scale)
-    return fit_point(plain_lora(module, lora), task, train_data, factor_scale=scale, lr=lr, **options)
+    optimizer = optimizer_with(options.pop("optimizer", None), factor_scale=scale)
+    if optimizer.factor_scale != scale:
+        raise TypeError(f"map_lora() got factor_scale={optimizer.factor_scale} in optimizer=: give it as scale=.")
+    return fit_point(plain_lora(module, lora), task, train_data, lr=lr, optimizer=optimizer, **options)
 
 
 def plain_lora(module: nn.Module, lora: Mapping[str, Any] | None = None) -> BayesianLoRA:

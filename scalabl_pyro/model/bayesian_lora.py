@@ -48,7 +48,7 @@ def bayesian_lora(
             a :class:`~scalabl_pyro.priors.Prior`.
         gauge: ``"unit_rows"`` computes with the rows of A at unit norm, so that s can trade its scale only with B.
             ``"free"`` lets it trade with A too. The scale of the prior has a meaning of its own only if B has a prior
-            too (``fit(factor_scale=...)``).
+            too (``factor_scale`` of :class:`OptimizerOptions`).
         modules_to_save: Paths of modules that are trained in full (as point estimates) and saved. None means the new
             head of a Hugging Face classifier.
         seed: Seed of the initial factors; the global random state stays as it is.

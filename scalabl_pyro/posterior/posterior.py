@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from .._deprecated import ScalaBLDeprecationWarning
 from .._errors import check_count
 from ..analysis.checks import LOO, Diagnosis
 from ..data.encoding import encode
@@ -149,7 +150,9 @@ class Posterior(PosteriorState):
 
     def predict_linearised(self, data: Any, **options: Any) -> Prediction | NumericPrediction:
         """Call :meth:`predict_linearized`; this is its old, deprecated name."""
-        warnings.warn("predict_linearised() is now called predict_linearized().", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            "predict_linearised() is now called predict_linearized().", ScalaBLDeprecationWarning, stacklevel=2
+        )
         return self.predict_linearized(data, **options)
 
     def prior_predictive(

@@ -1,7 +1,7 @@
 """Stochastic variational inference: one ELBO, one torch optimizer, four learning rates."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from .options import (
     OnNonfinite,
     OptimizerOptions,
     TrainingOptions,
+    as_group,
 )
 from .program import TrainingProgram, build_program, build_trainer
 from .result import FitResult, TrainingError, freeze
@@ -56,10 +57,10 @@ def fit(
     init_scale: float = INIT_SCALE,
     num_data: int | None = None,
     on_nonfinite: OnNonfinite = "raise",
-    optimizer: OptimizerOptions | None = None,
-    hardware: HardwareOptions | None = None,
+    optimizer: OptimizerOptions | Mapping[str, Any] | None = None,
+    hardware: HardwareOptions | Mapping[str, Any] | None = None,
     checkpoint_dir: str | Path | None = None,
-    checkpoint: CheckpointOptions | None = None,
+    checkpoint: CheckpointOptions | Mapping[str, Any] | None = None,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -86,11 +87,12 @@ def fit(
         on_nonfinite: What to do after a loss or gradient that is not finite. ``"raise"`` stops. ``"skip"`` leaves the
             step out, and stops after 10 in a row. ``"restore"`` also returns to the parameters of up to 50 steps ago,
             and stops if it happens again within 50 steps.
-        optimizer: Further options of AdamW: :class:`scalabl_pyro.OptimizerOptions`.
-        hardware: Options that trade memory for time: :class:`scalabl_pyro.HardwareOptions`.
+        optimizer: Further options of AdamW: :class:`scalabl_pyro.OptimizerOptions`, or a dict of them.
+        hardware: Options that trade memory for time: :class:`scalabl_pyro.HardwareOptions`, or a dict of them.
         checkpoint_dir: Directory of the checkpoints of this run, see the how-to page *Resume*. With it, SIGTERM ends
             the training after the running step, with a checkpoint and status 143.
-        checkpoint: When to write checkpoints and whether to resume: :class:`scalabl_pyro.CheckpointOptions`.
+        checkpoint: When to write checkpoints and whether to resume: :class:`scalabl_pyro.CheckpointOptions`, or a dict
+            of its options.
         seed: Seed of data order, initial scales and noise, which have independent streams. The global random state
             does not change.
         callbacks: Functions that are called with the history row of each step. If one returns True, training stops.
@@ -103,7 +105,7 @@ def fit(
     Raises:
         ValueError: Rows do not fit the task, an option is out of its range, ``num_data`` is missing, or the checkpoint
             belongs to another run.
-        TypeError: An option has the wrong type.
+        TypeError: An option has the wrong type, or a dict of options has an unknown key.
         TrainingError: A loss, gradient or parameter is not finite; its ``result`` holds what was learned before.
         RuntimeError: No gradient reaches some layers, which the message names; or a worker of the data loader died.
         LostProcess: Another process of this training is gone.
@@ -124,9 +126,9 @@ def fit(
         init_scale=init_scale,
         seed=seed,
         on_nonfinite=on_nonfinite,
-        optimizer=OptimizerOptions() if optimizer is None else optimizer,
-        checkpoint=CheckpointOptions() if checkpoint is None else checkpoint,
-        hardware=HardwareOptions() if hardware is None else hardware,
+        optimizer=as_group("optimizer", OptimizerOptions, optimizer),
+        checkpoint=as_group("checkpoint", CheckpointOptions, checkpoint),
+        hardware=as_group("hardware", HardwareOptions, hardware),
     )
     _check_callbacks(callbacks)
     processes = current_processes()

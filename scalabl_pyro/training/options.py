@@ -1,19 +1,20 @@
 """Options of a training: checked when they are made, immutable, and the identity of a run."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pyro.infer import ELBO
 
-from .._errors import check_choice, check_count, check_not_negative, check_positive
+from .._errors import check_choice, check_count, check_not_negative, check_positive, nearest
 from ..guides import INIT_SCALE
 from .objective import weight_at
 
 Schedule = Literal["linear", "constant"]
 DrawsPerBatch = Literal["per_example", "shared"]
 OnNonfinite = Literal["raise", "skip", "restore"]
+Group = TypeVar("Group")
 
 #: Fields of TrainingOptions that may differ between a run and its resumption. ``draws`` is described by the model,
 #: which knows what the guide allows.
@@ -213,6 +214,56 @@ MOVED_TO_GROUPS = {
     **{"checkpoint_every": "checkpoint.every", "keep_checkpoints": "checkpoint.keep", "resume": "checkpoint.resume"},
     **{"loc_lr": "optimizer.lr_loc", "scale_lr": "optimizer.lr_scale"},
 }
+
+
+def as_group(name: str, kind: type[Group], given: Group | Mapping[str, Any] | None) -> Group:
+    """Read an option group of ``fit``.
+
+    Args:
+        name: Name of the argument.
+        kind: Class of the group.
+        given: An instance, a dict of its fields, or None for the defaults.
+
+    Returns:
+        The group.
+
+    Raises:
+        TypeError: ``given`` is something else, or a key is no field.
+    """
+    if given is None:
+        return kind()
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name}={given!r}: expected scalabl_pyro.{kind.__name__}(...), or a dict of its options.")
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for key in given:
+        if key not in known:
+            raise TypeError(f"{name}={given!r}: {key!r} is no option of {kind.__name__}. {nearest(str(key), known)}")
+    return kind(**given)
+
+
+def optimizer_with(given: OptimizerOptions | Mapping[str, Any] | None, **own: Any) -> OptimizerOptions:
+    """Options of the optimizer with other defaults, for a method that has its own.
+
+    Args:
+        given: What the caller gave as ``optimizer=``. A field of an instance counts as given if it differs from the
+            default of the class; a dict says it exactly.
+        own: Values of the fields that the caller did not give.
+
+    Returns:
+        The options.
+
+    Raises:
+        TypeError: ``given`` is neither options nor a dict of them, or a key is no field.
+    """
+    options = as_group("optimizer", OptimizerOptions, given)
+    if isinstance(given, Mapping):
+        unset = own.keys() - given.keys()
+    else:
+        default = OptimizerOptions()
+        unset = {name for name in own if getattr(options, name) == getattr(default, name)}
+    return replace(options, **{name: own[name] for name in unset})
 
 
 def _is_real(value: object) -> bool:

@@ -25,7 +25,7 @@ from scalabl_pyro.prediction.predict import NumericPrediction, Prediction
 ROWS, TEST = tiny.question_rows(24), tiny.question_rows(11, seed=1)
 LORA = {"r": 4}
 FIT = {"num_steps": 25, "batch_size": 8, "progress": False, "lora": LORA}
-MLE = {**FIT, "lr": 1e-2, "warmup": 0.0}
+MLE = {**FIT, "lr": 1e-2, "optimizer": {"warmup": 0.0}}
 
 
 def task():

@@ -27,7 +27,7 @@ from scalabl_pyro.training.result import TrainingError
 
 ROWS = tiny.question_rows(24)
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-OPTIONS = {"num_steps": 25, "batch_size": 8, "progress": False, "lora": LORA, "lr": 1e-2, "warmup": 0.0}
+OPTIONS = {"num_steps": 25, "batch_size": 8, "progress": False, "lora": LORA, "lr": 1e-2, "optimizer": {"warmup": 0.0}}
 
 
 def task():
@@ -66,7 +66,12 @@ def test_the_kl_of_blob_is_that_of_A_in_the_direction_of_the_elbo():
 
 
 def test_a_heavy_kl_brings_A_to_its_prior():
-    options = {**OPTIONS, "num_steps": 100, "schedule": "constant", "lora": {"r": 2, "target_modules": ["q_proj"]}}
+    options = {
+        **OPTIONS,
+        "num_steps": 100,
+        "optimizer": {"warmup": 0.0, "schedule": "constant"},
+        "lora": {"r": 2, "target_modules": ["q_proj"]},
+    }
     heavy = {"kl_weight": 1e4, "prior_scale": 0.2, "init_root_scale": 0.3}
     result = baselines.blob(tiny.causal_lm(), task(), ROWS[:4], **heavy, **options)
     for scale, (A, _) in zip(result.posterior.noise.scales, result.posterior.center.factors, strict=True):

@@ -47,8 +47,11 @@ WAYS = {
     "particles": {"guide": "svgd"},
     "masks": {"guide": "rank_mask", "prior": "rank_mask"},
     "horseshoe": {"prior": "horseshoe"},
-    "a prior on the factors": {"factor_scale": 0.5, "max_grad_norm": 0.5, "kl_weight": lambda step: 0.1 * step},
-    "micro-batches": {"micro_batch_size": 1},
+    "a prior on the factors": {
+        "optimizer": {"factor_scale": 0.5, "max_grad_norm": 0.5},
+        "kl_weight": lambda step: 0.1 * step,
+    },
+    "micro-batches": {"hardware": {"micro_batch_size": 1}},
     "batches of one's own": {"batches": True},
     "a head": {"head": True},
 }
@@ -114,7 +117,7 @@ def both(tmp_path_factory):
 def test_two_processes_learn_and_predict_what_one_does(both, name):
     way = WAYS[name]
     within = 1e-5 if way.get("dtype") == torch.float32 else 1e-10
-    micro = {"micro_batch_size": 2 * way["micro_batch_size"]} if "micro_batch_size" in way else {}
+    micro = {"hardware": {n: 2 * rows for n, rows in way["hardware"].items()}} if "hardware" in way else {}
     parameters, history, predictions, _ = train_and_predict({**way, **micro})
     (first, its_history, its_predictions, whole), (second, *_, other) = (process[name] for process in both)
     assert torch.equal(first, second)
@@ -213,12 +216,13 @@ def test_simulated_answers_are_those_of_one_process(tmp_path):
 
 
 def of_three(rank):
-    result = train(micro_batch_size=1, guide="lowrank")  # of 3 + 2 rows: in the second part one process has none
+    # Of 3 + 2 rows: in the second part one process has none.
+    result = train(hardware={"micro_batch_size": 1}, guide="lowrank")
     return learned(result), result.posterior.predict(TEST[:2], num_draws=4, batch_size=1).log_probs
 
 
 def test_a_process_without_rows_keeps_up(tmp_path):
-    one = train(micro_batch_size=3, guide="lowrank")
+    one = train(hardware={"micro_batch_size": 3}, guide="lowrank")
     log_probs = one.posterior.predict(TEST[:2], num_draws=4, batch_size=1).log_probs
     for parameters, predicted in results(run_together(of_three, tmp_path, size=3)):
         assert_close(parameters, learned(one), 1e-10)
@@ -407,7 +411,7 @@ def killed_any_time(rank, folder, moment):
         threading.Timer(moment, os.kill, (os.getpid(), signal.SIGKILL)).start()
     began = time.monotonic()
     try:
-        result = train(num_steps=12, checkpoint_dir=folder, checkpoint_every=2)
+        result = train(num_steps=12, checkpoint_dir=folder, checkpoint={"every": 2})
     except distributed.LostProcess:
         return "lost", time.monotonic() - began
     return learned(result), time.monotonic() - began
@@ -501,7 +505,7 @@ def in_two_parts(rank, folder):
         distributed_folder = folder / "elsewhere"
     else:
         distributed_folder = folder / "run"
-    options = {"checkpoint_dir": distributed_folder, "checkpoint_every": 2, "num_steps": 6}
+    options = {"checkpoint_dir": distributed_folder, "checkpoint": {"every": 2}, "num_steps": 6}
     stopped = train(callbacks=[lambda row: rank == 0 and row["step"] == 2], **options)
     return learned(stopped), learned(train(**options)), figures(train(**options))
 
@@ -524,7 +528,9 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(tmp_path):
 
     assert results(run_together(half, tmp_path)) == [3, 3]
     assert_close(
-        learned(train(num_steps=6, checkpoint_dir=tmp_path / "run", resume=True)), learned(train(num_steps=6)), 1e-10
+        learned(train(num_steps=6, checkpoint_dir=tmp_path / "run", checkpoint={"resume": True})),
+        learned(train(num_steps=6)),
+        1e-10,
     )
 
 
@@ -556,7 +562,7 @@ def refusals(rank):
         "other options": lambda: train(lr=1e-2 * (1 + rank)),
         "other rows": lambda: train(rows=rows),
         "other batches": lambda: train(batches=True, rows=rows),
-        "nothing to resume": lambda: train(resume=True, checkpoint_dir="/nowhere"),
+        "nothing to resume": lambda: train(checkpoint={"resume": True}, checkpoint_dir="/nowhere"),
         "another base": lambda: train(blora=sp.bayesian_lora(tiny.causal_lm(dtype=torch.float64, seed=rank))),
         "other draws": lambda: train(num_steps=1).posterior.predict(TEST, seed=rank),
     }

@@ -28,7 +28,7 @@ ROWS = tiny.question_rows(12)
 def train(folder: Path, parts: tuple) -> str:
     """Digest of all that a run in ``folder`` learned and recorded, but for the time."""
     blora, task = parts
-    options = {"num_steps": STEPS, "batch_size": 4, "lr": 1e-2, "progress": False, "checkpoint_every": EVERY}
+    options = {"num_steps": STEPS, "batch_size": 4, "lr": 1e-2, "progress": False, "checkpoint": {"every": EVERY}}
     result = sp.fit(blora, task, ROWS, checkpoint_dir=folder, **options)
     digest = hashlib.sha256(result.history.drop(columns="seconds").to_json(double_precision=15).encode())
     tensors = [*result.posterior.guide.state_dict().values(), *(t for pair in result.posterior.factors for t in pair)]

@@ -171,7 +171,14 @@ class Case:
 
     def fit(self, blora: sp.BayesianLoRA, *, task: sp.Task | None = None, guide: Guide | None = None, **options: Any):
         """Three steps, in all of which each row is seen."""
-        options = {"num_steps": 3, "batch_size": ROWS, "lr": 1e-2, "warmup": 0.0, "progress": False, **options}
+        options = {
+            "num_steps": 3,
+            "batch_size": ROWS,
+            "lr": 1e-2,
+            "optimizer": {"warmup": 0.0},
+            "progress": False,
+            **options,
+        }
         guide = GUIDES[self.guide] if guide is None else guide
         return sp.fit(blora, task or self.kind.make(), self.kind.rows, guide=guide, **options)
 

@@ -436,7 +436,13 @@ def test_nuts_refuses_batches(toy):
 @pytest.fixture(scope="module")
 def restarts(toy, exact):
     middle = posterior_of(toy, DeltaGuide(exact.mean))
-    options = {"num_steps": 600, "batch_size": 64, "lr_loc": 0.05, "lr_scale": 0.05, "draws": "per_example", **QUIET}
+    options = {
+        "num_steps": 600,
+        "batch_size": 64,
+        "optimizer": {"lr_loc": 0.05, "lr_scale": 0.05},
+        "draws": "per_example",
+        **QUIET,
+    }
     return sp.ensemble(middle, toy.rows, guide="full_covariance", num_members=3, spread=2.0, seed=5, **options)
 
 
@@ -641,7 +647,7 @@ def test_a_step_moves_the_particles_by_the_joint_density_of_the_whole_data_set(t
 
 
 def test_particles_gather_around_the_posterior_and_stay_apart(toy, exact):
-    fit = sp.refit(posterior_of(toy), toy.rows, guide="svgd", num_steps=300, lr_loc=0.03, **QUIET)
+    fit = sp.refit(posterior_of(toy), toy.rows, guide="svgd", num_steps=300, optimizer={"lr_loc": 0.03}, **QUIET)
     points, sd = fit.posterior.guide.points("s"), exact.covariance.diagonal().sqrt()
     assert isinstance(fit.posterior.guide, EmpiricalGuide) and len(points) == 8
     assert ((points.mean(0) - exact.mean).abs() / sd).max() < 0.1

@@ -38,12 +38,14 @@ def test_it_starts_at_the_posterior_whatever_the_module_was_trained_to_since(row
     blora = sp.bayesian_lora(tiny.causal_lm())
     first = sp.fit(blora, task, rows, num_steps=5, lr=1e-2, progress=False).posterior
     sp.fit(blora, task, rows, num_steps=20, lr=1e-2, progress=False)
-    again = sp.refit(first, rows, num_steps=1, lr_loc=1e-12, progress=False).posterior
+    again = sp.refit(first, rows, num_steps=1, optimizer={"lr_loc": 1e-12}, progress=False).posterior
     torch.testing.assert_close(again.mean(), first.mean(), rtol=0, atol=1e-6)
 
 
 def test_another_prior_replaces_the_old_one_in_the_new_posterior_alone(fitted, rows):
-    new = sp.refit(fitted.posterior, rows, prior=0.1, num_steps=150, lr_loc=3e-2, warmup=0, progress=False).posterior
+    new = sp.refit(
+        fitted.posterior, rows, prior=0.1, num_steps=150, optimizer={"lr_loc": 3e-2, "warmup": 0}, progress=False
+    ).posterior
     assert "Normal" in str(new.prior) and new.prior is not fitted.posterior.prior
     assert new.mean().norm() < 0.5 * fitted.posterior.mean().norm()  # a tighter prior shrinks s
 

@@ -49,8 +49,15 @@ class World:
 
 def by_guide(guide: str):
     def infer(world: World, rows: list[dict], seed: int) -> Tensor:
-        options = {"num_steps": 150, "batch_size": len(rows), "lr_loc": 5e-2, "lr_scale": 5e-2, "init_scale": 0.5}
-        fitted = sp.refit(world.base, rows, guide=guide, seed=seed, cache_prefix=True, progress=False, **options)
+        options = {
+            "num_steps": 150,
+            "batch_size": len(rows),
+            "optimizer": {"lr_loc": 5e-2, "lr_scale": 5e-2},
+            "init_scale": 0.5,
+        }
+        fitted = sp.refit(
+            world.base, rows, guide=guide, seed=seed, hardware={"cache_prefix": True}, progress=False, **options
+        )
         return fitted.posterior.sample(DRAWS, seed=seed).s
 
     return infer

@@ -46,7 +46,7 @@ def test_a_fit_does_not_change(options, dropout):
         settings = {"num_steps": 4, "lr": 1e-2, "init_scale": 0.3, "progress": False}
         return sp.fit(blora, sp.MultipleChoice(tiny.tokenizer()), ROWS, **settings, **options, **more)
 
-    plain, again = run(), run(gradient_checkpointing=True)
+    plain, again = run(), run(hardware={"gradient_checkpointing": True})
     assert list(again.history["loss"]) == list(plain.history["loss"])
     for one, other in zip(plain.posterior.factors, again.posterior.factors, strict=True):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
@@ -64,4 +64,6 @@ def test_forwards_are_as_before_even_after_an_error():
 def test_layers_without_blocks_cannot_be_run_again():
     blora = sp.bayesian_lora(tiny.causal_lm(), target_modules=["lm_head"])
     with pytest.raises(ValueError, match="do not lie in one stack of blocks"):
-        sp.fit(blora, sp.MultipleChoice(tiny.tokenizer()), ROWS, gradient_checkpointing=True, progress=False)
+        sp.fit(
+            blora, sp.MultipleChoice(tiny.tokenizer()), ROWS, hardware={"gradient_checkpointing": True}, progress=False
+        )

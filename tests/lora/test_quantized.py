@@ -37,7 +37,9 @@ def test_fit_learns_on_a_quantized_base_and_leaves_its_codes_alone(llm, checkpoi
     assert len(before) == 14  # the linear layers of two blocks; the head stays as it was
     blora = sp.bayesian_lora(llm, r=4)
     options = {"num_steps": 30, "lr": 2e-2, "kl_weight": 0.01, "progress": False}
-    result = sp.fit(blora, sp.MultipleChoice(tiny.tokenizer()), ROWS, gradient_checkpointing=checkpointing, **options)
+    result = sp.fit(
+        blora, sp.MultipleChoice(tiny.tokenizer()), ROWS, hardware={"gradient_checkpointing": checkpointing}, **options
+    )
     losses = result.history["nll"]
     assert losses.iloc[-5:].mean() < 0.7 * losses.iloc[:5].mean()
     blora.unload()

@@ -62,7 +62,7 @@ def test_training_is_the_same_and_runs_the_lower_block_once_a_row(family, task, 
     plain = sp.fit(upper(family), task, rows, **options)
     blora = upper(family)
     calls = counted(lower_block(blora))
-    kept = sp.fit(blora, task, rows, cache_prefix=True, **options)
+    kept = sp.fit(blora, task, rows, hardware={"cache_prefix": True}, **options)
     assert len(calls) == 4  # 24 rows in batches of 6: one epoch of three
     torch.testing.assert_close(
         torch.tensor(kept.history["loss"].to_numpy()), torch.tensor(plain.history["loss"].to_numpy()), rtol=1e-4, atol=0
@@ -71,8 +71,11 @@ def test_training_is_the_same_and_runs_the_lower_block_once_a_row(family, task, 
 
 
 def test_accumulated_batches_use_it_too(task, rows):
-    options = {"num_steps": 9, "batch_size": 8, "micro_batch_size": 4, "lr": 1e-2, "progress": False}
-    plain, kept = sp.fit(upper(), task, rows, **options), sp.fit(upper(), task, rows, cache_prefix=True, **options)
+    options = {"num_steps": 9, "batch_size": 8, "lr": 1e-2, "progress": False}
+    plain, kept = (
+        sp.fit(upper(), task, rows, hardware={"micro_batch_size": 4, "cache_prefix": cache}, **options)
+        for cache in (False, True)
+    )
     torch.testing.assert_close(kept.posterior.mean(), plain.posterior.mean(), rtol=1e-4, atol=1e-5)
 
 
@@ -101,13 +104,13 @@ def test_a_likelihood_of_the_whole_data_set_runs_it_once(task, rows):
 )
 def test_it_is_refused_where_nothing_fixed_lies_below(blora, task, rows):
     with pytest.raises(ValueError, match=r"cache_prefix=True: no fixed blocks.*layers_to_transform"):
-        sp.fit(blora(), task, rows, cache_prefix=True, num_steps=1)
+        sp.fit(blora(), task, rows, hardware={"cache_prefix": True}, num_steps=1)
 
 
 def test_it_is_refused_for_batches_whose_rows_nobody_knows(task, rows):
     batches = list(evaluation_batches(encode(rows, task.encode, need_target=True), 6, task.pad_token_id))
     with pytest.raises(ValueError, match="pass rows as train_data, not batches"):
-        sp.fit(upper(), task, batches, num_data=24, cache_prefix=True, num_steps=1)
+        sp.fit(upper(), task, batches, num_data=24, hardware={"cache_prefix": True}, num_steps=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

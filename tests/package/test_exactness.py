@@ -88,8 +88,7 @@ def fitted(toy, guide, *, num_steps):
             guide=guide,
             num_steps=num_steps,
             batch_size=toy.num_data,
-            lr_loc=0.05 if guide == "flow" else 0.1,
-            lr_scale=0.05,
+            optimizer={"lr_loc": 0.05 if guide == "flow" else 0.1, "lr_scale": 0.05},
             init_scale=0.3,
             draws="shared",
             elbo=elbo(num_particles=64, vectorize_particles=True, max_plate_nesting=1),
@@ -144,7 +143,14 @@ def test_a_family_that_contains_the_posterior_finds_it_and_its_elbo_is_the_evide
 def test_the_point_of_largest_density_is_the_mean():
     toy = LinearToy(**EQUAL)
     point = sp.fit(
-        toy.blora, toy.task, toy.rows, guide="delta", num_steps=500, batch_size=64, lr_loc=0.05, progress=False
+        toy.blora,
+        toy.task,
+        toy.rows,
+        guide="delta",
+        num_steps=500,
+        batch_size=64,
+        optimizer={"lr_loc": 0.05},
+        progress=False,
     ).posterior
     torch.testing.assert_close(point.mean(), solve(toy.features, toy.y).mean, rtol=0, atol=1e-3)
 

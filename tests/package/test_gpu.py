@@ -94,14 +94,15 @@ def history_of(*, seed=0, **options):
     [
         {},
         {"kl_weight": lambda step: step / 10},
-        {"max_grad_norm": 0.5, "micro_batch_size": 4},
-        {"guide": "full_covariance", "factor_scale": 1.0},
+        {"optimizer": {"max_grad_norm": 0.5}, "hardware": {"micro_batch_size": 4}},
+        {"guide": "full_covariance", "optimizer": {"factor_scale": 1.0}},
         {"guide": "flow"},
     ],
     ids=["plain", "kl schedule", "clipped", "full covariance", "flow"],
 )
 def test_captured_steps_have_the_losses_and_the_result_of_eager_ones(options, caplog):
-    eager, graphed = history_of(cuda_graph=False, **options), history_of(**options)
+    eager_options = {**options, "hardware": {**options.get("hardware", {}), "cuda_graph": False}}
+    eager, graphed = history_of(**eager_options), history_of(**options)
     assert "without CUDA graphs" not in caplog.text, caplog.text
     for name in ("loss", "nll", "kl", "grad_norm", "lr", "kl_weight"):
         np.testing.assert_allclose(graphed.history[name], eager.history[name], rtol=2e-3, atol=1e-4, err_msg=name)
@@ -115,7 +116,13 @@ def test_captured_steps_have_the_losses_and_the_result_of_eager_ones(options, ca
 def test_baselines_are_captured_with_the_losses_of_eager_steps(name, caplog):
     def losses(cuda_graph):
         llm, task = base(torch.float32).cuda(), sp.MultipleChoice(tiny.tokenizer())
-        options = {"num_steps": 25, "batch_size": 6, "lr": 1e-2, "progress": False, "cuda_graph": cuda_graph}
+        options = {
+            "num_steps": 25,
+            "batch_size": 6,
+            "lr": 1e-2,
+            "progress": False,
+            "hardware": {"cuda_graph": cuda_graph},
+        }
         return getattr(sp.baselines, name)(llm, task, ROWS, **options).history["loss"]
 
     np.testing.assert_allclose(losses("auto"), losses(False), rtol=2e-3, atol=1e-4)
@@ -160,7 +167,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why(caplog):
 
 
 def test_a_guide_that_factorizes_matrices_is_not_captured_but_learns_alike(caplog):
-    eager, other = history_of(cuda_graph=False, guide="lowrank"), history_of(guide="lowrank")
+    eager, other = history_of(hardware={"cuda_graph": False}, guide="lowrank"), history_of(guide="lowrank")
     np.testing.assert_allclose(other.history["loss"], eager.history["loss"], rtol=2e-3)
 
 
@@ -195,10 +202,10 @@ def test_a_classifier_with_a_new_head_trains():
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_resumed_run_ends_as_the_run_that_was_not_stopped(cuda_graph, tmp_path):
     """Random states of the GPU come back; bits are promised on a CPU alone."""
-    options = {"num_steps": 24, "batch_size": 8, "cuda_graph": cuda_graph, "checkpoint_every": 6}
+    options = {"num_steps": 24, "batch_size": 8, "hardware": {"cuda_graph": cuda_graph}, "checkpoint": {"every": 6}}
     whole = fitted(**options)
     fitted(**options, checkpoint_dir=tmp_path, callbacks=[lambda row: row["step"] == 11])
-    resumed = fitted(**options, checkpoint_dir=tmp_path, resume=True)
+    resumed = fitted(**{**options, "checkpoint": {"every": 6, "resume": True}}, checkpoint_dir=tmp_path)
     torch.testing.assert_close(resumed.guide.loc, whole.guide.loc, rtol=1e-3, atol=1e-4)
     for (A, B), (other_A, other_B) in zip(resumed.factors, whole.factors, strict=True):
         torch.testing.assert_close(A, other_A, rtol=1e-2, atol=1e-3)
@@ -214,6 +221,6 @@ def test_steps_that_are_not_finite_are_left_out_though_the_host_looks_late(polic
         return gradient(self, batch, kl_weight) * (torch.nan if len(calls) == 14 else 1.0)
 
     monkeypatch.setattr(sp.training.loop.EagerStep, "gradient", spoiled)
-    posterior = fitted(on_nonfinite=policy, cuda_graph=False)
+    posterior = fitted(on_nonfinite=policy, hardware={"cuda_graph": False})
     assert posterior.provenance["num_steps"] == 29
     assert all(t.isfinite().all() for pair in posterior.factors for t in pair)

@@ -203,7 +203,7 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
             ),
             lambda w: sp.fit(w.blora, w.task, ROWS, guide="nothing", **FEW),
             lambda w: sp.fit(w.blora, w.task, [{"question": "what ?"}], **FEW),
-            lambda w: sp.fit(w.blora, w.task, ROWS, lr=1e30, num_steps=9, warmup=0.0, progress=False),
+            lambda w: sp.fit(w.blora, w.task, ROWS, lr=1e30, num_steps=9, optimizer={"warmup": 0.0}, progress=False),
         ],
     ),
     "refit": (

@@ -274,14 +274,20 @@ def test_other_models_predict_and_train_while_a_fit_runs(choice):
         return found
 
     long, (predicted, trained) = together(
-        lambda: train(0, num_steps=100_000, callbacks=[wait_for_others], schedule="constant", warmup=0.0), others
+        lambda: train(
+            0, num_steps=100_000, callbacks=[wait_for_others], optimizer={"schedule": "constant", "warmup": 0.0}
+        ),
+        others,
     )
     assert len(steps_after) == 3  # the fit was not over when the others ended
     assert_equal(predicted, expected)
     assert trained == short
     models[0] = tiny.causal_lm(seed=0)
     alone = train(
-        0, num_steps=100_000, callbacks=[lambda row: row["step"] == len(long) - 1], schedule="constant", warmup=0.0
+        0,
+        num_steps=100_000,
+        callbacks=[lambda row: row["step"] == len(long) - 1],
+        optimizer={"schedule": "constant", "warmup": 0.0},
     )
     assert alone == long
 

@@ -157,7 +157,7 @@ def two_layers(prior, truth):
 
 
 UNEQUAL = [3.0, -2.0, 2.5, -3.0, 0.1, -0.1, 0.0, 0.2]  # the second layer is hardly needed
-LEARN = {"num_steps": 500, "batch_size": 64, "lr_loc": 0.05, "lr_scale": 0.05, **QUIET}
+LEARN = {"num_steps": 500, "batch_size": 64, "optimizer": {"lr_loc": 0.05, "lr_scale": 0.05}, **QUIET}
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,7 @@ def masked_toy():
 
 def test_a_direction_that_only_harms_is_switched_off():
     toy, rows, truth, exact = masked_toy()
-    posterior = sp.fit(toy.blora, toy.task, rows, num_steps=500, lr_loc=0.1, **QUIET).posterior
+    posterior = sp.fit(toy.blora, toy.task, rows, num_steps=500, optimizer={"lr_loc": 0.1}, **QUIET).posterior
     assert ((exact - truth).abs() < 0.01).all()
     assert ((posterior.mean() - exact).abs() < 0.1).all()
     masks = posterior.sample(200).s
@@ -412,7 +412,7 @@ def test_a_tight_prior_keeps_the_factors_small_under_any_guide(guide, task):
     sizes = []
     for factor_scale in (None, 0.01):
         blora = sp.bayesian_lora(tiny.causal_lm())
-        options = {"num_steps": 30, "lr": 1e-2, "factor_scale": factor_scale, **QUIET}
+        options = {"num_steps": 30, "lr": 1e-2, "optimizer": {"factor_scale": factor_scale}, **QUIET}
         posterior = sp.fit(blora, task, tiny.question_rows(16), guide=guide, **options).posterior
         sizes.append(sum(B.square().sum().item() for _, B in posterior.factors))
     assert sizes[1] < 0.5 * sizes[0]
@@ -421,7 +421,7 @@ def test_a_tight_prior_keeps_the_factors_small_under_any_guide(guide, task):
 @pytest.mark.parametrize("factor_scale", [0, -1.0, math.nan])
 def test_a_factor_scale_that_is_not_positive_is_named(factor_scale, blora, task):
     with pytest.raises(ValueError, match=f"factor_scale={factor_scale} must be positive"):
-        sp.fit(blora, task, tiny.question_rows(8), factor_scale=factor_scale, num_steps=1, **QUIET)
+        sp.fit(blora, task, tiny.question_rows(8), optimizer={"factor_scale": factor_scale}, num_steps=1, **QUIET)
 
 
 # prior predictive -----------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def test_a_disk_that_fails_at_any_call_leaves_the_checkpoints_before(n, stays, f
 
 def fit(path, **options):
     made = sp.bayesian_lora(tiny.causal_lm()), sp.MultipleChoice(tiny.tokenizer())
-    options = {"num_steps": 6, "batch_size": 4, "checkpoint_every": 2, "progress": False, **options}
+    options = {"num_steps": 6, "batch_size": 4, "checkpoint": {"every": 2}, "progress": False, **options}
     return sp.fit(*made, tiny.question_rows(8), checkpoint_dir=path, **options)
 
 

@@ -131,8 +131,7 @@ def test_fit_recovers_the_conjugate_posterior_and_the_evidence(draws):
         [batch],
         num_data=N,
         num_steps=1500,
-        lr_loc=0.03,
-        lr_scale=0.03,
+        optimizer={"lr_loc": 0.03, "lr_scale": 0.03},
         elbo=TraceMeanField_ELBO(num_particles=128, vectorize_particles=True),  # 32 meet the bounds by luck
         draws=draws,
         progress=False,
@@ -162,9 +161,7 @@ def test_stock_svi_and_fit_reach_equal_parameters_from_equal_seeds(stock_pyro, t
         batch_size=size,
         lr=1e-2,
         lr_A=1e-2,
-        lr_scale=1e-2,
-        schedule="constant",
-        warmup=0.0,
+        optimizer={"lr_scale": 1e-2, "schedule": "constant", "warmup": 0.0},
         seed=seed,
         progress=False,
     ).posterior
@@ -235,7 +232,14 @@ def test_accumulated_gradients_equal_those_of_one_batch(task):
         blora = sp.bayesian_lora(tiny.causal_lm(dtype=torch.float64))
         rows = tiny.question_rows(32)
         result = sp.fit(
-            blora, task, rows, guide="delta", num_steps=3, batch_size=32, micro_batch_size=micro, progress=False
+            blora,
+            task,
+            rows,
+            guide="delta",
+            num_steps=3,
+            batch_size=32,
+            hardware={"micro_batch_size": micro},
+            progress=False,
         )
         histories.append(result.history)
         posteriors.append(result.posterior)

@@ -15,11 +15,12 @@ from pyro.infer.autoguide import AutoIAFNormal, AutoLowRankMultivariateNormal, A
 from torch.utils.data import DataLoader
 
 import scalabl_pyro as sp
+from scalabl_pyro._deprecated import ScalaBLDeprecationWarning
 from scalabl_pyro._process.random_state import derive_seed
 from scalabl_pyro.data import collate, encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import Guide
-from scalabl_pyro.training.options import TrainingOptions
+from scalabl_pyro.training.options import GROUPS, TrainingOptions, optimizer_with
 
 ROWS = tiny.question_rows(16)
 
@@ -64,7 +65,7 @@ def test_nothing_global_changes(blora, task, unchanged_rng):
 
 def test_learning_rates_warm_up_and_decay_by_group(blora, task):
     rates = []
-    fit(blora, task, num_steps=20, lr=1e-3, warmup=0.25, callbacks=[lambda r: rates.append(r["lr"])])
+    fit(blora, task, num_steps=20, lr=1e-3, optimizer={"warmup": 0.25}, callbacks=[lambda r: rates.append(r["lr"])])
     assert rates[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
     assert np.all(np.diff(rates[5:]) < 0)
     assert rates[-1] == pytest.approx(1e-3 / 15)
@@ -73,7 +74,7 @@ def test_learning_rates_warm_up_and_decay_by_group(blora, task):
 def test_scales_have_a_learning_rate_of_their_own(task):
     def scale_after(lr_scale):
         blora = sp.bayesian_lora(tiny.causal_lm())
-        return fit(blora, task, num_steps=1, warmup=0.0, lr_scale=lr_scale).posterior.guide.scale
+        return fit(blora, task, num_steps=1, optimizer={"warmup": 0.0, "lr_scale": lr_scale}).posterior.guide.scale
 
     seed = derive_seed(0, "initial scales")
     start = sp.guides.as_guide("normal", sp.bayesian_lora(tiny.causal_lm()), seed=seed).scale.detach()
@@ -88,7 +89,7 @@ def test_A_and_B_have_learning_rates_of_their_own(task):
         for _, B in blora.adapter.factors():
             B.fill_(0.1)  # at B = 0 no gradient reaches A
     start = [(A.clone(), B.clone()) for A, B in blora.adapter.factors()]
-    fit(blora, task, num_steps=1, warmup=0.0, lr=1e-2, lr_A=1e-4)
+    fit(blora, task, num_steps=1, optimizer={"warmup": 0.0}, lr=1e-2, lr_A=1e-4)
     for which, rate in enumerate((1e-4, 1e-2)):
         pairs = zip(start, blora.adapter.factors(), strict=True)
         moved = max((after[which] - before[which]).abs().max().item() for before, after in pairs)
@@ -100,7 +101,7 @@ def test_a_new_head_learns_at_the_rate_of_A():
     (head,) = blora.adapter.heads.values()
     start = head.weight.detach().clone()
     classes = sp.SequenceClassification(tiny.tokenizer(), classes=["a", "b", "c"])
-    fit(blora, classes, tiny.text_rows(16), num_steps=1, warmup=0.0, lr=1e-2, lr_A=1e-4)
+    fit(blora, classes, tiny.text_rows(16), num_steps=1, optimizer={"warmup": 0.0}, lr=1e-2, lr_A=1e-4)
     assert (head.weight - start).abs().max().item() == pytest.approx(1e-4, rel=1e-2)
 
 
@@ -115,7 +116,7 @@ def test_weight_decay_shrinks_factors_only(task):
         with torch.no_grad():
             for _, B in blora.adapter.factors():
                 B.fill_(1.0)
-        return fit(blora, task, weight_decay=weight_decay, lr=1e-2).posterior
+        return fit(blora, task, optimizer={"weight_decay": weight_decay}, lr=1e-2).posterior
 
     plain, decayed = run(0.0), run(10.0)
     norm = [sum(B.norm() for _, B in p.factors) for p in (plain, decayed)]
@@ -221,14 +222,14 @@ def test_a_generator_that_runs_dry_is_explained(blora, task):
     ("options", "message"),
     [
         ({"draws": "each"}, "draws='each' is unknown"),
-        ({"schedule": "cosine"}, "schedule='cosine' is unknown"),
+        ({"optimizer": {"schedule": "cosine"}}, "schedule='cosine' is unknown"),
         ({"num_steps": 0}, "num_steps=0 must be a whole number, 1 or more"),
         ({"lr": -1.0}, "lr=-1.0 must be positive"),
         ({"init_scale": 0.0}, "init_scale=0.0"),
         ({"guide": "norml"}, "guide='norml' is unknown. Did you mean 'normal'"),
         ({"num_data": 7}, "num_data=7, but train_data has 16 rows"),
         ({"kl_weight": -0.5}, "kl_weight=-0.5"),
-        ({"warmup": 2.0}, "warmup=2.0"),
+        ({"optimizer": {"warmup": 2.0}}, "warmup=2.0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(blora, task, options, message):
@@ -236,24 +237,37 @@ def test_options_that_make_no_sense_are_refused(blora, task, options, message):
         fit(blora, task, **options)
 
 
-RATES = ("lr", "lr_A", "lr_loc", "lr_scale", "factor_scale", "init_scale")
+OUT_OF_RANGE = (-1.0, 0.0, math.nan, math.inf)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({rate: value}, f"{rate}={value}") for rate in RATES for value in (-1.0, 0.0, math.nan, math.inf)),
-        *(({"weight_decay": value}, f"weight_decay={value}") for value in (-1.0, math.nan, math.inf)),
-        *(({"max_grad_norm": value}, f"max_grad_norm={value}") for value in (-1, 0, math.nan)),
-        *(({"warmup": value}, f"warmup={value}") for value in (-0.1, math.nan, True)),
+        *(({r: value}, f"{r}={value}") for r in ("lr", "lr_A", "init_scale") for value in OUT_OF_RANGE),
+        *(
+            ({"optimizer": {r: value}}, f"{r}={value}")
+            for r in ("lr_loc", "lr_scale", "factor_scale")
+            for value in OUT_OF_RANGE
+        ),
+        *(({"optimizer": {"weight_decay": value}}, f"weight_decay={value}") for value in (-1.0, math.nan, math.inf)),
+        *(({"optimizer": {"max_grad_norm": value}}, f"max_grad_norm={value}") for value in (-1, 0, math.nan)),
+        *(({"optimizer": {"warmup": value}}, f"warmup={value}") for value in (-0.1, math.nan, True)),
         *(({"kl_weight": value}, f"kl_weight={value}") for value in (math.nan, math.inf)),
         *(({name: value}, f"{name}={value}") for name in ("num_steps", "batch_size") for value in (True, 2.5, 0, -1)),
-        *(({"micro_batch_size": value}, f"micro_batch_size={value}") for value in (True, 2.5, 0)),
+        *(({"hardware": {"micro_batch_size": value}}, f"micro_batch_size={value}") for value in (True, 2.5, 0)),
         ({"callbacks": print}, "callbacks=.*expected a list of functions"),
         ({"callbacks": [3]}, "callbacks=.*expected a list of functions"),
-        ({"cache_prefix": "yes"}, "cache_prefix='yes': expected True or False"),
+        ({"hardware": {"cache_prefix": "yes"}}, "cache_prefix='yes': expected True or False"),
         ({"seed": 0.5}, "seed=0.5: expected an integer"),
-        ({"optimizer": {"warmup": 0.1}}, r"optimizer=.*expected scalabl_pyro.OptimizerOptions"),
+        ({"optimizer": 0.1}, r"optimizer=0.1: expected scalabl_pyro.OptimizerOptions\(...\), or a dict"),
+        ({"hardware": ["cuda_graph"]}, r"hardware=.*expected scalabl_pyro.HardwareOptions\(...\), or a dict"),
+        ({"optimizer": {"warm_up": 0.1}}, "'warm_up' is no option of OptimizerOptions. Did you mean 'warmup'"),
+        ({"checkpoint": {"evry": 1}}, "'evry' is no option of CheckpointOptions. Did you mean 'every'"),
+        (
+            {"hardware": {"cuda_graphs": True}},
+            "'cuda_graphs' is no option of HardwareOptions. Did you mean 'cuda_graph'",
+        ),
+        ({"hardware": {3: True}}, "3 is no option of HardwareOptions. Known names"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is unknown"),
     ],
     ids=str,
@@ -263,6 +277,7 @@ def test_numbers_out_of_range_are_refused_before_anything_starts(blora, task, op
         fit(blora, task, **options)
 
 
+@pytest.mark.filterwarnings("default::scalabl_pyro._deprecated.ScalaBLDeprecationWarning")  # two at once
 def test_old_flat_options_work_for_a_release_and_say_where_they_went(task):
     def run(**options):
         return fit(sp.bayesian_lora(tiny.causal_lm()), task, **options).posterior.guide.loc
@@ -273,13 +288,46 @@ def test_old_flat_options_work_for_a_release_and_say_where_they_went(task):
     ) as seen:
         old = run(loc_lr=0.5, schedule="constant")
     assert all(
-        w.filename == __file__ for w in seen if w.category is DeprecationWarning and "is now given" in str(w.message)
+        w.filename == __file__
+        for w in seen
+        if w.category is ScalaBLDeprecationWarning and "is now given" in str(w.message)
     )
     assert torch.equal(run(**groups), old)
     with pytest.warns(DeprecationWarning, match="schedule= is now given as"):
         assert torch.equal(run(optimizer=sp.OptimizerOptions(lr_loc=0.5), schedule="constant"), old)
     with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match=r"got lr_loc= and lr_loc in Optimizer"):
         run(lr_loc=0.1, **groups)
+    with pytest.warns(DeprecationWarning, match="schedule= is now given as"):
+        assert torch.equal(run(optimizer={"lr_loc": 0.5}, schedule="constant"), old)
+    with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match=r"got lr_loc= and lr_loc in Optimizer"):
+        run(lr_loc=0.1, optimizer={"lr_loc": 0.5})
+    with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match=r"optimizer=3: expected"):
+        run(lr_loc=0.1, optimizer=3)
+
+
+def test_groups_may_be_dicts(task, tmp_path):
+    def run(**groups):
+        return fit(sp.bayesian_lora(tiny.causal_lm()), task, **groups).posterior.guide.loc
+
+    groups = {
+        "optimizer": {"lr_loc": 0.5, "schedule": "constant"},
+        "checkpoint": {"every": 1, "keep": 1},
+        "hardware": {"micro_batch_size": 4},
+    }
+    made = {name: GROUPS[name](**options) for name, options in groups.items()}
+    assert torch.equal(run(**groups, checkpoint_dir=tmp_path / "a"), run(**made, checkpoint_dir=tmp_path / "b"))
+    assert len(list((tmp_path / "a").iterdir())) == 1
+
+
+@pytest.mark.parametrize("given", [None, {}, sp.OptimizerOptions(), {"warmup": 0.5}, sp.OptimizerOptions(warmup=0.5)])
+def test_a_method_with_rates_of_its_own_leaves_the_callers_alone(given):
+    options = optimizer_with(given, lr_scale=0.7)
+    assert options.lr_scale == 0.7
+    assert options.warmup == (0.5 if given and given != sp.OptimizerOptions() else 0.06)
+    default = sp.OptimizerOptions().lr_scale
+    for own in ({"lr_scale": 0.1}, sp.OptimizerOptions(lr_scale=0.1)):
+        assert optimizer_with(own, lr_scale=0.7).lr_scale == 0.1
+    assert optimizer_with({"lr_scale": default}, lr_scale=0.7).lr_scale == default
 
 
 def test_fit_has_few_options_and_groups_cannot_change():
@@ -447,7 +495,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(blora, task):
 def test_gradients_can_be_clipped(task):
     def run(limit):
         blora = sp.bayesian_lora(tiny.causal_lm())
-        return fit(blora, task, num_steps=2, max_grad_norm=limit).posterior.factors[0][1]
+        return fit(blora, task, num_steps=2, optimizer={"max_grad_norm": limit}).posterior.factors[0][1]
 
     assert not torch.equal(run(1e-6), run(None))
 
@@ -476,4 +524,4 @@ def test_real_rows_train_a_step(blora, tokenizer, shared_data):
 )
 def test_a_graph_that_cannot_be_is_refused(blora, task, given, message):
     with pytest.raises(ValueError, match=message):
-        fit(blora, task, num_steps=1, cuda_graph=given)
+        fit(blora, task, num_steps=1, hardware={"cuda_graph": given})

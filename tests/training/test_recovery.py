@@ -154,7 +154,7 @@ def test_restore_goes_back_to_the_last_copy_and_on_with_the_next_batch(task, mon
 
 def test_restore_brings_the_optimizer_back_to_before_its_first_step(blora, task, monkeypatch):
     calls = bad_batches(monkeypatch, {1})
-    result = fit(blora, task, num_steps=3, on_nonfinite="restore", schedule="constant", warmup=0.0)
+    result = fit(blora, task, num_steps=3, on_nonfinite="restore", optimizer={"schedule": "constant", "warmup": 0.0})
     assert len(calls) == 3
     seed = derive_seed(0, "initial scales")
     start = as_guide("normal", sp.bayesian_lora(tiny.causal_lm()), seed=seed).scale.detach()
@@ -189,7 +189,7 @@ def test_a_run_with_faults_resumes_bit_for_bit(task, policy, stop, tmp_path, mon
     monkeypatch.setattr(EagerStep, "gradient", spoiled)
 
     def run(**options):
-        options = {"num_steps": 9, "on_nonfinite": policy, "checkpoint_every": 1, **options}
+        options = {"num_steps": 9, "on_nonfinite": policy, "checkpoint": {"every": 1}, **options}
         return fit(sp.bayesian_lora(tiny.causal_lm()), task, **options)
 
     whole = run(checkpoint_dir=tmp_path / "whole")
@@ -252,7 +252,7 @@ def test_a_gradient_that_is_not_finite_from_the_first_backward_pass_on_names_its
     hook = blora.adapter.layers[1].register_forward_hook(spoil)
     message = rf"At step 0: the loss is finite, but its gradient is not in 1 of 5 adapted layers: '{name}'\."
     with pytest.raises(sp.TrainingError, match=message):
-        fit(blora, task, max_grad_norm=limit)
+        fit(blora, task, optimizer={"max_grad_norm": limit})
     hook.remove()
     assert torch.equal(blora.adapter.factors()[1][1], before)
 
@@ -281,16 +281,17 @@ def test_a_parameter_that_is_nan_moves_no_other(name):
         assert torch.equal(parameter.nan_to_num(), value.nan_to_num())
 
 
-LAST = {"lr": 1e39, "lr_scale": 1e4}
+LAST = {"lr": (1e39, {}), "lr_scale": (8e-3, {"lr_scale": 1e4})}
 
 
 @pytest.mark.parametrize("rate", LAST)
 @pytest.mark.parametrize("policy", ["raise", "skip", "restore"])
 def test_a_last_update_that_overflows_is_neither_returned_nor_saved(task, policy, rate, tmp_path, caplog):
     """No step comes behind it that would meet its numbers."""
-    blora, options = sp.bayesian_lora(tiny.causal_lm()), {"num_steps": 1, "schedule": "constant", "warmup": 0.0}
+    blora, (lr, more) = sp.bayesian_lora(tiny.causal_lm()), LAST[rate]
+    options = {"num_steps": 1, "lr": lr, "optimizer": {"schedule": "constant", "warmup": 0.0, **more}}
     with pytest.raises(sp.TrainingError, match=r"At step 0: the update was too large: .* not finite any more"):
-        fit(blora, task, on_nonfinite=policy, checkpoint_dir=tmp_path, **{**options, rate: LAST[rate]})
+        fit(blora, task, on_nonfinite=policy, checkpoint_dir=tmp_path, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000000"]
     assert "step 1 is not saved" in caplog.text
 
@@ -534,5 +535,5 @@ def test_a_worker_that_dies_is_an_error_that_says_so_and_costs_no_step(blora, ta
     loader = DataLoader(Deadly(examples), batch_size=4, num_workers=1, prefetch_factor=1, collate_fn=together)
     message = r"At step \d: a worker process of the data loader died \(DataLoader worker .*lower num_workers"
     with pytest.raises(RuntimeError, match=message):
-        fit(blora, task, loader, checkpoint_dir=tmp_path, checkpoint_every=1)
+        fit(blora, task, loader, checkpoint_dir=tmp_path, checkpoint={"every": 1})
     assert sorted(tmp_path.iterdir())[-1].name != "step-00000000"

@@ -82,9 +82,13 @@ def numbers():
 
 CASES = {
     "defaults": (choice, ROWS, {}),
-    "new head, learned prior": (classes, TEXTS, {"guide": "layer_covariance", "factor_scale": 1.0}),
-    "learned noise, other latents": (numbers, TEXTS, {"draws": "shared", "max_grad_norm": 1.0}),
-    "dropout, micro-batches": (lambda: choice(lora_dropout=0.3), ROWS, {"micro_batch_size": 2, "weight_decay": 0.1}),
+    "new head, learned prior": (classes, TEXTS, {"guide": "layer_covariance", "optimizer": {"factor_scale": 1.0}}),
+    "learned noise, other latents": (numbers, TEXTS, {"draws": "shared", "optimizer": {"max_grad_norm": 1.0}}),
+    "dropout, micro-batches": (
+        lambda: choice(lora_dropout=0.3),
+        ROWS,
+        {"hardware": {"micro_batch_size": 2}, "optimizer": {"weight_decay": 0.1}},
+    ),
     "masks": (lambda: choice(prior="rank_mask"), ROWS, {"kl_weight": lambda step: min(1.0, step / 4)}),
     "AutoGuide": (choice, ROWS, {"guide": AutoMultivariateNormal}),
     "ELBO that reads its loss": (choice, ROWS, {"guide": "lowrank", "elbo": TraceGraph_ELBO()}),
@@ -99,12 +103,12 @@ def test_half_a_run_and_its_resumption_are_the_whole_run_bit_for_bit(make, rows,
     whole = fit(make(), rows, **options)
     half = fit(make(), rows, **options, checkpoint_dir=tmp_path, callbacks=stop_after(4))
     assert len(half.history) == 4
-    resumed = fit(make(), rows, **options, checkpoint_dir=tmp_path, resume=True)
+    resumed = fit(make(), rows, **options, checkpoint_dir=tmp_path, checkpoint={"resume": True})
     assert_equal_bits(whole, resumed)
 
 
 def test_checkpoints_do_not_change_the_run(tmp_path):
-    assert_equal_bits(fit(), fit(checkpoint_dir=tmp_path, checkpoint_every=1))
+    assert_equal_bits(fit(), fit(checkpoint_dir=tmp_path, checkpoint={"every": 1}))
 
 
 def test_a_run_may_be_resumed_in_the_same_process_though_the_factors_have_moved(tmp_path):
@@ -238,10 +242,10 @@ OTHER_RUNS = {
     "lr is 0.02, was 0.01; num_steps is 9, was 8": {"num_steps": 9, "lr": 0.02},
     "seed is 1, was 0": {"seed": 1},
     "guide: class is 'LowRankGuide', was 'NormalGuide'": {"guide": "lowrank"},
-    "schedule is 'constant', was 'linear'": {"schedule": "constant"},
+    "schedule is 'constant', was 'linear'": {"optimizer": {"schedule": "constant"}},
     "kl_weight is 0.5, was 1.0": {"kl_weight": 0.5},
     r"kl_weight is \[0.0,.*was 1.0": {"kl_weight": lambda step: step / 8},
-    "max_grad_norm is 'inf', was None": {"max_grad_norm": float("inf")},
+    "max_grad_norm is 'inf', was None": {"optimizer": {"max_grad_norm": float("inf")}},
     "draws is 'shared', was 'per_example'": {"draws": "shared"},
     "elbo is .*TraceGraph_ELBO.*was None": {"elbo": TraceGraph_ELBO(num_particles=2)},
     "num_data is 11, was 12; train_data differs": {"rows": ROWS[:11]},
@@ -270,25 +274,25 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(message, change, begun
 
 def test_what_changes_the_bits_at_most_may_differ(begun, tmp_path):
     shutil.copytree(begun, tmp_path / "copy")
-    options = {"micro_batch_size": 2, "on_nonfinite": "skip", "checkpoint_every": 3, "keep_checkpoints": 5}
+    options = {"hardware": {"micro_batch_size": 2}, "on_nonfinite": "skip", "checkpoint": {"every": 3, "keep": 5}}
     assert len(fit(checkpoint_dir=tmp_path / "copy", **options).history) == 8
 
 
 def test_resume_true_demands_a_checkpoint_and_false_that_there_is_none(begun, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"resume=True, but {tmp_path} holds no whole checkpoint"):
-        fit(checkpoint_dir=tmp_path, resume=True)
+        fit(checkpoint_dir=tmp_path, checkpoint={"resume": True})
     with pytest.raises(FileExistsError, match=r"resume=False, but .* holds checkpoints \(.*step-00000004\)"):
-        fit(checkpoint_dir=begun, resume=False)
-    assert len(fit(checkpoint_dir=tmp_path, resume=False, num_steps=1).history) == 1
+        fit(checkpoint_dir=begun, checkpoint={"resume": False})
+    assert len(fit(checkpoint_dir=tmp_path, checkpoint={"resume": False}, num_steps=1).history) == 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resume": "yes"}, "resume='yes': expected 'auto', True or False"),
-        ({"resume": True, "checkpoint_dir": None}, "resume=True needs checkpoint_dir"),
-        ({"checkpoint_every": 0}, "every=0 must be a whole number, 1 or more"),
-        ({"keep_checkpoints": 1.5}, "keep=1.5 must be a whole number, 1 or more"),
+        ({"checkpoint": {"resume": "yes"}}, "resume='yes': expected 'auto', True or False"),
+        ({"checkpoint": {"resume": True}, "checkpoint_dir": None}, "resume=True needs checkpoint_dir"),
+        ({"checkpoint": {"every": 0}}, "every=0 must be a whole number, 1 or more"),
+        ({"checkpoint": {"keep": 1.5}}, "keep=1.5 must be a whole number, 1 or more"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is unknown"),
     ],
 )
@@ -420,7 +424,7 @@ def test_an_error_within_a_step_leaves_the_last_checkpoint(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(Trainer, "_take", fail)
-        fit(checkpoint_dir=tmp_path, checkpoint_every=2)
+        fit(checkpoint_dir=tmp_path, checkpoint={"every": 2})
     assert steps_in(tmp_path) == [2, 4]
     assert_equal_bits(fit(), fit(checkpoint_dir=tmp_path))
 
