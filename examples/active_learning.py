@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 from _support.acquisition import STRATEGIES, Pool, scores
 from _support.datasets import NEWS, TREC, distinct, pick, reuters_r8, trec, word_task
-from _support.kept_rows import KeptRows, fit_upper_blocks
 from _support.models import demo_llm
 from _support.run_settings import earlier_lines, save_settings
+from _support.upper_block_fits import fit_upper_blocks, predict_rows
 from matplotlib import pyplot as plt
 
 import scalabl_pyro as sp
@@ -83,19 +83,19 @@ def make_task(args: argparse.Namespace, tokenizer, rows: list) -> sp.MultipleCho
     return word_task(tokenizer, rows, template, args.max_length)
 
 
-def run(llm, task: sp.Task, pool_rows: list, test: KeptRows, args: argparse.Namespace, seed: int) -> list[dict]:
+def run(llm, task: sp.Task, pool_rows: list, test_rows: list, args: argparse.Namespace, seed: int) -> list[dict]:
     """Run every strategy from the same start.
 
     Returns:
         One line of scores per strategy and number of labels.
     """
-    kept, lines = KeptRows(pool_rows, task), []
+    lines = []
 
     def visit(labeled: list[int], *, ask_pool: bool) -> tuple[dict, sp.Prediction | None]:
         """Fit on the labeled rows; return scores on test, and the prediction of the pool if asked for."""
         posterior = fit_upper_blocks(llm, task, [pool_rows[i] for i in labeled], args, seed)
-        tested = test.predict(posterior, num_draws=args.draws, seed=seed).metrics().loc["value"]
-        pool = kept.predict(posterior, num_draws=args.draws, seed=seed) if ask_pool else None
+        tested = predict_rows(posterior, test_rows, num_draws=args.draws, seed=seed).metrics().loc["value"]
+        pool = predict_rows(posterior, pool_rows, num_draws=args.draws, seed=seed) if ask_pool else None
         posterior.blora().unload()
         return tested[["accuracy", "nll", "ece"]].to_dict(), pool
 
@@ -160,9 +160,8 @@ def main() -> None:
         llm, tokenizer = demo_llm(tiny=args.tiny)
         train, test_rows = load_data(args)
         task = make_task(args, tokenizer, test_rows)
-        test = KeptRows(test_rows, task)
     for seed in todo:
-        lines += run(llm, task, pick(train, args.pool_rows, seed), test, args, seed)
+        lines += run(llm, task, pick(train, args.pool_rows, seed), test_rows, args, seed)
         pd.DataFrame(lines).to_csv(args.out / "runs.csv", index=False)
         save_settings(args, args.out / "settings.json")
     runs = pd.DataFrame(lines)

@@ -20,10 +20,10 @@ import matplotlib
 matplotlib.use("Agg")
 import pandas as pd
 from _support.datasets import NEWS, distinct, newsgroups, pick, reuters_r8, word_task
-from _support.kept_rows import KeptRows, fit_upper_blocks
 from _support.models import demo_llm
 from _support.run_settings import save_settings
 from _support.selection import SCORES, doubt, threshold
+from _support.upper_block_fits import fit_upper_blocks, predict_rows
 from matplotlib import pyplot as plt
 
 import scalabl_pyro as sp
@@ -131,10 +131,10 @@ def main() -> None:
     llm, tokenizer = demo_llm(tiny=args.tiny)
     train, *parts = load_data(args)
     task = word_task(tokenizer, train, NEWS, args.max_length)
-    kept, plain, scored, ruled = [KeptRows(rows, task) for rows in parts], [], [], []
+    plain, scored, ruled = [], [], []
     for seed in args.seeds:
         posterior = fit_upper_blocks(llm, task, train, args, seed)
-        val, test, ood = (rows.predict(posterior, num_draws=args.draws, seed=seed) for rows in kept)
+        val, test, ood = (predict_rows(posterior, rows, num_draws=args.draws, seed=seed) for rows in parts)
         posterior.blora().unload()
         plain.append({"seed": seed, **test.metrics().loc["value", ["accuracy", "nll", "ece"]]})
         print(" ".join(f"{k} {v:.3g}" for k, v in plain[-1].items()), flush=True)

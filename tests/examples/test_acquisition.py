@@ -15,8 +15,8 @@ import scalabl_pyro as sp
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from _support import datasets, run_settings
 from _support.acquisition import STRATEGIES, Pool, scores
-from _support.kept_rows import KeptRows, fit_upper_blocks
 from _support.selection import SCORES, doubt, threshold, upper_bound
+from _support.upper_block_fits import fit_upper_blocks, predict_rows
 
 
 def by_hand() -> sp.Prediction:
@@ -113,32 +113,30 @@ def test_scores_that_cannot_be_ranked_are_refused():
     assert pool.labeled == [0]
 
 
-# kept rows --------------------------------------------------------------------------------------------------------
+# fits of the upper blocks -----------------------------------------------------------------------------------------
 
 
-def test_kept_rows_predict_what_a_posterior_predicts_though_the_lower_block_runs_once():
+def test_the_lower_block_runs_once_for_all_fits_of_the_upper_one():
     llm, task = tiny.causal_lm(), sp.MultipleChoice(tiny.tokenizer())
     args = Namespace(blocks=1, steps=2, batch_size=4, lr=1e-2)
-    rows, calls = tiny.question_rows(9, seed=1), []
-    kept = KeptRows(rows, task, batch_size=4)
-    attention = llm.model.layers[0].self_attn
-    attention.register_forward_hook(lambda *_: calls.append(1))
-    for seed, passes in {0: 3, 1: 0}.items():
+    rows, calls = tiny.question_rows(33, seed=1), []
+    llm.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    for seed, passes in {0: 2, 1: 0}.items():
         posterior = fit_upper_blocks(llm, task, tiny.question_rows(8), args, seed)
         calls.clear()
-        got = kept.predict(posterior, num_draws=3, seed=seed)
+        got = predict_rows(posterior, rows, num_draws=3, seed=seed)
         assert len(calls) == passes
-        expected = posterior.predict(rows, num_draws=3, seed=seed, batch_size=4)
+        expected = posterior.predict(rows, num_draws=3, seed=seed, batch_size=32)
         np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=1e-5)
         np.testing.assert_array_equal(got.target, expected.target)
         posterior.blora().unload()
 
 
-def test_rows_cannot_be_kept_where_all_blocks_are_adapted():
+def test_no_prediction_is_kept_where_all_blocks_are_adapted():
     llm, task = tiny.causal_lm(), sp.MultipleChoice(tiny.tokenizer())
     result = sp.fit(sp.bayesian_lora(llm), task, tiny.question_rows(8), num_steps=1, progress=False)
-    with pytest.raises(ValueError, match="adapt only upper blocks"):
-        KeptRows(tiny.question_rows(4), task).predict(result.posterior, num_draws=2, seed=0)
+    with pytest.raises(ValueError, match="cache_prefix=True"):
+        predict_rows(result.posterior, tiny.question_rows(4), num_draws=2, seed=0)
 
 
 # selective prediction ---------------------------------------------------------------------------------------------
