@@ -61,8 +61,10 @@ def _check_example(example: Example, row: Row, where: str, *, need_target: bool)
         raise ValueError(f"{where} is empty: its text gives no tokens.")
     if example.target is None:
         if need_target:
-            need = "which training and the likelihood need"
-            raise ValueError(f"{where} has no answer, {need}; its fields are {list(row)}.")
+            raise ValueError(
+                f"{where} has no answer, but training and the likelihood need one. The row has the fields {list(row)}. "
+                "Add the answer in the field that the task reads."
+            )
     elif not isinstance(example.target, numbers.Real):
         raise TypeError(f"{where}: the answer {example.target!r} is not a number.")
     elif not math.isfinite(example.target):

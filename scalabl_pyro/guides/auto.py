@@ -129,7 +129,7 @@ class AutoFamily(Guide):
 class AutoInstance(Guide):
     """An AutoGuide that the caller built on the prior: ``AutoNormal(blora.prior, init_scale=0.1)``.
 
-    It is trained in place. The arguments it was built with are unknown here, so load a saved posterior with
+    Training changes this instance. A saved posterior does not contain the arguments of the AutoGuide, so load it with
     ``from_pretrained(..., guide=lambda blora: AutoNormal(blora.prior, init_scale=0.1))``.
 
     Args:

@@ -11,13 +11,13 @@ from .base import Guide
 
 
 class MixtureGuide(Guide):
-    """q(s) = 1/K sum_k q_k(s).
+    """Mixture of K guides q_1, ..., q_K with equal weights: q(s) = 1/K sum_k q_k(s).
 
     Args:
-        components: The K guides.
+        components: The K guides, at least one.
 
     Raises:
-        ValueError: There is no component.
+        ValueError: ``components`` is empty.
 
     Example:
         >>> import torch

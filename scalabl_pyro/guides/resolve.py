@@ -91,8 +91,9 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = INIT_
     built: Any = wrap_autoguide(cast(Any, guide)(blora) if _is_builder(guide) else guide)
     if not isinstance(built, Guide):
         raise TypeError(
-            f"guide={guide!r}: expected one of {', '.join(NAMES)}, a class of pyro.infer.autoguide or an instance on "
-            "blora.prior, a scalabl_pyro.guides.Guide, or a callable blora -> Guide."
+            f"guide={guide!r}: expected a name ({', '.join(map(repr, NAMES))}), a class of pyro.infer.autoguide, an "
+            "AutoGuide instance that was built on blora.prior, an instance of scalabl_pyro.guides.Guide, or a function "
+            "that takes blora and returns a Guide."
         )
     return built
 

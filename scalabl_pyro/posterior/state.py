@@ -79,7 +79,7 @@ class PosteriorState(Summarized):
 
     @property
     def subspace(self) -> Subspace:
-        """Map from latents to layers."""
+        """Subspace that assigns the entries of s to the adapted layers."""
         return self.adapter.subspace
 
     def blora(self) -> BayesianLoRA:

@@ -12,7 +12,9 @@ from .base import Prior
 
 
 class RankMaskPrior(Prior):
-    """s_i ~ Bernoulli(probability): each rank direction is kept or not, and B learns its size.
+    """Each entry s_i ~ Bernoulli(probability): 1 keeps a rank direction (a row of A), 0 removes it.
+
+    The entries have no size of their own; B learns the size of each direction.
 
     Its guide is :class:`~scalabl_pyro.guides.RankMaskGuide`, whose KL is in closed form. The model is that of DALorRA
     (arXiv 2607.02182).

@@ -81,7 +81,10 @@ class MultipleChoice(Task):
         if any(is_missing(choice) for choice in choices):
             raise ValueError(f"choices={choices} contains a missing choice (None).")
         if not 2 <= len(choices) <= len(self.labels):
-            raise ValueError(f"{len(choices)} choices; this task has labels for 2 to {len(self.labels)} choices.")
+            most = len(self.labels)
+            raise ValueError(
+                f"the row has {len(choices)} choices. This task has {most} labels, so it allows 2 to {most} choices."
+            )
         prompt = self.prompt(row)
         ids = self._tokens(prompt)
         is_cut = self.max_length is not None and len(ids) > self.max_length
@@ -108,8 +111,9 @@ class MultipleChoice(Task):
         logits = llm(**inputs, s=s, positions=batch.last).logits
         if logits.dim() < 3 or logits.shape[-1] <= self._largest_id:
             raise ValueError(
-                f"The model returns {logits.shape[-1]} logits, but the labels need {self._largest_id + 1} per token: "
-                "load a causal LM (AutoModelForCausalLM) with its own tokenizer."
+                f"The last dimension of the model's logits has size {logits.shape[-1]}. MultipleChoice needs logits of "
+                f"each token, of size {self._largest_id + 1} or more, because the token of a label has the id "
+                f"{self._largest_id}. Load a causal LM (AutoModelForCausalLM) with its own tokenizer."
             )
         logits = logits[..., 0, :]
         return at_least_float32(logits[..., self.label_ids.to(logits.device)])
@@ -169,6 +173,7 @@ class MultipleChoice(Task):
             ids = self._tokens(self.prompt({**row, "question": self.tokenizer.decode(question)}))
         if not question:
             raise ValueError(
-                f"max_length={self.max_length} leaves no room for the question next to the choices: increase it."
+                f"max_length={self.max_length} is too small: the rest of the prompt leaves no room for the question. "
+                "Increase max_length."
             )
         return ids

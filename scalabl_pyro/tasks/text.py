@@ -127,8 +127,8 @@ class SequenceClassification(_TextTask):
         assert self.classes is not None
         if outputs.shape[-1] != len(self.classes):
             raise ValueError(
-                f"The model's head has {outputs.shape[-1]} outputs, the task {len(self.classes)} classes: load the "
-                f"model with num_labels={len(self.classes)}."
+                f"The model's head has {outputs.shape[-1]} outputs, but the task has {len(self.classes)} classes. "
+                f"Load the model with num_labels={len(self.classes)}."
             )
         return dist.Categorical(logits=outputs)
 

@@ -151,7 +151,10 @@ class Checkpoints:
             return None
         found = folder.newest()
         if found is None and self.resume is True:
-            raise FileNotFoundError(f"resume=True, but {folder.path} holds no whole checkpoint.")
+            raise FileNotFoundError(
+                f"resume=True, but {folder.path} holds no valid checkpoint. Give the checkpoint_dir of the earlier "
+                "run, or use resume='auto' to start a new run."
+            )
         return found
 
     def _check(self, found: Checkpoint) -> None:

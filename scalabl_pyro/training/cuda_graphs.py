@@ -157,7 +157,7 @@ def uses_graph(
         device, stays_on_device=objective.stays_on_device, keeps_prefix=keeps_prefix, are_several=are_several
     )
     if wanted is True and reason:
-        raise ValueError(f"cuda_graph=True, but {reason}: leave it out, or use 'auto'.")
+        raise ValueError(f"cuda_graph=True, but {reason}. Use cuda_graph='auto', the default, or False.")
     if wanted and reason and device.type == "cuda":
         logger.info("steps run without CUDA graphs: %s", reason)
     return bool(wanted) and reason is None
@@ -168,7 +168,7 @@ def why_not(
 ) -> str | None:
     """Say what speaks against graphs; None if nothing does."""
     if device.type != "cuda":
-        return "it runs on the CPU"
+        return "the model is not on a CUDA device"
     if are_several:
         return "several processes add up their gradients in each step"
     if not stays_on_device:

@@ -227,7 +227,7 @@ def weight_at(kl_weight: float | Callable[[int], float], step: int) -> float:
     """
     weight = float(kl_weight(step) if callable(kl_weight) else kl_weight)
     if not 0 <= weight < float("inf"):
-        raise ValueError(f"kl_weight={weight} at step {step}: it must be 0 or more; 1 is the ELBO.")
+        raise ValueError(f"kl_weight={weight} at step {step}: expected a finite number, 0 or more. Use 1 for the ELBO.")
     return weight
 
 

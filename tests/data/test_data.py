@@ -162,7 +162,7 @@ def test_a_row_without_tokens_is_refused():
 def test_a_row_without_answer_is_refused_in_training_only():
     rows = [{"ids": [1], "answer": 0}, {"ids": [1], "id": "x"}]
     assert encode(rows, encode_ids, need_target=False)[1].target is None
-    with pytest.raises(ValueError, match=r"Row 1 \(id 'x'\) has no answer, which training and the likelihood need"):
+    with pytest.raises(ValueError, match=r"Row 1 \(id 'x'\) has no answer, but training and the likelihood need one"):
         encode(rows, encode_ids, need_target=True)
 
 

@@ -576,7 +576,7 @@ NO_GUIDES = {"none": None, "number": 3, "word": lambda blora: "normal", "layer":
 @pytest.mark.parametrize("guide", NO_GUIDES.values(), ids=NO_GUIDES)
 def test_what_is_no_guide_is_refused_with_what_is_one(guide):
     with pytest.raises(
-        TypeError, match=r"expected one of normal, .*svgd, a class of pyro.infer.autoguide.*blora -> Guide"
+        TypeError, match=r"expected a name \('normal', .*'svgd'\), a class of pyro.infer.autoguide.*returns a Guide"
     ):
         start(guide=guide)
 

@@ -102,7 +102,7 @@ def test_choices_may_be_any_sequence(task, choices):
 
 @pytest.mark.parametrize("count", [0, 1, 27])
 def test_more_choices_than_labels_or_fewer_than_two_are_refused(task, count):
-    with pytest.raises(ValueError, match=rf"Row 0 \(id 'q0'\): {count} choices; .*2 to 26"):
+    with pytest.raises(ValueError, match=rf"Row 0 \(id 'q0'\): the row has {count} choices.*2 to 26"):
         encode_one(task, {**QUESTION, "choices": ["red"] * count})
 
 
@@ -134,7 +134,7 @@ def test_a_missing_field_is_refused_with_the_nearest(task, row, message):
 def test_an_answer_in_another_field_is_missed_with_the_fields_there_are(task, given):
     row = {k: v for k, v in QUESTION.items() if k != "answer"} | {given: 1}
     with pytest.raises(
-        ValueError, match=rf"Row 0 \(id 'q0'\) has no answer, which training and the likelihood need.*'{given}'"
+        ValueError, match=rf"Row 0 \(id 'q0'\) has no answer, but training and the likelihood need one.*'{given}'"
     ):
         encode_one(task, row, need_target=True)
 
@@ -254,7 +254,7 @@ def test_a_prompt_that_fits_is_not_cut(task, tokenizer):
 
 
 def test_choices_longer_than_the_limit_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"Row 0 \(id 'q0'\): max_length=8 leaves no room for the question"):
+    with pytest.raises(ValueError, match=r"Row 0 \(id 'q0'\): max_length=8 is too small: .* no room for the question"):
         encode_one(sp.MultipleChoice(tokenizer, max_length=8), QUESTION)
 
 
@@ -485,8 +485,8 @@ def test_a_number_is_normal_around_the_output(tokenizer):
 @pytest.mark.parametrize(
     ("make", "num_outputs", "message"),
     [
-        (classifying, 2, r"head has 2 outputs, the task 3 classes: .*num_labels=3"),
-        (classifying, 59, r"head has 59 outputs, the task 3 classes: .*num_labels=3"),
+        (classifying, 2, r"head has 2 outputs, but the task has 3 classes\. .*num_labels=3"),
+        (classifying, 59, r"head has 59 outputs, but the task has 3 classes\. .*num_labels=3"),
         (regressing, 2, r"head has 2 outputs; regression needs num_labels=1"),
     ],
 )

@@ -520,7 +520,10 @@ def test_real_rows_train_a_step(blora, tokenizer, shared_data):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("yes", "cuda_graph='yes': expected True, False or 'auto'"), (True, "cuda_graph=True, but it runs on the CPU")],
+    [
+        ("yes", "cuda_graph='yes': expected True, False or 'auto'"),
+        (True, "cuda_graph=True, but the model is not on a CUDA device"),
+    ],
 )
 def test_a_graph_that_cannot_be_is_refused(blora, task, given, message):
     with pytest.raises(ValueError, match=message):
