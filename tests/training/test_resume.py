@@ -280,7 +280,7 @@ def test_what_changes_the_bits_at_most_may_differ(begun, tmp_path):
 
 def test_resume_true_demands_a_checkpoint_and_false_that_there_is_none(begun, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"resume=True, but {tmp_path} holds no valid checkpoint"):
-        fit(checkpoint_dir=tmp_path, resume=True)
+        fit(checkpoint_dir=tmp_path, checkpoint={"resume": True})
     with pytest.raises(FileExistsError, match=r"resume=False, but .* holds checkpoints \(.*step-00000004\)"):
         fit(checkpoint_dir=begun, checkpoint={"resume": False})
     assert len(fit(checkpoint_dir=tmp_path, checkpoint={"resume": False}, num_steps=1).history) == 1
