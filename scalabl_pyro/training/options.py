@@ -207,7 +207,7 @@ GROUPS: dict[str, type] = {
     "hardware": HardwareOptions,
 }
 
-#: Flat spellings of release 0.2 and before, and where they went.
+#: Flat spellings of release 0.1, and the option group that each belongs to now.
 MOVED_TO_GROUPS = {
     **{f.name: f"optimizer.{f.name}" for f in fields(OptimizerOptions)},
     **{f.name: f"hardware.{f.name}" for f in fields(HardwareOptions)},
