@@ -228,7 +228,7 @@ def as_group(name: str, kind: type[Group], given: Group | Mapping[str, Any] | No
         The group.
 
     Raises:
-        TypeError: ``given`` is something else, or a key is no field.
+        TypeError: ``given`` is something else, or it has a key that the group lacks.
     """
     if given is None:
         return kind()
@@ -255,7 +255,7 @@ def optimizer_with(given: OptimizerOptions | Mapping[str, Any] | None, **own: An
         The options.
 
     Raises:
-        TypeError: ``given`` is neither options nor a dict of them, or a key is no field.
+        TypeError: ``given`` is neither options nor a dict of them, or it has a key that the group lacks.
     """
     options = as_group("optimizer", OptimizerOptions, given)
     if isinstance(given, Mapping):

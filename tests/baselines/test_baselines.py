@@ -54,7 +54,11 @@ METHODS = {
     "laplace_lora, sampled": lambda m, o: baselines.laplace_lora(
         mle_posterior(m, o), ROWS, prior_scale=0.05, linearized=False, exact_up_to=8, rank=6
     ),
-    "scalabl_released": lambda m, o: baselines.scalabl_released(m, task(), ROWS, **o).posterior,
+    "scalabl_released": lambda m, o: (
+        baselines.scalabl_released(
+            m, task(), ROWS, **{k: v for k, v in o.items() if k != "optimizer"}, **o["optimizer"]
+        ).posterior
+    ),
 }
 #: Methods whose draws are all the same function, and those that have one a member.
 POINTS = ("mle", "map_lora", "temperature")
