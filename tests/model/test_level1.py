@@ -207,7 +207,7 @@ def test_two_models_do_not_share_parameters_in_the_global_store(data):
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((5, 40), r"s has shape \(5, 40\) and the batch 6 rows"), ((39,), "39.*40 latents|40 latents")],
+    [((5, 40), r"s has shape \(5, 40\) and the batch has 6 rows"), ((39,), "39.*40 latents|40 latents")],
 )
 def test_draws_of_the_wrong_shape_are_explained(blora, data, shape, message):
     with pytest.raises(ValueError, match=message):
