@@ -15,7 +15,7 @@ from .._process.stop_signals import StopSignals
 from ..data.batch import Batch
 from ..data.training_batches import Cycle
 from ..lora.sharding import is_sharded
-from ..storage.tensor_files import check_keys
+from ..storage.tensor_files import below, check_keys
 from .messages import StepStatistics, describe_batch, overflown, reason, where_not_finite
 from .optimizer import set_rates
 from .options import OnNonfinite
@@ -173,7 +173,7 @@ class Trainer:
             if record["data"] is None:
                 raise ValueError("it does not say where in the data the run was")
             self.batches.replay(record["data"])
-        states = {k.removeprefix("random."): v for k, v in tensors.items() if k.startswith("random.")}
+        states = below(tensors, "random.")
         try:
             unmatched = self.noise.load_states(states)
         except (RuntimeError, TypeError) as error:

@@ -135,7 +135,7 @@ def test_the_lower_block_runs_once_for_all_fits_of_the_upper_one():
 def test_no_prediction_is_kept_where_all_blocks_are_adapted():
     llm, task = tiny.causal_lm(), sp.MultipleChoice(tiny.tokenizer())
     result = sp.fit(sp.bayesian_lora(llm), task, tiny.question_rows(8), num_steps=1, progress=False)
-    with pytest.raises(ValueError, match="cache_prefix=True"):
+    with pytest.raises(ValueError, match="cache_prefix=True: no fixed blocks lie below the first adapted one"):
         predict_rows(result.posterior, tiny.question_rows(4), num_draws=2, seed=0)
 
 
