@@ -38,7 +38,7 @@ def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | 
         The axes.
 
     Example:
-        >>> scalabl_pyro.plots.reliability(prediction)  # doctest: +SKIP
+        >>> scalabl_pyro.plots.reliability(prediction)
     """
     probs, target = _scored(prediction)
     ax = _axes(ax)
@@ -75,7 +75,7 @@ def history(frame: pd.DataFrame, *, ax: Axes | None = None, smooth: int = 10) ->
         The axes.
 
     Example:
-        >>> scalabl_pyro.plots.history(result.history)  # doctest: +SKIP
+        >>> scalabl_pyro.plots.history(result.history)
     """
     check_count(smooth=smooth)
     ax = _axes(ax)
@@ -106,7 +106,7 @@ def posterior_by_layer(posterior: Posterior, *, ax: Axes | None = None, num_draw
         The axes.
 
     Example:
-        >>> scalabl_pyro.plots.posterior_by_layer(result.posterior)  # doctest: +SKIP
+        >>> scalabl_pyro.plots.posterior_by_layer(result.posterior)
     """
     check_count(num_draws=num_draws, least=2)
     ax = _axes(ax, width=9.0)
@@ -157,7 +157,7 @@ def uncertainty_histogram(
         The axes.
 
     Example:
-        >>> scalabl_pyro.plots.uncertainty_histogram(inside, outside, kind="epistemic")  # doctest: +SKIP
+        >>> scalabl_pyro.plots.uncertainty_histogram(inside, outside, kind="epistemic")
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r} is unknown: use 'total', 'aleatoric' or 'epistemic'.")
@@ -199,7 +199,7 @@ def risk_coverage(
         The axes.
 
     Example:
-        >>> scalabl_pyro.plots.risk_coverage(prediction, uncertainty=prediction.epistemic)  # doctest: +SKIP
+        >>> scalabl_pyro.plots.risk_coverage(prediction, uncertainty=prediction.epistemic)
     """
     coverage, risk = metrics.risk_coverage(*_scored(prediction), uncertainty=uncertainty)
     ax = _axes(ax)

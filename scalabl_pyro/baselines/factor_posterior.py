@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .._errors import check_choice, check_positive
+from .._errors import check_choice, check_count
 from ..lora.binding import RowNoise
 from ..lora.factors import Factors
 from ..lora.forward import AdaptedLLM, num_rows
@@ -99,7 +99,7 @@ class FactorPosterior(DerivedPredictor):
 
     def sample(self, num_draws: int, *, seed: int = 0) -> list[Factors]:
         """Draw factors on the CPU, with y = W0 x + gamma B A x. Draw i does not depend on ``num_draws``."""
-        check_positive(num_draws=num_draws)
+        check_count(num_draws=num_draws)
         draws = self.noise.draws(plain_factors(self.center), torch.Generator().manual_seed(seed))
         return [next(draws) for _ in range(num_draws)]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from .._errors import check_positive
+from .._errors import check_count, check_positive
 from .._process.random_state import scoped_seed
 from ..data.batch import evaluation_batches
 from ..data.encoding import encode
@@ -73,7 +73,7 @@ def laplace_lora(
         >>> posterior = scalabl_pyro.baselines.laplace_lora(point, train_data)
         >>> posterior.predict(test_data, num_draws=10).metrics()
     """
-    check_positive(rank=rank, batch_size=batch_size)
+    check_count(rank=rank, batch_size=batch_size)
     if isinstance(prior_scale, str):
         if prior_scale != "evidence":
             raise ValueError(f"prior_scale={prior_scale!r}: give a number, or 'evidence' to choose it.")

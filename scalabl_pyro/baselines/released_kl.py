@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .._errors import check_positive
+from .._errors import check_count, check_positive
 from ..guides import NormalGuide
 from ..guides.initial_scale import draw_initial_scale
 
@@ -42,7 +42,8 @@ class KLReweighting:
     gamma: float = 8.0
 
     def __post_init__(self) -> None:
-        check_positive(num_data=self.num_data, batch_size=self.batch_size, gamma=self.gamma)
+        check_count(num_data=self.num_data, batch_size=self.batch_size)
+        check_positive(gamma=self.gamma)
 
     @property
     def period(self) -> int:

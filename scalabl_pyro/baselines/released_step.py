@@ -91,7 +91,7 @@ class GradientObjective:
         self.step = step
         self.nll = nll
 
-    def zero_grad(self, *, set_to_none: bool) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Keep the gradients: ``accumulate`` sets them to zero in the memory that a CUDA graph has captured."""
 
     def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
@@ -123,7 +123,7 @@ class NoUpdate:
 
 def gradient_step(
     step: AlternatingStep, nll: Callable[[Batch], Callable[[Tensor], Tensor]], *, device: torch.device, graphed: bool
-) -> EagerStep:
+) -> EagerStep[GradientObjective]:
     """A step that computes the gradient of the NLL of a batch, and updates nothing.
 
     Args:
@@ -132,7 +132,7 @@ def gradient_step(
         device: Device of the first adapted layer.
         graphed: Replay the gradient as a CUDA graph.
     """
-    objective: Any = GradientObjective(step, nll)
+    objective = GradientObjective(step, nll)
     return (GraphedStep if graphed else EagerStep)(objective, NoUpdate(step.adamw.param_groups), device=device)
 
 

@@ -7,30 +7,26 @@ compare with published figures. Use :func:`scalabl_pyro.fit` for the method itse
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import pandas as pd
-import pyro
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._deprecated import renamed_arguments
-from .._errors import check_positive
-from .._process.pyro_modes import local_params
-from .._process.random_state import scoped_seed
+from .._errors import check_count, check_positive
+from .._process.random_state import Stream, derive_seed
 from ..data.batch import Batch
 from ..data.training_batches import training_source
-from ..lora.train_mode import sole_use
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..posterior.posterior import Posterior
 from ..tasks import Task
 from ..training.cuda_graphs import GRAPH_TOKENS, why_not
 from ..training.optimizer import rate_schedule
 from ..training.result import FitResult, TrainingError
+from ..training.scope import step_scope, training_scope
 from .point_lora import unloaded_on_error
 from .released_kl import PRIOR_LOC, PRIOR_SCALE, KLReweighting, LogNormals
 from .released_step import AlternatingStep, gradient_step
@@ -95,7 +91,8 @@ def scalabl_released(
         >>> result = scalabl_pyro.baselines.scalabl_released(llm, task, train_data, num_steps=100)
         >>> result.history[["nll", "kl", "kl_weight"]].tail()
     """
-    check_positive(num_steps=num_steps, batch_size=batch_size, lr=lr, lr_kl=lr_kl, init_scale=init_scale, gamma=gamma)
+    check_count(num_steps=num_steps, batch_size=batch_size)
+    check_positive(lr=lr, lr_kl=lr_kl, init_scale=init_scale, gamma=gamma)
     if not 0 <= warmup <= 1:
         raise ValueError(f"warmup={warmup} must lie between 0 and 1: it is a share of the steps.")
     prior = dist.Normal(PRIOR_LOC, PRIOR_SCALE)
@@ -112,7 +109,8 @@ def scalabl_released(
             seed=seed,
             multiple=GRAPH_TOKENS if graphed else 1,
         )
-        latents = LogNormals(blora.adapter.loc, init_scale=init_scale, seed=seed).to(blora.device)
+        scale_seed = derive_seed(seed, "initial scales")
+        latents = LogNormals(blora.adapter.loc, init_scale=init_scale, seed=scale_seed).to(blora.device)
         learned = [p for p in [*blora.point_estimates.parameters(), *task.parameters()] if p.requires_grad]
         history, error = _train(
             blora,
@@ -122,8 +120,8 @@ def scalabl_released(
             weight=KLReweighting(num_data, batch_size, gamma).share,
             rate=rate_schedule("linear", warmup, num_steps),
             num_steps=num_steps,
+            noise=Stream(derive_seed(seed, "noise")),
             graphed=graphed,
-            seed=seed,
             progress=progress,
         )
         provenance = {"num_data": num_data, "batch_size": batch_size, "seed": seed, "lr_kl": lr_kl}
@@ -143,19 +141,20 @@ def _train(
     weight: Callable[[int], float],
     rate: Callable[[int], float],
     num_steps: int,
+    noise: Stream,
     graphed: bool,
-    seed: int,
     progress: bool,
 ) -> tuple[list[dict[str, float]], TrainingError | None]:
     """Make all steps; return the history, and the error that stopped the training early, if any."""
     history: list[dict[str, float]] = []
     start, lr = time.perf_counter(), step.adamw.param_groups[0]["lr"]
     gradient = gradient_step(step, lambda batch: _nll(blora, task, batch), device=blora.device, graphed=graphed)
-    with _training_scope(blora, seed), tqdm(range(num_steps), disable=not progress, desc="scalabl_released") as bar:
+    with training_scope(blora), tqdm(range(num_steps), disable=not progress, desc="scalabl_released") as bar:
         for i in bar:
-            loss = gradient(batches(i), 1.0).statistics[0]
             try:
-                nll, kl = step.update(loss, weight=weight(i), rate=rate(i))
+                with step_scope(noise):
+                    loss = gradient(batches(i), 1.0).statistics[0]
+                    nll, kl = step.update(loss, weight=weight(i), rate=rate(i))
             except FloatingPointError as failure:
                 return history, TrainingError(f"At step {i}: {failure} Lower lr or lr_kl.")
             seconds = time.perf_counter() - start
@@ -180,16 +179,3 @@ def _nll(blora: BayesianLoRA, task: Task, batch: Batch) -> Callable[[Tensor], Te
         return -task.likelihood(task.outputs(blora, batch, s), batch).log_prob(cast(Tensor, batch.target)).mean()
 
     return nll
-
-
-@contextmanager
-def _training_scope(blora: BayesianLoRA, seed: int) -> Iterator[None]:
-    """Seed the noise, turn off dropout of the base model, and keep Pyro's settings, as in :func:`scalabl_pyro.fit`."""
-    with (
-        sole_use(blora.llm),
-        scoped_seed(seed),
-        local_params(),
-        pyro.validation_enabled(False),
-        torch.enable_grad(),
-    ):
-        yield

@@ -16,7 +16,7 @@ import torch
 from scipy.special import logsumexp
 from torch import Generator, Tensor
 
-from .._errors import ScalaBLWarning, check_positive
+from .._errors import ScalaBLWarning, check_count, check_positive
 from ..data.rows import read_rows
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
@@ -64,7 +64,8 @@ def tfb(
         >>> posterior = scalabl_pyro.baselines.tfb(point, train_data, tolerance=0.003)
         >>> posterior.provenance["scale"], posterior.predict(test_data).metrics()
     """
-    check_positive(num_draws=num_draws, num_bisections=num_bisections, tolerance=tolerance, max_scale=max_scale)
+    check_count(num_draws=num_draws, num_bisections=num_bisections)
+    check_positive(tolerance=tolerance, max_scale=max_scale)
     rows = read_rows(anchor_data)
 
     def nll(scale: float) -> float:

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 if there is no problem, 1 if there is one. Invalid arguments end the process with status 2.
 
     Example:
-        >>> main(["doctor", "my_posterior"])  # doctest: +SKIP
+        >>> main(["doctor", "my_posterior"])
         0
     """
     parser = argparse.ArgumentParser(prog="python -m scalabl_pyro", description="Bayesian LoRA as a Pyro program.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .._errors import check_positive
+from .._errors import check_count
 
 
 @dataclass(frozen=True)
@@ -168,14 +168,14 @@ def evaluation_batches(examples: Sequence[Example], batch_size: int, pad_token_i
         pad_token_id: Token that fills shorter rows.
 
     Raises:
-        ValueError: ``batch_size`` is not positive.
+        ValueError: ``batch_size`` is not a whole number, 1 or more.
 
     Example:
         >>> examples = [Example({"input_ids": [1] * length}) for length in (2, 5, 3)]
         >>> [batch.index.tolist() for batch in evaluation_batches(examples, 2, pad_token_id=0)]
         [[1, 2], [0]]
     """
-    check_positive(batch_size=batch_size)
+    check_count(batch_size=batch_size)
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .._errors import check_count, check_not_negative
+from .._process.random_state import derive_seed
 from ..guides import INIT_SCALE, Guide, GuideLike, MixtureGuide, as_guide
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
@@ -66,7 +67,8 @@ def ensemble(
     for member_seed in range(seed, seed + num_members):
 
         def build(blora: BayesianLoRA, member_seed: int = member_seed) -> Guide:
-            family = as_guide(guide, blora, init_scale=options.get("init_scale", INIT_SCALE), seed=member_seed)
+            scale_seed = derive_seed(member_seed, "initial scales")
+            family = as_guide(guide, blora, init_scale=options.get("init_scale", INIT_SCALE), seed=scale_seed)
             if family is guide:  # members must not share one guide
                 family = copy.deepcopy(family)
             return _moved(family, spread, member_seed)
@@ -90,7 +92,9 @@ def _moved(guide: Guide, spread: float, seed: int) -> Guide:
             f"{type(guide).__name__} has no parameter 'loc' that could start elsewhere: use 'normal', "
             "'layer_covariance', 'lowrank', 'full_covariance', 'flow' or 'delta'."
         )
-    noise = torch.randn(loc.shape, generator=torch.Generator().manual_seed(seed), dtype=loc.dtype)
+    noise = torch.randn(
+        loc.shape, generator=torch.Generator().manual_seed(derive_seed(seed, "initial locations")), dtype=loc.dtype
+    )
     with torch.no_grad():
         loc.add_(spread * noise.to(loc.device))
     return guide

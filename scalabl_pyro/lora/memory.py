@@ -13,7 +13,7 @@ from .gradient_checkpointing import recompute
 from .train_mode import sole_use
 
 #: Bytes per trained parameter: its float32 value, its gradient and the two moments of AdamW.
-BYTES_A_PARAMETER = 16
+BYTES_PER_PARAMETER = 16
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def estimate_memory(
     trained = sum(t.numel() for t in tensors.values() if t.requires_grad)
     own = sum(t.numel() * t.element_size() for t in tensors.values() if t.requires_grad)
     weights = sum(t.untyped_storage().nbytes() for t in tensors.values()) - own
-    return MemoryEstimate(weights, BYTES_A_PARAMETER * trained, activations)
+    return MemoryEstimate(weights, BYTES_PER_PARAMETER * trained, activations)
 
 
 def _of_quantization(weight: Tensor) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
         Martens, New insights and perspectives on the natural gradient method, JMLR 2020, section 8.
 
     Example:
-        >>> H = gauss_newton(posterior.log_likelihood(train_data), posterior.mean())  # doctest: +SKIP
+        >>> H = gauss_newton(posterior.log_likelihood(train_data), posterior.mean())
     """
     total = torch.zeros(len(s), len(s), dtype=torch.float64)
     point = s.to(likelihood.llm.adapter.loc.dtype)

@@ -29,8 +29,8 @@ class LogLikelihood:
         ValueError: If ``batch_size`` is not a whole number from 1 on, or if a token has no embedding.
 
     Example:
-        >>> likelihood = posterior.log_likelihood(train_data)  # doctest: +SKIP
-        >>> likelihood(posterior.mean())  # nats, differentiable in s  # doctest: +SKIP
+        >>> likelihood = posterior.log_likelihood(train_data)
+        >>> likelihood(posterior.mean())  # nats, differentiable in s
     """
 
     def __init__(

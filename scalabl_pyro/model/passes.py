@@ -30,8 +30,8 @@ class Passes:
 
     Example:
         >>> from scalabl_pyro.model.passes import Passes
-        >>> passes = Passes.over(examples, posterior.task, posterior.adapter, batch_size=8)  # doctest: +SKIP
-        >>> rows = passes.map(len)  # number of rows per batch  # doctest: +SKIP
+        >>> passes = Passes.over(examples, posterior.task, posterior.adapter, batch_size=8)
+        >>> rows = passes.map(len)  # number of rows per batch
     """
 
     def __init__(

@@ -42,7 +42,7 @@ def compare(
             number from 1 on.
 
     Example:
-        >>> scalabl_pyro.compare({"normal": first, "flow": second}, train_data)  # doctest: +SKIP
+        >>> scalabl_pyro.compare({"normal": first, "flow": second}, train_data)
     """
     check_count(num_draws=num_draws, batch_size=batch_size)
     rows, pointwise = {}, {}

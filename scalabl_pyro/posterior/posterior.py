@@ -34,8 +34,8 @@ class Posterior(PosteriorState):
     change an older posterior. Its fields are those of :class:`~scalabl_pyro.posterior.state.PosteriorState`.
 
     Example:
-        >>> posterior = scalabl_pyro.fit(blora, task, train_data).posterior  # doctest: +SKIP
-        >>> posterior.predict(test_data, num_draws=10).metrics()  # doctest: +SKIP
+        >>> posterior = scalabl_pyro.fit(blora, task, train_data).posterior
+        >>> posterior.predict(test_data, num_draws=10).metrics()
     """
 
     def predict(
@@ -77,7 +77,7 @@ class Posterior(PosteriorState):
             FloatingPointError: If an output of the LLM is NaN.
 
         Example:
-            >>> posterior.predict(test_data, num_draws=10, seed=0).to_frame()  # doctest: +SKIP
+            >>> posterior.predict(test_data, num_draws=10, seed=0).to_frame()
         """
         check_count(batch_size=batch_size)
         check_draws_per_pass(draws_per_pass)
@@ -111,7 +111,7 @@ class Posterior(PosteriorState):
             ValueError: If ``index`` is not a whole number from 0 on.
 
         Example:
-            >>> with posterior.draw(3, seed=0) as llm:  # doctest: +SKIP
+            >>> with posterior.draw(3, seed=0) as llm:
             ...     llm.generate(**inputs)
         """
         if index is not None:
@@ -140,7 +140,7 @@ class Posterior(PosteriorState):
             ValueError: If a number is not a whole number from 1 on.
 
         Example:
-            >>> posterior.predict_linearized(test_data, num_draws=1000).metrics()  # doctest: +SKIP
+            >>> posterior.predict_linearized(test_data, num_draws=1000).metrics()
         """
         check_count(num_draws=num_draws, batch_size=batch_size)
         self._in_local_mode(self.guide.covariance)  # families that are not normal refuse
@@ -170,7 +170,7 @@ class Posterior(PosteriorState):
             ValueError: If a number is not a whole number from 1 on.
 
         Example:
-            >>> posterior.prior_predictive(test_data, num_draws=100).probs  # doctest: +SKIP
+            >>> posterior.prior_predictive(test_data, num_draws=100).probs
         """
         check_count(num_draws=num_draws, batch_size=batch_size)
         s = sample_prior(self.prior, num_draws, seed=seed)
@@ -190,7 +190,7 @@ class Posterior(PosteriorState):
             ValueError: If there are fewer than 25 draws, or if all draws predict the same.
 
         Example:
-            >>> posterior.loo(train_data, num_draws=200).elpd  # nats  # doctest: +SKIP
+            >>> posterior.loo(train_data, num_draws=200).elpd  # nats
         """
         return self.log_weights(data, **options).loo()
 
@@ -218,7 +218,7 @@ class Posterior(PosteriorState):
             ValueError: If there are fewer than 25 draws, or if ``num_data`` is smaller than ``data``.
 
         Example:
-            >>> posterior.diagnose(train_data, history=result.history).to_frame()  # doctest: +SKIP
+            >>> posterior.diagnose(train_data, history=result.history).to_frame()
         """
         check_count(num_draws=num_draws, batch_size=batch_size)
         return diagnose(
@@ -242,7 +242,7 @@ class Posterior(PosteriorState):
             One row per layer with columns ``rms_mean`` and ``rms_sd``.
 
         Example:
-            >>> posterior.summary().sort_values("rms_sd")  # doctest: +SKIP
+            >>> posterior.summary().sort_values("rms_sd")
         """
         check_count(num_draws=num_draws)
         s = self.sample(num_draws, seed=seed).s
@@ -264,7 +264,7 @@ class Posterior(PosteriorState):
                 answers are known ``log_likelihood`` and ``observed_data``.
 
         Example:
-            >>> az.summary(posterior.to_arviz(num_draws=500))  # doctest: +SKIP
+            >>> az.summary(posterior.to_arviz(num_draws=500))
         """
         return as_arviz(self, num_draws=num_draws, seed=seed, prediction=prediction)
 
@@ -275,7 +275,7 @@ class Posterior(PosteriorState):
             path: Directory, made if it does not exist.
 
         Example:
-            >>> posterior.save_pretrained("my-posterior")  # doctest: +SKIP
+            >>> posterior.save_pretrained("my-posterior")
         """
         serialization.save(path, self)
 
@@ -292,6 +292,6 @@ class Posterior(PosteriorState):
             ValueError: If the base model is another one, or if tensors are missing, surplus, damaged or of wrong shape.
 
         Example:
-            >>> posterior = Posterior.from_pretrained(llm, "my-posterior")  # doctest: +SKIP
+            >>> posterior = Posterior.from_pretrained(llm, "my-posterior")
         """
         return cls(**serialization.load(path, llm, **overrides))

@@ -65,7 +65,7 @@ class PosteriorState(Summarized):
             provenance: Record of the training.
 
         Example:
-            >>> frozen = Posterior.capture(blora, task, guide, provenance={"num_data": 64})  # doctest: +SKIP
+            >>> frozen = Posterior.capture(blora, task, guide, provenance={"num_data": 64})
         """
         return cls(
             adapter=blora.adapter,
@@ -111,7 +111,7 @@ class PosteriorState(Summarized):
             TypeError: If the design needs a normal guide and this one is not.
 
         Example:
-            >>> posterior.sample(3, seed=0).s.shape  # (3, D)  # doctest: +SKIP
+            >>> posterior.sample(3, seed=0).s.shape  # (3, D)
         """
         check_count(num_draws=num_draws, least=0)
         check_choice("design", design, DESIGNS)
@@ -144,7 +144,7 @@ class PosteriorState(Summarized):
             ValueError: If ``batch_size`` is not a whole number from 1 on, or if a row has no answer.
 
         Example:
-            >>> value = posterior.log_likelihood(train_data)(posterior.mean())  # doctest: +SKIP
+            >>> value = posterior.log_likelihood(train_data)(posterior.mean())
         """
         examples = encode(read_rows(data), self.task.encode, need_target=need_target)
         return LogLikelihood(self.llm(), self.task, examples, batch_size=batch_size)
@@ -169,7 +169,7 @@ class PosteriorState(Summarized):
                 number.
 
         Example:
-            >>> elbo = posterior.log_weights(train_data).elbo()  # nats per data set  # doctest: +SKIP
+            >>> elbo = posterior.log_weights(train_data).elbo()  # nats per data set
         """
         check_count(num_draws=num_draws, least=0)
         if num_data is not None:

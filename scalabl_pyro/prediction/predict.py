@@ -64,7 +64,7 @@ def predict(
         FloatingPointError: If an output of the LLM is NaN.
 
     Example:
-        >>> prediction = predict(posterior.llm(), posterior.task, s, examples)  # doctest: +SKIP
+        >>> prediction = predict(posterior.llm(), posterior.task, s, examples)
     """
     start = time.perf_counter()
     check_draws_per_pass(draws_per_pass)

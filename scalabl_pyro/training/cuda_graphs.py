@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..lora.causal_masks import decided_as_in_eager_passes
 from .objective import TrainingObjective
-from .step import EagerStep, StepResult
+from .step import EagerStep, Objective, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class GraphReplay:
             torch.empty(1, device=self.device).normal_()
 
 
-class GraphedStep(EagerStep):
+class GraphedStep(EagerStep[Objective]):
     """An :class:`~scalabl_pyro.training.step.EagerStep` that is replayed where it was captured."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

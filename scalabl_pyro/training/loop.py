@@ -17,6 +17,7 @@ from ..data.training_batches import Cycle
 from ..lora.sharding import is_sharded
 from ..storage.tensor_files import below, check_keys
 from .messages import StepStatistics, describe_batch, overflown, reason, where_not_finite
+from .objective import TrainingObjective
 from .optimizer import set_rates
 from .options import OnNonfinite
 from .recovery import Recovery
@@ -68,7 +69,7 @@ class Trainer:
 
     def __init__(
         self,
-        execute: EagerStep,
+        execute: EagerStep[TrainingObjective],
         *,
         batches: Callable[[int], Batch],
         noise: Stream,

@@ -33,7 +33,20 @@ from .device_elbo import device_loss, stays_on_device
 from .scope import without_nan_warnings
 
 
-class TrainingObjective(Protocol):
+class StepObjective(Protocol):
+    """What one step needs: a loss that accumulates its gradients."""
+
+    def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
+        """Add ``share`` of the gradient of the loss to ``.grad``; (3,) loss, NLL and weighted KL, nats per example."""
+
+    def finish(self) -> None:
+        """Complete the gradient after the last micro-batch of a step."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients, as ``nn.Module`` does."""
+
+
+class TrainingObjective(StepObjective, Protocol):
     """What a training minimizes: a module with a model and a guide that accumulates gradients of its loss."""
 
     @property
@@ -48,17 +61,8 @@ class TrainingObjective(Protocol):
     def stays_on_device(self) -> bool:
         """Whether a step computes all its numbers on the device, as a CUDA graph demands."""
 
-    def accumulate(self, batch: Batch, kl_weight: float | Tensor, *, share: float) -> Tensor:
-        """Add ``share`` of the gradient of the loss to ``.grad``; (3,) loss, NLL and weighted KL, nats per example."""
-
-    def finish(self) -> None:
-        """Complete the gradient after the last micro-batch of a step."""
-
     def explain(self, batch: Batch) -> str:
         """Say why the loss of a batch is not finite."""
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients, as ``nn.Module`` does."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Give all parameters by name, as ``nn.Module`` does."""

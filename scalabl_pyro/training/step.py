@@ -5,7 +5,7 @@ host: a flag keeps the optimizer from updating from that step on, until the host
 """
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from ..data.batch import Batch
 from ..distributed.processes import Processes
 from ..lora.hidden_state_cache import PrefixStore
 from .gradient_check import GradientCheck
-from .objective import TrainingObjective
+from .objective import StepObjective
 from .optimizer import clip_gradients, parameters_of
+
+Objective = TypeVar("Objective", bound=StepObjective)
 
 
 class StepResult(NamedTuple):
@@ -31,7 +33,7 @@ class StepResult(NamedTuple):
     signal: int = 0
 
 
-class EagerStep:
+class EagerStep(Generic[Objective]):
     """Compute the gradient of the loss of one batch, and update if loss and gradient are finite.
 
     Args:
@@ -51,7 +53,7 @@ class EagerStep:
 
     def __init__(
         self,
-        objective: TrainingObjective,
+        objective: Objective,
         optimizer: Any,
         *,
         device: torch.device,

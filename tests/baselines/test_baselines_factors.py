@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -387,3 +389,41 @@ def test_a_saved_curvature_of_another_shape_is_refused(point, tmp_path):
     broken.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="does not fit it"):
         baselines.load(tiny.causal_lm(), tmp_path / "saved")
+
+
+@pytest.mark.parametrize("value", [2.5, True, 0])
+def test_counts_are_whole_numbers(llm, point, value):
+    calls = {
+        "num_steps": lambda v: baselines.scalabl_released(llm, task(), ROWS, num_steps=v),
+        "batch_size": lambda v: baselines.scalabl_released(llm, task(), ROWS, batch_size=v),
+        "num_data": lambda v: baselines.KLReweighting(v, 4),
+        "num_bisections": lambda v: baselines.tfb(point, ROWS, num_bisections=v),
+        "num_draws": lambda v: baselines.tfb(point, ROWS, num_draws=v),
+        "rank": lambda v: baselines.laplace_lora(point, ROWS, rank=v),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name}={value} must be a whole number, 1 or more"):
+            call(value)
+    assert sp.lora.attach.find_adapter(llm) is None
+
+
+def test_other_models_predict_while_the_released_method_trains(llm, point):
+    """Between two steps of a training, another thread gets the lock of the process."""
+    stop, done = threading.Event(), []
+
+    def predict():
+        while not stop.is_set():
+            point.predict(ROWS[:2])
+            done.append(time.perf_counter())
+
+    thread = threading.Thread(target=predict)
+    start = time.perf_counter()
+    thread.start()
+    try:
+        baselines.scalabl_released(llm, task(), ROWS, num_steps=40, progress=False)
+    finally:
+        end = time.perf_counter()
+        stop.set()
+        thread.join()
+    inside = [t for t in done if start + 0.2 * (end - start) < t < start + 0.8 * (end - start)]
+    assert len(inside) >= 3

@@ -1,6 +1,5 @@
 """The public names of baselines: they are unambiguous, have an example that runs, and print themselves shortly."""
 
-import doctest
 import importlib.util
 import inspect
 import itertools
@@ -8,7 +7,6 @@ import itertools
 import pytest
 import tiny
 import torch
-from matplotlib import pyplot as plt
 
 import scalabl_pyro as sp
 from scalabl_pyro import baselines
@@ -89,32 +87,3 @@ def test_dropout_that_diverges_returns_its_own_posterior(llm):
         baselines.mc_dropout(llm, diverging, ROWS, **{**FEW, "num_steps": 5})
     assert isinstance(caught.value.result, baselines.BaselineResult)
     assert isinstance(caught.value.result.posterior.noise, baselines.DropoutNoise)
-
-
-# examples ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [n for n in baselines.__all__ if n != "load"])
-def test_the_example_of_a_public_name_runs(name, monkeypatch, point):
-    example = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(baselines, name)))
-    assert 1 <= len(example) <= 3
-    for method in ("mle", "map_lora", "mc_dropout", "deep_ensemble", "blob", "scalabl_released"):
-        train = getattr(baselines, method)
-        monkeypatch.setattr(baselines, method, lambda *args, _train=train, **own: _train(*args, **{**own, **FEW}))
-    other = FactorPosterior(point, baselines.SpectralNoise(0.1))
-    names = {
-        "scalabl_pyro": sp,
-        "torch": torch,
-        "llm": tiny.causal_lm(),
-        "task": task(),
-        "train_data": ROWS,
-        "test_data": ROWS,
-        "validation_rows": ROWS,
-        "point": point,
-        "posterior": other,
-        "other": other,
-    }
-    with plt.rc_context({"backend": "agg"}):
-        for statement in example:
-            exec(compile(statement.source, name, "single"), names)
-    plt.close("all")

@@ -1,5 +1,7 @@
 """A guide or prior is inferred anew with the factors held fixed, and nothing else changes."""
 
+import sys
+
 import pytest
 import tiny
 import torch
@@ -55,3 +57,25 @@ def test_an_error_leaves_the_module_as_it_was(fitted, rows):
     with pytest.raises(ValueError, match="guide='mean-field' is unknown"):
         sp.refit(fitted.posterior, rows, guide="mean-field")
     assert same(before, live_state(fitted.posterior))
+
+
+def test_start_noise_and_initial_scales_of_restarts_are_independent(fitted, rows, monkeypatch):
+    """From one generator state, a normal and a uniform draw would have a correlation of about -0.35."""
+    module = sys.modules["scalabl_pyro.inference.ensemble"]
+    noise, scales = [], []
+    refit = module.refit
+
+    def recorded(posterior, data, *, guide, **options):
+        def build(blora):
+            built = guide(blora)
+            noise.append((built.loc - blora.adapter.loc).detach())
+            scales.append(built.scale.detach())
+            return built
+
+        return refit(posterior, data, guide=build, **options)
+
+    monkeypatch.setattr(module, "refit", recorded)
+    sp.ensemble(fitted.posterior, rows[:2], num_members=12, spread=1.0, num_steps=1, progress=False)
+    pairs = torch.stack([torch.cat(noise), torch.cat(scales)])
+    assert abs(torch.corrcoef(pairs)[0, 1]) < 5 / pairs.shape[1] ** 0.5
+    assert abs(pairs[0].std() - 1) < 5 / (2 * pairs.shape[1]) ** 0.5
