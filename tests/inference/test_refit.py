@@ -60,7 +60,7 @@ def test_an_error_leaves_the_module_as_it_was(fitted, rows):
 
 
 def test_start_noise_and_initial_scales_of_restarts_are_independent(fitted, rows, monkeypatch):
-    """From one generator state, a normal and a uniform draw would have a correlation of about -0.35."""
+    """torch makes the first 8 normal numbers of a generator state from its first 8 uniform ones: correlation 0.66."""
     module = sys.modules["scalabl_pyro.inference.ensemble"]
     noise, scales = [], []
     refit = module.refit
@@ -68,14 +68,14 @@ def test_start_noise_and_initial_scales_of_restarts_are_independent(fitted, rows
     def recorded(posterior, data, *, guide, **options):
         def build(blora):
             built = guide(blora)
-            noise.append((built.loc - blora.adapter.loc).detach())
-            scales.append(built.scale.detach())
+            noise.append((built.loc - blora.adapter.loc).detach()[:8])
+            scales.append(built.scale.detach()[:8])
             return built
 
         return refit(posterior, data, guide=build, **options)
 
     monkeypatch.setattr(module, "refit", recorded)
-    sp.ensemble(fitted.posterior, rows[:2], num_members=12, spread=1.0, num_steps=1, progress=False)
+    sp.ensemble(fitted.posterior, rows[:2], num_members=20, spread=1.0, num_steps=1, progress=False)
     pairs = torch.stack([torch.cat(noise), torch.cat(scales)])
-    assert abs(torch.corrcoef(pairs)[0, 1]) < 5 / pairs.shape[1] ** 0.5
+    assert abs(torch.corrcoef(torch.stack([pairs[0].abs(), pairs[1]]))[0, 1]) < 5 / pairs.shape[1] ** 0.5
     assert abs(pairs[0].std() - 1) < 5 / (2 * pairs.shape[1]) ** 0.5
