@@ -23,7 +23,7 @@ from ..data.training_batches import training_source
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..posterior.posterior import Posterior
 from ..tasks import Task
-from ..training.cuda_graphs import GRAPH_TOKENS, why_not
+from ..training.cuda_graphs import GRAPH_TOKENS, devices_of, why_not
 from ..training.optimizer import rate_schedule
 from ..training.result import FitResult, TrainingError
 from ..training.scope import step_scope, training_scope
@@ -99,7 +99,7 @@ def scalabl_released(
     blora = bayesian_lora(module, **{"seed": seed, **(lora or {}), "gauge": "free", "prior": prior})
     with unloaded_on_error(blora):
         task.to(blora.device)
-        graphed = cuda_graph and why_not(blora.device, stays_on_device=True, keeps_prefix=False) is None
+        graphed = cuda_graph and why_not(devices_of(blora), stays_on_device=True, keeps_prefix=False) is None
         batches, num_data = training_source(
             train_data,
             task.encode,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..lora.causal_masks import decided_as_in_eager_passes
@@ -136,7 +136,6 @@ class GraphedStep(EagerStep[Objective]):
 def uses_graph(
     wanted: bool | Literal["auto"],
     objective: TrainingObjective,
-    device: torch.device,
     *,
     keeps_prefix: bool,
     are_several: bool,
@@ -146,29 +145,43 @@ def uses_graph(
     Args:
         wanted: ``cuda_graph`` of :class:`scalabl_pyro.HardwareOptions`.
         objective: What is minimized.
-        device: Device of the first adapted layer.
         keeps_prefix: Whether hidden states are cached.
         are_several: Whether several processes share each batch.
 
     Raises:
         ValueError: ``wanted`` is True, but the step cannot be captured.
     """
+    devices = devices_of(objective.model)
     reason = why_not(
-        device, stays_on_device=objective.stays_on_device, keeps_prefix=keeps_prefix, are_several=are_several
+        devices, stays_on_device=objective.stays_on_device, keeps_prefix=keeps_prefix, are_several=are_several
     )
     if wanted is True and reason:
         raise ValueError(f"cuda_graph=True, but {reason}. Use cuda_graph='auto', the default, or False.")
-    if wanted and reason and device.type == "cuda":
+    if wanted and reason and any(device.type == "cuda" for device in devices):
         logger.info("steps run without CUDA graphs: %s", reason)
     return bool(wanted) and reason is None
 
 
+def devices_of(module: nn.Module) -> set[torch.device]:
+    """Devices of all parameters of a module, the frozen ones included."""
+    return {parameter.device for parameter in module.parameters()}
+
+
 def why_not(
-    device: torch.device, *, stays_on_device: bool, keeps_prefix: bool, are_several: bool = False
+    devices: set[torch.device], *, stays_on_device: bool, keeps_prefix: bool, are_several: bool = False
 ) -> str | None:
-    """Say what speaks against graphs; None if nothing does."""
-    if device.type != "cuda":
+    """Say what speaks against graphs; None if nothing does.
+
+    Args:
+        devices: Devices of all parameters of the model.
+        stays_on_device: Whether a step computes all its numbers on the device.
+        keeps_prefix: Whether hidden states are cached.
+        are_several: Whether several processes share each batch.
+    """
+    if all(device.type != "cuda" for device in devices):
         return "the model is not on a CUDA device"
+    if len(devices) > 1:
+        return f"the model lies on {len(devices)} devices, and a graph belongs to one"
     if are_several:
         return "several processes add up their gradients in each step"
     if not stays_on_device:

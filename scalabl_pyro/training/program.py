@@ -165,7 +165,6 @@ def build_trainer(
     graphed = uses_graph(
         hardware.cuda_graph,
         program.objective,
-        program.device,
         keeps_prefix=program.store is not None,
         are_several=program.processes.are_several,
     )

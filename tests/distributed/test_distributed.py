@@ -361,7 +361,8 @@ def differences_of_the_example(folder, *options, launcher="torchrun"):
     """What ``examples/distributed.py --check`` prints of two processes: differences of parameters, losses, answers."""
     script = Path(__file__).resolve().parents[2] / "examples" / "distributed.py"
     command = [sys.executable, "-m", *LAUNCHERS[launcher], str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}  # the package need not be installed
     done = subprocess.run(
         [*command, "--check", *options], cwd=folder, capture_output=True, text=True, env=environment, timeout=300
     )

@@ -13,6 +13,7 @@ from scalabl_pyro.data import encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model.joint import TaskModel
+from scalabl_pyro.training.cuda_graphs import devices_of, why_not
 from scalabl_pyro.training.device_elbo import device_loss, stays_on_device
 from scalabl_pyro.training.loop import Trainer
 from scalabl_pyro.training.objective import Objective, ScopedGuide, default_elbo
@@ -146,3 +147,15 @@ def test_a_step_traces_s_and_the_answers_and_nothing_of_the_llm(prior):
     plates = {"data", "rows"}
     assert [set(found) - plates for found in names] == [{"s", "label"}, {"s"}]
     assert all(len(found) <= 3 for found in ([n for n in found if n not in plates] for found in names))
+
+
+def test_a_model_over_several_devices_is_not_captured():
+    """Learning rates of a captured step are tensors on one device, so layers on another could not learn."""
+    facts = {"stays_on_device": True, "keeps_prefix": False}
+    one, two, cpu = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
+    assert why_not({one}, **facts) is None
+    assert why_not({cpu}, **facts) == "the model is not on a CUDA device"
+    for devices in ({one, two}, {one, cpu}):
+        assert "lies on 2 devices" in why_not(devices, **facts)
+    module = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")])
+    assert devices_of(module.requires_grad_(False)) == {cpu, torch.device("meta")}
