@@ -312,6 +312,10 @@ def test_the_hooks_of_a_device_map_change_nothing():
     np.testing.assert_array_equal(*log_probs)
 
 
+#: Factors and latents are float32: two devices add in another order, and each update rounds to 6e-8 of a number.
+WITHIN_FLOAT32 = 1e-6
+
+
 @pytest.mark.gpu
 def test_one_model_over_a_gpu_and_the_cpu():
     """Two devices, of which every machine with a GPU has both; blocks below run on one, blocks above on the other."""
@@ -319,9 +323,9 @@ def test_one_model_over_a_gpu_and_the_cpu():
         first = [places[1]] * 6  # noise is drawn where the first adapted block is
         placed, one = (over_devices(devices, main_device="cpu") for devices in (places, first))
         assert {A.device.type for A, _ in placed.posterior.adapter.factors()} == {"cpu", "cuda"}
-        assert_close(learned(placed), learned(one), 1e-8)
+        assert_close(learned(placed), learned(one), WITHIN_FLOAT32)
         log_probs = [result.posterior.predict(TEST, num_draws=3).log_probs for result in (placed, one)]
-        assert_close(*log_probs, 1e-8)
+        assert_close(*log_probs, WITHIN_FLOAT32)
 
 
 @pytest.mark.gpu
@@ -329,9 +333,9 @@ def test_one_model_over_two_gpus():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     placed, one = over_devices([0, 0, 1, 1, 0, 1]), over_devices([0] * 6)
-    assert_close(learned(placed), learned(one), 1e-8)
+    assert_close(learned(placed), learned(one), WITHIN_FLOAT32)
     log_probs = [result.posterior.predict(TEST, num_draws=3).log_probs for result in (placed, one)]
-    assert_close(*log_probs, 1e-8)
+    assert_close(*log_probs, WITHIN_FLOAT32)
 
 
 @pytest.mark.gpu
