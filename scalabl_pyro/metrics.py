@@ -53,10 +53,14 @@ def accuracy(probs: Array, labels: Labels) -> float:
 
 
 def nll(probs: Array, labels: Labels) -> float:
-    """Compute the mean negative log probability of the label, nats; lower is better."""
+    """Compute the mean negative log probability of the label, nats; lower is better.
+
+    It is infinite where a label has probability 0. A probability below about 1e-308 is 0 as a float:
+    ``prediction.metrics()`` computes the NLL from log probabilities, which have no such limit.
+    """
     probs, labels = np.asarray(probs), np.asarray(labels)
-    chosen = probs[np.arange(len(labels)), labels]
-    return float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean())
+    with np.errstate(divide="ignore"):
+        return _mean_nll(np.log(probs[np.arange(len(labels)), labels].astype(np.float64)))
 
 
 def ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
@@ -67,11 +71,17 @@ def ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
 
 
 def adaptive_ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
-    """Compute the expected calibration error over bins of equal counts, none of them empty (Nixon et al., 2019)."""
+    """Compute the expected calibration error over bins of equal counts, none of them empty (Nixon et al., 2019).
+
+    Rows of equal confidence share their accuracy: each counts as right by the share of right rows among them. So the
+    result does not depend on which of them fall into which bin.
+    """
     confidence, correct = _confidence(probs, labels)
-    order = np.lexsort((correct, confidence))  # ties in a fixed order
-    bins = np.array_split(order, min(num_bins, len(order)))
-    return float(sum(len(b) * abs(confidence[b].mean() - correct[b].mean()) for b in bins) / len(order))
+    values, tie = np.unique(confidence, return_inverse=True)
+    right = (np.bincount(tie, correct) / np.bincount(tie))[np.sort(tie)]
+    bins = np.array_split(np.arange(len(tie)), min(num_bins, len(tie)))
+    confidence = values[np.sort(tie)]
+    return float(sum(len(b) * abs(confidence[b].mean() - right[b].mean()) for b in bins) / len(tie))
 
 
 def brier(probs: Array, labels: Labels) -> float:
@@ -149,20 +159,35 @@ CLASSIFICATION: dict[str, Callable[[Array, Labels], float]] = {
 }
 
 
+#: Metrics without bootstrap intervals. Noise alone makes a calibration error positive, and a resample adds noise: nearly
+#: all resamples lie above the value, so a percentile interval would not contain it.
+WITHOUT_INTERVAL = ("ece", "adaptive_ece")
+
+
 def classification_report(
-    probs: Array, labels: Labels, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0
+    probs: Array,
+    labels: Labels,
+    *,
+    log_likelihood: Array | None = None,
+    bootstrap: int = 0,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Compute all metrics of a classification.
 
     Args:
         probs: (N, C) probabilities.
         labels: (N,) class indices.
+        log_likelihood: (N,) log probability of each label, nats, for an NLL that holds where probabilities are too
+            small for floats; None for the logarithm of ``probs``.
         bootstrap: Number of resamples of the rows for percentile intervals (Efron, 1979); 0 for none.
         level: Coverage of the intervals, between 0 and 1.
         seed: Seed of the resampling.
 
     Returns:
-        Row ``value``, and with ``bootstrap`` also ``low`` and ``high``; one column per metric.
+        Row ``value``, and with ``bootstrap`` also ``low`` and ``high``; one column per metric. The bounds of ``ece``
+        and ``adaptive_ece`` are NaN: both are biased upward, and more so in a resample, so that a percentile interval
+        would lie above the value itself.
 
     Raises:
         ValueError: If the shapes, the probabilities or the labels are wrong, or if an option is out of range.
@@ -171,9 +196,14 @@ def classification_report(
     _check(probs, labels)
 
     def scores(rows: NDArray[np.integer] | slice) -> dict[str, float]:
-        return {name: fn(probs[rows], labels[rows]) for name, fn in CLASSIFICATION.items()}
+        values = {name: fn(probs[rows], labels[rows]) for name, fn in CLASSIFICATION.items()}
+        if log_likelihood is not None:
+            values["nll"] = _mean_nll(log_likelihood[rows])
+        return values
 
-    return report(scores, len(labels), bootstrap=bootstrap, level=level, seed=seed)
+    table = report(scores, len(labels), bootstrap=bootstrap, level=level, seed=seed)
+    table.loc[table.index != "value", list(WITHOUT_INTERVAL)] = np.nan
+    return table
 
 
 def report(
@@ -199,8 +229,12 @@ def report(
     table: dict[str, Any] = {"value": scores(slice(None))}
     if bootstrap:
         picks = np.random.default_rng(seed).integers(num_rows, size=(bootstrap, num_rows))
-        tails = pd.DataFrame([scores(rows) for rows in picks]).quantile([(1 - level) / 2, (1 + level) / 2])
-        table["low"], table["high"] = tails.iloc[0].to_dict(), tails.iloc[1].to_dict()
+        resamples = pd.DataFrame([scores(rows) for rows in picks])
+        for name, p, rounding in (("low", (1 - level) / 2, "lower"), ("high", (1 + level) / 2, "higher")):
+            # Between two infinite values nothing can be interpolated: take the resample outside.
+            with np.errstate(invalid="ignore"):
+                bound = resamples.quantile(p)
+            table[name] = bound.where(~np.isinf(resamples).any(), resamples.quantile(p, interpolation=rounding)).to_dict()
     return pd.DataFrame.from_dict(table, orient="index")
 
 
@@ -217,6 +251,10 @@ def reliability(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> pd
     frame = pd.DataFrame({"bin": bins, "confidence": confidence, "accuracy": correct.astype(float)})
     grouped = frame.groupby("bin")
     return grouped.mean().assign(count=grouped.size())
+
+
+def _mean_nll(log_likelihood: Array) -> float:
+    return float(0.0 - np.asarray(log_likelihood, dtype=np.float64).mean())
 
 
 def _confidence(probs: Array, labels: Labels) -> tuple[Array, NDArray[np.bool_]]:

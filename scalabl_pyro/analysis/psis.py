@@ -24,7 +24,8 @@ class LOO(Summarized):
     Attributes:
         elpd: Expected log predictive density of a data set of this size, nats; higher is better.
         se: Standard error of ``elpd`` over rows.
-        p: Effective number of parameters.
+        p: Effective number of parameters: log density of the rows under the posterior, in sample, minus ``elpd``.
+            Where draws come from q, both terms weigh them by p / q. It is negative only where these weights fail.
         elpd_i: (N,) contribution of each row, nats.
         pareto_k: (N,) diagnostic of each row. Above ``good_k``, or NaN, the contribution is unreliable.
         good_k: Threshold of ``pareto_k`` for this number of draws.
@@ -126,11 +127,11 @@ def psis_loo(log_likelihood: Array, *, log_p: Array | None, log_q: Array | None)
             "All draws predict the same, so leaving a row out changes nothing. The guide is a point, or the factors "
             "are still zero. Use held-out rows, or a guide with a spread."
         )
-    correction = 0.0 if log_p is None or log_q is None else (log_p - log_q)[:, None]
-    smoothed = [_smooth(log_ratio) for log_ratio in (correction - log_likelihood).T]
+    correction = np.zeros(len(log_likelihood)) if log_p is None or log_q is None else log_p - log_q
+    smoothed = [_smooth(log_ratio) for log_ratio in (correction[:, None] - log_likelihood).T]
     log_weights, k = (np.stack(part, axis=-1) for part in zip(*smoothed, strict=True))
     elpd_i = logsumexp(log_weights + log_likelihood, axis=0)
-    in_sample = logsumexp(log_likelihood, axis=0) - np.log(len(log_likelihood))
+    in_sample = logsumexp(_smooth(correction)[0][:, None] + log_likelihood, axis=0)
     return LOO(
         elpd=float(elpd_i.sum()),
         se=float(np.sqrt(len(elpd_i) * elpd_i.var())),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .. import metrics
 from .._display import Summarized
 from ..metrics import Array
-from .mixture import normal_mixture_quantiles
+from .mixture import jackknife_entropy, log_mean_exp, normal_mixture_quantiles
 
 NO_ANSWERS = "These rows have no answers, so nothing can be scored. Predict rows that have answers."
 
@@ -58,7 +58,7 @@ class Prediction(Summarized):
 
     @property
     def total(self) -> Array:
-        """(N,) entropy of the averaged probabilities, nats."""
+        """(N,) entropy of the averaged probabilities, nats; biased low at few draws, see :attr:`epistemic`."""
         return metrics.entropy(self.probs)
 
     @property
@@ -68,8 +68,23 @@ class Prediction(Summarized):
 
     @property
     def epistemic(self) -> Array:
-        """(N,) mutual information of answer and draw, nats: the part that comes from draws that disagree."""
+        """(N,) mutual information of answer and draw, nats: the part that comes from draws that disagree.
+
+        S draws show less disagreement than the whole posterior. The bias of ``total`` and ``epistemic`` is
+        -sum_c Var(p_c) / (2 S E p_c) + O(1 / S^2), with the variance of the probability of class c over draws. To the
+        same order the epistemic part is too small by the factor 1 - 1 / S: by 10 % at 10 draws. It never exceeds log S.
+        ``aleatoric`` is unbiased. :attr:`epistemic_corrected` leaves a bias of order 1 / S^2.
+        """
         return np.maximum(self.total - self.aleatoric, 0.0)
+
+    @property
+    def epistemic_corrected(self) -> Array:
+        """(N,) :attr:`epistemic` with its bias of order 1 / S removed by the jackknife over draws; NaN for one draw.
+
+        ``epistemic_corrected + aleatoric`` is the corrected total. Its Monte Carlo error is a little larger.
+        """
+        probs = np.exp(self.log_probs, dtype=np.float64)
+        return np.maximum(jackknife_entropy(probs) - self.aleatoric, 0.0)
 
     @property
     def log_likelihood(self) -> Array:
@@ -90,7 +105,14 @@ class Prediction(Summarized):
         Raises:
             ValueError: If the rows have no answers, or if an option is out of range.
         """
-        return metrics.classification_report(self.probs, self._labeled(), bootstrap=bootstrap, level=level, seed=seed)
+        return metrics.classification_report(
+            self.probs,
+            self._labeled(),
+            log_likelihood=log_mean_exp(self.log_likelihood),
+            bootstrap=bootstrap,
+            level=level,
+            seed=seed,
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """Make a table of predicted class, its probability, uncertainties and known target, one line per row."""
@@ -172,8 +194,19 @@ class NumericPrediction(Summarized):
 
     @property
     def epistemic(self) -> Array:
-        """(N,) variance of the draws' means."""
+        """(N,) variance of the draws' means over the S draws, which makes ``total`` the variance of the mixture.
+
+        As an estimate of the variance over the whole posterior it is too small by exactly the factor 1 - 1 / S: by 10 %
+        at 10 draws. :attr:`epistemic_corrected` is unbiased; so is ``aleatoric``.
+        """
         return self.means.var(0)
+
+    @property
+    def epistemic_corrected(self) -> Array:
+        """(N,) unbiased estimate of the variance of the mean over the posterior (divided by S - 1); NaN for one draw."""
+        if len(self.means) < 2:
+            return np.full(self.means.shape[1], np.nan)
+        return self.means.var(0, ddof=1)
 
     @property
     def log_likelihood(self) -> Array:
@@ -227,7 +260,7 @@ class NumericPrediction(Summarized):
         Raises:
             ValueError: If the rows have no answers, or if an option is out of range.
         """
-        log_mixture = np.logaddexp.reduce(self.log_likelihood, axis=0) - np.log(len(self.means))
+        log_mixture = log_mean_exp(self.log_likelihood)
         error = self.mean - cast(Array, self.target)
 
         def scores(rows: NDArray[np.integer] | slice) -> dict[str, float]:

@@ -91,20 +91,29 @@ class ScopedGuide(nn.Module):
 
 
 class RecordNLL(Messenger):
-    """Record what the last run of the model inside it observed.
+    """Record what the runs of the model inside it observed, such as one run per particle of an ELBO.
 
     Attributes:
-        value: Negative log likelihood, nats per example.
+        runs: Number of runs of the model.
         factor_prior: Log density of the MAP prior on A and B, nats.
     """
 
-    value: Tensor | None = None
-    factor_prior: Tensor | float = 0.0
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = 0
+        self.factor_prior: Tensor | float = 0.0
+        self._sum: Tensor | float = 0.0
+
+    @property
+    def value(self) -> Tensor | None:
+        """Negative log likelihood, averaged over the runs, nats per example; None before the first run."""
+        return self._sum / self.runs if torch.is_tensor(self._sum) else None
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] == "label" and msg["is_observed"]:
             with torch.no_grad():
-                self.value = -msg["fn"].log_prob(msg["value"]).mean()
+                self._sum = self._sum - msg["fn"].log_prob(msg["value"]).mean()
+            self.runs += 1
         elif msg["name"] == "factor_prior":
             self.factor_prior = msg["fn"].log_factor.detach().mean()
 
@@ -149,9 +158,10 @@ class Objective(nn.Module):
                 return torch.full((3,), float("nan"), device=batch.index.device)
         if surrogate is not None:
             (surrogate * (share / num_data)).backward()
-        assert record.value is not None
-        weighted_kl = loss - record.value + record.factor_prior / num_data
-        return torch.stack([loss, record.value.to(loss), weighted_kl])
+        nll = record.value
+        assert nll is not None
+        weighted_kl = loss - nll + record.factor_prior / num_data
+        return torch.stack([loss, nll.to(loss), weighted_kl])
 
     def finish(self) -> None:
         """Complete the gradient after the last micro-batch of a step; here it is complete already."""

@@ -48,10 +48,9 @@ def test_nll_by_hand():
     assert metrics.nll(PROBS, LABELS) == pytest.approx(-(math.log(0.9 * 0.6 * 0.8 * 0.3)) / 4)
 
 
-def test_nll_of_an_answer_ruled_out_is_large_and_finite():
-    value = metrics.nll(np.array([[1.0, 0.0]]), np.array([1]))
-    assert 700 < value < math.inf
-    assert metrics.nll(np.array([[1.0, 0.0]], dtype=np.float32), np.array([1])) == value
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nll_of_an_answer_ruled_out_is_infinite(dtype):
+    assert metrics.nll(np.array([[1.0, 0.0]], dtype=dtype), np.array([1])) == math.inf
 
 
 def test_brier_by_hand():
@@ -69,6 +68,22 @@ def test_ece_by_hand():
 def test_adaptive_ece_by_hand():
     # Equal counts: {.46, .6} with accuracy 1/2, {.8, .9} with accuracy 1.
     assert metrics.adaptive_ece(PROBS, LABELS, num_bins=2) == pytest.approx(0.5 * 0.03 + 0.5 * 0.15)
+
+
+@pytest.mark.parametrize("num_bins", [1, 2, 15, 40])
+@pytest.mark.parametrize("right", [0.7, 0.4])
+def test_adaptive_ece_of_rows_that_tie_is_their_gap(right, num_bins):
+    """A constant confidence of 0.7 is calibrated at an accuracy of 0.7, in whichever order the rows come."""
+    labels = np.repeat([0, 1], [round(100 * right), 100 - round(100 * right)])
+    probs = np.tile([0.7, 0.3], (100, 1))
+    assert metrics.adaptive_ece(probs, labels, num_bins=num_bins) == pytest.approx(abs(0.7 - right), abs=1e-12)
+
+
+def test_adaptive_ece_of_few_values_is_exact_where_bins_cut_through_them():
+    """Two values, each with its own accuracy, in 15 bins: the right rows of a value are spread over its bins."""
+    probs = np.repeat([[0.6, 0.4], [0.9, 0.1]], 50, axis=0)
+    labels = np.concatenate([np.arange(50) >= 30, np.arange(50) >= 40]).astype(int)
+    assert metrics.adaptive_ece(probs, labels) == pytest.approx(0.5 * 0.0 + 0.5 * 0.1, abs=0.004)
 
 
 def test_risk_coverage_by_hand():
@@ -135,7 +150,7 @@ def test_reliability_by_hand():
 
 BOUNDS = {
     "accuracy": (0, 1),
-    "nll": (0, 710),
+    "nll": (0, math.inf),
     "ece": (0, 1),
     "adaptive_ece": (0, 1),
     "brier": (0, 2),
@@ -308,16 +323,33 @@ def test_bootstrap_intervals_are_repeatable_and_nested(unchanged_rng):
     narrow = classification_report(*many(), bootstrap=50, level=0.5)
     assert wide.index.tolist() == ["value", "low", "high"]
     pd.testing.assert_frame_equal(wide, classification_report(*many(), bootstrap=50))
-    assert (wide.loc["low"] < narrow.loc["low"]).all() and (narrow.loc["high"] < wide.loc["high"]).all()
-    assert (narrow.loc["low"] < narrow.loc["high"]).all()
+    outer, inner = (table.drop(columns=["ece", "adaptive_ece"]) for table in (wide, narrow))
+    assert (outer.loc["low"] < inner.loc["low"]).all() and (inner.loc["high"] < outer.loc["high"]).all()
+    assert (inner.loc["low"] < inner.loc["high"]).all()
     assert not wide.equals(classification_report(*many(), bootstrap=50, seed=1))
     assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
 
 
 def test_bootstrap_of_rows_that_are_all_alike_has_no_width():
     report = classification_report(np.tile(PROBS[:1], (8, 1)), np.zeros(8, dtype=int), bootstrap=5)
-    for name in set(CLASSIFICATION) - {"error_auroc"}:
+    for name in set(CLASSIFICATION) - {"error_auroc", "ece", "adaptive_ece"}:
         assert report.loc["low", name] == report.loc["high", name] == report.loc["value", name]
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_a_bootstrap_interval_contains_its_own_value_or_is_left_out(name):
+    """The calibration errors of resamples of a calibrated model lie above the value: no interval is better than that."""
+    for rows in (60, 400):
+        column = classification_report(*many(rows), bootstrap=200)[name]
+        left_out = column[["low", "high"]].isna().all()
+        assert left_out == (name in ("ece", "adaptive_ece"))
+        assert left_out or column["low"] <= column["value"] <= column["high"]
+
+
+def test_bounds_of_an_nll_that_is_infinite_are_not_nan():
+    probs, labels = np.array([[1.0, 0.0]] * 30), np.array([1] + [0] * 29)
+    column = classification_report(probs, labels, bootstrap=100)["nll"]
+    assert column.tolist() == [math.inf, 0, math.inf]
 
 
 def test_the_bootstrap_interval_of_accuracy_has_the_width_of_a_binomial():

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import toys
 from scipy import stats
+from scipy.special import digamma
 
 import scalabl_pyro as sp
 from scalabl_pyro.analysis.checks import Finding, as_diagnosis
@@ -119,6 +120,58 @@ def test_metrics_of_numbers_have_bootstrap_intervals():
             prediction.metrics(**options)
     with pytest.raises(ValueError, match="have no answers"):
         numeric([[0.0]]).metrics(bootstrap=3)
+
+
+def certain(*log_odds):
+    """A prediction of two classes for one row, whose answer is the second; log odds of the first under each draw."""
+    x = np.array(log_odds, dtype=np.float32)[:, None]
+    log_probs = np.stack([-np.logaddexp(0, -x), -np.logaddexp(0, x)], axis=-1)
+    return sp.Prediction(log_probs, np.array([1]), ("a", "b"))
+
+
+@pytest.mark.parametrize("log_odds", [(800.0,), (2000.0, 2000.0), (1e5, 3e5)])
+def test_the_nll_of_an_answer_held_nearly_impossible_is_exact(log_odds):
+    """Probabilities below 1e-308 are no floats; log probabilities are."""
+    expected = min(log_odds) + np.log(len(log_odds)) - np.log(np.sum(np.array(log_odds) == min(log_odds)))
+    table = certain(*log_odds).metrics(bootstrap=3)
+    np.testing.assert_allclose(table["nll"], expected, rtol=1e-7)
+    both = NumericPrediction(*[np.zeros((2, 1))] * 3, np.array([[-900.0], [-900.0]]), np.zeros(1))
+    assert both.metrics().loc["value", "nll"] == pytest.approx(900)
+
+
+# uncertainty from few draws ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_draws", [2, 5, 20])
+def test_the_epistemic_variance_of_few_draws_is_low_by_one_over_s_and_the_corrected_one_is_not(num_draws):
+    means = np.random.default_rng(0).normal(size=(num_draws, 40_000))
+    prediction = numeric(means)
+    error = 5 * np.sqrt(2 / (num_draws - 1) / means.shape[1])
+    assert prediction.epistemic_corrected.mean() == pytest.approx(1, abs=error)
+    assert prediction.epistemic.mean() == pytest.approx(1 - 1 / num_draws, abs=error)
+
+
+@pytest.mark.parametrize("num_draws", [5, 10, 20])
+def test_the_jackknife_removes_the_first_order_bias_of_the_mutual_information(num_draws):
+    """The probability of a class is Beta(a, b) over the posterior, so the mutual information is known exactly."""
+    a, b, rows = 2.0, 3.0, 20_000
+    p = np.random.default_rng(1).beta(a, b, size=(num_draws, rows))
+    prediction = sp.Prediction(np.log(np.stack([p, 1 - p], axis=-1)), None, ("a", "b"))
+    mean, variance = a / (a + b), a * b / (a + b) ** 2 / (a + b + 1)
+    of_draw = digamma(a + b + 1) - mean * digamma(a + 1) - (1 - mean) * digamma(b + 1)
+    exact = stats.entropy([mean, 1 - mean]) - of_draw
+    bias = -variance * (1 / mean + 1 / (1 - mean)) / (2 * num_draws)
+    raw = prediction.total - prediction.aleatoric
+    corrected = prediction.epistemic_corrected
+    error = 5 * corrected.std() / np.sqrt(rows)
+    assert raw.mean() - exact == pytest.approx(bias, abs=error + 0.5 / num_draws**2)
+    assert corrected.mean() == pytest.approx(exact, abs=error + 0.1 / num_draws**2)
+    assert abs(corrected.mean() - exact) < 0.2 * abs(raw.mean() - exact)
+    assert np.isnan(sp.Prediction(prediction.log_probs[:1], None, ("a", "b")).epistemic_corrected).all()
+
+
+def test_one_draw_knows_no_disagreement():
+    assert np.isnan(numeric([[1.0, 2.0]]).epistemic_corrected).all()
 
 
 # options that are counts -------------------------------------------------------------------------------------------
