@@ -30,14 +30,16 @@ def build_optimizer(
         lr_A: Learning rate of A and of new heads.
         lr_loc: Learning rate of the guide's locations.
         lr_scale: Learning rate of scales in guide and prior.
-        weight_decay: Decay of A and B.
+        weight_decay: Decay of B, and of A if the gauge is ``"free"``. With unit rows only the directions of the rows of
+            A matter. Decay would only shorten the rows, so that the same step turns them further.
         capturable: Whether step counts and learning rates are tensors on the device, which a CUDA graph reads at each
             replay.
     """
     point = list(model.blora.point_estimates.named_parameters())
     scales = [*_named(guide, scale=True), *_named(model.blora.prior, scale=True)]
+    decay_A = weight_decay if model.blora.adapter.gauge == "free" else 0.0
     groups: list[Mapping[str, Any]] = [
-        {"name": "A", "params": [p for n, p in point if n.endswith("/A")], "lr": lr_A, "weight_decay": weight_decay},
+        {"name": "A", "params": [p for n, p in point if n.endswith("/A")], "lr": lr_A, "weight_decay": decay_A},
         {"name": "B", "params": [p for n, p in point if n.endswith("/B")], "lr": lr, "weight_decay": weight_decay},
         {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": lr_A},
         {"name": "task", "params": [*model.task.parameters(), *_named(model.blora.prior, scale=False)], "lr": lr},

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import tiny
 import torch
-from gaussians import normal_guide, posterior_of
+from gaussians import log_normal, normal_guide, posterior_of
 from scipy.special import ndtri
 from toys import NOISE, PRIOR_SCALE, LinearGaussian, LinearToy
 
@@ -328,6 +328,19 @@ def test_loo_is_exact_where_it_is_known(toy, exact, width):
     expected = exact.loo.sum().item()
     assert abs(found.mean() - expected) < 5 * found.std(ddof=1) / 12**0.5 + 0.01
     assert found.std() < 0.2
+
+
+@pytest.mark.parametrize("width", [1.0, 1.5, 2.5], ids=["the posterior", "a wider q", "a much wider q"])
+def test_the_effective_number_of_parameters_is_that_of_the_posterior_however_wide_q_is(toy, exact, width):
+    """Without the weights p / q in the in-sample term it is negative at a wide q."""
+    posterior = posterior_of(toy, normal_guide(exact.mean, width**2 * exact.covariance))
+    found = np.array([posterior.loo(toy.rows, num_draws=400, seed=seed).p for seed in range(12)])
+    f = toy.features
+    in_sample = log_normal(toy.y, f @ exact.mean, (f @ exact.covariance * f).sum(1) + NOISE**2)
+    expected = (in_sample - exact.loo).sum().item()
+    assert expected > 2  # of three parameters
+    assert abs(found.mean() - expected) < 5 * found.std(ddof=1) / 12**0.5 + 0.01
+    assert (found > 0).all()
 
 
 def test_without_the_correction_a_wider_q_would_give_another_number(toy, exact):

@@ -19,7 +19,7 @@ from scalabl_pyro._deprecated import ScalaBLDeprecationWarning
 from scalabl_pyro._process.random_state import derive_seed
 from scalabl_pyro.data import collate, encode
 from scalabl_pyro.data.training_batches import TrainingBatches
-from scalabl_pyro.guides import Guide
+from scalabl_pyro.guides import Guide, NormalGuide
 from scalabl_pyro.training.options import GROUPS, TrainingOptions, optimizer_with
 
 ROWS = tiny.question_rows(16)
@@ -121,6 +121,42 @@ def test_weight_decay_shrinks_factors_only(task):
     plain, decayed = run(0.0), run(10.0)
     norm = [sum(B.norm() for _, B in p.factors) for p in (plain, decayed)]
     assert norm[1] < 0.95 * norm[0]
+
+
+@pytest.mark.parametrize("gauge", ["unit_rows", "free"])
+def test_weight_decay_leaves_the_directions_of_unit_rows_alone(task, gauge):
+    """Decay of rows whose norm does not matter would turn them further in each step, which is no regularization."""
+
+    def factors(weight_decay):
+        blora = sp.bayesian_lora(tiny.causal_lm(), gauge=gauge)
+        with torch.no_grad():
+            for _, B in blora.adapter.factors():
+                B.fill_(1.0)
+        options = {"weight_decay": weight_decay}
+        return fit(blora, task, num_steps=1, lr=1e-2, lr_A=1e-2, optimizer=options).posterior.factors
+
+    pairs = list(zip(factors(0.0), factors(10.0), strict=True))
+    assert all(torch.equal(A, decayed) == (gauge == "unit_rows") for (A, _), (decayed, _) in pairs)
+    assert not any(torch.equal(B, decayed) for (_, B), (_, decayed) in pairs)
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO])
+def test_the_history_averages_over_particles_that_run_one_by_one(task, elbo):
+    """With q held equal to the prior each particle has log p(s) = log q(s): the KL of the history is 0."""
+
+    def first(num_particles):
+        blora = sp.bayesian_lora(tiny.causal_lm(dtype=torch.float64))
+        with torch.no_grad():
+            for _, B in blora.adapter.factors():
+                B.fill_(0.5)
+        guide = NormalGuide(torch.zeros(40, dtype=torch.float64), torch.ones(40, dtype=torch.float64))
+        options = {"draws": "shared", "num_steps": 1, "guide": guide}
+        return fit(blora, task, elbo=elbo(num_particles=num_particles), **options).history.iloc[0]
+
+    row = first(4)
+    assert row["kl"] == pytest.approx(0, abs=1e-4)  # TraceGraph_ELBO gives its loss in single precision
+    assert row["nll"] == pytest.approx(row["loss"], rel=1e-6)
+    assert row["nll"] != pytest.approx(first(1)["nll"], rel=1e-4)
 
 
 def test_kl_weight_may_change_with_the_step(blora, task):
