@@ -172,21 +172,8 @@ class PosteriorState(Summarized):
             >>> elbo = posterior.log_weights(train_data).elbo()  # nats per data set
         """
         check_count(num_draws=num_draws, least=0)
-        if num_data is not None:
-            check_count(num_data=num_data)
-        likelihood = self.log_likelihood(data, batch_size=batch_size, need_target=True)
-        if num_data is not None and num_data < likelihood.num_data:
-            raise ValueError(
-                f"num_data={num_data}, but data alone has {likelihood.num_data} rows: num_data is the size of the "
-                "training set that data is a part of. Leave it out where data is the whole training set."
-            )
         draws = self.sample(num_draws, seed=seed)
-        return LogWeights(
-            log_likelihood=likelihood.by_row(draws.s).numpy(),
-            log_prior=self._in_local_mode(lambda: log_prior(self.prior, draws)).numpy(),
-            log_q=None if draws.log_q is None else draws.log_q.numpy(),
-            scale=1.0 if num_data is None else num_data / likelihood.num_data,
-        )
+        return densities_of(self, draws, data, num_data=num_data, batch_size=batch_size)
 
     def describe(self) -> str:
         """Return the names of guide and prior."""
@@ -207,3 +194,25 @@ class PosteriorState(Summarized):
         """Run a function of guide or prior without touching Pyro's global store."""
         with torch.no_grad(), local_params():
             return function()
+
+
+def densities_of(
+    posterior: PosteriorState, draws: Draws, data: Any, *, num_data: int | None, batch_size: int
+) -> LogWeights:
+    """Compute the densities of given draws; see :meth:`PosteriorState.log_weights`."""
+    if num_data is not None:
+        check_count(num_data=num_data)
+    likelihood = posterior.log_likelihood(data, batch_size=batch_size, need_target=True)
+    if num_data is not None and num_data < likelihood.num_data:
+        raise ValueError(
+            f"num_data={num_data}, but data alone has {likelihood.num_data} rows: num_data is the size of the "
+            "training set that data is a part of. Leave it out where data is the whole training set."
+        )
+    with torch.no_grad(), local_params():
+        prior = log_prior(posterior.prior, draws)
+    return LogWeights(
+        log_likelihood=likelihood.by_row(draws.s).numpy(),
+        log_prior=prior.numpy(),
+        log_q=None if draws.log_q is None else draws.log_q.numpy(),
+        scale=1.0 if num_data is None else num_data / likelihood.num_data,
+    )

@@ -1,7 +1,7 @@
 """Draws of a posterior on the CPU, made one by one, so that draw i does not depend on the number of draws."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pyro import poutine
@@ -39,6 +39,11 @@ class Draws(Summarized):
     def s(self) -> Tensor:
         """Draws (S, D) of s."""
         return self.sites["s"]
+
+    def first(self, count: int) -> "Draws":
+        """Return the first ``count`` draws."""
+        log_q = None if self.log_q is None else self.log_q[:count]
+        return replace(self, sites={name: value[:count] for name, value in self.sites.items()}, log_q=log_q)
 
     def __len__(self) -> int:
         return len(self.s)

@@ -107,7 +107,7 @@ def test_k_is_graded_at_its_threshold_and_at_one(k, severity):
 def test_few_useful_draws_are_noted_and_the_elbo_is_the_mean():
     narrow = diag.check_weights(5 * np.random.default_rng(0).normal(size=400))
     share, elbo = narrow[1], narrow[2]
-    assert (share.check, share.severity) == ("importance_share", "note") and share.value < 0.1
+    assert (share.check, share.severity) == ("importance_share", "warning") and share.value < 0.1
     log_weights = np.linspace(-3, -1, 400)
     assert diag.check_weights(log_weights)[2].value == pytest.approx(-2)
     assert np.isnan(elbo.threshold)
@@ -134,17 +134,56 @@ NOISY = 0.1 * np.random.default_rng(1).normal(size=300)
     ],
 )
 def test_a_loss_that_still_falls_is_a_warning(loss, severity):
-    (finding,) = diag.check_history(history(loss))
+    finding, _ = diag.check_history(history(loss))
     assert (finding.check, finding.severity, finding.threshold) == ("loss_slope", severity, -3)
-    assert ("Train longer" in finding.advice) == (severity == "warning")
+    expected = "" if severity == "ok" else "Train longer" if np.isfinite(loss).all() else "Lower the learning rates"
+    assert finding.advice.startswith(expected) and bool(finding.advice) == bool(expected)
+
+
+def decaying(length, noise=0.07, steps=300, rate=8e-3, seed=0):
+    """A run of ``length`` time constants under a learning rate that decays to 0, as ``fit`` does by default."""
+    lr = rate * (1 - np.arange(steps) / steps)
+    share = np.cumsum(lr) / lr.sum()
+    loss = np.exp(-length * share) + noise * np.random.default_rng(seed).normal(size=steps)
+    return pd.DataFrame({"loss": loss, "lr": lr})
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("length", "severity"), [(2, "warning"), (30, "ok")])
+def test_a_training_that_was_too_short_is_seen_under_a_decay_to_zero(length, severity, seed):
+    """Its loss is flat over the last steps, because they are small, not because the loss has arrived."""
+    found = diag.check_history(decaying(length, seed=seed))
+    assert [f.severity for f in found] == [severity, "ok"]
+
+
+@pytest.mark.parametrize("rate", [1e-4, 8e-3, 1.0, 1000.0])
+def test_no_advice_raises_a_learning_rate(rate):
+    for frame in (decaying(2, rate=rate), decaying(2, rate=rate).iloc[::-1].assign(lr=rate)):
+        for finding in diag.check_history(frame):
+            assert "raise the learning rate" not in finding.advice and "raise lr" not in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("loss", "severity"),
+    [
+        pytest.param(1 + NOISY, "ok", id="flat with noise"),
+        pytest.param(1 - 0.01 * np.arange(300) + NOISY, "ok", id="falling"),
+        pytest.param(1 + 3 * (np.arange(300) > 100) + NOISY, "error", id="a jump"),
+        pytest.param(np.where(np.arange(300) < 5, 2.0, 511451.0) + NOISY, "error", id="diverged"),
+        pytest.param(np.where(np.arange(300) > 290, np.inf, 1.0), "error", id="infinite"),
+    ],
+)
+def test_a_loss_that_ends_above_its_start_is_an_error_that_names_the_rate(loss, severity):
+    _, finding = diag.check_history(history(loss).assign(lr=1.0))
+    assert (finding.check, finding.severity) == ("loss_end", severity)
+    assert ("lr went up to 1)" in finding.advice) == (severity == "error")
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 1 / 3, 2.345])
 @pytest.mark.parametrize("steps", [30, 72, 300])
 def test_a_constant_loss_does_not_fall(value, steps):
     """Rounding is no slope."""
-    (finding,) = diag.check_history(history(np.full(steps, value)))
-    assert finding.severity == "ok"
+    assert [f.severity for f in diag.check_history(history(np.full(steps, value)))] == ["ok", "ok"]
 
 
 def test_the_slope_is_in_standard_errors_of_least_squares():
@@ -306,7 +345,155 @@ def test_the_report_can_be_read_as_a_table_and_as_text():
     assert frame.index.tolist() == ["b", "a"] and frame.index.name == "check"
     assert frame.columns.tolist() == ["severity", "value", "threshold", "cause", "advice"]
     assert frame.loc["a", "value"] == 0.25
-    assert str(report) == "WARNING  b = 1.23e+03: because. Do this.\n     OK  a = 0.25: because."
+    assert str(report).splitlines() == [
+        "Do not trust the uncertainties yet, because because.",
+        "WARNING  because (b = 1.23e+03). Do this.",
+        "     OK  because (a = 0.25).",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        ([("width", "ok"), ("skill", "note")], "No check speaks against these predictions and their uncertainties."),
+        ([("width", "warning"), ("skill", "ok")], "Do not trust the uncertainties yet, because of width."),
+        ([("width", "warning"), ("shift", "error")], "Do not trust the uncertainties, because of shift."),
+        ([("skill", "warning"), ("width", "note")], "Do not use the predictions yet, because of skill."),
+        (
+            [("shift", "warning"), ("loss_end", "error")],
+            "Do not use the predictions, because of loss_end. Do not trust the uncertainties yet, because of shift.",
+        ),
+    ],
+)
+def test_the_report_begins_with_a_sentence_for_people(found, verdict):
+    report = diag.as_diagnosis([finding(name, severity, cause=f"of {name}.") for name, severity in found])
+    assert report.verdict == str(report).splitlines()[0] == verdict
+    assert verdict in report._repr_html_()
+
+
+def test_the_sentence_names_what_could_not_be_computed():
+    assert "because width could not be computed." in diag.as_diagnosis([finding("width", "ok", np.nan)]).verdict
+
+
+# q against a posterior that is known ---------------------------------------------------------------------------
+
+
+def whitened(kind, dim, seed):
+    """Location, scale and precision of the posterior beside a q that is wrong in one way, for q = N(0, 1) in ``dim``."""
+    sign = np.sign(np.random.default_rng(seed).normal(size=dim))
+    loc, precision = np.zeros(dim), np.eye(dim)
+    if kind == "shifted":
+        loc = sign
+    elif kind == "correlated":  # what a diagonal q at the optimum of the ELBO cannot show: unit diagonal, correlations
+        precision = 0.08 * np.eye(dim) + 0.92 * np.outer(sign, sign)
+    else:
+        precision *= {"exact": 1, "narrow": 0.5, "wide": 2}[kind] ** 2
+    return loc, precision
+
+
+def judge(kind, dim, seed, num_draws=1000):
+    """The findings on 1,000 draws of q, by check."""
+    loc, precision = whitened(kind, dim, seed)
+    draws = np.random.default_rng(seed).normal(size=(num_draws, dim))
+    x = draws - loc
+    log_joint, log_q = -0.5 * ((x @ precision) * x).sum(1) - 7.0, -0.5 * (draws**2).sum(1)
+    found = diag.against_posterior(log_joint, log_q, 3.0 + 2.0 * draws, [f"latent {d}" for d in range(dim)])
+    return {f.check: f for f in diag.as_diagnosis(found).findings}
+
+
+CALLS = {  # by kind: the checks that must call it, and those that must not
+    "exact": (set(), {"pareto_k", "importance_share", "width", "shift"}),
+    "narrow": ({"width"}, {"shift"}),
+    "wide": ({"width"}, {"pareto_k", "shift"}),
+    "shifted": ({"shift"}, {"width"}),
+    "correlated": ({"pareto_k"}, {"width", "shift"}),
+}
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dim", [3, 20])
+@pytest.mark.parametrize("kind", CALLS)
+def test_each_kind_of_wrong_posterior_is_called_by_its_name(kind, dim, seed):
+    found = judge(kind, dim, seed)
+    called = {name for name, f in found.items() if f.severity in ("warning", "error")}
+    must, must_not = CALLS[kind]
+    assert must <= called and not must_not & called
+    assert (found["importance_share"].severity == "ok") == (kind == "exact")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_width_and_shift_are_measured_where_q_and_posterior_are_normal(seed):
+    for kind, width in (("narrow", 0.5), ("wide", 2.0), ("exact", 1.0)):
+        found = judge(kind, 6, seed)
+        assert found["width"].value == pytest.approx(width) and found["shift"].value == pytest.approx(0, abs=1e-9)
+    assert judge("wide", 3, seed)["pareto_k"].value < 0.2  # k-hat cannot see it
+    shifted = judge("shifted", 4, seed)
+    noise = shifted["shift"].threshold - 0.5  # four standard errors
+    assert shifted["shift"].value == pytest.approx(1.0, abs=1.25 * noise)
+    assert shifted["width"].value == pytest.approx(1.0, abs=0.2)
+    assert "latent" in shifted["shift"].cause
+
+
+def test_a_q_without_a_varying_density_has_no_width():
+    draws = np.random.default_rng(0).uniform(size=(100, 2))
+    assert diag.check_width(-draws.sum(1), np.zeros(100)) == []
+    assert diag.check_shift(-draws.sum(1), np.zeros(100), draws, ["a", "b"]) == []
+    assert diag.check_width(np.full(100, np.nan), draws.sum(1)) == []
+
+
+def test_few_draws_say_that_they_cannot_tell():
+    """Log densities that have nothing to do with each other."""
+    rng = np.random.default_rng(3)
+    (finding,) = diag.check_width(40 * rng.normal(size=30) + 1, rng.normal(size=30))
+    assert finding.severity == "note" and "cannot tell" in finding.cause
+
+
+# usefulness -------------------------------------------------------------------------------------------------------
+
+
+def answered(probs, target):
+    probs = np.asarray(probs, dtype=float)
+    return sp.Prediction(np.log(probs)[None], np.array(target), ("a", "b", "c")[: probs.shape[1]])
+
+
+def usefulness(prediction):
+    return {f.check: (f.severity, f.value) for f in diag.check_usefulness(prediction)}
+
+
+def test_predictions_are_held_against_the_class_frequencies():
+    target = [0, 0, 0, 1] * 25
+    right = np.where(np.eye(2)[target] > 0, 0.9, 0.1)
+    baseline = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    assert usefulness(answered(right, target))["skill"] == ("ok", pytest.approx(1 + np.log(0.9) / baseline))
+    same = usefulness(answered([[0.75, 0.25]] * 100, target))
+    assert same["skill"] == ("warning", pytest.approx(0)) and same["one_class"] == ("warning", 1)
+    worse = usefulness(answered(right[:, ::-1], target))
+    assert worse["skill"][0] == "warning" and worse["skill"][1] < -1
+
+
+def test_class_frequencies_are_shared_out_among_the_choices_of_a_row():
+    """Half of the rows lack the third class: their baseline is the ratio of the first two frequencies."""
+    probs = np.array([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]] * 10)
+    with np.errstate(divide="ignore"):
+        prediction = answered(probs, [0, 2, 1, 2] * 5)
+    baseline = np.log(2) / 2 + np.log(2) / 2  # frequencies 1/4, 1/4, 1/2
+    assert usefulness(prediction)["skill"][1] == pytest.approx(1 - np.log(2) / baseline)
+
+
+def test_one_class_for_all_rows_is_called_where_the_answers_differ():
+    probs = np.array([[0.8, 0.2], [0.6, 0.4]] * 50)
+    assert usefulness(answered(probs, [0, 1] * 50))["one_class"][0] == "warning"
+    assert usefulness(answered(probs, [0] * 99 + [1]))["one_class"][0] == "note"
+    constant = usefulness(answered(probs, [0] * 100))
+    assert constant["one_class"][0] == "ok" and constant["skill"][0] == "note"
+
+
+def test_numbers_are_held_against_their_mean():
+    target = np.linspace(-1, 1, 50)
+    for means, expected, severity in ((target, 1.0, "ok"), (0 * target, 0.0, "warning"), (-target, -3.0, "warning")):
+        prediction = sp.NumericPrediction(*[means[None]] * 3, np.zeros((1, 50)), target)
+        assert usefulness(prediction) == {"skill": (severity, pytest.approx(expected))}
+    assert diag.check_usefulness(numbers([1.0])) == []
 
 
 # leave-one-out ------------------------------------------------------------------------------------------------
@@ -423,7 +610,7 @@ def test_loo_of_a_point_and_of_few_draws_says_what_to_do(toy, healthy, exact):
 
 
 def severities(posterior, toy, **options):
-    return {f.check: f.severity for f in posterior.diagnose(toy.rows, **options).findings}
+    return {f.check: f.severity for f in posterior.diagnose(toy.rows, **{"num_draws": 100, **options}).findings}
 
 
 def test_a_posterior_that_is_exact_is_healthy(toy, healthy):
@@ -433,6 +620,9 @@ def test_a_posterior_that_is_exact_is_healthy(toy, healthy):
         "pareto_k",
         "importance_share",
         "elbo",
+        "width",
+        "shift",
+        "skill",
         "collapsed_latents",
         "exploded_latents",
         "idle_layers",
@@ -455,7 +645,12 @@ def test_the_mean_of_a_linear_model_predicts_like_its_draws(seed):
         pytest.param(lambda m, c: (m, 1e-6 * c), "collapsed_latents", "warning", id="almost a point"),
         pytest.param(lambda m, c: (m, 1e6 * c), "exploded_latents", "warning", id="far too wide"),
         pytest.param(lambda m, c: (m * 0, torch.eye(3).double() * PRIOR_SCALE**2), "idle_layers", "note", id="prior"),
-        pytest.param(lambda m, c: (m * 0, torch.eye(3).double() * 9), "importance_share", "note", id="wide"),
+        pytest.param(lambda m, c: (m * 0, torch.eye(3).double() * PRIOR_SCALE**2), "skill", "warning", id="useless"),
+        pytest.param(lambda m, c: (m, 0.25 * c), "width", "warning", id="half as wide"),
+        pytest.param(lambda m, c: (m, 4 * c), "width", "warning", id="twice as wide"),
+        pytest.param(lambda m, c: (m, 16 * c), "width", "error", id="four times as wide"),
+        pytest.param(lambda m, c: (m + c.diagonal().sqrt(), c), "shift", "warning", id="a standard deviation off"),
+        pytest.param(lambda m, c: (m * 0, torch.eye(3).double() * 9), "importance_share", "warning", id="wide"),
     ],
 )
 def test_a_posterior_that_is_wrong_is_found_out(toy, exact, change, check, severity):
@@ -550,7 +745,9 @@ def test_a_posterior_of_a_trained_llm_is_diagnosed(fitted):
     rows = tiny.question_rows(48)
     report = fitted.posterior.diagnose(rows, history=fitted.history, num_draws=100)
     expected = {"pareto_k", "loss_slope", "importance_share", "collapsed_latents", "exploded_latents", "idle_layers"}
-    assert {f.check for f in report.findings} == expected | {"elbo", "mean_vs_draws"}
+    new = {"loss_end", "width", "shift", "skill", "one_class"}
+    assert {f.check for f in report.findings} == expected | new | {"elbo", "mean_vs_draws"}
+    assert report.to_frame().loc[["skill", "one_class", "loss_end"], "severity"].eq("ok").all()
     assert report.to_frame()["value"].notna().all()
     untrained = replace(fitted.posterior, guide=NormalGuide(torch.zeros(40), torch.ones(40)))
     assert untrained.diagnose(rows, num_draws=100).to_frame().loc["idle_layers", "severity"] == "note"
