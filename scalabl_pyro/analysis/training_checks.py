@@ -53,11 +53,11 @@ def _slope(loss: Array, rates: Array) -> Finding:
 
 def _end(loss: Array, rates: Array | None) -> Finding:
     """Find out whether the mean loss of the last tenth of the steps is above that of the first steps."""
-    first, last = loss[: max(len(loss) // 20, 5)], loss[-max(len(loss) // 10, 10) :]
+    first, last = loss[: max(len(loss) // 50, 5)], loss[-max(len(loss) // 10, 10) :]
     with np.errstate(invalid="ignore", over="ignore"):
         rise = float(last.mean() - first.mean())
         error = float(np.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last)))
-    if rise <= NOISE * error:
+    if rise <= NOISE * error + np.finfo(float).eps * np.abs(loss).max():
         return Finding("loss_end", "ok", rise, 0.0, "the loss did not end above its start, nats per row.", "")
     cause = "the loss ended above its start, nats per row: the training did harm."
     if not np.isfinite(rise):

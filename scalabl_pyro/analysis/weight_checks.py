@@ -50,7 +50,7 @@ def check_weights(log_weights: Array) -> list[Finding]:
         )
         advice = "Train longer, try guide='full_covariance' or laplace(), and compare with mcmc() on a small model."
     elif not share >= SHARES[0]:
-        cause = "q misses no part of the posterior. This number cannot show a q that is too wide: see the width."
+        cause = "the weights p / q have no heavy tail. A q that is too wide has none either: see width and share."
     found = [Finding("pareto_k", severity, k, threshold, cause, advice)]
     found.append(_share_finding(share))
     elbo = float(np.mean(log_weights))
