@@ -234,7 +234,9 @@ def report(
             # Between two infinite values nothing can be interpolated: take the resample outside.
             with np.errstate(invalid="ignore"):
                 bound = resamples.quantile(p)
-            table[name] = bound.where(~np.isinf(resamples).any(), resamples.quantile(p, interpolation=rounding)).to_dict()
+            table[name] = bound.where(
+                ~np.isinf(resamples).any(), resamples.quantile(p, interpolation=rounding)
+            ).to_dict()
     return pd.DataFrame.from_dict(table, orient="index")
 
 

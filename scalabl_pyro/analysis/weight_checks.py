@@ -94,7 +94,9 @@ def check_width(log_joint: Array, log_q: Array) -> list[Finding]:
             "The scales have not arrived: train longer, or raise lr_scale. laplace() sets them in one pass. A kl_weight "
             "other than 1 moves them on purpose."
         )
-        return [Finding("width", "error" if extreme else "warning", ratio, limit if is_wide else 1 / limit, cause, advice)]
+        return [
+            Finding("width", "error" if extreme else "warning", ratio, limit if is_wide else 1 / limit, cause, advice)
+        ]
     if low < 1 / limit and high > limit:
         cause = f"these draws cannot tell how wide q is: between {low:.2g} and {high:.2g} times the posterior."
         return [Finding("width", "note", ratio, limit, cause, "Raise num_draws.")]

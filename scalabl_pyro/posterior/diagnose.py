@@ -61,9 +61,7 @@ def diagnose(
     return as_diagnosis([*findings, *check_drift(at_mean, over_draws), *check_usefulness(over_draws)])
 
 
-def _compare_with_posterior(
-    posterior: PosteriorState, weights: LogWeights, s: Array, *, seed: int
-) -> list[Finding]:
+def _compare_with_posterior(posterior: PosteriorState, weights: LogWeights, s: Array, *, seed: int) -> list[Finding]:
     """Compare q with the posterior, in the way that its family allows: by densities, by chains, or by restarts."""
     findings: list[Finding] = []
     if weights.log_q is not None:

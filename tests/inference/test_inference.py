@@ -25,6 +25,7 @@ from scalabl_pyro.inference.mcmc import _FullData
 from scalabl_pyro.model.derivatives import gauss_newton
 from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.model.log_likelihood import LogLikelihood
+from scalabl_pyro.posterior.comparison import _warning
 from scalabl_pyro.training.svgd import SteinObjective
 
 QUIET = {"progress": False}
@@ -680,7 +681,9 @@ def test_the_best_prediction_stands_first_and_the_gaps_follow_the_formulas(prior
     assert table.index.tolist() == sorted(exact, key=lambda name: -exact[name].loo.sum())
     assert table.columns.tolist() == [
         *("elpd_loo", "se", "difference", "dse", "p_loo", "elbo", "pareto_k", "good_k", "bad_rows"),
+        *("target", "warning"),
     ]
+    assert table["target"].nunique() == 3 and (table["warning"] == "").all()
     assert table["good_k"].tolist() == [pytest.approx(1 - 1 / math.log10(400))] * 3
     assert (table["pareto_k"] < table["good_k"]).all()
     loo = {name: p.loo(rows, num_draws=400, seed=1) for name, p in posteriors.items()}
@@ -704,7 +707,76 @@ def test_a_point_has_no_loo_and_stands_last(priors, toy, exact):
     posteriors, rows = priors
     table = sp.compare({"point": posterior_of(toy, DeltaGuide(exact.mean)), **posteriors}, rows, num_draws=30)
     assert table.index[-1] == "point"
-    assert table.loc["point"].drop(["bad_rows", "good_k"]).isna().all() and table.loc["point", "bad_rows"] == 1
+    point = table.loc["point"]
+    assert point.drop(["bad_rows", "good_k", "target", "warning"]).isna().all() and point["bad_rows"] == 1
+    assert point["warning"] == "a point has no LOO"
+
+
+def two_chains(exact, shift=0.0, num_chains=2):
+    """Independent draws of the exact posterior, as chains would be after long; the second may lie elsewhere."""
+    q = dist.MultivariateNormal(exact.mean, exact.covariance)
+    z = torch.as_tensor(np.random.default_rng(1).normal(size=(200, 3)))
+    points = exact.mean + z @ q.scale_tril.T
+    return EmpiricalGuide({"s": torch.cat([points[:100], points[100:] + shift])}, num_chains=num_chains)
+
+
+def guides_of_one_target(exact):
+    mean, covariance = exact.mean, exact.covariance
+    mean_field = torch.diag(1 / torch.linalg.inv(covariance).diagonal())
+    guides = {"wide": (mean, 9 * covariance), "narrow": (mean, 0.2 * covariance), "exact": (mean, covariance)}
+    return {
+        **guides,
+        "mean field": (mean, mean_field),
+        "shifted": (mean + 2 * covariance.diagonal().sqrt(), covariance),
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_posteriors_of_one_target_are_ranked_by_the_elbo_and_chains_stand_first(toy, exact, seed):
+    """Their LOO is the same number, so its estimates differ by their errors alone."""
+    normals = guides_of_one_target(exact)
+    posteriors = {name: posterior_of(toy, normal_guide(*q)) for name, q in normals.items()}
+    posteriors["NUTS"] = posterior_of(toy, two_chains(exact))
+    posteriors["stuck"] = posterior_of(toy, two_chains(exact, shift=3.0))
+    table = sp.compare(posteriors, toy.rows, num_draws=100, seed=seed)
+    by_elbo = sorted(normals, key=lambda name: -toy.elbo(*normals[name]))
+    assert table.index.tolist() == ["NUTS", *by_elbo, "stuck"] and by_elbo[0] == "exact"
+    assert set(table["target"]) == {"A"}
+    assert table["difference"].iloc[1:].isna().all() and table["dse"].iloc[1:].isna().all()
+    assert table.loc["NUTS", ["difference", "dse"]].tolist() == [0, 0]
+    assert "r_hat" in table.loc["stuck", "warning"] and "pareto_k" not in table.loc["exact", "warning"]
+
+
+def test_targets_are_told_apart_by_factors_prior_and_task(toy, exact):
+    one, other = posterior_of(toy), posterior_of(toy, normal_guide(exact.mean, 2 * exact.covariance))
+    moved = replace(one, factors=tuple((A, B + 1e-3) for A, B in one.factors))
+    wider = replace(one, prior=posterior_of(LinearToy(3, correlation=0.3, prior=2.0)).prior)
+    posteriors = {"one": one, "other": other, "moved": moved, "wider": wider}
+    table = sp.compare(posteriors, toy.rows, num_draws=30)
+    assert table["target"].to_dict() == {"one": "A", "other": "A", "moved": "B", "wider": "C"}
+    firsts = table.groupby("target", sort=False)["elpd_loo"].first()
+    assert firsts.is_monotonic_decreasing
+    assert table.index.get_loc("one") + 1 == table.index.get_loc("other")
+
+
+def test_rows_that_are_not_to_be_relied_on_are_marked_and_logged(toy, exact, caplog):
+    far = posterior_of(toy, normal_guide(exact.mean + 4 * exact.covariance.diagonal().sqrt(), exact.covariance))
+    one_chain = posterior_of(toy, two_chains(exact, num_chains=1))
+    particles = posterior_of(toy, two_chains(exact, num_chains=None))
+    posteriors = {"fine": posterior_of(toy), "far": far, "one chain": one_chain, "particles": particles}
+    table = sp.compare(posteriors, toy.rows, num_draws=100)
+    warnings = table["warning"]
+    assert "pareto_k" in warnings["far"] and "above 0.50" in warnings["far"]
+    assert "not known to be converged" in warnings["one chain"] and "no density" in warnings["particles"]
+    assert "pareto_k" not in warnings["fine"]
+    logged = "\n".join(record.getMessage() for record in caplog.records)
+    assert all(f"{name}: {text}" in logged for name, text in warnings.items() if text)
+
+
+def test_a_negative_number_of_parameters_is_marked(toy):
+    weights = posterior_of(toy).log_weights(toy.rows, num_draws=30)
+    loo = replace(weights.loo(), p=-0.5)
+    assert "p_loo is negative" in _warning(weights, loo, None)
 
 
 @pytest.mark.parametrize("nothing", [{}, []], ids=repr)
