@@ -159,8 +159,8 @@ CLASSIFICATION: dict[str, Callable[[Array, Labels], float]] = {
 }
 
 
-#: Metrics without bootstrap intervals. Noise alone makes a calibration error positive, and a resample adds noise: nearly
-#: all resamples lie above the value, so a percentile interval would not contain it.
+#: Metrics without bootstrap intervals. Noise alone makes a calibration error positive, and a resample adds noise, so
+#: nearly all resamples lie above the value: a percentile interval would not contain it.
 WITHOUT_INTERVAL = ("ece", "adaptive_ece")
 
 

@@ -40,6 +40,18 @@ def posterior_group(sites: Mapping[str, Array], subspace: Subspace) -> xr.Datase
     return _with_draws(xr.Dataset(variables, coords=coords))
 
 
+def sample_stats_group(statistics: Mapping[str, Array]) -> xr.Dataset:
+    """Make a dataset with dims (chain, draw) from what a sampler recorded (chains, S).
+
+    Example:
+        >>> sample_stats_group({"diverging": np.zeros((2, 5))})["diverging"].dtype
+        dtype('bool')
+    """
+    kinds = {"diverging": bool, "tree_depth": int, "n_steps": int}
+    values = {name: np.asarray(value).astype(kinds.get(name, float)) for name, value in statistics.items()}
+    return _with_draws(xr.Dataset({name: (("chain", "draw"), value) for name, value in values.items()}))
+
+
 def per_row_group(name: str, values: Array) -> xr.Dataset:
     """Make a dataset of values (S, N) as ``name`` with dims (chain, draw, row).
 

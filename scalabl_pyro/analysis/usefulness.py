@@ -58,7 +58,7 @@ def _skill(loss: Array, baseline: Array, name: str) -> Finding:
 def _one_class(prediction: Prediction) -> Finding:
     counts = np.bincount(prediction.labels)
     value = float(counts.max() / counts.sum())
-    _, answers = np.unique(prediction.target, return_counts=True)
+    _, answers = np.unique(np.asarray(prediction.target), return_counts=True)
     if value < 1 or len(answers) == 1:
         return Finding("one_class", "ok", value, 1.0, "the most frequent prediction is not that of all rows.", "")
     is_serious = 1 - answers.max() / answers.sum() >= OTHER_ANSWERS

@@ -91,8 +91,8 @@ def check_width(log_joint: Array, log_q: Array) -> list[Finding]:
         what = "wide: its uncertainties are too large" if is_wide else "narrow: it is overconfident"
         cause = f"q is {ratio:.2g} times as wide as the posterior of the model, hence too {what}."
         advice = (
-            "The scales have not arrived: train longer, or raise lr_scale. laplace() sets them in one pass. A kl_weight "
-            "other than 1 moves them on purpose."
+            "The scales have not arrived: train longer, or raise lr_scale. laplace() sets them in one pass. A "
+            "kl_weight other than 1 moves them on purpose."
         )
         return [
             Finding("width", "error" if extreme else "warning", ratio, limit if is_wide else 1 / limit, cause, advice)

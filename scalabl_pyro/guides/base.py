@@ -144,6 +144,10 @@ class Guide(Program):
         """Return the MCMC chains that the guide holds, (chains, draws, ...) by site; None if it holds none."""
         return None
 
+    def statistics(self) -> dict[str, Tensor]:
+        """Return what an MCMC sampler recorded of each draw, (chains, draws) by name; empty if there is nothing."""
+        return {}
+
     def component_list(self) -> list["Guide"]:
         """Return the guides that the family is a mixture of; an empty list if it is not a mixture."""
         return []

@@ -1,5 +1,6 @@
 """Posterior given by points: MCMC draws, or particles."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -24,9 +25,11 @@ class EmpiricalGuide(Guide):
     Args:
         points: Points by latent site, each (K, ...). MCMC chains follow one another: first all draws of chain 0.
         num_chains: Number of chains that the points divide into; None if the points are not a chain, such as particles.
+        statistics: What the sampler recorded of each point, (K,) by name, such as ``"energy"``. ``to_arviz`` exports it
+            as ``sample_stats``.
 
     Raises:
-        ValueError: ``"s"`` is missing, sites differ in K, or ``num_chains`` does not divide K.
+        ValueError: ``"s"`` is missing, sites or statistics differ in K, or ``num_chains`` does not divide K.
 
     Example:
         >>> import torch
@@ -39,7 +42,13 @@ class EmpiricalGuide(Guide):
     per_example = False
     has_density = False
 
-    def __init__(self, points: dict[str, Tensor], *, num_chains: int | None = 1) -> None:
+    def __init__(
+        self,
+        points: dict[str, Tensor],
+        *,
+        num_chains: int | None = 1,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         if num_chains is not None:
             check_count(num_chains=num_chains)
@@ -53,6 +62,17 @@ class EmpiricalGuide(Guide):
         self.num_chains = num_chains
         for name, value in points.items():
             setattr(self, f"points_{name}", nn.Parameter(value.detach().clone(), requires_grad=False))
+        self.recorded = tuple(statistics or {})
+        for name, value in (statistics or {}).items():
+            if value.shape != (len(self),):
+                raise ValueError(
+                    f"The statistic {name!r} has shape {tuple(value.shape)}: expected one number per point."
+                )
+            setattr(
+                self,
+                f"statistic_{name}",
+                nn.Parameter(value.detach().to(points["s"].dtype, copy=True), requires_grad=False),
+            )
 
     def __len__(self) -> int:
         return len(self.points("s"))
@@ -70,6 +90,13 @@ class EmpiricalGuide(Guide):
         if self.num_chains is None:
             return None
         return {name: self.points(name).detach().unflatten(0, (self.num_chains, -1)) for name in self.sites}
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return what the sampler recorded, (chains, draws) by name; empty if it recorded nothing."""
+        return {
+            name: getattr(self, f"statistic_{name}").detach().unflatten(0, (self.num_chains or 1, -1))
+            for name in self.recorded
+        }
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample one point at random, with replacement."""
@@ -91,21 +118,27 @@ class EmpiricalGuide(Guide):
         return {name: self.points(name).mean(0) for name in self.sites}
 
     def options(self) -> dict[str, Any]:
-        """Return the shape of each site, and the number of chains."""
-        return {"num_chains": self.num_chains, "shapes": {name: list(self.points(name).shape) for name in self.sites}}
+        """Return the shape of each site, the number of chains, and the names of the statistics if there are any."""
+        shapes = {name: list(self.points(name).shape) for name in self.sites}
+        options: dict[str, Any] = {"num_chains": self.num_chains, "shapes": shapes}
+        return options | ({"statistics": list(self.recorded)} if self.recorded else {})
 
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "EmpiricalGuide":
         """Rebuild the family; the caller fills its points.
 
         Raises:
-            ValueError: The shapes are not lists of positive whole numbers, or too large.
+            ValueError: The shapes are not lists of positive whole numbers, or too large, or names are not texts.
         """
         shapes = options.get("shapes")
         if not isinstance(shapes, dict) or not all(_is_shape(shape) for shape in shapes.values()):
             raise ValueError(f"shapes={shapes!r} must map each site to its shape, a list of positive whole numbers.")
+        names = options.get("statistics", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) and name.isidentifier() for name in names):
+            raise ValueError(f"statistics={names!r} must be a list of names.")
         points = {str(name): torch.zeros(shape) for name, shape in shapes.items()}
-        return cls(points, num_chains=options.get("num_chains", 1))
+        statistics = {name: torch.zeros(len(points["s"])) for name in names} if "s" in points else {}
+        return cls(points, num_chains=options.get("num_chains", 1), statistics=statistics)
 
 
 def _is_shape(shape: Any) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pyro
 import torch
 from arviz_stats.base import array_stats
-from pyro.infer import MCMC, NUTS
+from pyro.infer import MCMC
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from ..model.log_likelihood import LogLikelihood
 from ..posterior.posterior import Posterior
 from ..priors import Prior
 from ..priors.sites import prior_sites
+from .recording_nuts import RecordingNUTS
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def mcmc(
 
     Returns:
         A posterior whose draws are those of the chains. Its provenance holds the largest ``r_hat``, the smallest
-        ``ess`` and the number of ``divergences``. ``to_arviz()`` keeps the chains apart.
+        ``ess`` and the number of ``divergences``. ``to_arviz()`` keeps the chains apart, and exports energy, acceptance
+        rate, step size, tree depth and divergence of each draw as ``sample_stats``.
 
     Raises:
         ValueError: ``data`` yields batches instead of rows, the prior has a discrete site, or an option is outside its
@@ -96,12 +98,12 @@ def mcmc(
     program = _FullData(posterior.prior, _full_likelihood(posterior, data, batch_size))
     start = {name: value.detach() for name, value in _means(posterior).items()}
     chains: list[dict[str, Tensor]] = []
-    divergences = 0
+    statistics: list[dict[str, Tensor]] = []
     with local_params(), torch.enable_grad():
         for chain in range(num_chains):
             with scoped_seed(seed + chain):
                 jittered = {name: _jittered(posterior.prior, name, value, jitter) for name, value in start.items()}
-                kernel = NUTS(
+                kernel = RecordingNUTS(
                     program,
                     init_strategy=init_to_value(values=jittered),
                     max_tree_depth=max_tree_depth,
@@ -111,12 +113,13 @@ def mcmc(
                 sampler = MCMC(kernel, num_samples, warmup_steps=warmup_steps, disable_progbar=not progress)
                 sampler.run()
             chains.append({k: v.detach().cpu() for k, v in sampler.get_samples().items()})
-            divergences += len(sampler.diagnostics().get("divergences", {}).get("chain 0", []))
+            statistics.append(kernel.statistics())
+    divergences = int(sum(chain["diverging"].sum().item() for chain in statistics))
     if divergences:
         logger.warning("%d of %d transitions diverged: raise target_accept", divergences, num_chains * num_samples)
     return replace(
         posterior,
-        guide=EmpiricalGuide({n: torch.cat([c[n] for c in chains]) for n in chains[0]}, num_chains=num_chains),
+        guide=EmpiricalGuide(_joined(chains), num_chains=num_chains, statistics=_joined(statistics)),
         provenance={
             **posterior.provenance,
             "method": "NUTS",
@@ -146,6 +149,10 @@ class _FullData:
     def __call__(self) -> None:
         s = self.prior()
         pyro.factor("log_likelihood", self.likelihood(s))
+
+
+def _joined(chains: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([chain[name] for chain in chains]) for name in chains[0]}
 
 
 def _means(posterior: Posterior) -> dict[str, Tensor]:

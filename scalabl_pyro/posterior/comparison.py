@@ -106,7 +106,7 @@ def _warning(weights: LogWeights, loo: LOO, chains: Finding | None) -> str:
         found.append(f"pareto_k {k:.2f} is above {threshold:.2f}: the weights p / q are unreliable, and LOO with them")
     if chains is not None and chains.severity != "ok":
         found.append(
-            "one chain: not known to be converged" if np.isnan(chains.value) else f"r_hat is {chains.value:.2f}"
+            "not known to be converged: it has no R-hat" if np.isnan(chains.value) else f"r_hat is {chains.value:.2f}"
         )
     if weights.log_q is None and chains is None:
         found.append("no density, hence no ELBO: LOO takes the draws for draws of the exact posterior")

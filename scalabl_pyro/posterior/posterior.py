@@ -259,20 +259,44 @@ class Posterior(PosteriorState):
         return pd.DataFrame(rows, columns=["rms_mean", "rms_sd"], index=pd.Index(self.subspace.names, name="layer"))
 
     def to_arviz(
-        self, *, num_draws: int = 500, seed: int = 0, prediction: Prediction | NumericPrediction | None = None
+        self,
+        *,
+        num_draws: int = 500,
+        seed: int = 0,
+        prediction: Prediction | NumericPrediction | None = None,
+        prior: bool = False,
+        prior_prediction: Prediction | NumericPrediction | None = None,
     ) -> Any:
         """Export draws to ArviZ: ``InferenceData`` with arviz 0.x, ``xarray.DataTree`` with arviz 1.x.
 
+        Draws of :func:`scalabl_pyro.mcmc` are exported whole, chain by chain, with the group ``sample_stats``: energy,
+        divergences, acceptance rate, step size and tree depth of each draw.
+
         Args:
-            num_draws: Number of draws in the group ``posterior``.
+            num_draws: Number of draws in the groups ``posterior`` and ``prior``.
             seed: Seed of the draws. Simulated answers use a seed derived from it.
             prediction: Prediction that adds, for its rows and draws, the group ``posterior_predictive``, and where the
                 answers are known ``log_likelihood`` and ``observed_data``.
+            prior: Whether to add the group ``prior``, draws of the prior of s.
+            prior_prediction: Result of :meth:`prior_predictive`, which adds the group ``prior_predictive``. With the
+                same seed, its draw i is draw i of ``prior``.
+
+        Raises:
+            TypeError: If ``prior`` is not a bool.
 
         Example:
             >>> az.summary(posterior.to_arviz(num_draws=500))
         """
-        return as_arviz(self, num_draws=num_draws, seed=seed, prediction=prediction)
+        if not isinstance(prior, bool):
+            raise TypeError(f"prior={prior!r}: expected True or False. The prior itself is that of the posterior.")
+        return as_arviz(
+            self,
+            num_draws=num_draws,
+            seed=seed,
+            prediction=prediction,
+            prior=prior,
+            prior_prediction=prior_prediction,
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write safetensors and JSON to a directory; see :mod:`scalabl_pyro.posterior.serialization`.

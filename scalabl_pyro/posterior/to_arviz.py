@@ -8,15 +8,30 @@ import xarray as xr
 from .._process.random_state import derive_seed
 from .._version import __version__
 from ..analysis import arviz_data
+from ..prediction.draws import sample_prior_sites
 from ..prediction.result import NumericPrediction, Prediction
 from .state import PosteriorState
 
 
 def as_arviz(
-    posterior: PosteriorState, *, num_draws: int, seed: int, prediction: Prediction | NumericPrediction | None
+    posterior: PosteriorState,
+    *,
+    num_draws: int,
+    seed: int,
+    prediction: Prediction | NumericPrediction | None,
+    prior: bool,
+    prior_prediction: Prediction | NumericPrediction | None,
 ) -> Any:
-    """Export draws and a prediction; see :meth:`scalabl_pyro.Posterior.to_arviz`."""
+    """Export draws and predictions; see :meth:`scalabl_pyro.Posterior.to_arviz`."""
     groups = {"posterior": _posterior_group(posterior, num_draws, seed)}
+    if statistics := posterior.guide.statistics():
+        groups["sample_stats"] = arviz_data.sample_stats_group({k: v.numpy() for k, v in statistics.items()})
+    if prior:
+        sites = sample_prior_sites(posterior.prior, max(num_draws, 1), seed=seed)
+        arrays = {name: value.unsqueeze(0).numpy() for name, value in sites.items()}
+        groups["prior"] = arviz_data.posterior_group(arrays, posterior.subspace)
+    if prior_prediction is not None:
+        groups["prior_predictive"] = arviz_data.per_row_group("label", _replicate(prior_prediction, seed))
     if prediction is not None:
         groups["posterior_predictive"] = arviz_data.per_row_group("label", _replicate(prediction, seed))
         if prediction.target is not None:
@@ -39,7 +54,8 @@ def as_arviz(
 
 def _posterior_group(posterior: PosteriorState, num_draws: int, seed: int) -> xr.Dataset:
     chains = posterior.guide.chains()
-    if chains is not None and len(chains["s"]) > 1:  # several MCMC chains: all their draws
+    # All draws of several chains, or of a sampler that recorded statistics of each, in their order.
+    if chains is not None and (len(chains["s"]) > 1 or posterior.guide.statistics()):
         sites = {name: value.numpy() for name, value in chains.items()}
     else:
         sites = {k: v.unsqueeze(0).numpy() for k, v in posterior.sample(num_draws, seed=seed).sites.items()}

@@ -75,6 +75,13 @@ def sample_prior(prior: Prior, num_draws: int, *, seed: int) -> Tensor:
         return torch.stack([prior() for _ in range(num_draws)])
 
 
+def sample_prior_sites(prior: Prior, num_draws: int, *, seed: int) -> dict[str, Tensor]:
+    """Draw all latent sites from the prior, each (S, ...); ``"s"`` is the same as in :func:`sample_prior`."""
+    with torch.no_grad(), local_params(), scoped_seed(seed):
+        traces = [poutine.trace(prior).get_trace() for _ in range(num_draws)]
+    return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in traces[0].stochastic_nodes}
+
+
 def log_prior(prior: Prior, draws: Draws) -> Tensor:
     """Compute the log density (S,) of each draw of all latent sites under the prior."""
     values = []

@@ -203,7 +203,7 @@ class NumericPrediction(Summarized):
 
     @property
     def epistemic_corrected(self) -> Array:
-        """(N,) unbiased estimate of the variance of the mean over the posterior (divided by S - 1); NaN for one draw."""
+        """(N,) unbiased variance of the draws' means over the whole posterior (divided by S - 1); NaN for one draw."""
         if len(self.means) < 2:
             return np.full(self.means.shape[1], np.nan)
         return self.means.var(0, ddof=1)

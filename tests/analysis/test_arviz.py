@@ -18,6 +18,8 @@ from pyro.infer import autoguide
 
 import scalabl_pyro as sp
 from scalabl_pyro.analysis import arviz_data
+from scalabl_pyro.guides import EmpiricalGuide
+from scalabl_pyro.prediction.draws import sample_prior
 from scalabl_pyro.priors import Prior
 
 with warnings.catch_warnings():
@@ -279,6 +281,65 @@ def test_regression_without_answers_has_no_likelihood(regression):
     posterior, prediction = regression
     unknown = dataclasses.replace(prediction, target=None, log_density=None)
     assert groups(posterior.to_arviz(num_draws=2, prediction=unknown)) == {"posterior", "posterior_predictive"}
+
+
+# the prior --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generation", [0, 1])
+def test_prior_groups_come_on_request_in_both_generations(posterior, prediction, generation, monkeypatch):
+    if GENERATION == 1 and generation == 0:
+        pytest.skip("InferenceData is not installed")
+    monkeypatch.setattr(arviz_data, "arviz_version", lambda: (generation, 23))
+    of_prior = posterior.prior_predictive(ROWS, num_draws=7, seed=3)
+    idata = posterior.to_arviz(num_draws=7, seed=3, prediction=prediction, prior=True, prior_prediction=of_prior)
+    names = set(idata.groups()) if generation == 0 else {name.lstrip("/") for name in idata.groups} - {""}
+    assert names == {
+        *("posterior", "posterior_predictive", "log_likelihood", "observed_data"),
+        *("prior", "prior_predictive"),
+    }
+    prior, answers = dataset(idata, "prior")["s"], dataset(idata, "prior_predictive")["label"]
+    assert prior.dims == dataset(idata, "posterior")["s"].dims and prior.sizes["draw"] == 7
+    np.testing.assert_array_equal(
+        prior.values.reshape(7, -1), sample_prior(posterior.prior, 7, seed=3).numpy()
+    )  # so that draw i of both groups is the same function
+    assert answers.shape == (1, 7, len(ROWS)) and set(np.unique(answers)) <= set(range(4))
+
+
+def test_all_sites_of_a_prior_are_in_its_group():
+    blora = sp.bayesian_lora(tiny.causal_lm(), prior=Hierarchical())
+    options = {"guide": autoguide.AutoNormal, "num_steps": 1, "progress": False}
+    posterior = sp.fit(blora, sp.MultipleChoice(tiny.tokenizer()), ROWS, **options).posterior
+    group = dataset(posterior.to_arviz(num_draws=5, prior=True), "prior")
+    assert set(group.data_vars) == {"global_scale", "halves", "s"} and group.sizes["draw"] == 5
+    assert (group["global_scale"].values > 0).all()
+
+
+def test_the_prior_is_asked_for_by_a_switch(posterior):
+    with pytest.raises(TypeError, match="prior=3: expected True or False"):
+        posterior.to_arviz(num_draws=2, prior=3)
+
+
+@pytest.mark.parametrize("num_chains", [1, 2])
+def test_statistics_of_a_sampler_stand_beside_its_draws_in_their_order(posterior, num_chains):
+    """Draws of one chain are not shuffled: each number belongs to its draw, and energies to their predecessors."""
+    points = torch.randn(12, posterior.subspace.dim, generator=torch.Generator().manual_seed(0))
+    statistics = {"energy": torch.arange(12.0), "diverging": torch.arange(12) % 5 == 4}
+    guide = EmpiricalGuide({"s": points}, num_chains=num_chains, statistics=statistics)
+    idata = dataclasses.replace(posterior, guide=guide).to_arviz(num_draws=3)
+    stats, s = dataset(idata, "sample_stats"), dataset(idata, "posterior")["s"]
+    np.testing.assert_array_equal(s.values.reshape(12, -1), points.numpy())
+    assert stats["energy"].values.tolist() == np.arange(12).reshape(num_chains, -1).tolist()
+    assert stats["diverging"].dtype == bool and stats["diverging"].values.sum() == 2
+    steps = np.diff(stats["energy"].values, axis=1) ** 2
+    expected = steps.sum(1) / 12 * num_chains / stats["energy"].values.var(axis=1)
+    if GENERATION == 0:
+        np.testing.assert_allclose(az.bfmi(idata), expected, rtol=0.3)  # ArviZ reads it; it divides by N - 1
+
+
+def test_statistics_are_one_number_per_draw():
+    with pytest.raises(ValueError, match=r"'energy' has shape \(3,\): expected one number per point"):
+        EmpiricalGuide({"s": torch.zeros(4, 2)}, statistics={"energy": torch.zeros(3)})
 
 
 # what users call --------------------------------------------------------------------------------------------

@@ -380,7 +380,7 @@ def test_the_sentence_names_what_could_not_be_computed():
 
 
 def whitened(kind, dim, seed):
-    """Location, scale and precision of the posterior beside a q that is wrong in one way, for q = N(0, 1) in ``dim``."""
+    """Location and precision of the posterior beside a q = N(0, 1) that is wrong in one way."""
     sign = np.sign(np.random.default_rng(seed).normal(size=dim))
     loc, precision = np.zeros(dim), np.eye(dim)
     if kind == "shifted":

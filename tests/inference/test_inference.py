@@ -13,15 +13,18 @@ import torch
 from arviz_stats.base import array_stats
 from gaussians import normal_guide, posterior_of, solve
 from pyro import poutine
+from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoNormal
 from scipy.optimize import minimize_scalar
 from toys import NOISE, PRIOR_SCALE, LinearGaussian, LinearToy
 
 import scalabl_pyro as sp
+from scalabl_pyro._process.random_state import scoped_seed
 from scalabl_pyro.data import collate, encode, evaluation_batches
 from scalabl_pyro.guides import DeltaGuide, EmpiricalGuide, FlowGuide, MixtureGuide, NormalGuide, ParticleGuide
 from scalabl_pyro.inference.evidence import scale_of_largest_evidence
 from scalabl_pyro.inference.mcmc import _FullData
+from scalabl_pyro.inference.recording_nuts import RecordingNUTS
 from scalabl_pyro.model.derivatives import gauss_newton
 from scalabl_pyro.model.joint import TaskModel
 from scalabl_pyro.model.log_likelihood import LogLikelihood
@@ -352,12 +355,64 @@ def test_arviz_gets_the_chains_and_a_posterior_each_draw_once(chains):
     assert torch.equal(drawn.sort(0).values, points.sort(0).values) and not torch.equal(drawn, points)
 
 
+def test_arviz_gets_the_statistics_of_each_transition(chains, toy):
+    idata = chains.to_arviz()
+    stats, s = idata["sample_stats"], idata["posterior"]["s"].values.reshape(2, 250, 3)
+    kinds = {name: variable.dtype.kind for name, variable in stats.data_vars.items()}
+    names = {"lp": "f", "energy": "f", "acceptance_rate": "f", "step_size": "f", "tree_depth": "i", "n_steps": "i"}
+    assert kinds == {**names, "diverging": "b"}
+    # Of a draw with an unbounded prior, lp is the joint density, exactly; the kinetic energy is positive.
+    prior = dist.Normal(0.0, torch.tensor(PRIOR_SCALE).double())
+    joint = torch.as_tensor(s) @ toy.features.T
+    joint = dist.Normal(joint, NOISE).log_prob(toy.y).sum(-1) + prior.log_prob(torch.as_tensor(s)).sum(-1)
+    np.testing.assert_allclose(stats["lp"].values, joint.numpy(), rtol=1e-6)
+    assert (stats["energy"].values + stats["lp"].values > 0).all()
+    kinetic = stats["energy"].values + stats["lp"].values  # half a chi-squared of three degrees of freedom
+    assert kinetic.mean() == pytest.approx(1.5, abs=5 * math.sqrt(1.5 / kinetic.size))
+    assert not stats["diverging"].values.any() and (stats["step_size"].values > 0).all()
+    assert ((stats["acceptance_rate"].values > 0) & (stats["acceptance_rate"].values <= 1)).all()
+    assert abs(stats["acceptance_rate"].values.mean() - 0.8) < 0.15  # what the step size was adapted to
+    steps, depth = stats["n_steps"].values, stats["tree_depth"].values
+    assert (steps < 2**depth).all() and (steps >= 1).all()
+    assert (stats["step_size"].values == stats["step_size"].values[:, :1]).all()
+
+
+def test_the_record_changes_no_draw_of_pyros_sampler():
+    def draws(kind):
+        with pyro.settings.context(module_local_params=True), scoped_seed(3):
+            kernel = kind(potential_fn=lambda z: 0.5 * (z["s"] ** 2).sum(), max_tree_depth=4)
+            sampler = MCMC(kernel, 20, warmup_steps=10, initial_params={"s": torch.ones(2)}, disable_progbar=True)
+            sampler.run()
+            return sampler.get_samples()["s"], kernel
+
+    (recorded, kernel), (plain, _) = draws(RecordingNUTS), draws(NUTS)
+    assert torch.equal(recorded, plain)
+    assert kernel.statistics()["lp"].numpy() == pytest.approx(-0.5 * recorded.double().square().sum(1).numpy())
+
+
+def test_divergences_are_counted_and_marked():
+    """A funnel with a step size that is far too large for its neck."""
+
+    def potential(z):
+        return 0.5 * (z["v"] ** 2 / 9 + (z["x"] ** 2 * (-z["v"]).exp()).sum() + 9 * z["v"]).sum()
+
+    with scoped_seed(0):
+        kernel = RecordingNUTS(potential_fn=potential, step_size=2.0, adapt_step_size=False, max_tree_depth=5)
+        start = {"v": torch.full((1,), -2.0), "x": torch.full((9,), 0.1)}
+        sampler = MCMC(kernel, 60, warmup_steps=1, initial_params=start, disable_progbar=True)
+        sampler.run()
+    marked = kernel.statistics()["diverging"].nonzero()[:, 0].tolist()
+    assert marked == sampler.diagnostics()["divergences"]["chain 0"] and marked
+
+
 def test_chains_are_saved_and_loaded(fitted, tmp_path):
     options = {"num_samples": 4, "warmup_steps": 1, "max_tree_depth": 2, "batch_size": 48, **QUIET}
     new = sp.mcmc(fitted.posterior, tiny.question_rows(48), **options)
     new.save_pretrained(tmp_path / "p")
     loaded = sp.Posterior.from_pretrained(tiny.causal_lm(), tmp_path / "p")
     assert loaded.guide.num_chains == 2 and torch.equal(loaded.guide.points("s"), new.guide.points("s"))
+    saved, read = new.guide.statistics(), loaded.guide.statistics()
+    assert saved.keys() == read.keys() and all(torch.equal(saved[name], read[name]) for name in saved)
     assert loaded.provenance == new.provenance
     rows = tiny.question_rows(5)
     np.testing.assert_array_equal(loaded.predict(rows).log_probs, new.predict(rows).log_probs)

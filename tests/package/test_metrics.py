@@ -338,7 +338,7 @@ def test_bootstrap_of_rows_that_are_all_alike_has_no_width():
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
 def test_a_bootstrap_interval_contains_its_own_value_or_is_left_out(name):
-    """The calibration errors of resamples of a calibrated model lie above the value: no interval is better than that."""
+    """The calibration errors of resamples of a calibrated model lie above the value: no interval is better."""
     for rows in (60, 400):
         column = classification_report(*many(rows), bootstrap=200)[name]
         left_out = column[["low", "high"]].isna().all()
