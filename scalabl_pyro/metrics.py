@@ -230,13 +230,8 @@ def report(
     if bootstrap:
         picks = np.random.default_rng(seed).integers(num_rows, size=(bootstrap, num_rows))
         resamples = pd.DataFrame([scores(rows) for rows in picks])
-        for name, p, rounding in (("low", (1 - level) / 2, "lower"), ("high", (1 + level) / 2, "higher")):
-            # Between two infinite values nothing can be interpolated: take the resample outside.
-            with np.errstate(invalid="ignore"):
-                bound = resamples.quantile(p)
-            table[name] = bound.where(
-                ~np.isinf(resamples).any(), resamples.quantile(p, interpolation=rounding)
-            ).to_dict()
+        tails = (("low", (1 - level) / 2), ("high", (1 + level) / 2))
+        table |= {name: {k: _quantile(resamples[k].to_numpy(), p) for k in resamples} for name, p in tails}
     return pd.DataFrame.from_dict(table, orient="index")
 
 
@@ -253,6 +248,17 @@ def reliability(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> pd
     frame = pd.DataFrame({"bin": bins, "confidence": confidence, "accuracy": correct.astype(float)})
     grouped = frame.groupby("bin")
     return grouped.mean().assign(count=grouped.size())
+
+
+def _quantile(values: Array, p: float) -> float:
+    """The quantile of values without NaN. Where some are infinite it is one of them: they cannot be interpolated."""
+    known = np.sort(values[~np.isnan(values)])
+    if len(known) == 0:
+        return float("nan")
+    if np.isinf(known).any():
+        place = p * (len(known) - 1)
+        return float(known[int(np.floor(place) if p < 0.5 else np.ceil(place))])
+    return float(np.quantile(known, p))
 
 
 def _mean_nll(log_likelihood: Array) -> float:

@@ -47,8 +47,10 @@ def sample_stats_group(statistics: Mapping[str, Array]) -> xr.Dataset:
         >>> sample_stats_group({"diverging": np.zeros((2, 5))})["diverging"].dtype
         dtype('bool')
     """
-    kinds = {"diverging": bool, "tree_depth": int, "n_steps": int}
-    values = {name: np.asarray(value).astype(kinds.get(name, float)) for name, value in statistics.items()}
+    kinds: dict[str, type] = {"diverging": bool, "tree_depth": int, "n_steps": int}
+    values: dict[str, Array] = {
+        name: np.asarray(value).astype(kinds.get(name, float)) for name, value in statistics.items()
+    }
     return _with_draws(xr.Dataset({name: (("chain", "draw"), value) for name, value in values.items()}))
 
 

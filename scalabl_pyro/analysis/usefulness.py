@@ -33,7 +33,7 @@ def _loss_of_frequencies(prediction: Prediction) -> Array:
     """NLL (N,) of the class frequencies of the rows, shared out among the choices that each row has."""
     target = np.asarray(prediction.target)
     frequencies = np.bincount(target, minlength=prediction.log_probs.shape[-1]) / len(target)
-    has_choice = (prediction.log_probs > -np.inf).any(0)
+    has_choice: Array = np.any(prediction.log_probs > -np.inf, axis=0)
     has_choice[np.arange(len(target)), target] = True
     return np.log((has_choice * frequencies).sum(1)) - np.log(frequencies[target])
 

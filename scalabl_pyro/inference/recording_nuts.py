@@ -33,7 +33,7 @@ class RecordingNUTS(NUTS):
     def sample(self, params: Mapping[str, Tensor]) -> Any:
         """Take one transition and record it."""
         self._leaves, self._accepted, self._depth = {}, [], 0
-        is_kept, divergences, step_size = self._t >= self._warmup_steps, len(self._divergences), self.step_size
+        is_kept, divergences, step_size = self._t >= (self._warmup_steps or 0), len(self._divergences), self.step_size
         draw = super().sample(params)
         if is_kept:
             position, potential, _ = self._fetch_from_cache()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -78,7 +79,7 @@ def sample_prior(prior: Prior, num_draws: int, *, seed: int) -> Tensor:
 def sample_prior_sites(prior: Prior, num_draws: int, *, seed: int) -> dict[str, Tensor]:
     """Draw all latent sites from the prior, each (S, ...); ``"s"`` is the same as in :func:`sample_prior`."""
     with torch.no_grad(), local_params(), scoped_seed(seed):
-        traces = [poutine.trace(prior).get_trace() for _ in range(num_draws)]
+        traces: list[Any] = [poutine.trace(prior).get_trace() for _ in range(num_draws)]
     return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in traces[0].stochastic_nodes}
 
 
