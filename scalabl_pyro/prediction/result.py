@@ -70,21 +70,15 @@ class Prediction(Summarized):
     def epistemic(self) -> Array:
         """(N,) mutual information of answer and draw, nats: the part that comes from draws that disagree.
 
-        S draws show less disagreement than the whole posterior. The bias of ``total`` and ``epistemic`` is
-        -sum_c Var(p_c) / (2 S E p_c) + O(1 / S^2), with the variance of the probability of class c over draws. To the
-        same order the epistemic part is too small by the factor 1 - 1 / S: by 10 % at 10 draws. It never exceeds log S.
-        ``aleatoric`` is unbiased. :attr:`epistemic_corrected` leaves a bias of order 1 / S^2.
+        It is low at few draws, and so is ``total``: the bias is -sum_c Var(p_c) / (2 S E p_c) + O(1 / S^2), a factor
+        1 - 1 / S to this order, 10 % at 10 draws. :attr:`epistemic_corrected` has a bias of order 1 / S^2 only.
         """
         return np.maximum(self.total - self.aleatoric, 0.0)
 
     @property
     def epistemic_corrected(self) -> Array:
-        """(N,) :attr:`epistemic` with its bias of order 1 / S removed by the jackknife over draws; NaN for one draw.
-
-        ``epistemic_corrected + aleatoric`` is the corrected total. Its Monte Carlo error is a little larger.
-        """
-        probs = np.exp(self.log_probs, dtype=np.float64)
-        return np.maximum(jackknife_entropy(probs) - self.aleatoric, 0.0)
+        """(N,) :attr:`epistemic` with its bias of order 1 / S removed by the jackknife over draws; NaN for one draw."""
+        return np.maximum(jackknife_entropy(np.exp(self.log_probs, dtype=np.float64)) - self.aleatoric, 0.0)
 
     @property
     def log_likelihood(self) -> Array:
@@ -194,19 +188,13 @@ class NumericPrediction(Summarized):
 
     @property
     def epistemic(self) -> Array:
-        """(N,) variance of the draws' means over the S draws, which makes ``total`` the variance of the mixture.
-
-        As an estimate of the variance over the whole posterior it is too small by exactly the factor 1 - 1 / S: by 10 %
-        at 10 draws. :attr:`epistemic_corrected` is unbiased; so is ``aleatoric``.
-        """
+        """(N,) variance of the S draws' means. That over the posterior is 1 / (1 - 1 / S) times as large on average."""
         return self.means.var(0)
 
     @property
     def epistemic_corrected(self) -> Array:
         """(N,) unbiased variance of the draws' means over the whole posterior (divided by S - 1); NaN for one draw."""
-        if len(self.means) < 2:
-            return np.full(self.means.shape[1], np.nan)
-        return self.means.var(0, ddof=1)
+        return self.means.var(0, ddof=1) if len(self.means) > 1 else np.full(self.means.shape[1], np.nan)
 
     @property
     def log_likelihood(self) -> Array:
