@@ -66,7 +66,7 @@ def trec(folder: Path, split: str) -> list[dict]:
     """
     file = f"trec_{split}.jsonl"
     if not (found := [*folder.glob(file), *folder.glob(f"*/{file}")]):
-        raise SystemExit(f"There is no {file} in {folder} nor in the folders right below it.")
+        raise SystemExit(f"{folder} does not contain {file}, and the folders directly below it do not either.")
     return [dict(row) for row in read_rows(found[0])]
 
 

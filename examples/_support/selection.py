@@ -46,7 +46,7 @@ def threshold(
         The threshold; -inf if no row may be answered.
 
     Raises:
-        ValueError: There are no rows, the lengths differ, or risk or delta lies outside (0, 1).
+        ValueError: No rows are given, the lengths differ, or risk or delta lies outside (0, 1).
     """
     uncertainty, wrong = np.asarray(uncertainty), np.asarray(wrong, dtype=bool)
     if uncertainty.ndim != 1 or uncertainty.shape != wrong.shape or len(wrong) == 0:

@@ -177,7 +177,7 @@ class NoisePrior(Prior):
         super().__init__()
         self._means = [
             A for A, _ in adapter.factors()
-        ]  # a list, so that they are no parameters of the prior: they are trained as factors
+        ]  # a list, so that they are not parameters of the prior: they are trained as factors
         self.scale_of_A = scale
 
     def forward(self) -> Tensor:

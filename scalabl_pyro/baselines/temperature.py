@@ -167,7 +167,7 @@ class TemperatureScaled(DerivedPredictor):
         return apply_temperature(self.base.predict(data, seed=seed, **options), self.temperature)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the base, and the temperature next to it. :func:`scalabl_pyro.baselines.load` reads it."""
+        """Save the base predictor and the temperature. :func:`scalabl_pyro.baselines.load` reads both."""
         options = {"temperature": self.temperature, "provenance": dict(self.provenance)}
         saving.save(path, self.kind, options, children={"base": self.base})
 
@@ -185,7 +185,7 @@ class TemperatureScaled(DerivedPredictor):
 def _log_probs(prediction: Prediction | NumericPrediction) -> NDArray[np.float64]:
     if not isinstance(prediction, Prediction):
         raise TypeError(
-            f"Temperature scaling needs a Prediction of classes, but this is a {type(prediction).__name__}: a "
-            "likelihood over numbers has a scale of its own, which training learns."
+            f"Temperature scaling needs a Prediction of classes, but this is a {type(prediction).__name__}. "
+            "Do not scale predictions of numbers: training has already learned the scale of their noise."
         )
     return prediction.log_probs.astype(np.float64)

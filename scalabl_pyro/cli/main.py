@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after ``python -m scalabl_pyro``; by default those of the process.
 
     Returns:
-        Exit status: 0 if there is no problem, 1 if there is one. Invalid arguments end the process with status 2.
+        Exit status: 0 if no problem was found, 1 otherwise. Invalid arguments end the process with status 2.
 
     Example:
         >>> main(["doctor", "my_posterior"])

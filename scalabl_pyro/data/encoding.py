@@ -72,7 +72,7 @@ def _check_example(example: Example, row: Row, where: str, *, need_target: bool)
 
 
 def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> None:
-    """Check that ``llm`` has an embedding for every token. A GPU cannot be used any more after an unknown token.
+    """Check that ``llm`` has an embedding for every token. On a GPU, an unknown token breaks all later CUDA calls.
 
     Args:
         examples: Tokenized rows.

@@ -31,7 +31,7 @@ def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **loa
     Raises:
         FileNotFoundError: The ``.jsonl`` file does not exist.
         TypeError: ``source`` is a single dict, or is not iterable.
-        ValueError: A line is not a JSON object, or there are no rows.
+        ValueError: A line is not a JSON object, or the data has no rows.
 
     Example:
         >>> import pathlib, tempfile

@@ -205,7 +205,7 @@ class Cycle:
             self(self.count)
         if self.position() != dict(position):
             raise ValueError(
-                f"train_data does not give the {position['count']} batches again that the run was trained on. "
+                f"train_data does not repeat the first {position['count']} batches of the run that is resumed. "
                 "Possible causes: other data, an iterator that was used before, or an order that depends on more than "
                 "the seed. To resume, pass rows, or a loader that yields the same batches at each program start: "
                 "give it a seeded generator=, or let it shuffle by torch's global generator (fit seeds it)."

@@ -127,16 +127,16 @@ class AutoFamily(Guide):
 
 
 class AutoInstance(Guide):
-    """An AutoGuide that the caller built on the prior: ``AutoNormal(blora.prior, init_scale=0.1)``.
+    """An AutoGuide of Pyro that you built on the prior yourself: ``AutoNormal(blora.prior, init_scale=0.1)``.
 
     Training changes this instance. A saved posterior does not contain the arguments of the AutoGuide, so load it with
     ``from_pretrained(..., guide=lambda blora: AutoNormal(blora.prior, init_scale=0.1))``.
 
     Args:
-        auto: AutoGuide instance. If it has not been called yet, its model must not need arguments.
+        auto: AutoGuide instance. Unless it was called before, its model must not need arguments; a prior needs none.
 
     Raises:
-        ValueError: The class needs the likelihood, or the model needs arguments.
+        ValueError: This class of AutoGuide needs the likelihood too, or the model of ``auto`` needs arguments.
 
     Example:
         >>> from pyro.infer.autoguide import AutoNormal
@@ -168,7 +168,7 @@ class AutoInstance(Guide):
                 ) from error
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Sample the latent sites; return s, or all sites by name where there is no s."""
+        """Sample the latent sites; return s, or all sites by name if none of them is s."""
         values = self.auto()
         return values.get("s", values)
 

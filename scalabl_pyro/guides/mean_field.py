@@ -118,7 +118,7 @@ class WithHyperparameters(Guide):
         return {**self.hyperparameters.mean(), **self.of_s.mean()}
 
     def location(self) -> nn.Parameter | None:
-        """Return the location of the guide for s (D,)."""
+        """Return the location parameter (D,) of the guide for s, such as the mean of a normal; None if it has none."""
         return self.of_s.location()
 
     def options(self) -> dict[str, Any]:

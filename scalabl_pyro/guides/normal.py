@@ -16,8 +16,8 @@ from .base import Guide
 class NormalGuide(Guide):
     """q(s) = Normal(loc, diag(scale^2)).
 
-    The guide samples the normal at the site itself, so that its KL from a normal prior has a closed form. (Pyro's
-    AutoNormal samples an auxiliary site and a Delta instead, for which ``TraceMeanField_ELBO`` has no closed form.)
+    The guide samples the site ``s`` directly from this normal. So the KL from a normal prior has a closed form. (Pyro's
+    AutoNormal draws a helper site and sets ``s`` to its value. ``TraceMeanField_ELBO`` has no closed form for that.)
 
     Args:
         loc: Initial means (D,).

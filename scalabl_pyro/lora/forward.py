@@ -127,8 +127,8 @@ def _broadcast(s: Tensor, rows: int) -> torch.Size:
     except RuntimeError:
         raise ValueError(
             f"s has shape {tuple(s.shape)} and the batch has {rows} rows. The second-to-last dimension of s must be 1 "
-            f"(one draw for all rows) or {rows} (one draw per row). Put several draws for all rows into a dimension "
-            "left of it, as in (P, 1, D)."
+            f"(one draw for all rows) or {rows} (one draw per row). For P draws of all rows, give s the shape "
+            "(P, 1, D)."
         ) from None
 
 

@@ -52,7 +52,7 @@ def compare(
 
     Raises:
         TypeError: If an entry is not a posterior.
-        ValueError: If there is no posterior, if the training sets have different sizes, or if a number is not a whole
+        ValueError: If no posterior is given, if the training sets have different sizes, or if a number is not a whole
             number from 1 on.
 
     Example:

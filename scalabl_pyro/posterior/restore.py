@@ -162,11 +162,11 @@ def checked_mean(guide: Guide, dim: int) -> Tensor:
         mean, draw = sample(guide, 0, seed=0).s[0], sample(guide, 1, seed=0).s[0]
     except (RuntimeError, ValueError) as error:  # checks of torch and of the distribution
         raise ValueError(f"{POSTERIOR}: sampling from the guide fails ({error}).") from None
-    for what, value in (("mean", mean), ("draws", draw)):
+    for what, value in (("means", mean), ("draws", draw)):
         if value.shape != (dim,):
             raise ValueError(f"{POSTERIOR}: the guide's {what} have shape {tuple(value.shape)}, expected ({dim},).")
         if not torch.isfinite(value).all():
-            raise ValueError(f"{POSTERIOR}: the guide's {what} are not finite.")
+            raise ValueError(f"{POSTERIOR}: the guide's {what} are NaN or infinite. Save the posterior again.")
     return mean
 
 

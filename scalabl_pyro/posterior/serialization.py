@@ -149,7 +149,7 @@ def _check_unchanged(path: Path, config: SavedConfig, *, with_tokenizer: bool) -
     """Compare the files with the manifest. This comes last: if another check fails too, its message says more."""
     names = config.files.entries
     if missing := {ADAPTER, POSTERIOR} - set(names):
-        raise ValueError(f"{path / CONFIG_FILE}: 'files' does not list {sorted(missing)}.")
+        raise ValueError(f"{path / CONFIG_FILE}: 'files' does not list {sorted(missing)}. Save the posterior again.")
     for name in names:
         if with_tokenizer or not name.startswith(TOKENIZER + "/"):
             config.files.check_file(path, name)

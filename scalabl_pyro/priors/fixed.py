@@ -73,13 +73,13 @@ def known_family(name: object, parameters: Sequence[str]) -> type[Distribution]:
     """Return the class ``name`` of ``pyro.distributions``, which must have these parameters.
 
     Raises:
-        ValueError: There is no such class, or it has other parameters.
+        ValueError: The class does not exist, or it has other parameters.
     """
     family = getattr(dist, name, None) if isinstance(name, str) else None
     is_family = isinstance(family, type) and issubclass(family, Distribution)
     allowed = getattr(family, "arg_constraints", None) if is_family else None
     if not isinstance(allowed, dict) or not parameters or not set(parameters) <= set(allowed):
-        raise ValueError(f"{name!r} with parameters {list(parameters)} is not a known prior.")
+        raise ValueError(f"{name!r} with parameters {list(parameters)} is not a known prior: see pyro.distributions.")
     return cast(type[Distribution], family)
 
 
@@ -138,8 +138,8 @@ def _decompose(d: Distribution) -> tuple[type, dict[str, Tensor]]:
         names = list(d.arg_constraints)
     if family is None or not names:
         raise ValueError(
-            f"A {type(d).__name__} cannot be rebuilt from its parameters. Write a scalabl_pyro.priors.Prior whose "
-            "forward() samples it."
+            f"A {type(d).__name__} cannot be rebuilt from its parameters, so it cannot be saved. Write a subclass of "
+            "scalabl_pyro.priors.Prior whose forward() samples it."
         )
     return family, {name: torch.as_tensor(getattr(d, name)) for name in names}
 

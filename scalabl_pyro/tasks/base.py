@@ -160,7 +160,7 @@ def field_of(row: Row, name: str) -> Any:
         ValueError: The field does not exist, or its value is missing.
     """
     if name not in row:
-        raise ValueError(f"there is no field {name!r}. {nearest(name, map(str, row))}")
+        raise ValueError(f"the row has no field {name!r}. {nearest(name, map(str, row))}")
     if is_missing(row[name]):
         raise ValueError(f"the field {name!r} is missing ({row[name]}).")
     return row[name]

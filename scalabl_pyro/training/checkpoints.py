@@ -68,7 +68,7 @@ class Checkpoints:
             run: Gives the identity of the run, see :func:`~scalabl_pyro.training.run_identity.describe_run`.
 
         Raises:
-            FileNotFoundError: ``resume=True``, but there is no checkpoint.
+            FileNotFoundError: ``resume=True``, but the folder has no checkpoint.
             FileExistsError: ``resume=False``, but there are checkpoints.
             ValueError: The checkpoint belongs to another run; the message says what differs.
             OSError: The folder cannot be written to.

@@ -181,7 +181,9 @@ class Trainer:
             raise ValueError(f"the random states are not states of torch's generators ({error})") from error
         if unmatched:
             logger.warning(
-                "no random state for %s: from here on the noise differs from that of an uninterrupted run", unmatched
+                "the random generators %s are only in the checkpoint, or only on this machine: the training goes on, "
+                "but its noise differs from that of an uninterrupted run",
+                unmatched,
             )
         self.learned.load({k: v for k, v in tensors.items() if not k.startswith(("history.", "random."))})
         self.history = history
@@ -228,7 +230,7 @@ class Trainer:
         self.is_whole = True
 
     def _explain(self, batch: Batch) -> str:
-        """Say why the loss is not finite. Of several processes, the first that finds a cause in its rows decides."""
+        """Say why the loss is not finite. Among processes, the first that finds a cause in its rows decides."""
         own, _ = self.execute.processes.shard(batch)
         with step_scope(self.noise):
             found = self.execute.processes.all_gather(

@@ -36,7 +36,7 @@ def explained(step: Callable[[], int]) -> Iterator[None]:
                 "of shared memory (/dev/shm): lower num_workers, or set num_workers=0 to see its own error."
             ) from error
         if "does not require grad" in str(error):
-            raise RuntimeError(f"At step {step()}: the loss depends on nothing that is trained. {CAUSES}") from error
+            raise RuntimeError(f"At step {step()}: no trained parameter affects the loss. {CAUSES}") from error
         raise
 
 

@@ -240,7 +240,7 @@ def as_group(name: str, kind: type[Group], given: Group | Mapping[str, Any] | No
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for key in given:
         if key not in known:
-            raise TypeError(f"{name}={given!r}: {key!r} is no option of {kind.__name__}. {nearest(str(key), known)}")
+            raise TypeError(f"{name}={given!r}: {kind.__name__} has no option {key!r}. {nearest(str(key), known)}")
     return kind(**given)
 
 

@@ -212,5 +212,5 @@ def _prefix_store(blora: BayesianLoRA, batches: Callable[[int], Batch], num_data
             "bayesian_lora(..., layers_to_transform=range(16, 32)) of a causal LM, or leave cache_prefix out."
         )
     if not isinstance(batches, TrainingBatches):
-        raise ValueError("cache_prefix=True needs to know each row again: pass rows as train_data, not batches.")
+        raise ValueError("cache_prefix=True must recognize each row: pass rows as train_data, not batches.")
     return PrefixStore(blora.adapter, num_data)

@@ -70,7 +70,7 @@ class Recovery:
             if self._restored_at is not None and step - self._restored_at < SNAPSHOT_EVERY:
                 return f" It is the second time within {SNAPSHOT_EVERY} steps: restoring does not help."
             if self._snapshot is None:
-                return " There is no copy of finite parameters to return to."
+                return " No earlier finite parameters were kept, so there is nothing to return to."
             self.learned.load(self._snapshot)
             self._restored_at = step
         self.skipped += 1

@@ -24,9 +24,10 @@ class FitResult:
 
     Attributes:
         posterior: The frozen posterior. Later training does not change it.
-        history: One row per step: ``step``, ``loss`` and ``nll`` (nats per example), ``kl`` (nats per data set, without
-            its weight), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` of B, ``seconds`` since the start, and
-            ``skipped``, the number of steps left out so far because they were not finite.
+        history: One row per step: ``step``, ``loss`` and ``nll`` (nats per example), ``kl`` (nats per data set, not
+            yet multiplied by ``kl_weight``), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` (learning rate of
+            the factors B), ``seconds`` since the start, and ``skipped`` (number of steps so far that changed no
+            parameter, because the loss or the gradient was NaN or infinite).
 
     Example:
         >>> result = scalabl_pyro.fit(blora, task, rows, num_steps=100)

@@ -28,7 +28,7 @@ def training_scope(blora: BayesianLoRA, *, gradient_checkpointing: bool = False)
         gradient_checkpointing: Whether blocks run again in the backward pass.
 
     Raises:
-        ValueError: There are no blocks to run again.
+        ValueError: The model has no blocks to run again.
     """
     blocks = _blocks(blora) if gradient_checkpointing else ()
     dropouts = [dropout for layer in blora.adapter.layers for dropout in layer.lora_dropout.values()]

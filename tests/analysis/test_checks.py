@@ -77,7 +77,7 @@ def test_k_is_the_tail_index_of_the_weights_and_what_arviz_finds(k):
 
 
 def test_the_share_of_draws_is_that_of_kish():
-    """Of smoothed weights; with a short tail smoothing moves them little."""
+    """The weights are smoothed first; with a short tail that changes them little."""
     log_weights = 0.1 * np.random.default_rng(0).normal(size=5000)
     weights = np.exp(log_weights)
     assert diag.pareto_k(log_weights)[2] == pytest.approx(weights.sum() ** 2 / (weights**2).sum() / 5000, rel=1e-3)
@@ -183,7 +183,7 @@ def test_a_loss_that_ends_above_its_start_is_an_error_that_names_the_rate(loss, 
 @pytest.mark.parametrize("value", [0.0, 0.1, 0.7, 1 / 3, 2.345])
 @pytest.mark.parametrize("steps", [30, 72, 300])
 def test_a_constant_loss_does_not_fall(value, steps):
-    """Rounding is no slope."""
+    """Rounding is not a slope."""
     assert [f.severity for f in diag.check_history(history(np.full(steps, value)))] == ["ok", "ok"]
 
 
@@ -647,7 +647,7 @@ def test_a_posterior_that_is_exact_is_healthy(toy, healthy):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_mean_of_a_linear_model_predicts_like_its_draws(seed):
-    """It does so exactly; what is left is the Monte Carlo error of the draws, which is no finding."""
+    """It does so exactly; what is left is the Monte Carlo error of the draws, which is not a finding."""
     toy = LinearToy(5, num_data=12, seed=seed)
     assert severities(posterior_of(toy), toy)["mean_vs_draws"] == "ok"
 

@@ -60,7 +60,7 @@ METHODS = {
         ).posterior
     ),
 }
-#: Methods whose draws are all the same function, and those that have one a member.
+#: Methods whose draws are all the same function, and those that have one draw per member.
 POINTS = ("mle", "map_lora", "temperature")
 SEEDLESS = (*POINTS, "deep_ensemble", "temperature of an ensemble")
 
@@ -80,7 +80,7 @@ def trained():
 
 @pytest.fixture(scope="module")
 def untrained_nll():
-    """Of the base model: an adapter adds nothing before it is trained."""
+    """Return the NLL of the base model: an adapter adds nothing before it is trained."""
     posterior = mle_posterior(tiny.causal_lm(), {**MLE, "num_steps": 1, "lr": 1e-12})
     return posterior.predict(ROWS, num_draws=0).metrics().loc["value", "nll"]
 
@@ -446,7 +446,7 @@ def test_temperature_scaling_says_what_it_cannot_do(trained):
     with pytest.raises(ValueError, match="have no answers"):
         baselines.temperature_scaling(posterior, unlabeled)
     numbers = NumericPrediction(np.zeros((1, 2)), np.ones((1, 2)), np.zeros((1, 2)), None, None)
-    with pytest.raises(TypeError, match="likelihood over numbers has a scale of its own"):
+    with pytest.raises(TypeError, match="Do not scale predictions of numbers"):
         baselines.temperature_scaling(posterior, numbers)
     with pytest.raises(ValueError, match="positive and finite"):
         apply_temperature(prediction, 0.0)

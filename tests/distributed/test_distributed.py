@@ -216,7 +216,7 @@ def test_simulated_answers_are_those_of_one_process(tmp_path):
 
 
 def of_three(rank):
-    # Of 3 + 2 rows: in the second part one process has none.
+    # A batch has 3 + 2 rows: in the second part one process has none.
     result = train(hardware={"micro_batch_size": 1}, guide="lowrank")
     return learned(result), result.posterior.predict(TEST[:2], num_draws=4, batch_size=1).log_probs
 
@@ -347,7 +347,7 @@ def test_two_gpus_learn_what_one_does(tmp_path):
 
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-    # --multi_gpu is how it is told of several processes on one machine; it does not ask for GPUs
+    # --multi_gpu means several processes on one machine; it does not require GPUs
     "accelerate": (
         *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),

@@ -365,4 +365,4 @@ def test_data_sets_of_the_hub_come_in_one_form(monkeypatch):
 
 
 def test_no_table_no_report(tmp_path):
-    assert "There are no runs" in report.write(tmp_path)
+    assert "does not contain any runs" in report.write(tmp_path)

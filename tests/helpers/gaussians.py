@@ -14,7 +14,10 @@ from scalabl_pyro.priors import as_prior
 
 @dataclass(frozen=True)
 class Exact:
-    """Of y ~ Normal(F s, NOISE), s ~ Normal(0, prior_scale): posterior of s, log evidence, log p(y_i | y without i)."""
+    """Exact results for y ~ Normal(F s, NOISE), s ~ Normal(0, prior_scale).
+
+    They are the posterior of s, the log evidence, and log p(y_i | y without i).
+    """
 
     mean: Tensor
     covariance: Tensor

@@ -55,7 +55,7 @@ def run_together(
 
 
 def results(outcomes: list[Outcome]) -> list[Any]:
-    """Of processes that must all have ended well."""
+    """Return the results of processes, which must all have ended well."""
     for outcome in outcomes:
         assert outcome.error is None and outcome.status == 0, outcome.error or f"status {outcome.status}"
     return [outcome.result for outcome in outcomes]

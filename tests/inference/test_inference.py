@@ -140,7 +140,7 @@ def test_one_newton_step_finds_the_posterior_of_a_linear_model_from_anywhere(toy
 
 
 def test_newton_steps_climb_to_the_mode_of_a_transformer(questions):
-    """Always upwards; the Gauss-Newton matrix is not the Hessian, so that the error falls by a factor a step."""
+    """Always upwards; the Gauss-Newton matrix is not the Hessian, so that the error falls by a factor per step."""
     posterior, rows, _ = questions
     examples = encode(rows, posterior.task.encode, need_target=True)
     likelihood = LogLikelihood(posterior.llm(), posterior.task, examples)
@@ -687,7 +687,7 @@ def test_the_stein_direction_is_that_of_the_formula(num_particles):
 
 @pytest.mark.parametrize("kl_weight", [1.0, 0.25])
 def test_a_step_moves_the_particles_by_the_joint_density_of_the_whole_data_set(toy, kl_weight):
-    """A batch of 16 of the 64 rows counts four times; the optimizer sees the gradient of nats an example."""
+    """A batch of 16 of the 64 rows counts four times; the optimizer sees the gradient of nats per example."""
     guide = ParticleGuide(torch.zeros(3).double(), torch.ones(3).double(), num_particles=4)
     model = TaskModel(posterior_of(toy).blora(), toy.task, num_data=64)
     examples = encode(toy.rows[:16], toy.task.encode, need_target=True)

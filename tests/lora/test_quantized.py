@@ -25,7 +25,7 @@ def llm(request, tmp_path):
 
 
 def codes_of(llm: nn.Module) -> dict[str, torch.Tensor]:
-    """Of the state, for which bitsandbytes takes back what it packs for a CPU with AVX512-BF16."""
+    """Return the codes in the state: for it, bitsandbytes undoes its packing for a CPU with AVX512-BF16."""
     names = [n for n, p in llm.named_parameters() if type(p).__name__ in ("Params4bit", "Int8Params")]
     state = llm.state_dict()
     return {name: state[name].clone() for name in names}

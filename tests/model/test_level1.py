@@ -95,7 +95,7 @@ def test_init_loc_starts_at_the_papers_mean(blora, model, data):
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("num_samples", [1, ROWS, 5])
 def test_predictive_folds_draws_into_rows(model, blora, data, parallel, num_samples):
-    """ROWS draws are the trap: a (ROWS, D) stack of draws must not be taken for one draw a row."""
+    """ROWS draws are the trap: a (ROWS, D) stack of draws must not be taken for one draw per row."""
     guide = AutoNormal(model, init_loc_fn=blora.init_loc)
     guide(**data[0], labels=data[1])
     samples = Predictive(model, guide=guide, num_samples=num_samples, parallel=parallel)(**data[0])

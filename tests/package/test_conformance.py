@@ -41,7 +41,7 @@ def every(*, but: tuple[str, ...] = ()) -> pytest.MarkDecorator:
 
 
 every_case = every()
-#: SVGD is an objective of its own: it takes no ELBO, and its points are no guide for SVI.
+#: SVGD is an objective of its own: it takes no ELBO, and its points are not a guide for SVI.
 every_case_with_an_elbo = every(but=("svgd",))
 
 
@@ -292,7 +292,7 @@ def full_batch(case: zoo.Case, task: sp.Task) -> Batch:
 
 
 def traces(model: Any, guide: Any, batch: Batch) -> tuple[Any, Any]:
-    """Of the guide, and of the model under the guide's draws."""
+    """Return the trace of the guide, and that of the model under the guide's draws."""
     q = poutine.trace(guide).get_trace(batch)
     return q, poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
 

@@ -97,7 +97,7 @@ def fitted(toy, guide, *, num_steps):
 
 
 def moments(posterior, toy):
-    """Of Sobol points, carried to the posterior by the transforms of its guide."""
+    """Return the moments of Sobol points, carried to the posterior by the transforms of its guide."""
     with torch.no_grad(), sp._process.pyro_modes.local_params():
         trace = poutine.trace(posterior.guide).get_trace()
     sites = [trace.nodes[name]["fn"] for name in trace.stochastic_nodes]

@@ -144,7 +144,7 @@ def test_the_released_training_has_the_same_losses_with_captured_gradients(caplo
 def test_a_nan_inside_a_captured_step_changes_nothing():
     class Poisoned(sp.MultipleChoice):
         def likelihood(self, outputs, batch):
-            bad = (batch.index == 3).unsqueeze(-1)  # row 3 is of one batch an epoch
+            bad = (batch.index == 3).unsqueeze(-1)  # row 3 is in one batch per epoch
             return super().likelihood(torch.where(bad, torch.nan, outputs), batch)
 
     blora = sp.bayesian_lora(base(torch.float32).cuda())

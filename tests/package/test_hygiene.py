@@ -173,7 +173,7 @@ def disable(blora: sp.BayesianLoRA, fail: bool = False) -> None:
             raise ZeroDivisionError
 
 
-#: Of each public function: calls that succeed, and calls that fail (beside these, see ELSEWHERE).
+#: For each public function: calls that succeed, and calls that fail (beside these, see ELSEWHERE).
 CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] = {
     "bayesian_lora": (
         [lambda w: sp.bayesian_lora(w.plain, r=2).unload(), lambda w: sp.bayesian_lora(tiny_classifier()).unload()],

@@ -153,7 +153,7 @@ def test_draws_bound_by_hand_stay_in_their_thread(choice):
 
 
 class Stops(sp.MultipleChoice):
-    """Waits inside a prediction until it is told to go on, and says that it is there."""
+    """Sets ``inside`` when a prediction reaches it, and waits there until ``go_on`` is set."""
 
     def __init__(self, tokenizer, **options):
         super().__init__(tokenizer, **options)

@@ -788,7 +788,7 @@ def test_edited_rows_are_read_and_encoded_or_refused_by_line_and_row(tmp_path, c
     run(cases, check, name=which, edits=JSON_EDITS, line=st.integers(0, 2), raw=st.none() | st.none() | BYTE_EDITS)
 
 
-# what is no file, or lies elsewhere -------------------------------------------------------------------------
+# what is not a file, or lies elsewhere -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [CONFIG, ADAPTER, POSTERIOR, TOKENIZER, TOKENIZER_CONFIG])
@@ -883,7 +883,7 @@ def doubled(text: bytes, key: str) -> bytes:
 
 @pytest.mark.parametrize("file", [CONFIG, ADAPTER, TOKENIZER_CONFIG])
 def test_key_that_stands_twice_is_refused(place, file):
-    """Of two readers each could take another one."""
+    """Two readers could take different values of it."""
     content = place.valid["normal"][file]
     if file == ADAPTER:
         size = int.from_bytes(content[:8], "little")

@@ -788,7 +788,7 @@ BROKEN = {
     "header larger than the file": header(10**6),
     "header of a terabyte": header(2**40),
     "header that overflows": header(2**64 - 1),
-    "header that is no JSON": header(8, b"not json"),
+    "header that is not JSON": header(8, b"not json"),
     "header of another type": header(8, b'["loc"] '),
     "zip file": lambda content: b"PK\x03\x04" + content,
     "pickle": lambda content: pickle.dumps({"guide.loc": [1.0, 2.0]}),

@@ -25,7 +25,7 @@ def test_moments_are_those_of_the_guide(design):
     guide, count = correlated(), 4096
     s = quasi_monte_carlo_draws(guide, count, seed=3, design=design).s
     mean, covariance = guide.mean()["s"], guide.covariance()
-    error = 5 * covariance.diagonal().sqrt() / count**0.5  # of independent draws; these are no worse
+    error = 5 * covariance.diagonal().sqrt() / count**0.5  # error of independent draws; these have at most that
     assert ((s.mean(0) - mean).abs() < error).all()
     spread = 5 * (covariance.diagonal().outer(covariance.diagonal()) * 2 * 2 / count).sqrt()  # pairs: count / 2
     assert ((torch.cov(s.T) - covariance).abs() < spread).all()

@@ -1,4 +1,4 @@
-"""A scale, a distribution, one a layer, or a program: each becomes the same kind of Pyro program over s."""
+"""A scale, a distribution, one per layer, or a program: each becomes the same kind of Pyro program over s."""
 
 import math
 import re
@@ -42,15 +42,15 @@ VALID = {
     "batch of D": (dist.Normal(VECTOR, 2.0), dist.Normal(VECTOR, 2.0)),
     "event of D": (dist.Normal(0.0, VECTOR).to_event(1), dist.Normal(0.0, VECTOR)),
     "expanded": (dist.Normal(0.0, 2.0).expand([D]).to_event(1), dist.Normal(0.0, 2.0)),
-    "one number a layer": (
+    "one number per layer": (
         lambda layer: dist.Normal(0.0, float(layer.rank)),
         dist.Normal(0.0, torch.tensor([2.0, 2.0, 3.0, 3.0, 3.0])),
     ),
-    "r numbers a layer": (
+    "r numbers per layer": (
         lambda layer: dist.Normal(torch.arange(float(layer.rank)), 1.0),
         dist.Normal(torch.tensor([0.0, 1.0, 0.0, 1.0, 2.0]), 1.0),
     ),
-    "an event a layer": (
+    "an event per layer": (
         lambda layer: dist.Normal(torch.arange(float(layer.rank)), 1.0).to_event(1),
         dist.Normal(torch.tensor([0.0, 1.0, 0.0, 1.0, 2.0]), 1.0),
     ),

@@ -1,4 +1,4 @@
-"""Priors with latents or parameters of their own, the prior on the factors, and programs that are no prior or guide."""
+"""Priors with own latents or parameters, the prior on the factors, and programs that are neither prior nor guide."""
 
 import itertools
 import math
@@ -393,7 +393,7 @@ def step_with(gauge, factor_scale):
 
 @pytest.mark.parametrize("gauge", ["unit_rows", "free"])
 def test_a_normal_prior_on_the_factors_adds_their_squares_to_the_loss(gauge):
-    """|B|^2 / (2 sd^2) nats a data set, and |A|^2 / (2 sd^2) where the gauge leaves A its length."""
+    """|B|^2 / (2 sd^2) nats per data set, and |A|^2 / (2 sd^2) where the gauge leaves A its length."""
     sd = 0.4
     plain, before = step_with(gauge, None)
     terms, after = step_with(gauge, sd)
@@ -462,7 +462,7 @@ def test_the_prior_predictive_needs_a_draw(num_draws):
         posterior_of(toy).prior_predictive(toy.rows, num_draws=num_draws)
 
 
-# what is no prior or guide ----------------------------------------------------------------------------------------
+# what is not a prior or guide ----------------------------------------------------------------------------------------
 
 
 def program(base, body, **parts):

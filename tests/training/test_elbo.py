@@ -23,7 +23,7 @@ N, NOISE, PRIOR_SCALE = 64, 0.5, 1.25
 
 
 class LinearGaussian(sp.Task):
-    """y ~ Normal(output, NOISE) for a module that returns one number a row."""
+    """y ~ Normal(output, NOISE) for a module that returns one number per row."""
 
     def outputs(self, llm, batch, s):
         return llm(**batch.inputs, s=s)

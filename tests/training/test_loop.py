@@ -139,7 +139,7 @@ def test_nothing_moves_from_a_step_that_is_not_finite_on(read_every):
 
 @pytest.mark.parametrize("prior", ["normal", "rank_mask"])
 def test_a_step_traces_s_and_the_answers_and_nothing_of_the_llm(prior):
-    """Sites of each layer would cost hundreds of milliseconds a step."""
+    """Sites of each layer would cost hundreds of milliseconds per step."""
     model, scoped, batches = parts(prior)
     with pyro.settings.context(module_local_params=True), torch.random.fork_rng():
         traces = [pyro.poutine.trace(program).get_trace(batches(0)) for program in (model, scoped)]

@@ -425,7 +425,7 @@ class Detached(sp.MultipleChoice):
 
 
 def test_a_loss_that_depends_on_nothing_is_explained(llm, tokenizer):
-    with pytest.raises(RuntimeError, match=r"At step 0: the loss depends on nothing that is trained\. Typical causes"):
+    with pytest.raises(RuntimeError, match=r"At step 0: no trained parameter affects the loss\. Typical causes"):
         sp.baselines.mle(llm, Detached(tokenizer), ROWS, num_steps=2, progress=False)
 
 

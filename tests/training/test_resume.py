@@ -211,7 +211,7 @@ OTHER_DATA = {
 @pytest.mark.parametrize("make", OTHER_DATA.values(), ids=OTHER_DATA)
 def test_a_loader_that_gives_other_batches_is_refused(make, tmp_path):
     fit(rows=loader(generator=torch.Generator().manual_seed(3)), checkpoint_dir=tmp_path, callbacks=stop_after(4))
-    with pytest.raises(ValueError, match="does not give the 4 batches again that the run was trained on"):
+    with pytest.raises(ValueError, match="does not repeat the first 4 batches of the run that is resumed"):
         fit(rows=make(), checkpoint_dir=tmp_path)
 
 

@@ -94,7 +94,7 @@ def write(folder: Path) -> str:
     """
     rows = Table(folder).rows()
     if not rows:
-        return f"There are no runs in {folder}."
+        return f"{folder} does not contain any runs."
     frame = frame_of(rows)
     failed = frame[frame["error"].notna()] if "error" in frame else frame.iloc[:0]
     good = frame.drop(failed.index)
