@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from .._errors import describe
 from .._process.lock import LOCK
 from .batch import Example
 from .rows import Row
@@ -39,7 +40,7 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
     examples = []
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise TypeError(f"Row {i} is a {type(row).__name__}; expected a dict such as {{'question': ...}}.")
+            raise TypeError(f"Row {i} is {describe(row)}; expected a dict such as {{'question': ...}}.")
         where = f"Row {i}" + (f" (id {row['id']!r})" if "id" in row else "")
         try:
             with LOCK:  # two threads cannot use a fast tokenizer at once

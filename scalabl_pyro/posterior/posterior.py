@@ -53,8 +53,8 @@ class Posterior(PosteriorState):
         """Predict rows under fixed posterior draws.
 
         Args:
-            data: Rows for the task: dicts, a ``datasets.Dataset``, the path of a JSONL file, or the name of a hub data
-                set, whose test split is read. Answers are optional.
+            data: Rows for the task: dicts, a ``datasets.Dataset``, the path of a JSONL file, or
+                ``"hf://owner/name"``, whose test split is read. Answers are optional.
             num_draws: Number S of draws; 0 predicts with the posterior mean.
             seed: Seed of the draws. Simulated answers of a likelihood over numbers use a seed derived from it.
             design: How draws relate to each other. ``"antithetic"`` draws of a normal guide come in mirrored pairs,
