@@ -1,7 +1,7 @@
 """Fine-tunes an LLM that knows what it does not know, in a few minutes on two CPU cores.
 
     python examples/quickstart.py                      # SmolLM2-135M on Reuters news; needs no network
-    python examples/quickstart.py --model Qwen/Qwen2.5-0.5B-Instruct --data hf://allenai/openbookqa --test-split validation
+    python examples/quickstart.py --data hf://allenai/openbookqa --test-split validation
     python examples/quickstart.py --data train.jsonl --test-data test.jsonl --ood-data other.jsonl
 
 The script fine-tunes plain LoRA and ScalaBL on the same budget and prints one table. It writes pictures, the posterior

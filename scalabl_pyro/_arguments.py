@@ -11,18 +11,19 @@ from ._errors import describe, nearest
 Function = TypeVar("Function", bound=Callable[..., Any])
 Class = TypeVar("Class", bound=type)
 
-#: Kinds of objects that users mix up, by the names of their classes. Names are compared, so that nothing is imported.
+#: Kinds of objects that users mix up, by package and name of their class. Names are compared, so that nothing is
+#: imported.
 KINDS = {
-    "BayesianLoRA": "blora",
-    "Task": "task",
-    "PosteriorState": "posterior",
-    "FitResult": "result",
-    "BaselineResult": "result",
-    "Prediction": "prediction",
-    "NumericPrediction": "prediction",
-    "PreTrainedTokenizerBase": "tokenizer",
-    "Batch": "batch",
-    "Module": "llm",
+    ("scalabl_pyro", "BayesianLoRA"): "blora",
+    ("scalabl_pyro", "Task"): "task",
+    ("scalabl_pyro", "PosteriorState"): "posterior",
+    ("scalabl_pyro", "FitResult"): "result",
+    ("scalabl_pyro", "BaselineResult"): "result",
+    ("scalabl_pyro", "Prediction"): "prediction",
+    ("scalabl_pyro", "NumericPrediction"): "prediction",
+    ("scalabl_pyro", "Batch"): "batch",
+    ("transformers", "PreTrainedTokenizerBase"): "tokenizer",
+    ("torch", "Module"): "llm",
 }
 
 #: What each kind is, in the words of a message.
@@ -42,7 +43,7 @@ WAYS = {
     (
         "blora",
         "posterior",
-    ): "To train it further, pass posterior.blora(). To infer s again, call refit(posterior, data).",
+    ): "To train further, pass posterior.blora(). To infer s again, use refit(posterior, data).",
     ("blora", "result"): "To train further, pass result.posterior.blora().",
     ("task", "tokenizer"): "Make a task with it: MultipleChoice(tokenizer).",
     ("task", "class"): "Make an instance: task = MultipleChoice(tokenizer).",
@@ -55,7 +56,7 @@ WAYS = {
     ("llm", "class"): "Make or load the model first: AutoModelForCausalLM.from_pretrained(...).",
     ("llm", "posterior"): "The base model is posterior.blora().unload().",
     ("llm", "result"): "The base model is result.posterior.blora().unload().",
-    ("llm", "blora"): "The base model is blora.unload().",
+    ("llm", "blora"): "The model inside it is blora.llm.",
     ("prediction", "posterior"): "Predict first: posterior.predict(rows).",
     ("prediction", "result"): "Predict first: result.posterior.predict(rows).",
 }
@@ -75,7 +76,7 @@ def kind_of(value: object) -> str:
         return "name"
     if isinstance(value, type):
         return "class"
-    names = {ancestor.__name__ for ancestor in type(value).__mro__}
+    names = {(ancestor.__module__.partition(".")[0], ancestor.__name__) for ancestor in type(value).__mro__}
     found = next((kind for name, kind in KINDS.items() if name in names), None)
     return found or ("row" if isinstance(value, Mapping) else "other")
 
@@ -87,8 +88,7 @@ def check_role(name: str, value: object, role: str, *, call: str = "", kind: typ
         name: Name of the argument.
         value: Its value.
         role: Kind that is wanted, a key of :data:`ROLES`.
-        call: How the function is called, such as ``fit(blora, task, train_data)``. The message shows it where nothing
-            better is known.
+        call: How the function is called, such as ``fit(blora, task, train_data)``.
         kind: Classes that are accepted. Empty: whatever :func:`kind_of` takes for the role.
 
     Raises:
@@ -102,8 +102,8 @@ def check_role(name: str, value: object, role: str, *, call: str = "", kind: typ
     given = kind_of(value)
     if isinstance(value, kind) if kind else given == role:
         return
-    way = WAYS.get((role, given), f"The call is {call}." if call else "")
-    raise TypeError(f"{name} is {describe(value)}, expected {ROLES[role]}. {way}".rstrip())
+    ways = [WAYS.get((role, given), ""), f"The call is {call}." if call else ""]
+    raise TypeError(" ".join([f"{name} is {describe(value)}, expected {ROLES[role]}.", *filter(None, ways)]))
 
 
 #: Names that other libraries use for an argument. The first one that a function has is suggested.
@@ -138,6 +138,8 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
         "Did you mean 'lr'?"
     """
     allowed = list(allowed)
+    if not allowed:
+        return "It takes none."
     for synonym in SYNONYMS.get(name, ()):
         if synonym in allowed:
             return f"Did you mean {synonym!r}?"
@@ -158,20 +160,35 @@ def known_arguments(function: Function, *, name: str | None = None) -> Function:
         Traceback (most recent call last):
         TypeError: train() has no argument 'learning_rate'. Did you mean 'lr'?
     """
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()):
         return function
-    allowed = [p.name for p in parameters.values() if p.kind is not p.POSITIONAL_ONLY and p.name not in ("self", "cls")]
-    shown = name or function.__qualname__.removesuffix(".__init__")
+    allowed = _keywords(function)
+    is_constructor = function.__name__ == "__init__"
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        unknown = [given for given in kwargs if given not in allowed]
-        if unknown:
-            raise TypeError(f"{shown}() has no argument {unknown[0]!r}. {suggest(unknown[0], allowed)}")
-        return function(*args, **kwargs)
+        unknown = next((given for given in kwargs if given not in allowed), None)
+        if unknown is None:
+            return function(*args, **kwargs)
+        known, shown = allowed, name or function.__qualname__
+        if is_constructor:  # the caller has called the class, which may pass arguments on to its ancestors
+            known = {key for ancestor in type(args[0]).__mro__ for key in _keywords(vars(ancestor).get("__init__"))}
+            shown = type(args[0]).__name__
+        raise TypeError(f"{shown}() has no argument {unknown!r}. {suggest(unknown, known)}")
 
     return call  # type: ignore[return-value]
+
+
+def _keywords(function: object) -> set[str]:
+    """Names of the arguments that can be given by name, without those of Python's own constructors."""
+    if not inspect.isfunction(function):
+        return set()
+    named = [
+        p
+        for p in inspect.signature(function).parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    return {p.name for p in named} - {"self", "cls"}
 
 
 def known_arguments_of_methods(cls: Class) -> Class:

@@ -122,8 +122,6 @@ def describe(value: object) -> str:
         shown = repr(value)
         return f"{text} ({shown if len(shown) <= MAX_SHOWN else f'{shown[:MAX_SHOWN]}...'})"
     if isinstance(value, list | tuple):
-        inner = {type(item).__name__ for item in value}
-        return (
-            f"{text} of {len(value)} {inner.pop() if len(inner) == 1 else 'objects'}" if inner else f"an empty {name}"
-        )
+        inner = {type(item).__name__ for item in value} or {"objects"}
+        return f"{text} of {len(value)} {inner.pop() if len(inner) == 1 else 'objects'}"
     return text

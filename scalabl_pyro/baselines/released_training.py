@@ -15,6 +15,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .._arguments import check_role, known_arguments
 from .._deprecated import renamed_arguments
 from .._errors import check_count, check_positive
 from .._process.random_state import Stream, derive_seed
@@ -33,6 +34,7 @@ from .released_step import AlternatingStep, gradient_step
 
 
 @renamed_arguments(kl_lr="lr_kl")
+@known_arguments
 def scalabl_released(
     module: nn.Module,
     task: Task,
@@ -91,6 +93,7 @@ def scalabl_released(
         >>> result = scalabl_pyro.baselines.scalabl_released(llm, task, train_data, num_steps=100)
         >>> result.history[["nll", "kl", "kl_weight"]].tail()
     """
+    check_role("task", task, "task", call="scalabl_released(llm, task, train_data)")
     check_count(num_steps=num_steps, batch_size=batch_size)
     check_positive(lr=lr, lr_kl=lr_kl, init_scale=init_scale, gamma=gamma)
     if not 0 <= warmup <= 1:

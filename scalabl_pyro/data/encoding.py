@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from .._arguments import known_arguments
 from .._errors import describe
 from .._process.lock import LOCK
 from .batch import Example
@@ -14,6 +15,7 @@ from .rows import Row
 logger = logging.getLogger(__name__)
 
 
+@known_arguments
 def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_target: bool) -> list[Example]:
     """Tokenize rows with the ``encode`` method of a task.
 
@@ -72,6 +74,7 @@ def _check_example(example: Example, row: Row, where: str, *, need_target: bool)
         raise ValueError(f"{where}: the answer {example.target} is not finite.")
 
 
+@known_arguments
 def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> None:
     """Check that ``llm`` has an embedding for every token. A GPU cannot be used any more after an unknown token.
 

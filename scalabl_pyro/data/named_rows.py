@@ -90,8 +90,8 @@ def _refusal(text: str, path: Path) -> str:
         )
     hub = f" For a data set of the hub write 'hf://{text}'." if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
     return (
-        f"Expected rows (a list of dicts, a Dataset, the path of a .jsonl file), got {describe(text)}.{hub} A text goes "
-        "into a row, such as [{'text': ...}]."
+        f"Expected rows (a list of dicts, a Dataset, the path of a .jsonl file), got {describe(text)}.{hub} A text "
+        "goes into a row, such as [{'text': ...}]."
     )
 
 

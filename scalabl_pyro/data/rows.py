@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .._arguments import kind_of
+from .._arguments import kind_of, known_arguments
 from .._errors import describe
 from .named_rows import Row, read_named, refuse_load_options
 
@@ -71,6 +71,7 @@ def read_rows(
     return rows
 
 
+@known_arguments
 def as_question(row: Row) -> Row:
     """Convert a row of a known data set to ``{"question": str, "choices": [str, ...], "answer": int or None}``.
 

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .._arguments import known_arguments
 from .._errors import check_count
 from ..analysis.psis import LOO, LogWeights, good_k
 from .posterior import Posterior
 
 
+@known_arguments
 def compare(
     posteriors: Mapping[str, Posterior] | Sequence[Posterior],
     data: Any,

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from .._arguments import check_role, known_arguments_of_methods
 from .._deprecated import ScalaBLDeprecationWarning
 from .._errors import check_count
 from ..analysis.checks import LOO, Diagnosis
@@ -26,6 +27,7 @@ from .state import PosteriorState
 from .to_arviz import as_arviz
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
 class Posterior(PosteriorState):
     """A posterior of s with the point estimates it was learned with.
@@ -294,4 +296,5 @@ class Posterior(PosteriorState):
         Example:
             >>> posterior = Posterior.from_pretrained(llm, "my-posterior")
         """
+        check_role("llm", llm, "llm", call="Posterior.from_pretrained(llm, path)")
         return cls(**serialization.load(path, llm, **overrides))

@@ -9,6 +9,7 @@ Loading is strict. Every name and shape must be the expected one, the base model
 learned on, and no file may have changed since it was saved. If loading fails, the model stays as it was.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from .. import guides, priors, tasks
+from .._arguments import known_arguments
 from .._process.lock import LOCK
 from .._version import __version__
 from ..guides import Guide
@@ -66,6 +68,7 @@ def save(path: str | Path, posterior: PosteriorState) -> None:
         _config(posterior, Manifest.of_folder(folder)).write(folder)
 
 
+@functools.partial(known_arguments, name="from_pretrained")
 def load(
     path: str | Path,
     llm: nn.Module,

@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._arguments import known_arguments_of_methods
 from .._display import Summarized
 from .._errors import check_choice, check_count
 from .._process.pyro_modes import local_params
@@ -29,6 +30,7 @@ from ..tasks import Task, copy_task
 Result = TypeVar("Result")
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
 class PosteriorState(Summarized):
     """A posterior of s with the point estimates it was learned with.

@@ -27,6 +27,8 @@ class FitResult:
         history: One row per step: ``step``, ``loss`` and ``nll`` (nats per example), ``kl`` (nats per data set, without
             its weight), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` of B, ``seconds`` since the start, and
             ``skipped``, the number of steps left out so far because they were not finite.
+        warnings: What is wrong with the end of the training, one sentence each: the loss or the NLL is above its start,
+            or one class is predicted for all recent rows. Empty if neither was seen.
 
     Example:
         >>> result = scalabl_pyro.fit(blora, task, rows, num_steps=100)
@@ -35,14 +37,17 @@ class FitResult:
 
     posterior: Posterior
     history: pd.DataFrame
+    warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name}={value}" for name, value in self._summary().items())
-        return f"FitResult({numbers})\n" + textwrap.indent(f"posterior: {self._describe_posterior()}", "  ")
+        warnings = "".join(f"  warning: {text}\n" for text in self.warnings)
+        return f"FitResult({numbers})\n{warnings}" + textwrap.indent(f"posterior: {self._describe_posterior()}", "  ")
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
-        cells = self._summary() | {"posterior": self._describe_posterior()}
+        shown = {"warnings": " ".join(self.warnings)} if self.warnings else {}
+        cells = self._summary() | shown | {"posterior": self._describe_posterior()}
         rows = "".join(f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in cells.items())
         return f"<table><caption>FitResult</caption>{rows}</table>"
 

@@ -36,7 +36,7 @@ def folder(tmp_path):
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:12]))
 def test_a_text_is_refused_without_a_look_at_the_hub(text):
-    with pytest.raises(ValueError, match="Expected rows .*got a str") as error:
+    with pytest.raises(ValueError, match=r"Expected rows .*got a str") as error:
         read_rows(text)
     assert len(str(error.value)) < 400, "a long text goes into logs"
 
