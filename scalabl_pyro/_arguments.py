@@ -106,6 +106,12 @@ def check_role(name: str, value: object, role: str, *, call: str = "", kind: typ
     raise TypeError(" ".join([f"{name} is {describe(value)}, expected {ROLES[role]}.", *filter(None, ways)]))
 
 
+def check_path(name: str, value: object) -> None:
+    """Raise TypeError unless an argument is a str or a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} is {describe(value)}, expected the path of a folder: a str or a pathlib.Path.")
+
+
 #: Names that other libraries use for an argument. The first one that a function has is suggested.
 SYNONYMS = {
     **dict.fromkeys(("learning_rate", "learningrate", "eta", "step_size"), ("lr",)),

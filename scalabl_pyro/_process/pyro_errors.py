@@ -12,8 +12,8 @@ def without_trace_shapes() -> Iterator[None]:
     """Raise errors with the message that they were raised with.
 
     Pyro's tracer appends a table of all sites to the message of every ValueError and RuntimeError. Behind the message
-    of this package, of a task or of the LLM it is noise. An error from inside Pyro or torch keeps it: there, the shapes
-    often are the cause.
+    of this package, of a task or of the LLM it is noise. An error from inside Pyro, and a RuntimeError, which torch
+    raises, keep it: there, the shapes often are the cause.
     """
     try:
         yield
@@ -21,7 +21,9 @@ def without_trace_shapes() -> Iterator[None]:
         first: BaseException = error
         while TABLE in str(first) and type(first.__cause__) is type(first):
             first = first.__cause__
-        if first is error or _raised_in(first) in ("pyro", "torch"):
+        package = _raised_in(first)
+        is_in_words = package == "scalabl_pyro" or (isinstance(first, ValueError) and package not in ("pyro", "torch"))
+        if first is error or not is_in_words:
             raise
         raise first from first.__cause__
 

@@ -34,6 +34,7 @@ class Program(PyroModule):
         if "__init__" in vars(cls):
             cls.__init__ = known_arguments(cls.__init__)  # type: ignore[method-assign]
 
+    @known_arguments
     def __init__(self) -> None:
         with local_params():
             super().__init__()

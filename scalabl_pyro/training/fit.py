@@ -105,8 +105,8 @@ def fit(
         callbacks: Functions that are called with the history row of each step. If one returns True, training stops.
         progress: Whether to show a progress bar.
         reset: Whether to start afresh if ``blora`` or ``task`` were trained before: factors, latents and new heads as
-            at the wrapping, parameters of prior and task as before their first training. By default the training goes on
-            from the earlier one; a warning is logged, and ``posterior.provenance["start"]`` is ``"continued"``.
+            at the wrapping, parameters of prior and task as before their first training. By default the training goes
+            on from the earlier one; a warning is logged, and ``posterior.provenance["start"]`` is ``"continued"``.
 
     Returns:
         The posterior and the history. Ctrl-C ends the training after the running step (a second one at once) and

