@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .._arguments import check_role
+from .._arguments import check_role, known_arguments_of_methods
 from .._process.random_state import scoped_seed
 from ..guides import DeltaGuide
 from ..model.bayesian_lora import BayesianLoRA
@@ -79,6 +79,7 @@ def deep_ensemble(
     return BaselineResult(EnsemblePosterior(tuple(members), provenance), pd.concat(histories, ignore_index=True))
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True)
 class EnsemblePosterior(DerivedPredictor):
     """A mixture of predictors with equal weights that share one adapted LLM.

@@ -18,7 +18,8 @@ class Start:
 
     def __init__(self, loc: Tensor, factors: Factors) -> None:
         self.loc = loc
-        self.factors = [local_part(p).detach().to("cpu", copy=True) for pair in factors for p in pair]
+        parts = [p.detach() for p in _parts(factors)]
+        self.factors = [p if p.is_meta else p.to("cpu", copy=True) for p in parts]
 
     @torch.no_grad()
     def differs(self, loc: Tensor, factors: Factors, heads: Mapping[str, nn.Module], module: nn.Module) -> bool:
@@ -30,21 +31,26 @@ class Start:
             heads: Trained heads by path.
             module: The module that holds the original heads.
         """
-        if loc.shape != self.loc.shape or not torch.equal(loc.cpu(), self.loc.cpu()):
+        if loc.shape != self.loc.shape or not _equal(loc, self.loc):
             return True
-        present = (local_part(p) for pair in factors for p in pair)
-        if not all(torch.equal(p.cpu(), value) for p, value in zip(present, self.factors, strict=True)):
-            return True
-        return not all(torch.equal(own, first.to(own)) for own, first in _heads(heads, module))
+        pairs = [*zip(_parts(factors), self.factors, strict=True), *_heads(heads, module)]
+        return not all(_equal(present, first) for present, first in pairs)
 
     @torch.no_grad()
     def restore(self, factors: Factors, heads: Mapping[str, nn.Module], module: nn.Module) -> None:
         """Overwrite factors and heads with the start, see :meth:`differs`."""
-        present = (local_part(p) for pair in factors for p in pair)
-        for p, value in zip(present, self.factors, strict=True):
-            p.copy_(value)
-        for own, first in _heads(heads, module):
-            own.copy_(first)
+        for present, first in [*zip(_parts(factors), self.factors, strict=True), *_heads(heads, module)]:
+            if not first.is_meta:
+                present.copy_(first)
+
+
+def _parts(factors: Factors) -> list[Tensor]:
+    return [local_part(p) for pair in factors for p in pair]
+
+
+def _equal(present: Tensor, first: Tensor) -> bool:
+    """Whether a tensor has its first values, up to a cast. A tensor on the meta device has no values."""
+    return present.is_meta or first.is_meta or torch.equal(present.cpu(), first.to("cpu", present.dtype))
 
 
 def _heads(heads: Mapping[str, nn.Module], module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

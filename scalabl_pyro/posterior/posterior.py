@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from .._arguments import check_path, check_role, known_arguments_of_methods
+from .._arguments import known_arguments_of_methods
 from .._deprecated import ScalaBLDeprecationWarning
 from .._errors import check_count
 from ..analysis.checks import LOO, Diagnosis
@@ -279,7 +279,6 @@ class Posterior(PosteriorState):
         Example:
             >>> posterior.save_pretrained("my-posterior")
         """
-        check_path("path", path)
         serialization.save(path, self)
 
     @classmethod
@@ -297,6 +296,4 @@ class Posterior(PosteriorState):
         Example:
             >>> posterior = Posterior.from_pretrained(llm, "my-posterior")
         """
-        check_role("llm", llm, "llm", call="Posterior.from_pretrained(llm, path)")
-        check_path("path", path)
         return cls(**serialization.load(path, llm, **overrides))

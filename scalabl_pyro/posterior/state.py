@@ -45,7 +45,8 @@ class PosteriorState(Summarized):
         guide: Fitted family, on the CPU.
         factors: Factors (A, B) of each layer.
         heads: Trained heads by module path.
-        provenance: Record of the training (seed, steps, size of the data, versions).
+        provenance: Record of the training: ``options`` and ``rates``, ``data`` (number of rows, SHA-256 of their tokens
+            and answers), ``versions``, ``start`` (``"fresh"`` or ``"continued"``), number of steps, seconds.
     """
 
     adapter: Adapter

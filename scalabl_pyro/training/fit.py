@@ -32,7 +32,7 @@ from .options import (
     OnNonfinite,
     OptimizerOptions,
     TrainingOptions,
-    as_group,
+    as_groups,
 )
 from .outcome import MIN_STEPS, ended_worse, predicts_one_class
 from .program import TrainingProgram, build_program, build_trainer
@@ -125,9 +125,7 @@ def fit(
         >>> result = scalabl_pyro.fit(blora, task, rows, num_steps=100, seed=0)
         >>> result.history["loss"].iloc[-1]
     """
-    call = "fit(blora, task, train_data)"
-    check_role("blora", blora, "blora", call=call)
-    check_role("task", task, "task", call=call)
+    _check_objects(blora, task, callbacks)
     options = TrainingOptions(
         num_steps=num_steps,
         batch_size=batch_size,
@@ -139,11 +137,8 @@ def fit(
         init_scale=init_scale,
         seed=seed,
         on_nonfinite=on_nonfinite,
-        optimizer=as_group("optimizer", OptimizerOptions, optimizer),
-        checkpoint=as_group("checkpoint", CheckpointOptions, checkpoint),
-        hardware=as_group("hardware", HardwareOptions, hardware),
+        **as_groups(optimizer=optimizer, checkpoint=checkpoint, hardware=hardware),
     )
-    _check_callbacks(callbacks)
     processes = current_processes()
     checkpoints = Checkpoints(checkpoint_dir, options.checkpoint, processes=processes)
     program = build_program(
@@ -239,7 +234,7 @@ def _result(program: TrainingProgram, trainer: Trainer, error: TrainingError | N
 
     def result() -> FitResult:
         posterior = freeze(program.model.blora, program.model.task, program.guide, provenance)
-        warnings = _look_back(posterior, trainer, history, program.options.hardware.micro_batch_size)
+        warnings = () if error else _look_back(posterior, trainer, history, program.options.hardware.micro_batch_size)
         return FitResult(posterior, pd.DataFrame(history), warnings)
 
     if error is not None:
@@ -262,7 +257,11 @@ def _look_back(
     return warnings
 
 
-def _check_callbacks(callbacks: Sequence[Callback]) -> None:
+def _check_objects(blora: BayesianLoRA, task: Task, callbacks: Sequence[Callback]) -> None:
+    call = "fit(blora, task, train_data)"
+    check_role("blora", blora, "blora", call=call)
+    check_role("task", task, "task", call=call)
+    blora.adapter.check_attached()
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks={callbacks!r}: expected a list of functions, such as callbacks=[print].")
 

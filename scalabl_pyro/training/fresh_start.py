@@ -41,7 +41,7 @@ def choose_start(blora: BayesianLoRA, task: Task, *, reset: bool) -> list[str]:
     for name, module in {"prior": blora.prior, "task": task}.items():
         first = _FIRST.setdefault(module, {key: p.detach().cpu().clone() for key, p in _learned(module)})
         for key, parameter in _learned(module):
-            if key not in first or torch.equal(parameter.cpu(), first[key]):
+            if key not in first or torch.equal(parameter.cpu(), first[key].to(parameter.dtype)):
                 continue
             if reset:
                 parameter.copy_(first[key])

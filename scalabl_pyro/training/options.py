@@ -252,6 +252,11 @@ def as_group(name: str, kind: type[Group], given: Group | Mapping[str, Any] | No
     return kind(**given)
 
 
+def as_groups(**given: Any) -> dict[str, Any]:
+    """Read all option groups of ``fit``, by name; see :func:`as_group`."""
+    return {name: as_group(name, GROUPS[name], value) for name, value in given.items()}
+
+
 def optimizer_with(given: OptimizerOptions | Mapping[str, Any] | None, **own: Any) -> OptimizerOptions:
     """Options of the optimizer with other defaults, for a method that has its own.
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..data.batch import Batch
+from ..lora.sharding import is_sharded
 from ..model.passes import Passes
 from ..posterior.posterior import Posterior
 
@@ -76,7 +77,7 @@ def predicts_one_class(posterior: Posterior, recent: Sequence[Batch], *, rows_pe
     """
     classes = posterior.task.classes
     batches = _last_rows([batch for batch in recent if batch.target is not None])
-    if classes is None or not batches:
+    if classes is None or not batches or is_sharded(posterior.adapter.module):  # one process alone must not run it
         return None
     targets = torch.cat([batch.target.cpu() for batch in batches if batch.target is not None])
     share = targets.unique(return_counts=True)[1].max().item() / len(targets)
@@ -91,7 +92,7 @@ def predicts_one_class(posterior: Posterior, recent: Sequence[Batch], *, rows_pe
 
     try:
         predicted = torch.cat(Passes(posterior.adapter, parts).map(answers))
-    except (AttributeError, torch.OutOfMemoryError):  # a likelihood without logits, or no memory left for the check
+    except (AttributeError, ValueError, torch.OutOfMemoryError):  # no logits, not finite, or no memory for the check
         return None
     if len(predicted.unique()) > 1:
         return None

@@ -217,9 +217,11 @@ def public_callables() -> dict[str, object]:
                 found[prefix + name] = value
             elif name in ("Posterior",) or name.endswith("Options"):
                 found[prefix + name] = value
-    for name, value in inspect.getmembers(sp.Posterior, inspect.isroutine):
-        if not name.startswith("_"):
-            found[f"Posterior.{name}"] = value
+    predictors = (sp.baselines.EnsemblePosterior, sp.baselines.FactorPosterior, sp.baselines.TemperatureScaled)
+    for kind in (sp.Posterior, sp.Prediction, sp.NumericPrediction, *predictors):
+        for name, value in inspect.getmembers(kind, inspect.isroutine):
+            if not name.startswith("_"):
+                found[f"{kind.__name__}.{name}"] = value
     return found
 
 

@@ -289,7 +289,7 @@ def test_one_class_for_all_rows_is_reported(caplog):
     micro = sp.fit(
         blora, task, rows, num_steps=20, batch_size=4, hardware={"micro_batch_size": 3}, reset=True, progress=False
     )
-    assert micro.warnings == result.warnings
+    assert [re.sub(r"'\w+'", "", t) for t in micro.warnings] == [re.sub(r"'\w+'", "", t) for t in result.warnings]
 
 
 def test_a_training_that_learns_says_nothing(fitted, caplog):
