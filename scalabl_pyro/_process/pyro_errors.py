@@ -19,12 +19,14 @@ def without_trace_shapes() -> Iterator[None]:
         yield
     except (ValueError, RuntimeError) as error:
         first: BaseException = error
-        while TABLE in str(first) and type(first.__cause__) is type(first):
+        while type(first.__cause__) is type(first) and str(first).startswith(f"{first.__cause__}{TABLE}"):
             first = first.__cause__
         package = _raised_in(first)
         is_in_words = package == "scalabl_pyro" or (isinstance(first, ValueError) and package not in ("pyro", "torch"))
         if first is error or not is_in_words:
             raise
+        for note in getattr(error, "__notes__", ()):
+            first.add_note(note)
         raise first from first.__cause__
 
 

@@ -26,6 +26,7 @@ from ..posterior.posterior import Posterior
 from ..tasks import Task
 from ..training.cuda_graphs import GRAPH_TOKENS, devices_of, why_not
 from ..training.optimizer import rate_schedule
+from ..training.provenance import describe_data, versions
 from ..training.result import FitResult, TrainingError
 from ..training.scope import step_scope, training_scope
 from .point_lora import unloaded_on_error
@@ -127,7 +128,9 @@ def scalabl_released(
             graphed=graphed,
             progress=progress,
         )
-        provenance = {"num_data": num_data, "batch_size": batch_size, "seed": seed, "lr_kl": lr_kl}
+        own = {"lr": lr, "lr_kl": lr_kl, "init_scale": init_scale, "warmup": warmup, "gamma": gamma}
+        used = {"data": describe_data(batches, num_data), "versions": versions()}
+        provenance = {"num_data": num_data, "batch_size": batch_size, "seed": seed, **own, **used}
         result = _as_result(blora, task, latents, history, provenance)
         if error is not None:
             error.result = result if history else None
