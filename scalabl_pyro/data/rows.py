@@ -21,7 +21,7 @@ NO_ROWS = {
     "tokenizer": "The task holds the tokenizer: MultipleChoice(tokenizer).",
     "llm": "fit(bayesian_lora(llm), task, train_data) takes the rows third.",
     "batch": "A batch is read by fit only, in a list: [batch, ...].",
-    "row": "A single row goes into a list: [row]. For a dict of columns, pass datasets.Dataset.from_dict(columns).",
+    "class": "Pass the rows themselves.",
 }
 
 
@@ -58,17 +58,24 @@ def read_rows(
         rows = read_named(source, as_question, split=split, load_options=load_options)
     else:
         refuse_load_options(load_options)
-        kind = kind_of(source)
-        if kind in NO_ROWS or not isinstance(source, Iterable) or isinstance(source, bytes | bytearray | type):
-            raise TypeError(
-                f"Expected rows (a list of dicts, a Dataset, the path of a .jsonl file), got {describe(source)}. "
-                f"{NO_ROWS.get(kind, '')}".rstrip()
-            )
+        _refuse_other_objects(source)
         rows = list(source)
     if not rows:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "The data set"
         raise ValueError(f"{name} has no rows.")
     return rows
+
+
+def _refuse_other_objects(source: Any) -> None:
+    """Raise TypeError if an object that users mix up with rows was given, or nothing that can be iterated."""
+    kind = kind_of(source)
+    way = NO_ROWS.get(kind)
+    if isinstance(source, Mapping) and way is None:
+        way = "A single row goes into a list: [row]. For a dict of columns, pass datasets.Dataset.from_dict(columns)."
+    if way is None and isinstance(source, Iterable) and not isinstance(source, bytes | bytearray):
+        return
+    expected = "Expected rows (a list of dicts, a Dataset, the path of a .jsonl file)"
+    raise TypeError(f"{expected}, got {describe(source)}. {way or ''}".rstrip())
 
 
 @known_arguments

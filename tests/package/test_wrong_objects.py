@@ -149,7 +149,7 @@ def test_a_wrong_object_is_named_with_the_way(world, tmp_path, monkeypatch, name
         call(world, *arguments)
     message = str(error.value)
     expected = given.__name__ if isinstance(given, type) or inspect.isroutine(given) else type(given).__name__
-    named = (expected.removesuffix("Type"), "Row 0 is", "already carries a Bayesian LoRA")
+    named = (expected.removesuffix("Type"), type(given).__name__, "Row 0 is", "already carries a Bayesian LoRA")
     assert any(text in message for text in named), message
     assert any(word in message for word in ("xpected", "ass a list", "ass its", "Use the object")), message
     assert len(message) < 500 and "Trace Shapes" not in message, message
@@ -172,8 +172,8 @@ def test_each_way_belongs_to_a_role_and_a_kind(world):
         (lambda w: sp.fit(w.blora, sp.MultipleChoice, ROWS), r"the class MultipleChoice.*Make an instance"),
         (lambda w: sp.fit(w.blora, w.tokenizer, ROWS), r"MultipleChoice\(tokenizer\)"),
         (lambda w: sp.fit("gpt2", w.task, ROWS), r"blora is a str \('gpt2'\).*Load the model"),
-        (lambda w: sp.fit(w.blora, w.task, ["a text"]), r"Row 0 is a str \('a text'\)"),
-        (lambda w: sp.fit(w.blora, w.task, ROWS[0]), r"got a dict\. A single row goes into a list: \[row\]"),
+        (lambda w: sp.fit(w.blora, w.task, ["a text"]), r"Row 0 is a str.*a text"),
+        (lambda w: sp.fit(w.blora, w.task, ROWS[0]), r"a dict.* single row.*\[row\]"),
         (lambda w: sp.fit(w.blora, w.task, ROWS, kl_weight="linear"), r"kl_weight='linear': expected a number.*lambda"),
         (
             lambda w: sp.fit(w.blora, w.task, ROWS, kl_weight=lambda step: "one", progress=False),
