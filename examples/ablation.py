@@ -65,7 +65,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="names of priors",
     )
     parser.add_argument("--guides", nargs="+", default=["normal", "lowrank", "full_covariance"], help="names of guides")
-    parser.add_argument("--data", help="training rows: a data set of the hub or a JSONL file")
+    parser.add_argument("--data", help="training rows: a JSONL file, or hf://owner/name of the hub")
     parser.add_argument("--test-data", help="test rows (default: the test split of --data)")
     parser.add_argument("--train-rows", type=int, default=200, help="number of training rows")
     parser.add_argument("--test-rows", type=int, default=200, help="number of test rows")

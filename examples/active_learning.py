@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="folder with trec_train.jsonl and trec_test.jsonl")
-    parser.add_argument("--data", help="rows of the pool: a data set of the hub or a JSONL file")
+    parser.add_argument("--data", help="rows of the pool: a JSONL file, or hf://owner/name of the hub")
     parser.add_argument("--test-data", help="test rows (default: the test split of --data)")
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES, help="scores to compare")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run per seed")

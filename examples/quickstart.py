@@ -1,7 +1,7 @@
 """Fine-tunes an LLM that knows what it does not know, in a few minutes on two CPU cores.
 
     python examples/quickstart.py                      # SmolLM2-135M on Reuters news; needs no network
-    python examples/quickstart.py --model Qwen/Qwen2.5-0.5B-Instruct --data allenai/openbookqa --test-split validation
+    python examples/quickstart.py --data hf://allenai/openbookqa --test-split validation
     python examples/quickstart.py --data train.jsonl --test-data test.jsonl --ood-data other.jsonl
 
 The script fine-tunes plain LoRA and ScalaBL on the same budget and prints one table. It writes pictures, the posterior
@@ -49,7 +49,9 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="causal LM of the Hugging Face hub, or a local folder (default: SmolLM2-135M)")
-    parser.add_argument("--data", help="training rows: a data set of the hub or a JSONL file (default: Reuters news)")
+    parser.add_argument(
+        "--data", help="training rows: a JSONL file, or hf://owner/name of the hub (default: Reuters news)"
+    )
     parser.add_argument("--test-data", help="test rows (default: the test split of --data)")
     parser.add_argument("--test-split", default="test", help="name of the test split on the hub")
     parser.add_argument("--ood-data", help="rows from another source, for out-of-distribution detection")

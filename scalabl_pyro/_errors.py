@@ -1,8 +1,13 @@
 """Errors for user mistakes: what was given, what is allowed, and the nearest valid name."""
 
 import difflib
+import inspect
 import numbers
+import os
 from collections.abc import Iterable
+
+#: Longest value that a message shows, in characters. Errors may be logged, and a long text may be confidential.
+MAX_SHOWN = 60
 
 
 class ScalaBLWarning(UserWarning):
@@ -93,3 +98,30 @@ def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if given not in allowed:
         raise ValueError(f"{what}={given!r} is unknown. {nearest(str(given), allowed)}")
+
+
+def describe(value: object) -> str:
+    """Say what an object is: its type, and the start of its value if that is short.
+
+    Args:
+        value: Any object.
+
+    Example:
+        >>> describe("gpt2"), describe(["a", "b"]), describe(int)
+        ("a str ('gpt2')", 'a list of 2 str', 'the class int')
+    """
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if inspect.isroutine(value):
+        return f"the function {value.__name__}"
+    name = type(value).__name__
+    text = f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+    if isinstance(value, str | bytes | numbers.Number | os.PathLike):
+        shown = repr(value)
+        return f"{text} ({shown if len(shown) <= MAX_SHOWN else f'{shown[:MAX_SHOWN]}...'})"
+    if isinstance(value, list | tuple):
+        inner = {type(item).__name__ for item in value} or {"objects"}
+        return f"{text} of {len(value)} {inner.pop() if len(inner) == 1 else 'objects'}"
+    return text

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy
 
+from ._arguments import known_arguments
 from ._errors import check_count
 
 __all__ = [
@@ -46,12 +47,14 @@ Labels = NDArray[np.integer]
 NUM_BINS = 15
 
 
+@known_arguments
 def accuracy(probs: Array, labels: Labels) -> float:
     """Compute the share of rows whose most probable class is the label; higher is better."""
     p, y = torch.as_tensor(np.asarray(probs)), torch.as_tensor(np.asarray(labels))
     return multiclass_accuracy(p.argmax(1), y, num_classes=p.shape[1], average="micro").item()
 
 
+@known_arguments
 def nll(probs: Array, labels: Labels) -> float:
     """Compute the mean negative log probability of the label, nats; lower is better.
 
@@ -63,6 +66,7 @@ def nll(probs: Array, labels: Labels) -> float:
         return _mean_nll(np.log(probs[np.arange(len(labels)), labels].astype(np.float64)))
 
 
+@known_arguments
 def ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
     """Compute the expected calibration error of the top probability over equal-width bins (Guo et al., 2017, eq. 3)."""
     table = reliability(probs, labels, num_bins=num_bins)
@@ -70,6 +74,7 @@ def ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
     return float((table["count"] * gaps).sum() / table["count"].sum())
 
 
+@known_arguments
 def adaptive_ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
     """Compute the expected calibration error over bins of equal counts, none of them empty (Nixon et al., 2019).
 
@@ -84,6 +89,7 @@ def adaptive_ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> f
     return float(sum(len(b) * abs(confidence[b].mean() - right[b].mean()) for b in bins) / len(tie))
 
 
+@known_arguments
 def brier(probs: Array, labels: Labels) -> float:
     """Compute the mean squared distance to the one-hot label: 0 is best, 2 is worst (Brier, 1950)."""
     probs, labels = np.asarray(probs), np.asarray(labels)
@@ -91,6 +97,7 @@ def brier(probs: Array, labels: Labels) -> float:
     return float(((probs - onehot) ** 2).sum(1).mean())
 
 
+@known_arguments
 def auroc(score: Array, positive: NDArray[np.bool_]) -> float:
     """Compute the probability that a positive row scores above a negative row; NaN when one kind is missing."""
     positive = np.asarray(positive, dtype=bool)
@@ -100,17 +107,20 @@ def auroc(score: Array, positive: NDArray[np.bool_]) -> float:
     return binary_auroc(torch.as_tensor(ranks), torch.as_tensor(positive).long()).item()
 
 
+@known_arguments
 def error_auroc(probs: Array, labels: Labels) -> float:
     """Compute the AUROC of the entropy of the prediction for telling wrong rows from right rows."""
     _, correct = _confidence(probs, labels)
     return auroc(entropy(np.asarray(probs)), ~correct)
 
 
+@known_arguments
 def ood_auroc(inside: Array, outside: Array) -> float:
     """Compute the AUROC of an uncertainty score (higher = less certain) for detecting out-of-distribution rows."""
     return auroc(np.concatenate([inside, outside]), np.arange(len(inside) + len(outside)) >= len(inside))
 
 
+@known_arguments
 def risk_coverage(probs: Array, labels: Labels, *, uncertainty: Array | None = None) -> tuple[Array, Array]:
     """Compute coverage (share answered) and risk (error among the answered), most certain rows first.
 
@@ -137,11 +147,13 @@ def risk_coverage(probs: Array, labels: Labels, *, uncertainty: Array | None = N
     return answered / len(wrong), np.minimum(np.cumsum(share) / answered, 1.0)
 
 
+@known_arguments
 def aurc(probs: Array, labels: Labels, *, uncertainty: Array | None = None) -> float:
     """Compute the area under :func:`risk_coverage`; lower is better (Geifman and El-Yaniv, 2017)."""
     return float(risk_coverage(probs, labels, uncertainty=uncertainty)[1].mean())
 
 
+@known_arguments
 def entropy(probs: Array) -> Array:
     """Compute the entropy of each row, (N,), nats."""
     safe = np.where(probs > 0, probs, 1.0)
@@ -164,6 +176,7 @@ CLASSIFICATION: dict[str, Callable[[Array, Labels], float]] = {
 WITHOUT_INTERVAL = ("ece", "adaptive_ece")
 
 
+@known_arguments
 def classification_report(
     probs: Array,
     labels: Labels,
@@ -206,6 +219,7 @@ def classification_report(
     return table
 
 
+@known_arguments
 def report(
     scores: Callable[[Any], dict[str, float]], num_rows: int, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
@@ -241,6 +255,7 @@ def check_level(level: float) -> None:
         raise ValueError(f"level={level} must lie between 0 and 1.")
 
 
+@known_arguments
 def reliability(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> pd.DataFrame:
     """Make a table of ``confidence``, ``accuracy`` and ``count`` of each non-empty bin of the top probability."""
     confidence, correct = _confidence(probs, labels)

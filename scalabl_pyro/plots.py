@@ -12,7 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from . import metrics
-from ._errors import check_count
+from ._arguments import check_role, known_arguments
+from ._errors import check_count, describe
 from .lora.module_paths import block_of, last_name
 from .posterior.posterior import Posterior
 from .prediction.result import NumericPrediction, Prediction
@@ -25,6 +26,7 @@ QUIET = "#9aa5b1"
 WARM = "#c8553d"
 
 
+@known_arguments
 def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | None = None, color: str = MARK) -> Axes:
     """Plot accuracy against confidence in 15 bins; the area of a marker shows the number of rows in the bin.
 
@@ -63,6 +65,7 @@ def reliability(prediction: Prediction, *, ax: Axes | None = None, label: str | 
     return ax
 
 
+@known_arguments
 def history(frame: pd.DataFrame, *, ax: Axes | None = None, smooth: int = 10) -> Axes:
     """Plot the negative ELBO and its two parts against the step, in nats per example.
 
@@ -78,6 +81,8 @@ def history(frame: pd.DataFrame, *, ax: Axes | None = None, smooth: int = 10) ->
         >>> scalabl_pyro.plots.history(result.history)
     """
     check_count(smooth=smooth)
+    if not isinstance(frame, pd.DataFrame):
+        raise TypeError(f"frame is {describe(frame)}, expected the history of a fit, result.history.")
     ax = _axes(ax)
     parts = {
         "loss = NLL + KL": (frame["loss"], MARK),
@@ -93,6 +98,7 @@ def history(frame: pd.DataFrame, *, ax: Axes | None = None, smooth: int = 10) ->
     return ax
 
 
+@known_arguments
 def posterior_by_layer(posterior: Posterior, *, ax: Axes | None = None, num_draws: int = 500, seed: int = 0) -> Axes:
     """Plot the mean and standard deviation of each latent, layer by layer.
 
@@ -108,6 +114,7 @@ def posterior_by_layer(posterior: Posterior, *, ax: Axes | None = None, num_draw
     Example:
         >>> scalabl_pyro.plots.posterior_by_layer(result.posterior)
     """
+    check_role("posterior", posterior, "posterior")
     check_count(num_draws=num_draws, least=2)
     ax = _axes(ax, width=9.0)
     s = posterior.sample(num_draws, seed=seed).s
@@ -136,6 +143,7 @@ def posterior_by_layer(posterior: Posterior, *, ax: Axes | None = None, num_draw
     return ax
 
 
+@known_arguments
 def uncertainty_histogram(
     inside: Prediction | NumericPrediction,
     outside: Prediction | NumericPrediction,
@@ -161,6 +169,8 @@ def uncertainty_histogram(
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r} is unknown: use 'total', 'aleatoric' or 'epistemic'.")
+    check_role("inside", inside, "prediction")
+    check_role("outside", outside, "prediction")
     if type(inside) is not type(outside):
         raise TypeError(
             f"inside is a {type(inside).__name__} and outside is a {type(outside).__name__}: their uncertainties have "
@@ -177,6 +187,7 @@ def uncertainty_histogram(
     return ax
 
 
+@known_arguments
 def risk_coverage(
     prediction: Prediction,
     *,
@@ -212,6 +223,7 @@ def risk_coverage(
 
 
 def _scored(prediction: Prediction) -> tuple[metrics.Array, metrics.Labels]:
+    check_role("prediction", prediction, "prediction")
     if not isinstance(prediction, Prediction):
         raise TypeError(
             f"prediction is a {type(prediction).__name__}, but this plot needs class probabilities. Pass a Prediction "

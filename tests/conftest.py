@@ -1,5 +1,6 @@
 """Guards: a test that leaves global state changed fails, whatever it meant to test."""
 
+import socket
 import warnings
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def unchanged_rng():
     before = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), before), "the global random state moved"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Any attempt to reach a network fails the test, also one that the code under test would catch."""
+    tried = []
+
+    def refuse(*args, **kwargs):
+        tried.append(args)
+        raise OSError("the test must not reach a network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    yield
+    assert not tried, tried
 
 
 @pytest.fixture

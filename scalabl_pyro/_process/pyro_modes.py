@@ -8,6 +8,7 @@ import pyro
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 
+from .._arguments import known_arguments
 from .lock import LOCK
 
 
@@ -24,8 +25,16 @@ class Program(PyroModule):
     Stock ``SVI`` keeps parameters in Pyro's global store; ELBO modules under
     ``pyro.settings.context(module_local_params=True)`` leave that store empty. A context that was created in the
     second mode works in both modes; a context from the first mode works only there.
+
+    Constructors of subclasses refuse unknown keyword arguments with the nearest valid name.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = known_arguments(cls.__init__)  # type: ignore[method-assign]
+
+    @known_arguments
     def __init__(self) -> None:
         with local_params():
             super().__init__()

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .._arguments import check_role, known_arguments_of_methods
 from .._process.random_state import scoped_seed
 from ..guides import DeltaGuide
 from ..model.bayesian_lora import BayesianLoRA
@@ -60,6 +61,7 @@ def deep_ensemble(
         >>> result = scalabl_pyro.baselines.deep_ensemble(llm, task, train_data, num_members=3, num_steps=1000)
         >>> result.posterior.predict(test_data).epistemic
     """
+    check_role("task", task, "task", call="deep_ensemble(llm, task, train_data)")
     if num_members < 2:
         raise ValueError(f"num_members={num_members}: an ensemble needs 2 or more.")
     blora = plain_lora(module, {**(lora or {}), "seed": seed})
@@ -77,6 +79,7 @@ def deep_ensemble(
     return BaselineResult(EnsemblePosterior(tuple(members), provenance), pd.concat(histories, ignore_index=True))
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True)
 class EnsemblePosterior(DerivedPredictor):
     """A mixture of predictors with equal weights that share one adapted LLM.
@@ -157,3 +160,4 @@ def _restart(blora: BayesianLoRA, start: Mapping[str, torch.Tensor], seed: int) 
         for A, _ in blora.adapter.factors():
             bound = A.shape[1] ** -0.5
             A.copy_(torch.empty(A.shape).uniform_(-bound, bound))
+    blora.adapter.keep_start()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from .._arguments import known_arguments_of_methods
 from .._errors import check_choice, check_count
 from ..lora.binding import RowNoise
 from ..lora.factors import Factors
@@ -69,6 +70,7 @@ class WeightNoise:
 NOISES: dict[str, type[WeightNoise]] = {}
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True)
 class FactorPosterior(DerivedPredictor):
     """A posterior of A and B: a center, and noise around it.

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
+from .._arguments import check_role, known_arguments
 from .._errors import check_count, check_positive
 from .._process.random_state import scoped_seed
 from ..data.batch import evaluation_batches
@@ -31,6 +32,7 @@ from .kfac import Eigen, kronecker_factors, output_directions, record
 NUM_SCALES = 601
 
 
+@known_arguments
 def laplace_lora(
     posterior: Posterior,
     train_data: Any,
@@ -73,6 +75,7 @@ def laplace_lora(
         >>> posterior = scalabl_pyro.baselines.laplace_lora(point, train_data)
         >>> posterior.predict(test_data, num_draws=10).metrics()
     """
+    check_role("posterior", posterior, "posterior", call="laplace_lora(posterior, train_data)")
     check_count(rank=rank, batch_size=batch_size)
     if isinstance(prior_scale, str):
         if prior_scale != "evidence":

@@ -104,6 +104,7 @@ def plain_lora(module: nn.Module, lora: Mapping[str, Any] | None = None) -> Baye
         for (A, _), s in zip(adapter.factors(), adapter.subspace.split(adapter.loc), strict=True):
             A.mul_(s.to(A.device).unsqueeze(1))
     adapter.rest_at(torch.ones_like(adapter.loc))
+    adapter.keep_start()
     return blora
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .._arguments import known_arguments_of_methods
 from ..data.batch import Batch
 from ..data.encoding import encode
 from ..data.rows import read_rows
@@ -56,6 +57,7 @@ class Predictor(Protocol):
         """Write safetensors and JSON to the directory ``path``."""
 
 
+@known_arguments_of_methods
 class DerivedPredictor(ABC):
     """A predictor that is built on another one, and shares its adapted LLM and task."""
 

@@ -15,6 +15,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .._arguments import check_role, known_arguments
 from .._deprecated import renamed_arguments
 from .._errors import check_count, check_positive
 from .._process.random_state import Stream, derive_seed
@@ -25,6 +26,7 @@ from ..posterior.posterior import Posterior
 from ..tasks import Task
 from ..training.cuda_graphs import GRAPH_TOKENS, devices_of, why_not
 from ..training.optimizer import rate_schedule
+from ..training.provenance import describe_data, versions
 from ..training.result import FitResult, TrainingError
 from ..training.scope import step_scope, training_scope
 from .point_lora import unloaded_on_error
@@ -33,6 +35,7 @@ from .released_step import AlternatingStep, gradient_step
 
 
 @renamed_arguments(kl_lr="lr_kl")
+@known_arguments
 def scalabl_released(
     module: nn.Module,
     task: Task,
@@ -91,6 +94,7 @@ def scalabl_released(
         >>> result = scalabl_pyro.baselines.scalabl_released(llm, task, train_data, num_steps=100)
         >>> result.history[["nll", "kl", "kl_weight"]].tail()
     """
+    check_role("task", task, "task", call="scalabl_released(llm, task, train_data)")
     check_count(num_steps=num_steps, batch_size=batch_size)
     check_positive(lr=lr, lr_kl=lr_kl, init_scale=init_scale, gamma=gamma)
     if not 0 <= warmup <= 1:
@@ -124,7 +128,9 @@ def scalabl_released(
             graphed=graphed,
             progress=progress,
         )
-        provenance = {"num_data": num_data, "batch_size": batch_size, "seed": seed, "lr_kl": lr_kl}
+        own = {"lr": lr, "lr_kl": lr_kl, "init_scale": init_scale, "warmup": warmup, "gamma": gamma}
+        used = {"data": describe_data(batches, num_data), "versions": versions()}
+        provenance = {"num_data": num_data, "batch_size": batch_size, "seed": seed, **own, **used}
         result = _as_result(blora, task, latents, history, provenance)
         if error is not None:
             error.result = result if history else None

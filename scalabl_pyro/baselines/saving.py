@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._arguments import check_path, check_role
 from .._errors import nearest
 from .._process.lock import LOCK
 from ..lora.attach import find_adapter
@@ -104,6 +105,8 @@ def load(llm: nn.Module, path: str | Path, **overrides: Any) -> Predictor:
             point.save_pretrained("mle")
             point = scalabl_pyro.baselines.load(llm, "mle")
     """
+    check_role("llm", llm, "llm", call="load(llm, path)")
+    check_path("path", path)
     path = Path(path)
     with LOCK, path_in_errors(path):
         carried = find_adapter(llm)

@@ -18,6 +18,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 from torch import Tensor
 
+from .._arguments import check_role, known_arguments_of_methods
 from .._errors import ScalaBLWarning, check_positive
 from ..prediction.result import NumericPrediction, Prediction
 from . import saving
@@ -67,6 +68,8 @@ def temperature_scaling(
         >>> scaled = scalabl_pyro.baselines.temperature_scaling(posterior, validation_rows)
         >>> scaled.temperature, scaled.predict(test_data).metrics()
     """
+    if not isinstance(predictor, Predictor | Prediction | NumericPrediction):
+        check_role("predictor", predictor, "posterior", call="temperature_scaling(posterior, validation)")
     if isinstance(validation, Prediction | NumericPrediction):
         seen = validation
     elif isinstance(predictor, Prediction | NumericPrediction):
@@ -128,6 +131,7 @@ def mixture_nll(log_probs: NDArray[np.floating], target: NDArray[np.integer], te
     return float(-(logsumexp(chosen, axis=0) - np.log(len(log_probs))).mean())
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True)
 class TemperatureScaled(DerivedPredictor):
     """A predictor whose logits are divided by a temperature.

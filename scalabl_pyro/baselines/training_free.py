@@ -16,6 +16,7 @@ import torch
 from scipy.special import logsumexp
 from torch import Generator, Tensor
 
+from .._arguments import check_role, known_arguments
 from .._errors import ScalaBLWarning, check_count, check_positive
 from ..data.rows import read_rows
 from ..lora.factors import Factors
@@ -24,6 +25,7 @@ from ..prediction.result import NumericPrediction, Prediction
 from .factor_posterior import FactorPosterior, WeightNoise
 
 
+@known_arguments
 def tfb(
     posterior: Posterior,
     anchor_data: Any,
@@ -64,6 +66,7 @@ def tfb(
         >>> posterior = scalabl_pyro.baselines.tfb(point, train_data, tolerance=0.003)
         >>> posterior.provenance["scale"], posterior.predict(test_data).metrics()
     """
+    check_role("posterior", posterior, "posterior", call="tfb(posterior, anchor_data)")
     check_count(num_draws=num_draws, num_bisections=num_bisections)
     check_positive(tolerance=tolerance, max_scale=max_scale)
     rows = read_rows(anchor_data)
@@ -77,7 +80,7 @@ def tfb(
     scale = largest_passing(lambda s: nll(s) - without <= tolerance * abs(without), max_scale, num_bisections)
     if scale == max_scale or scale == 0:
         hint = f"raise max_scale={max_scale}" if scale else "raise tolerance, num_bisections or the number of rows"
-        warnings.warn(f"The scale {scale} lies at a limit of the search: {hint}.", ScalaBLWarning, stacklevel=2)
+        warnings.warn(f"The scale {scale} lies at a limit of the search: {hint}.", ScalaBLWarning, stacklevel=3)
     provenance = {
         "method": "TFB",
         "scale": scale,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .._arguments import known_arguments
 from .._errors import check_count
 
 
@@ -125,6 +126,7 @@ class Batch:
         return replace(self, target=None)
 
 
+@known_arguments
 def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int, *, multiple: int = 1) -> Batch:
     """Build a right-padded batch of examples.
 
@@ -159,6 +161,7 @@ def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int
     )
 
 
+@known_arguments
 def evaluation_batches(examples: Sequence[Example], batch_size: int, pad_token_id: int) -> Iterator[Batch]:
     """Yield batches that contain every example once, the longest first, so that a lack of memory shows at once.
 

@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from .._arguments import known_arguments
+from .._errors import describe
 from .._process.lock import LOCK
 from .batch import Example
 from .rows import Row
@@ -13,6 +15,7 @@ from .rows import Row
 logger = logging.getLogger(__name__)
 
 
+@known_arguments
 def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_target: bool) -> list[Example]:
     """Tokenize rows with the ``encode`` method of a task.
 
@@ -39,7 +42,7 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
     examples = []
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise TypeError(f"Row {i} is a {type(row).__name__}; expected a dict such as {{'question': ...}}.")
+            raise TypeError(f"Row {i} is {describe(row)}; expected a dict such as {{'question': ...}}.")
         where = f"Row {i}" + (f" (id {row['id']!r})" if "id" in row else "")
         try:
             with LOCK:  # two threads cannot use a fast tokenizer at once
@@ -71,6 +74,7 @@ def _check_example(example: Example, row: Row, where: str, *, need_target: bool)
         raise ValueError(f"{where}: the answer {example.target} is not finite.")
 
 
+@known_arguments
 def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> None:
     """Check that ``llm`` has an embedding for every token. On a GPU, an unknown token breaks all later CUDA calls.
 

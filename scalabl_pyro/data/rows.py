@@ -3,25 +3,38 @@
 A task turns each row into an :class:`~scalabl_pyro.data.Example`.
 """
 
+import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from ..storage import json_reader
+from .._arguments import kind_of, known_arguments
+from .._errors import describe
+from .named_rows import Row, read_named, refuse_load_options
 
-Row = Mapping[str, Any]
+#: Kinds of objects that hold no rows, and what to pass instead.
+NO_ROWS = {
+    "blora": "fit(blora, task, train_data) takes the rows third.",
+    "task": "The rows follow the task: fit(blora, task, train_data).",
+    "posterior": "posterior.predict(data) takes the rows.",
+    "result": "result.posterior.predict(data) takes the rows.",
+    "prediction": "Pass the rows that were predicted.",
+    "tokenizer": "The task holds the tokenizer: MultipleChoice(tokenizer).",
+    "llm": "fit(bayesian_lora(llm), task, train_data) takes the rows third.",
+    "batch": "A batch is read by fit only, in a list: [batch, ...].",
+    "class": "Pass the rows themselves.",
+}
 
-#: Allowed bytes per line of a JSONL file, so that a file without line ends cannot fill the memory.
-MAX_LINE = 2**26
 
-
-def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **load_options: Any) -> list[Row]:
+def read_rows(
+    source: str | os.PathLike[str] | Iterable[Row], *, split: str = "train", **load_options: Any
+) -> list[Row]:
     """Read the rows of a JSONL file, a Hugging Face data set, or an iterable of dicts.
 
     Rows of known multiple-choice data sets from the hub are converted to one form, see :func:`as_question`.
 
     Args:
-        source: Path of a ``.jsonl`` file, hub name such as ``"allenai/openbookqa"``, or the rows themselves.
+        source: Path of a ``.jsonl`` file, ``"hf://owner/name"`` for a data set of the hub, or the rows themselves. Any
+            other string is refused, so that a text never leaves the machine as the name of a data set.
         split: Split of a hub data set.
         load_options: Options of ``datasets.load_dataset``, such as ``name="ARC-Easy"`` for a configuration.
 
@@ -30,8 +43,8 @@ def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **loa
 
     Raises:
         FileNotFoundError: The ``.jsonl`` file does not exist.
-        TypeError: ``source`` is a single dict, or is not iterable.
-        ValueError: A line is not a JSON object, or the data has no rows.
+        TypeError: ``source`` is a single dict, is not iterable, or is not a hub data set while there are load options.
+        ValueError: ``source`` is a text or a folder, a line is not a JSON object, or there are no rows.
 
     Example:
         >>> import pathlib, tempfile
@@ -41,47 +54,31 @@ def read_rows(source: str | Path | Iterable[Row], *, split: str = "train", **loa
         >>> read_rows(file)
         [{'text': 'the sky is blue', 'label': 1}]
     """
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if path.suffix in (".jsonl", ".json") or path.is_file():
-            rows = _read_jsonl(path)
-        else:
-            from datasets import load_dataset
-
-            rows = [as_question(row) for row in load_dataset(str(source), split=split, **load_options)]
+    if isinstance(source, str | os.PathLike):
+        rows = read_named(source, as_question, split=split, load_options=load_options)
     else:
-        if isinstance(source, Mapping) or not isinstance(source, Iterable):
-            raise TypeError(f"Expected rows (a list of dicts, a Dataset, a path), got a {type(source).__name__}.")
+        refuse_load_options(load_options)
+        _refuse_other_objects(source)
         rows = list(source)
     if not rows:
-        raise ValueError(f"{source if isinstance(source, str | Path) else 'The data set'} has no rows.")
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else "The data set"
+        raise ValueError(f"{name} has no rows.")
     return rows
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. A name that ends in .jsonl or .json is read as a local file.")
-    rows: list[Row] = []
-    with path.open("rb") as file:
-        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-            if len(raw) > MAX_LINE:
-                raise ValueError(f"{path}, line {number}: longer than {MAX_LINE} bytes; expected one row per line.")
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8 ({error}).") from None
-            if not line.strip():
-                continue
-            try:
-                row = json_reader.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
-            rows.append(row)
-    return rows
+def _refuse_other_objects(source: Any) -> None:
+    """Raise TypeError if an object that users mix up with rows was given, or nothing that can be iterated."""
+    kind = kind_of(source)
+    way = NO_ROWS.get(kind)
+    if isinstance(source, Mapping) and way is None:
+        way = "A single row goes into a list: [row]. For a dict of columns, pass datasets.Dataset.from_dict(columns)."
+    if way is None and isinstance(source, Iterable) and not isinstance(source, bytes | bytearray):
+        return
+    expected = "Expected rows (a list of dicts, a Dataset, the path of a .jsonl file)"
+    raise TypeError(f"{expected}, got {describe(source)}. {way or ''}".rstrip())
 
 
+@known_arguments
 def as_question(row: Row) -> Row:
     """Convert a row of a known data set to ``{"question": str, "choices": [str, ...], "answer": int or None}``.
 

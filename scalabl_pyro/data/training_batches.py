@@ -1,13 +1,16 @@
 """Batches for training: made from rows in a seeded order, or taken from the user's own iterable of batches."""
 
+import functools
 import hashlib
 import itertools
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from .._arguments import known_arguments
 from .._process.random_state import scoped_seed
 from .batch import Batch, Example, collate
 from .encoding import encode
@@ -59,6 +62,14 @@ class TrainingBatches:
         rows = self._plan[position]
         return collate([self.examples[i] for i in rows], rows, self.pad_token_id, multiple=self.multiple)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of tokens, answers and other numbers of all rows, in their order."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(json.dumps([example.inputs, example.target, example.extras], default=float).encode())
+        return digest.hexdigest()
+
     def _order(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.examples), generator=generator).tolist()
@@ -73,6 +84,7 @@ class TrainingBatches:
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+@known_arguments
 def training_source(
     data: Any,
     encode_row: Callable[[Row], Example],

@@ -8,6 +8,7 @@ import torch
 from pyro.infer import autoguide
 from torch import Tensor, nn
 
+from .._arguments import check_role, known_arguments
 from .._errors import check_choice
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors.sites import check_continuous, prior_sites
@@ -52,6 +53,7 @@ FAMILIES: dict[str, type[Guide]] = {
 DEFAULT_RANK = 10
 
 
+@known_arguments
 def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = INIT_SCALE, seed: int = 0) -> Guide:
     """Build the guide that ``guide`` names, with the initial values of the paper.
 
@@ -81,6 +83,7 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = INIT_
         >>> guide
         LowRankGuide()
     """
+    check_role("blora", blora, "blora", call="as_guide(guide, blora)")
     if isinstance(guide, str):
         check_choice("guide", guide, NAMES)
         return _build_named(guide, blora, init_scale, seed)

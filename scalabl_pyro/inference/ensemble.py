@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._arguments import check_role
 from .._errors import check_count, check_not_negative
 from .._process.random_state import derive_seed
 from ..guides import INIT_SCALE, Guide, GuideLike, MixtureGuide, as_guide
@@ -60,6 +61,7 @@ def ensemble(
     References:
         Lakshminarayanan et al., Deep ensembles, NeurIPS 2017, with a posterior in the place of each point.
     """
+    check_role("posterior", posterior, "posterior", call="ensemble(posterior, data)")
     check_count(num_members=num_members, least=2)
     check_not_negative(spread=spread)
     members: list[Posterior] = []

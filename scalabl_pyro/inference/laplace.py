@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
+from .._arguments import check_role, known_arguments
 from .._errors import check_count, check_positive
 from ..data.encoding import encode
 from ..data.rows import read_rows
@@ -33,6 +34,7 @@ ROUNDING = 1e-6
 PriorAt = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+@known_arguments
 def laplace(
     posterior: Posterior,
     data: Any,
@@ -70,6 +72,7 @@ def laplace(
     References:
         Daxberger et al., Laplace Redux, NeurIPS 2021; Yang et al., Bayesian Low-rank Adaptation for LLMs, ICLR 2024.
     """
+    check_role("posterior", posterior, "posterior", call="laplace(posterior, data)")
     check_count(newton_steps=newton_steps, least=0)
     check_count(batch_size=batch_size)
     prior_at = _normal_prior(posterior.prior, prior_scale)

@@ -13,7 +13,9 @@ from pyro.infer import MCMC
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
+from .._arguments import check_role, known_arguments
 from .._errors import check_count, check_not_negative
+from .._process.pyro_errors import without_trace_shapes
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from ..data.batch import Batch
@@ -35,6 +37,8 @@ MIN_MASS_WARMUP = 50
 MIN_SAMPLES = 4
 
 
+@known_arguments
+@without_trace_shapes()
 def mcmc(
     posterior: Posterior,
     data: Any,
@@ -89,6 +93,7 @@ def mcmc(
     References:
         Hoffman and Gelman, The No-U-Turn Sampler, JMLR 2014.
     """
+    check_role("posterior", posterior, "posterior", call="mcmc(posterior, data)")
     check_count(num_samples=num_samples, least=MIN_SAMPLES)
     check_count(warmup_steps=warmup_steps, num_chains=num_chains, batch_size=batch_size, max_tree_depth=max_tree_depth)
     if not isinstance(target_accept, numbers.Real) or not 0 < target_accept < 1:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .._arguments import check_role
 from ..guides import GuideLike
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
@@ -47,6 +48,7 @@ def refit(
         >>> wider.posterior.factors[0][0].equal(posterior.factors[0][0])
         True
     """
+    check_role("posterior", posterior, "posterior", call="refit(posterior, data)")
     with frozen_factors(posterior) as blora:
         if prior is not None:
             own = copy.deepcopy(as_prior(prior, blora.subspace))  # training must not change the caller's prior

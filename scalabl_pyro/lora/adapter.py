@@ -14,6 +14,7 @@ from .binding import UNBOUND, Bound, RowNoise, binding, bound_to
 from .factors import Factors, cast_stacked, compute_dtype, factors_of, map_stacked
 from .module_changes import ModuleChanges
 from .shared_prefix import split_blocks
+from .start import Start
 from .subspace import Subspace
 from .targets import output_head
 
@@ -25,8 +26,9 @@ _SERIAL = itertools.count()
 class Adapter:
     """The LoRA layers of one module, and the latents that they compute with.
 
-    The constructor sets all attributes. Later, only three methods change the adapter: ``rest_at`` moves the resting
-    point, ``keep_fingerprint`` stores a fingerprint, and ``unload`` removes the layers. The method ``bind`` sets the
+    The constructor sets all attributes. Later, only five methods change the adapter: ``rest_at`` moves the resting
+    point, ``restart`` moves everything back to its start, ``keep_start`` sets that start, ``keep_fingerprint`` stores a
+    fingerprint, and ``unload`` removes the layers. The method ``bind`` sets the
     latents of a forward pass for that pass only. They are never stored in the adapter.
 
     Args:
@@ -77,6 +79,7 @@ class Adapter:
         self._changes = changes
         self._is_attached = True
         self._fingerprint: Mapping[str, Any] | None = None
+        self.keep_start()
 
     @property
     def device(self) -> torch.device:
@@ -155,6 +158,19 @@ class Adapter:
                 for p, value, flag in zip(trained, values, flags, strict=True):
                     p.copy_(value)
                     p.requires_grad_(flag)
+
+    def keep_start(self) -> None:
+        """Take the present latents and factors as those that ``restart`` returns to. Heads start as in the module."""
+        self._start = Start(self._loc, self.factors())
+
+    def restart(self) -> None:
+        """Put latents, factors and trained heads back to their start."""
+        self._start.restore(self.factors(), self.heads, self.module)
+        self._loc = self._start.loc
+
+    def has_moved(self) -> bool:
+        """Whether latents, factors or trained heads differ from their start."""
+        return self._start.differs(self._loc, self.factors(), self.heads, self.module)
 
     def prepare(self, factors: Factors) -> Factors:
         """Apply the gauge to the factors, and cast them to the compute dtype of each layer.

@@ -17,6 +17,11 @@ def factors_of(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     return cast(nn.Linear, layer.lora_A[adapter_name]).weight, cast(nn.Linear, layer.lora_B[adapter_name]).weight
 
 
+def local_part(parameter: Tensor) -> Tensor:
+    """Return the part of a parameter that this process holds: the whole one, unless it is split over processes."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
 def compute_dtype(layer: LoraLayer, A: Tensor) -> torch.dtype:
     """Return the dtype of the base weight, or that of A if the base layer is quantized (int8, float8, ...).
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from .._arguments import check_role, kind_of, known_arguments
 from .._deprecated import renamed_arguments
 from ..lora.adapter import Gauge
 from ..lora.attach import attach
@@ -15,6 +16,7 @@ __all__ = ["BayesianLoRA", "bayesian_lora"]
 
 
 @renamed_arguments(train_also="modules_to_save")
+@known_arguments
 def bayesian_lora(
     module: nn.Module,
     *,
@@ -73,6 +75,8 @@ def bayesian_lora(
         Samplawski et al., Scalable Bayesian Low-Rank Adaptation of Large Language Models via Stochastic
         Variational Subspace Inference, UAI 2025, section 3.
     """
+    if kind_of(module) != "blora":  # which has an error of its own
+        check_role("module", module, "llm", call="bayesian_lora(llm)")
     adapter = attach(
         module,
         r=r,

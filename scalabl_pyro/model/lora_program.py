@@ -10,6 +10,7 @@ from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
+from .._arguments import known_arguments
 from .._process.pyro_modes import KeepPlates, Program
 from ..data.batch import Batch
 from ..lora.adapter import Adapter
@@ -164,6 +165,7 @@ class BayesianLoRA(Program):
         """
         return self.adapter.num_parameters()
 
+    @known_arguments
     def estimate_memory(
         self, batch: Batch | Mapping[str, Any], *, gradient_checkpointing: bool = False
     ) -> MemoryEstimate:

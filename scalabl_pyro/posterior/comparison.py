@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .._arguments import check_role, known_arguments
 from .._errors import check_count
 from ..analysis.checks import check_chains
 from ..analysis.finding import Finding
@@ -18,6 +19,7 @@ from .posterior import Posterior
 logger = logging.getLogger(__name__)
 
 
+@known_arguments
 def compare(
     posteriors: Mapping[str, Posterior] | Sequence[Posterior],
     data: Any,
@@ -185,10 +187,7 @@ def _named(posteriors: Mapping[str, Posterior] | Sequence[Posterior]) -> dict[st
         raise ValueError("There is nothing to compare: pass at least one posterior.")
     named: dict[str, Posterior] = {}
     for i, (name, posterior) in enumerate(given):
-        if not isinstance(posterior, Posterior):
-            hint = ": pass its .posterior" if hasattr(posterior, "posterior") else ""
-            which = i if name is None else repr(name)
-            raise TypeError(f"Entry {which} is a {type(posterior).__name__}, not a Posterior{hint}.")
+        check_role(f"Entry {i if name is None else repr(name)}", posterior, "posterior", kind=Posterior)
         named[f"{i}: {posterior.describe()}" if name is None else name] = posterior
     sizes = {name: posterior.provenance.get("num_data") for name, posterior in named.items()}
     if len(set(sizes.values()) - {None}) > 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .._arguments import known_arguments_of_methods
 from .._deprecated import ScalaBLDeprecationWarning
 from .._errors import check_count
 from ..data.encoding import encode
@@ -22,6 +23,7 @@ from . import serialization
 from .analyzed import AnalyzedPosterior
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
 class Posterior(AnalyzedPosterior):
     """A posterior of s with the point estimates it was learned with.
@@ -49,8 +51,8 @@ class Posterior(AnalyzedPosterior):
         """Predict rows under fixed posterior draws.
 
         Args:
-            data: Rows for the task: dicts, a ``datasets.Dataset``, the path of a JSONL file, or the name of a hub data
-                set, whose test split is read. Answers are optional.
+            data: Rows for the task: dicts, a ``datasets.Dataset``, the path of a JSONL file, or
+                ``"hf://owner/name"``, whose test split is read. Answers are optional.
             num_draws: Number S of draws; 0 predicts with the posterior mean.
             seed: Seed of the draws. Simulated answers of a likelihood over numbers use a seed derived from it.
             design: How draws relate to each other. ``"antithetic"`` draws of a normal guide come in mirrored pairs,

@@ -9,6 +9,7 @@ Loading is strict. Every name and shape must be the expected one, the base model
 learned on, and no file may have changed since it was saved. If loading fails, the model stays as it was.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from .. import guides, priors, tasks
+from .._arguments import check_path, check_role, known_arguments
 from .._process.lock import LOCK
 from .._version import __version__
 from ..guides import Guide
@@ -53,6 +55,7 @@ def save(path: str | Path, posterior: PosteriorState) -> None:
         FileExistsError: ``path`` holds something else.
         ValueError: An option of the guide or the task cannot be written as JSON.
     """
+    check_path("path", path)
     path = Path(path).resolve()
     if path.exists() and not (path / CONFIG_FILE).exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and does not hold a posterior: give the path of a new directory.")
@@ -66,6 +69,7 @@ def save(path: str | Path, posterior: PosteriorState) -> None:
         _config(posterior, Manifest.of_folder(folder)).write(folder)
 
 
+@functools.partial(known_arguments, name="from_pretrained")
 def load(
     path: str | Path,
     llm: nn.Module,
@@ -90,6 +94,8 @@ def load(
         FileNotFoundError: A file is missing.
         ValueError: The base model is another one, or a file is damaged.
     """
+    check_role("llm", llm, "llm", call="Posterior.from_pretrained(llm, path)")
+    check_path("path", path)
     path, overrides = Path(path), Overrides(task, prior, guide)
     overrides.check()
     with LOCK, path_in_errors(path):

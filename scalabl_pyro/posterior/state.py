@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._arguments import known_arguments_of_methods
 from .._display import Summarized
 from .._errors import check_choice, check_count
 from .._process.pyro_modes import local_params
@@ -29,6 +30,7 @@ from ..tasks import Task, copy_task
 Result = TypeVar("Result")
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
 class PosteriorState(Summarized):
     """A posterior of s with the point estimates it was learned with.
@@ -43,7 +45,8 @@ class PosteriorState(Summarized):
         guide: Fitted family, on the CPU.
         factors: Factors (A, B) of each layer.
         heads: Trained heads by module path.
-        provenance: Record of the training (seed, steps, size of the data, versions).
+        provenance: Record of the training: ``options`` and ``rates``, ``data`` (number of rows, SHA-256 of their tokens
+            and answers), ``versions``, ``start`` (``"fresh"`` or ``"continued"``), number of steps, seconds.
     """
 
     adapter: Adapter

@@ -1,10 +1,13 @@
 """Export of a posterior, and of a prediction, as the groups that ArviZ reads."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from .._arguments import check_role
 from .._process.random_state import derive_seed
 from .._version import __version__
 from ..analysis import arviz_data
@@ -33,6 +36,7 @@ def as_arviz(
     if prior_prediction is not None:
         groups["prior_predictive"] = arviz_data.per_row_group("label", _replicate(prior_prediction, seed))
     if prediction is not None:
+        check_role("prediction", prediction, "prediction")
         groups["posterior_predictive"] = arviz_data.per_row_group("label", _replicate(prediction, seed))
         if prediction.target is not None:
             groups["log_likelihood"] = arviz_data.per_row_group("label", prediction.log_likelihood)
@@ -43,13 +47,22 @@ def as_arviz(
         "inference_method": posterior.provenance.get("method", "SVI"),
         "guide": posterior.guide.options().get("class", type(posterior.guide).__name__),
         "sampling_seed": seed,
-        **{
-            k: int(v) if isinstance(v, bool) else v
-            for k, v in posterior.provenance.items()
-            if isinstance(v, str | int | float)
-        },
+        **_flat(posterior.provenance),
     }
     return arviz_data.to_arviz(groups, attrs)
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Attributes that every file format can hold: entries of inner records as ``outer.inner``, other values as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, str | int | float):
+            flat[prefix + key] = int(value) if isinstance(value, bool) else value
+        else:
+            flat[prefix + key] = json.dumps(value, default=str)
+    return flat
 
 
 def _posterior_group(posterior: PosteriorState, num_draws: int, seed: int) -> xr.Dataset:

@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .. import metrics
+from .._arguments import known_arguments_of_methods
 from .._display import Summarized
 from ..metrics import Array
 from .mixture import jackknife_entropy, log_mean_exp, normal_mixture_quantiles
@@ -16,6 +17,7 @@ from .mixture import jackknife_entropy, log_mean_exp, normal_mixture_quantiles
 NO_ANSWERS = "These rows have no answers, so nothing can be scored. Predict rows that have answers."
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
 class Prediction(Summarized):
     """Class probabilities of N rows under S draws.
@@ -133,6 +135,7 @@ class Prediction(Summarized):
         return {**facts, "answers": self.target is not None, "seconds": self.seconds}
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
 class NumericPrediction(Summarized):
     """Predictive distribution of N numbers under S draws, for likelihoods that are not categorical.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from .._arguments import known_arguments
 from .._errors import check_choice
 from ..lora.subspace import Layer, Subspace
 from .base import Prior
@@ -41,6 +42,7 @@ DISTRIBUTIONS: dict[str, Callable[[], Distribution]] = {
 }
 
 
+@known_arguments
 def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
     """Build the Pyro program of a prior.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .._arguments import check_role
 from .._errors import nearest
 from .._process.lock import LOCK
 from .._process.pyro_modes import Program
@@ -59,10 +60,9 @@ class Task(Program):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, *, max_length: int | None = None) -> None:
         super().__init__()
-        if not ((tokenizer is None and self.without_tokenizer) or isinstance(tokenizer, PreTrainedTokenizerBase)):
-            raise TypeError(
-                f"tokenizer={tokenizer!r}: expected a Hugging Face tokenizer, AutoTokenizer.from_pretrained(...)."
-            )
+        if tokenizer is not None or not self.without_tokenizer:
+            call = f"{type(self).__name__}(tokenizer, ...)"
+            check_role("tokenizer", tokenizer, "tokenizer", call=call, kind=PreTrainedTokenizerBase)
         if tokenizer is not None and tokenizer.pad_token_id is None:
             raise ValueError(
                 "The tokenizer has no pad token, so prompts of different length cannot share a batch: set "

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from .._errors import ScalaBLWarning
-from .._version import __version__
 from ..distributed.processes import Processes
 from ..lora.fingerprint import check_fingerprint
 from .checkpoint_files import Checkpoint, CheckpointFolder
 from .loop import COLUMNS, Trainer
 from .options import CheckpointOptions
+from .provenance import versions
 from .run_identity import differences
 from .training_state import check_record
 
@@ -136,8 +136,7 @@ class Checkpoints:
 
     def _write(self, folder: CheckpointFolder, trainer: Trainer) -> None:
         tensors, state = trainer.state()
-        versions = {"scalabl_pyro": __version__, "torch": torch.__version__}
-        folder.write(trainer.next_step, tensors, {"run": self.run, "versions": versions, "state": state})
+        folder.write(trainer.next_step, tensors, {"run": self.run, "versions": versions(), "state": state})
         self._saved_step = self._tried_step = trainer.next_step
         self._failure = None
 

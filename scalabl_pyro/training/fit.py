@@ -11,11 +11,14 @@ import pandas as pd
 from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
+from .._arguments import check_role, known_arguments
 from .._deprecated import renamed_arguments
+from .._process.pyro_errors import without_trace_shapes
 from .._process.stop_signals import StopSignals
 from ..distributed.processes import Processes, collective, current_processes
 from ..guides import INIT_SCALE, GuideLike
 from ..model.bayesian_lora import BayesianLoRA
+from ..posterior.posterior import Posterior
 from ..tasks import Task
 from .checkpoints import Checkpoints
 from .loop import Callback, Trainer
@@ -29,8 +32,9 @@ from .options import (
     OnNonfinite,
     OptimizerOptions,
     TrainingOptions,
-    as_group,
+    as_groups,
 )
+from .outcome import MIN_STEPS, ended_worse, predicts_one_class
 from .program import TrainingProgram, build_program, build_trainer
 from .result import FitResult, TrainingError, freeze
 from .run_identity import begin_alike
@@ -40,7 +44,9 @@ logger = logging.getLogger(__name__)
 
 
 @renamed_arguments(GROUPS, A_lr="lr_A", **MOVED_TO_GROUPS)
+@known_arguments
 @collective
+@without_trace_shapes()
 def fit(
     blora: BayesianLoRA,
     task: Task,
@@ -64,6 +70,7 @@ def fit(
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
+    reset: bool = False,
 ) -> FitResult:
     """Learn the posterior of s together with the factors A and B, new heads and the task's own parameters.
 
@@ -97,6 +104,9 @@ def fit(
             does not change.
         callbacks: Functions that are called with the history row of each step. If one returns True, training stops.
         progress: Whether to show a progress bar.
+        reset: Whether to start afresh if ``blora`` or ``task`` were trained before: factors, latents and new heads as
+            at the wrapping, parameters of prior and task as before their first training. By default the training goes
+            on from the earlier one; a warning is logged, and ``posterior.provenance["start"]`` is ``"continued"``.
 
     Returns:
         The posterior and the history. Ctrl-C ends the training after the running step (a second one at once) and
@@ -115,6 +125,7 @@ def fit(
         >>> result = scalabl_pyro.fit(blora, task, rows, num_steps=100, seed=0)
         >>> result.history["loss"].iloc[-1]
     """
+    _check_objects(blora, task, callbacks)
     options = TrainingOptions(
         num_steps=num_steps,
         batch_size=batch_size,
@@ -126,11 +137,8 @@ def fit(
         init_scale=init_scale,
         seed=seed,
         on_nonfinite=on_nonfinite,
-        optimizer=as_group("optimizer", OptimizerOptions, optimizer),
-        checkpoint=as_group("checkpoint", CheckpointOptions, checkpoint),
-        hardware=as_group("hardware", HardwareOptions, hardware),
+        **as_groups(optimizer=optimizer, checkpoint=checkpoint, hardware=hardware),
     )
-    _check_callbacks(callbacks)
     processes = current_processes()
     checkpoints = Checkpoints(checkpoint_dir, options.checkpoint, processes=processes)
     program = build_program(
@@ -142,6 +150,7 @@ def fit(
         options=options,
         processes=processes,
         keeps_digest=checkpoints.is_on,
+        reset=reset,
     )
     signals = StopSignals(terminate=checkpoints.is_on)
     has_callbacks = any(processes.all_gather(lambda: bool(callbacks)))  # some log in the first process only
@@ -158,6 +167,11 @@ def _begin(program: TrainingProgram, trainer: Trainer, checkpoints: Checkpoints)
     if program.processes.are_several:
         begin_alike(program.processes, trainer, program.identity_of_processes(checkpoints.every))
     checkpoints.begin(trainer, program.identity)
+    if program.moved and trainer.next_step == 0:
+        logger.warning(
+            "an earlier training changed %s, and this one goes on from there; pass reset=True to start afresh",
+            " and ".join(program.moved),
+        )
 
 
 def _train(
@@ -216,11 +230,12 @@ def _result(program: TrainingProgram, trainer: Trainer, error: TrainingError | N
     """
     history = program.processes.from_rank_zero(lambda: trainer.history)  # the seconds of one clock
     program.processes.broadcast(list(trainer.learned.tensors().values()))
-    provenance = program.provenance(history, trainer.seconds)
+    provenance = program.provenance(history, trainer.seconds, trainer.start)
 
     def result() -> FitResult:
         posterior = freeze(program.model.blora, program.model.task, program.guide, provenance)
-        return FitResult(posterior, pd.DataFrame(history))
+        warnings = () if error else _look_back(posterior, trainer, history, program.options.hardware.micro_batch_size)
+        return FitResult(posterior, pd.DataFrame(history), warnings)
 
     if error is not None:
         with suppress(ValueError):  # the parameters may not make a posterior
@@ -229,7 +244,24 @@ def _result(program: TrainingProgram, trainer: Trainer, error: TrainingError | N
     return result()
 
 
-def _check_callbacks(callbacks: Sequence[Callback]) -> None:
+def _look_back(
+    posterior: Posterior, trainer: Trainer, history: list[dict[str, float]], rows_per_pass: int | None
+) -> tuple[str, ...]:
+    """Say and log what is wrong with the end of a training."""
+    found = [ended_worse(history)]
+    if len(history) >= MIN_STEPS:
+        found.append(predicts_one_class(posterior, list(trainer.recent), rows_per_pass=rows_per_pass))
+    warnings = tuple(text for text in found if text is not None)
+    for text in warnings:
+        logger.warning("%s", text)
+    return warnings
+
+
+def _check_objects(blora: BayesianLoRA, task: Task, callbacks: Sequence[Callback]) -> None:
+    call = "fit(blora, task, train_data)"
+    check_role("blora", blora, "blora", call=call)
+    check_role("task", task, "task", call=call)
+    blora.adapter.check_attached()
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks={callbacks!r}: expected a list of functions, such as callbacks=[print].")
 

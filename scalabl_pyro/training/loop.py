@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from ..data.batch import Batch
 from ..data.training_batches import Cycle
 from ..lora.sharding import is_sharded
 from ..storage.tensor_files import below, check_keys
+from .fresh_start import Start
 from .messages import StepStatistics, describe_batch, overflown, reason, where_not_finite
 from .objective import TrainingObjective
 from .optimizer import set_rates
@@ -29,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 #: Columns of the history.
 COLUMNS = ("step", "loss", "nll", "kl", "kl_weight", "grad_norm", "lr", "seconds", "skipped")
+
+#: Number of batches that are kept for a look back at the end.
+NUM_RECENT = 16
 
 Callback = Callable[[dict[str, float]], bool | None]
 
@@ -60,10 +65,13 @@ class Trainer:
         signals: Signals to deliver between two steps.
         save: Saves the trainer, after every ``save_every`` steps and before a signal is delivered.
         save_every: Number of steps between two calls of ``save``; None for no calls.
+        start: Whether the first step starts at the values of the wrapping, or at those of an earlier training. A
+            resumed run keeps the start that its checkpoint names.
 
     Attributes:
         history: One row per step that was taken and read.
         next_step: Number of the next step.
+        recent: The last batches.
         is_whole: False inside a step, when some parameters may have moved and others not.
     """
 
@@ -82,6 +90,7 @@ class Trainer:
         signals: StopSignals | None = None,
         save: Callable[["Trainer"], None] = lambda trainer: None,
         save_every: int | None = None,
+        start: Start = "fresh",
     ) -> None:
         self.execute = execute
         self.batches = batches
@@ -94,11 +103,13 @@ class Trainer:
         self.signals = signals or StopSignals(terminate=False)
         self.save = save
         self.save_every = save_every
+        self.start = start
         self.learned = LearnedState(execute.objective, execute.optimizer)
         self.recovery = Recovery(on_nonfinite, self.learned)
         self.history: list[dict[str, float]] = []
         self.next_step = 0
         self.is_whole = True
+        self.recent: deque[Batch] = deque(maxlen=NUM_RECENT)
         self._pending: list[Pending] = []
         self._start = time.perf_counter()
 
@@ -159,6 +170,7 @@ class Trainer:
         rows = {f"history.{c}": torch.tensor([r[c] for r in self.history], dtype=torch.float64) for c in columns}
         random = {f"random.{name}": state for name, state in self.noise.states().items()}
         record: dict[str, Any] = {"step": self.next_step, "seconds": self.seconds, "columns": list(columns)}
+        record["start"] = self.start
         record["recovery"] = self.recovery.record()
         record["data"] = self.batches.position() if isinstance(self.batches, Cycle) else None
         return self.learned.tensors() | rows | random, record
@@ -187,6 +199,7 @@ class Trainer:
             )
         self.learned.load({k: v for k, v in tensors.items() if not k.startswith(("history.", "random."))})
         self.history = history
+        self.start = "continued" if record.get("start") == "continued" else "fresh"
         self.recovery.load_record(record["recovery"])
         self.next_step = record["step"]
         self._start = time.perf_counter() - record["seconds"]
@@ -206,6 +219,7 @@ class Trainer:
         with step_scope(self.noise, validate=validate):
             if batch is None:
                 batch = self.batches(step)
+                self.recent.append(batch)
             set_rates(self.execute.optimizer, rate)
             self.is_whole = False
             result = self.execute(batch, weight)

@@ -24,6 +24,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from .._errors import describe
 from ..data.batch import Batch
 from ..guides import Guide
 from ..guides.checks import check_sites
@@ -237,9 +238,17 @@ def weight_at(kl_weight: float | Callable[[int], float], step: int) -> float:
     """Give the weight of the KL at a step.
 
     Raises:
+        TypeError: The weight is not a number.
         ValueError: The weight is negative or not finite.
     """
-    weight = float(kl_weight(step) if callable(kl_weight) else kl_weight)
+    value = kl_weight(step) if callable(kl_weight) else kl_weight
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        given = f"kl_weight={value!r}" if value is kl_weight else f"kl_weight({step}) gives {describe(value)}"
+        raise TypeError(
+            f"{given}: expected a number, 0 or more, or a function from the step to it, such as "
+            "lambda step: min(1, step / 100)."
+        )
+    weight = float(value)
     if not 0 <= weight < float("inf"):
         raise ValueError(f"kl_weight={weight} at step {step}: expected a finite number, 0 or more. Use 1 for the ELBO.")
     return weight

@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeVar
 
 from pyro.infer import ELBO
 
-from .._errors import check_choice, check_count, check_not_negative, check_positive, nearest
+from .._arguments import known_arguments_of_methods, suggest
+from .._errors import check_choice, check_count, check_not_negative, check_positive, describe
 from ..guides import INIT_SCALE
 from .objective import weight_at
 
@@ -21,6 +22,7 @@ Group = TypeVar("Group")
 NOT_IN_IDENTITY = frozenset({"optimizer", "checkpoint", "hardware", "on_nonfinite", "draws"})
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """Options of AdamW beside the learning rates ``lr`` and ``lr_A``.
@@ -67,6 +69,7 @@ class OptimizerOptions:
             raise ValueError(f"max_grad_norm={limit!r} must be positive. Leave it out for no limit.")
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
     """When checkpoints are written to ``checkpoint_dir``, and what a call does with those it finds there.
@@ -95,6 +98,7 @@ class CheckpointOptions:
             raise ValueError(f"resume={self.resume!r}: expected 'auto', True or False.")
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True, kw_only=True)
 class HardwareOptions:
     """Options that trade memory for time. They change the result by rounding at most.
@@ -135,6 +139,7 @@ class HardwareOptions:
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False.")
 
 
+@known_arguments_of_methods
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """All options of one call of :func:`scalabl_pyro.fit` that are numbers or words. They identify the run.
@@ -236,12 +241,21 @@ def as_group(name: str, kind: type[Group], given: Group | Mapping[str, Any] | No
     if isinstance(given, kind):
         return given
     if not isinstance(given, Mapping):
-        raise TypeError(f"{name}={given!r}: expected scalabl_pyro.{kind.__name__}(...), or a dict of its options.")
+        raise TypeError(
+            f"{name}={given!r}: expected scalabl_pyro.{kind.__name__}(...), or a dict of its options."
+            if isinstance(given, int | float | str | list)
+            else f"{name} is {describe(given)}, expected scalabl_pyro.{kind.__name__}(...), or a dict of its options."
+        )
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for key in given:
         if key not in known:
-            raise TypeError(f"{name}={given!r}: {kind.__name__} has no option {key!r}. {nearest(str(key), known)}")
+            raise TypeError(f"{name}={given!r}: {kind.__name__} has no option {key!r}. {suggest(str(key), known)}")
     return kind(**given)
+
+
+def as_groups(**given: Any) -> dict[str, Any]:
+    """Read all option groups of ``fit``, by name; see :func:`as_group`."""
+    return {name: as_group(name, GROUPS[name], value) for name, value in given.items()}
 
 
 def optimizer_with(given: OptimizerOptions | Mapping[str, Any] | None, **own: Any) -> OptimizerOptions:

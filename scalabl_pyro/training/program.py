@@ -1,6 +1,6 @@
 """Builds what a training needs from the arguments of ``fit``: data, guide, objective, step and trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,13 @@ from ..model.joint import TaskModel
 from ..tasks import Task
 from .checkpoints import Checkpoints
 from .cuda_graphs import GRAPH_TOKENS, GraphedStep, uses_graph
+from .fresh_start import Start, choose_start
 from .gradient_check import GradientCheck
 from .loop import Trainer
 from .objective import Objective, ScopedGuide, TrainingObjective, allows_row_draws, elbo_for, weight_at
 from .optimizer import build_optimizer, rate_schedule
 from .options import TrainingOptions
+from .provenance import as_json, describe_data, describe_options, versions
 from .run_identity import describe_run
 from .shared_batches import check_shareable
 from .step import EagerStep
@@ -46,6 +48,7 @@ class TrainingProgram:
         store: Cache of hidden states, or None.
         options: The options of the run.
         processes: Processes that train together.
+        moved: What was trained before, in words; the training goes on from it.
     """
 
     model: TaskModel
@@ -56,6 +59,7 @@ class TrainingProgram:
     store: PrefixStore | None
     options: TrainingOptions
     processes: Processes
+    moved: Sequence[str] = ()
 
     @property
     def device(self) -> torch.device:
@@ -72,9 +76,10 @@ class TrainingProgram:
         rest = {"on_nonfinite": self.options.on_nonfinite, "checkpoint_every": checkpoint_every}
         return describe_run(self.model, self.guide, self.batches, self.options.identity() | hardware | rest)
 
-    def provenance(self, history: list[dict[str, float]], seconds: float) -> dict[str, Any]:
-        """What a posterior stores about its training."""
-        return {
+    def provenance(self, history: list[dict[str, float]], seconds: float, start: Start) -> dict[str, Any]:
+        """What a posterior stores about its training, see :mod:`scalabl_pyro.training.provenance`."""
+        options = self.options
+        record = {
             "num_data": self.model.num_data,
             "num_steps": len(history),
             "batch_size": self.options.batch_size,
@@ -83,7 +88,16 @@ class TrainingProgram:
             "method": self.guide.method,
             "elbo": self.elbo,
             "seconds": round(seconds, 3),
+            "start": start,
+            "options": describe_options(options, history),
+            "rates": {
+                **{"A": options.lr_A, "B": options.lr, "heads": options.lr_A, "task": options.lr},
+                **{"loc": options.lr_loc, "scale": options.optimizer.lr_scale},
+            },
+            "data": describe_data(self.batches, self.model.num_data),
+            "versions": versions(),
         }
+        return as_json(record)
 
 
 def build_program(
@@ -96,6 +110,7 @@ def build_program(
     options: TrainingOptions,
     processes: Processes,
     keeps_digest: bool,
+    reset: bool = False,
 ) -> TrainingProgram:
     """Read the data, build the guide, and choose the objective.
 
@@ -108,6 +123,7 @@ def build_program(
         options: The options of the run.
         processes: Processes that train together.
         keeps_digest: Whether the run writes checkpoints, which need a digest of the batches.
+        reset: Whether to undo earlier trainings of the LLM, its prior and the task first.
 
     Raises:
         ValueError: Data, guide, prior, ELBO or processes do not fit together.
@@ -128,6 +144,7 @@ def build_program(
     )
     if isinstance(batches, TrainingBatches):
         check_tokens(batches.examples, blora.llm, task.pad_token_id)
+    moved = choose_start(blora, task, reset=reset)  # after the data were read: bad rows change nothing
     store = _prefix_store(blora, batches, num_data) if hardware.cache_prefix else None
     scale_seed = derive_seed(options.seed, "initial scales")
     family = as_guide(guide, blora, init_scale=options.init_scale, seed=scale_seed).to(blora.device)
@@ -144,7 +161,7 @@ def build_program(
         objective = SteinObjective(model, family)
     else:
         objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
-    return TrainingProgram(model, family, objective, type(elbo).__name__, batches, store, options, processes)
+    return TrainingProgram(model, family, objective, type(elbo).__name__, batches, store, options, processes, moved)
 
 
 def build_trainer(
@@ -197,6 +214,7 @@ def build_trainer(
         rate=rate_schedule(optimizer_options.schedule, optimizer_options.warmup, options.num_steps),
         lr=options.lr,
         num_data=program.model.num_data,
+        start="continued" if program.moved else "fresh",
         read_every=1 if read_each_step or program.device.type == "cpu" else READ_EVERY,
         on_nonfinite=options.on_nonfinite,
         signals=signals,

@@ -28,6 +28,8 @@ class FitResult:
             yet multiplied by ``kl_weight``), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` (learning rate of
             the factors B), ``seconds`` since the start, and ``skipped`` (number of steps so far that changed no
             parameter, because the loss or the gradient was NaN or infinite).
+        warnings: What is wrong with the end of the training, one sentence each: the loss or the NLL is above its start,
+            or one class is predicted for all recent rows. Empty if neither was seen.
 
     Example:
         >>> result = scalabl_pyro.fit(blora, task, rows, num_steps=100)
@@ -36,14 +38,17 @@ class FitResult:
 
     posterior: Posterior
     history: pd.DataFrame
+    warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name}={value}" for name, value in self._summary().items())
-        return f"FitResult({numbers})\n" + textwrap.indent(f"posterior: {self._describe_posterior()}", "  ")
+        warnings = "".join(f"  warning: {text}\n" for text in self.warnings)
+        return f"FitResult({numbers})\n{warnings}" + textwrap.indent(f"posterior: {self._describe_posterior()}", "  ")
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
-        cells = self._summary() | {"posterior": self._describe_posterior()}
+        shown = {"warnings": " ".join(self.warnings)} if self.warnings else {}
+        cells = self._summary() | shown | {"posterior": self._describe_posterior()}
         rows = "".join(f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in cells.items())
         return f"<table><caption>FitResult</caption>{rows}</table>"
 

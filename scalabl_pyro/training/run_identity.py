@@ -40,7 +40,7 @@ def describe_run(
     prior = {f"prior.{n}": t for n, t in model.blora.prior.named_buffers()}
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     run = {
-        **{name: _option_value(value, options["num_steps"]) for name, value in options.items()},
+        **{name: option_value(value, options["num_steps"]) for name, value in options.items()},
         "num_data": model.num_data,
         "draws": model.draws,
         DATA: _data_digest(batches),
@@ -52,7 +52,7 @@ def describe_run(
         FIXED: _digest({**prior, **frozen}),
         "base_model": fingerprint(adapter),
     }
-    return json.loads(json.dumps(_plain(run)))
+    return json.loads(json.dumps(plain(run)))
 
 
 def begin_alike(processes: Processes, trainer: Trainer, run: Mapping[str, Any]) -> None:
@@ -104,7 +104,8 @@ def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[st
     return found
 
 
-def _option_value(value: Any, num_steps: int) -> Any:
+def option_value(value: Any, num_steps: int) -> Any:
+    """Describe an option: an ELBO by class and number of draws, a function of the step by its values."""
     if isinstance(value, ELBO):
         own = {k: getattr(value, k) for k in ("num_particles", "vectorize_particles", "alpha") if hasattr(value, k)}
         return {"class": type(value).__name__, **own}
@@ -113,14 +114,14 @@ def _option_value(value: Any, num_steps: int) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Convert a value for JSON. Other objects become the name of their class."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
@@ -128,12 +129,7 @@ def _plain(value: Any) -> Any:
 
 def _data_digest(batches: Callable[[int], Batch]) -> str:
     """Digest of all tokens and targets. The batches of a loader are compared when a resumption replays them."""
-    if not isinstance(batches, TrainingBatches):
-        return type(batches).__name__
-    digest = hashlib.sha256()
-    for example in batches.examples:
-        digest.update(json.dumps([example.inputs, example.target, example.extras], default=float).encode())
-    return digest.hexdigest()
+    return batches.digest if isinstance(batches, TrainingBatches) else type(batches).__name__
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

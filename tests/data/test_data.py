@@ -52,7 +52,7 @@ def test_anything_that_iterates_over_dicts_gives_its_rows(source):
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.txt"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.ndjson", "ROWS.JSONL"])
 def test_a_file_gives_one_row_a_line(tmp_path, kind, name):
     assert read_rows(kind(write(tmp_path / name, lines(ROWS)))) == ROWS
 
@@ -150,7 +150,7 @@ def test_a_missing_key_names_the_row_and_the_key():
 
 @pytest.mark.parametrize("row", [[1, 2], "text", 3, None], ids=repr)
 def test_a_row_that_is_no_dict_is_refused_by_its_kind(row):
-    with pytest.raises(TypeError, match=rf"Row 1 is a {type(row).__name__}; expected a dict"):
+    with pytest.raises(TypeError, match=rf"Row 1 is .*{type(row).__name__.removesuffix('Type')}.*; expected a dict"):
         encode([{"ids": [1]}, row], encode_ids, need_target=False)
 
 

@@ -113,8 +113,8 @@ def rows_of(name: str, part: str, data_dir: Path | None) -> list[dict]:
             f"{name} is read from {name}_train.jsonl and {name}_test.jsonl: give their folder with --data-dir."
         )
     path, config = source.hub
-    options = {} if config is None else {"name": config}
-    rows = [dict(row) for row in read_rows(path, split="train" if part == "train" else source.test, **options)]
+    options = {"split": "train" if part == "train" else source.test} | ({} if config is None else {"name": config})
+    rows = [dict(row) for row in read_rows(f"hf://{path}", **options)]
     if source.text is not None:
         choices = list(source.labels or ())
         rows = [{"question": source.text.format(**r), "choices": choices, "answer": r["label"]} for r in rows]
