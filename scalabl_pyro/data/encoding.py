@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .._process.lock import LOCK
+from ..lora.targets import input_embeddings
 from .batch import Example
 from .rows import Row
 
@@ -89,7 +90,7 @@ def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> No
         >>> llm = LlamaForCausalLM(config)
         >>> check_tokens([Example({"input_ids": [3, 9]})], llm, pad_token_id=0)
     """
-    embeddings = getattr(llm, "get_input_embeddings", lambda: None)()
+    embeddings = input_embeddings(llm)
     size = getattr(embeddings, "num_embeddings", None)
     if size is None:
         return

@@ -15,6 +15,7 @@ from .._errors import check_count
 from ..analysis.checks import LOO, Diagnosis
 from ..data.encoding import encode
 from ..data.rows import read_rows
+from ..lora.module_snapshot import ModuleSnapshot
 from ..prediction.draws import sample_prior
 from ..prediction.linearized import predict_linearized
 from ..prediction.predict import check_draws_per_pass, predict
@@ -294,4 +295,9 @@ class Posterior(PosteriorState):
         Example:
             >>> posterior = Posterior.from_pretrained(llm, "my-posterior")  # doctest: +SKIP
         """
-        return cls(**serialization.load(path, llm, **overrides))
+        snapshot = ModuleSnapshot(llm)
+        try:
+            return cls(**serialization.load(path, llm, **overrides))
+        except BaseException:  # Ctrl-C too, at any line
+            snapshot.restore()
+            raise
