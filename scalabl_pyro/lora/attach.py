@@ -10,8 +10,8 @@ from torch import nn
 from .._errors import check_choice
 from .adapter import GAUGES, Adapter, Gauge
 from .adopt import adopt
-from .inject import inject
 from .base_module import base_module, check_placement
+from .inject import inject
 from .layer_checks import check_heads, check_rank, ranks_of
 from .layers import SubspaceVariant
 from .module_paths import lies_in

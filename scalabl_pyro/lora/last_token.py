@@ -53,7 +53,13 @@ class AtPosition:
         """Return the output, shape (rows, tokens, width)."""
         positions = self.positions()
         first = next((x for x in (*args, *kwargs.values()) if torch.is_tensor(x)), None)
-        if positions is None or first is None or first.dim() != 3 or len(first) != len(positions) or first.shape[1] == 1:
+        if (
+            positions is None
+            or first is None
+            or first.dim() != 3
+            or len(first) != len(positions)
+            or first.shape[1] == 1
+        ):
             return self.forward(*args, **kwargs)
 
         def pick(x: Any) -> Any:  # BLOOM's MLP gets the residual stream too

@@ -49,7 +49,7 @@ def ranks_of(module: nn.Module, names: Sequence[str], r: int, *, cut_rank: bool 
     largest = [min(shape_of(module.get_submodule(name))) for name in names]
     small = [(name, limit) for name, limit in zip(names, largest, strict=True) if limit < r]
     if small and not cut_rank:
-        name, limit = small[0]
+        name = small[0][0]
         shape = shape_of(module.get_submodule(name))
         excluded = sorted({last_name(name) for name, _ in small})
         raise ValueError(

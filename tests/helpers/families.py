@@ -41,9 +41,7 @@ CAUSAL = {
     ),
     "phi": lambda: tf.PhiConfig(**_DECODER),
     "phi3": lambda: tf.Phi3Config(**_DECODER),
-    "qwen2_moe": lambda: tf.Qwen2MoeConfig(
-        **_DECODER, **_EXPERTS, shared_expert_intermediate_size=16, num_experts=4
-    ),
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(**_DECODER, **_EXPERTS, shared_expert_intermediate_size=16, num_experts=4),
     "rwkv": lambda: tf.RwkvConfig(**_WIDTH, num_hidden_layers=2, attention_hidden_size=32, intermediate_size=48),
     "stablelm": lambda: tf.StableLmConfig(**_DECODER),
 }

@@ -38,7 +38,11 @@ def state(module):
             [(n, id(v), v.requires_grad) for n, v in m._parameters.items() if v is not None],
             [list(hooks) for key, hooks in sorted(m.__dict__.items()) if key.endswith("_hooks")],
             m.__dict__.get("forward"),
-            {key: dict(m.__dict__[key]) for key in ("scaling", "r", "lora_variant") if isinstance(m.__dict__.get(key), dict)},
+            {
+                key: dict(m.__dict__[key])
+                for key in ("scaling", "r", "lora_variant")
+                if isinstance(m.__dict__.get(key), dict)
+            },
         )
         for name, m in module.named_modules()
     }
