@@ -35,6 +35,10 @@ class FairLock:
         """Give the lock back."""
         self._lock.release()
 
+    def is_held(self) -> bool:
+        """Tell whether the present thread holds the lock."""
+        return bool(self._is_owned())
+
     def __enter__(self) -> bool:
         return self.acquire()
 

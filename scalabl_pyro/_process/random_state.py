@@ -102,6 +102,11 @@ def scoped_seed(seed: int, *, gpus: bool = True) -> Iterator[None]:
         yield
 
 
+def generator_states() -> dict[str, Tensor]:
+    """Return the states of torch's global generators, by name."""
+    return {name: generator.get_state() for name, generator in _generators().items()}
+
+
 def set_generator_states(states: Mapping[str, Tensor]) -> list[str]:
     """Set the states of torch's global generators.
 

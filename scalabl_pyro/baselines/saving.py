@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._arguments import check_path, check_role
 from .._errors import nearest
 from .._process.lock import LOCK
-from ..lora.attach import find_adapter
+from ..lora.module_snapshot import ModuleSnapshot
 from ..posterior.config import CONFIG_FILE
 from ..posterior.posterior import Posterior
 from ..posterior.serialization import path_in_errors, tensor_limit
@@ -107,16 +107,13 @@ def load(llm: nn.Module, path: str | Path, **overrides: Any) -> Predictor:
     """
     check_role("llm", llm, "llm", call="load(llm, path)")
     check_path("path", path)
-    path = Path(path)
-    with LOCK, path_in_errors(path):
-        carried = find_adapter(llm)
-        try:
+    path, snapshot = Path(path), ModuleSnapshot(llm)
+    try:
+        with LOCK, path_in_errors(path):
             return _load(llm, path, overrides, depth=0)
-        except BaseException:
-            adapter = find_adapter(llm)
-            if carried is None and adapter is not None:
-                adapter.unload()
-            raise
+    except BaseException:
+        snapshot.restore()
+        raise
 
 
 def _load(llm: nn.Module, path: Path, overrides: Mapping[str, Any], *, depth: int) -> Predictor:

@@ -9,6 +9,7 @@ from typing import Any
 from .._arguments import known_arguments
 from .._errors import describe
 from .._process.lock import LOCK
+from ..lora.targets import input_embeddings
 from .batch import Example
 from .rows import Row
 
@@ -93,7 +94,7 @@ def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> No
         >>> llm = LlamaForCausalLM(config)
         >>> check_tokens([Example({"input_ids": [3, 9]})], llm, pad_token_id=0)
     """
-    embeddings = getattr(llm, "get_input_embeddings", lambda: None)()
+    embeddings = input_embeddings(llm)
     size = getattr(embeddings, "num_embeddings", None)
     if size is None:
         return

@@ -199,6 +199,7 @@ class Adapter:
         heads: Mapping[str, nn.Module] | None = None,
         fan_out: tuple[torch.Size, int] | None = None,
         noise: Sequence[RowNoise] | None = None,
+        called: set[int] | None = None,
     ) -> AbstractContextManager[None]:
         """Compute with the latents ``s`` inside the context.
 
@@ -211,13 +212,14 @@ class Adapter:
             fan_out: Pair (batch_shape, rows). The input has ``rows`` rows, and the first adapted block repeats them to
                 ``batch_shape``. ``s`` and ``positions`` then belong to the repeated rows.
             noise: Noise that each layer adds to A x, with the gauge applied to A.
+            called: Set to which each layer adds its index when it is called.
         """
         prepared = self.prepare(self.factors()) if factors is None else factors
         scaled = tuple(
             layer.scaling[self.adapter_name] * part.to(A.device)
             for layer, part, (A, _) in zip(self.layers, self.subspace.split(s), prepared, strict=True)
         )
-        return binding(self, Bound(prepared, scaled, positions, heads, fan_out, noise))
+        return binding(self, Bound(prepared, scaled, positions, heads, fan_out, noise, called))
 
     def disabled(self) -> AbstractContextManager[None]:
         """Run the untouched base model inside the context."""
@@ -229,6 +231,8 @@ class Adapter:
         if bound is None:
             return None
         if bound is not UNBOUND:
+            if bound.called is not None:
+                bound.called.add(index)
             return (*bound.factors[index], bound.s[index])
         layer = self.layers[index]
         A, B = self.factors()[index]

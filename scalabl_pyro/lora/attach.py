@@ -3,18 +3,20 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .._errors import check_choice
 from .adapter import GAUGES, Adapter, Gauge
 from .adopt import adopt
+from .base_module import base_module, check_placement
 from .inject import inject
-from .layer_checks import check_heads, check_rank
+from .layer_checks import check_heads, check_rank, ranks_of
 from .layers import SubspaceVariant
 from .module_paths import lies_in
-from .targets import TargetModules, new_heads, resolve_targets
+from .module_snapshot import ModuleSnapshot
+from .targets import ExcludedModules, TargetModules, new_heads, resolve_targets
 
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 16
@@ -26,7 +28,9 @@ def attach(
     r: int | None = None,
     lora_alpha: float | None = None,
     target_modules: TargetModules = None,
+    exclude_modules: ExcludedModules | None = None,
     layers_to_transform: int | Iterable[int] | None = None,
+    cut_rank: bool = False,
     lora_dropout: float = 0.0,
     gauge: Gauge = "unit_rows",
     modules_to_save: Sequence[str] | None = None,
@@ -36,37 +40,46 @@ def attach(
 
     Nothing is changed when an error is raised.
     """
-    check_choice("gauge", gauge, GAUGES)
-    _check_module(module)
-    if isinstance(modules_to_save, str):
-        raise TypeError(f"modules_to_save={modules_to_save!r}: give a list of names, [{modules_to_save!r}].")
-    if lora_alpha is not None and not (isinstance(lora_alpha, int | float) and 0 < lora_alpha < float("inf")):
-        raise ValueError(f"lora_alpha={lora_alpha!r}: must be a positive number.")
-    if not 0 <= lora_dropout < 1:
-        raise ValueError(f"lora_dropout={lora_dropout!r}: must be at least 0 and below 1.")
-    inner = module.get_base_model() if isinstance(module, PeftModel) else module
-    heads = new_heads(inner) if modules_to_save is None else list(modules_to_save)
-    check_heads(inner, heads)
-    found = {name: m for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)}
-    if found:
-        _check_left_out(
-            r=r, lora_alpha=lora_alpha, target_modules=target_modules, layers_to_transform=layers_to_transform
+    snapshot = ModuleSnapshot(module)
+    try:
+        check_choice("gauge", gauge, GAUGES)
+        _check_module(module)
+        _check_numbers(lora_alpha, lora_dropout)
+        if isinstance(modules_to_save, str):
+            raise TypeError(f"modules_to_save={modules_to_save!r}: give a list of names, [{modules_to_save!r}].")
+        inner = base_module(module)
+        check_placement(inner)
+        heads = new_heads(inner) if modules_to_save is None else list(modules_to_save)
+        check_heads(inner, heads)
+        if found := {name: m for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)}:
+            _check_left_out(
+                r=r,
+                lora_alpha=lora_alpha,
+                target_modules=target_modules,
+                exclude_modules=exclude_modules,
+                layers_to_transform=layers_to_transform,
+                cut_rank=cut_rank or None,
+            )
+            return adopt(inner, found, gauge=gauge, heads=heads, original=module)
+        r = DEFAULT_RANK if r is None else r
+        check_rank(r)
+        names = resolve_targets(
+            inner,
+            target_modules,
+            exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+            r=None if cut_rank else r,
         )
-        return adopt(inner, found, gauge=gauge, heads=heads, original=module)
-    r = DEFAULT_RANK if r is None else r
-    names = resolve_targets(inner, target_modules, layers_to_transform=layers_to_transform)
-    if both := [name for name in names if any(lies_in(name, head) for head in heads)]:
-        raise ValueError(
-            f"modules_to_save trains {both[0]!r} in full, so it cannot be adapted too: leave it out of "
-            "modules_to_save or of target_modules."
+        _check_heads_apart(names, heads)
+        ranks = dict(zip(names, ranks_of(inner, names, r, cut_rank=cut_rank), strict=True))
+        config = LoraConfig(
+            lora_alpha=DEFAULT_ALPHA if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=lora_dropout,
         )
-    check_rank(inner, names, r)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=DEFAULT_ALPHA if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=lora_dropout,
-    )
-    return inject(inner, names, config, gauge=gauge, heads=heads, seed=seed)
+        return inject(inner, ranks, config, gauge=gauge, heads=heads, seed=seed, original=module)
+    except BaseException:
+        snapshot.restore()
+        raise
 
 
 def find_adapter(module: nn.Module) -> Adapter | None:
@@ -92,6 +105,22 @@ def _check_module(module: object) -> None:
         raise ValueError(
             "This module already carries a Bayesian LoRA adapter. Use the object that bayesian_lora() returned before, "
             "or call its .unload() first."
+        )
+
+
+def _check_numbers(lora_alpha: object, lora_dropout: float) -> None:
+    if lora_alpha is not None and not (isinstance(lora_alpha, int | float) and 0 < lora_alpha < float("inf")):
+        raise ValueError(f"lora_alpha={lora_alpha!r}: must be a positive number.")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout={lora_dropout!r}: must be at least 0 and below 1.")
+
+
+def _check_heads_apart(names: Sequence[str], heads: Sequence[str]) -> None:
+    """Raise if a layer to adapt lies in a head that is trained in full."""
+    if both := [name for name in names if any(lies_in(name, head) for head in heads)]:
+        raise ValueError(
+            f"modules_to_save trains {both[0]!r} in full, so it cannot be adapted too: leave it out of "
+            "modules_to_save or of target_modules."
         )
 
 

@@ -46,6 +46,7 @@ class Bound:
         fan_out: Pair (batch_shape, rows). The first adapted block repeats ``rows`` rows to ``batch_shape``. None means
             that rows are not repeated.
         noise: Noise that each layer adds to A x; None means no noise.
+        called: Set to which each layer adds its index when it is called; None means that nothing is recorded.
     """
 
     factors: Factors = ()
@@ -54,6 +55,7 @@ class Bound:
     heads: Mapping[str, nn.Module] | None = None
     fan_out: tuple[torch.Size, int] | None = None
     noise: Sequence[RowNoise] | None = None
+    called: set[int] | None = None
 
 
 #: Marks that nothing was bound. The adapter then computes at its resting point.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .sharding import is_piece, is_sharded
+from .targets import input_embeddings
 
 EMBEDDING_PROBES = 64
 LAYER_PROBES = 4
@@ -40,7 +41,7 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
 
 def _fingerprint(adapter: Adapter) -> dict[str, Any]:
     base = adapter.module
-    embeddings = getattr(base, "get_input_embeddings", lambda: None)()
+    embeddings = input_embeddings(base)
     weight = getattr(embeddings, "weight", None)
     if weight is None:
         own = {id(p) for pair in adapter.factors() for p in pair}

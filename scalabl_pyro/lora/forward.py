@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .binding import RowNoise
 from .factors import Factors
-from .shared_prefix import repeat_rows
+from .pass_checks import EffectCheck, RowCheck, apart
+from .shared_prefix import first_row, repeat_rows
 
 
 class LatentLLM(Protocol):
@@ -31,14 +32,22 @@ class AdaptedLLM:
         adapter: Adapter that holds the LLM's LoRA layers.
         factors: Pair (A, B) per layer from a frozen posterior. None uses the layers' own trainable factors.
         heads: Trained heads of a frozen posterior. None uses the adapter's own heads.
+        effect_check: Check of the first pass that the LLM calls every adapted layer. None checks nothing.
     """
 
     def __init__(
-        self, adapter: Adapter, *, factors: Factors | None = None, heads: Mapping[str, nn.Module] | None = None
+        self,
+        adapter: Adapter,
+        *,
+        factors: Factors | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        effect_check: EffectCheck | None = None,
     ) -> None:
         self.adapter = adapter
         self.heads = heads
         self.factors = None if factors is None else adapter.prepare(factors)
+        self._effect_check = effect_check
+        self._row_check = RowCheck()
         self._repeats_inputs = False  # True once a pass shows that hooks cannot repeat this module's rows
         self._takes_use_cache = "use_cache" in inspect.signature(adapter.module.forward).parameters
 
@@ -69,7 +78,9 @@ class AdaptedLLM:
             The LLM's output. Its tensors have shape (*batch, ...), where batch is the shape after broadcasting.
 
         Raises:
-            ValueError: If the batch is empty, or the shape of ``s`` does not fit the rows.
+            ValueError: If the batch is empty, the shape of ``s`` does not fit the rows, or the LLM compares rows with
+                each other and they have different draws.
+            RuntimeError: If the LLM bypasses adapted layers, see :class:`~scalabl_pyro.lora.pass_checks.EffectCheck`.
         """
         self.adapter.check_attached()
         rows = num_rows(args, kwargs)
@@ -81,20 +92,47 @@ class AdaptedLLM:
         if self._takes_use_cache:
             kwargs.setdefault("use_cache", False)  # only generation needs the keys and values of past tokens
         if batch_shape == (rows,):
-            return self._run(args, kwargs, s, positions, noise=noise)
+            output = self._run(args, kwargs, s, positions, noise=noise)
+            self._check_rows(output, args, kwargs, s, rows)
+            return output
         if noise is not None:
             raise ValueError(
                 f"s has shape {tuple(s.shape)}. Noise per row allows only one draw of s for all rows, or one draw per "
                 "row. Pass s with shape (D,) or (rows, D)."
             )
+        output = self._run_folded(args, kwargs, s, positions, batch_shape=batch_shape, rows=rows)
+        self._check_rows(output, args, kwargs, s, rows)
+        return _unfold_rows(output, batch_shape)
+
+    def _run_folded(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        s: Tensor,
+        positions: Tensor | None,
+        *,
+        batch_shape: torch.Size,
+        rows: int,
+    ) -> Any:
+        """Run the LLM on the rows of the input, repeated to ``batch_shape``."""
         positions = repeat_rows(positions, batch_shape, rows)
         if self.adapter.shares_prefix and not self._repeats_inputs and batch_shape.numel() > rows:
             output = self._run(args, kwargs, s, positions, fan_out=(batch_shape, rows))
             if _leading(output) == batch_shape.numel():
-                return _unfold_rows(output, batch_shape)
+                return output
             self._repeats_inputs = True  # after its blocks, this module takes the number of rows from its input
-        output = self._run(repeat_rows(args, batch_shape, rows), repeat_rows(kwargs, batch_shape, rows), s, positions)
-        return _unfold_rows(output, batch_shape)
+        return self._run(repeat_rows(args, batch_shape, rows), repeat_rows(kwargs, batch_shape, rows), s, positions)
+
+    def _check_rows(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s: Tensor, rows: int) -> None:
+        """Check that rows with different draws do not mix."""
+        if s.dim() == 1:
+            return
+
+        def run_one_row() -> Any:
+            with apart(self.llm), torch.no_grad():
+                return self._bound(first_row(args, rows), first_row(kwargs, rows), s[0], None)
+
+        self._row_check(output, len(s), run_one_row)
 
     def _run(
         self,
@@ -104,6 +142,20 @@ class AdaptedLLM:
         positions: Tensor | None,
         **bound: Any,
     ) -> Any:
+        """Run the LLM, and check the first pass."""
+        check = self._effect_check
+        if check is None:
+            return self._bound(args, kwargs, s, positions, **bound)
+        called = check.begin()
+        output = self._bound(args, kwargs, s, positions, called=called, **bound)
+        check.finish(called, lambda: self._bound(args, kwargs, s.detach(), positions, **bound))
+        return output
+
+    def _bound(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], s: Tensor, positions: Tensor | None, **bound: Any
+    ) -> Any:
+        if torch.is_autocast_enabled(s.device.type):
+            torch.clear_autocast_cache()  # which would keep factors and heads as they were before an optimizer step
         with self.adapter.bind(s, positions=positions, factors=self.factors, heads=self.heads, **bound):
             return self.llm(*args, **kwargs)
 

@@ -1,6 +1,7 @@
 """Put new LoRA layers into a module: with the paper's initialization, or as a saved posterior describes them."""
 
 import re
+import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -17,16 +18,18 @@ from .._process.random_state import scoped_seed
 from .adapter import GAUGES, Adapter
 from .hooks import activate
 from .initialization import initialize
-from .layer_checks import check_heads, check_layers, check_rank, shape_of
+from .layer_checks import check_heads, check_layers, ranks_of, shape_of
 from .module_changes import ModuleChanges
 from .targets import is_linear
 
 ADAPTER_NAME = "scalabl"
+#: Regular expression that matches no path.
+_NOTHING = "(?!)"
 
 
 def inject(
     module: nn.Module,
-    names: Sequence[str],
+    ranks: Mapping[str, int],
     config: LoraConfig,
     *,
     gauge: str,
@@ -38,32 +41,28 @@ def inject(
 
     Args:
         module: Module that gets the layers.
-        names: Paths of linear layers.
-        config: Ranks, alpha and dropout; its targets are set here.
+        ranks: Rank of each linear layer to replace, by path.
+        config: Alpha and dropout; its targets and ranks are set here.
         gauge: See :class:`~scalabl_pyro.lora.adapter.Adapter`.
         heads: Paths of modules to train in full.
         seed: Seed of the initial factors.
         original: What ``unload`` returns; None means ``module``.
     """
+    names = list(ranks)
     replaced = {name: module.get_submodule(name) for name in names}
     changes = ModuleChanges(module)
     changes.record_layers(replaced)
     changes.record_new_attribute("peft_config")
-    config.target_modules = "|".join(map(re.escape, names))  # whole paths: a list would match suffixes
     config.fan_in_fan_out = isinstance(replaced[names[0]], Conv1D)
     with scoped_seed(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # one config for Conv1D and Linear targets
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # matters for merging only
-        inject_adapter_in_model(config, module, ADAPTER_NAME)
+        _inject_peft_layers(module, ranks, config)
     layers = [cast(LoraLayer, module.get_submodule(name)) for name in names]
+    check_layers(names, layers)
     locs = [initialize(layer, ADAPTER_NAME) for layer in layers]
     for layer, before in zip(layers, replaced.values(), strict=True):
         cast(nn.Module, layer).train(before.training)
-    try:
-        check_layers(names, layers)
-    except TypeError:
-        changes.revert()
-        raise
     return activate(
         module,
         dict(zip(names, layers, strict=True)),
@@ -74,6 +73,23 @@ def inject(
         heads=heads,
         original=original,
     )
+
+
+def _inject_peft_layers(module: nn.Module, ranks: Mapping[str, int], config: LoraConfig) -> None:
+    """Let PEFT replace exactly the layers with these paths.
+
+    PEFT rewrites ``target_modules`` for mixtures of experts: the dense ``gate_proj`` of DeepSeek-V3 would be taken for
+    an expert and left out. Names in a state dict are taken as they are.
+    """
+    config.target_modules = _NOTHING
+    config.r = statistics.mode(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != config.r}
+    config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in others.items()}  # "^": whole paths only
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*an inconsistency was discovered.*")  # with target_modules
+        names = {f"{name}.lora_A.weight": torch.empty(0) for name in ranks}
+        inject_adapter_in_model(config, module, ADAPTER_NAME, state_dict=names)
+    config.target_modules = "|".join(map(re.escape, ranks))  # for readers of ``module.peft_config``
 
 
 def reattach(module: nn.Module, layers: Sequence[Mapping[str, Any]], *, gauge: str, heads: Sequence[str]) -> Adapter:
@@ -103,10 +119,10 @@ def reattach(module: nn.Module, layers: Sequence[Mapping[str, Any]], *, gauge: s
                 f"Another base model: {layer['name']!r} is {shape[0]} x {shape[1]} (out x in), but the posterior was "
                 f"learned on {layer['out_features']} x {layer['in_features']}."
             )
-        check_rank(module, [layer["name"]], layer["rank"])
+        ranks_of(module, [layer["name"]], layer["rank"])
     check_heads(module, heads)
-    config = LoraConfig(rank_pattern={re.escape(layer["name"]): layer["rank"] for layer in layers})
-    adapter = inject(module, [layer["name"] for layer in layers], config, gauge=gauge, heads=heads, seed=0)
+    ranks = {layer["name"]: layer["rank"] for layer in layers}
+    adapter = inject(module, ranks, LoraConfig(), gauge=gauge, heads=heads, seed=0)
     for saved, own in zip(layers, adapter.layers, strict=True):
         own.scaling[adapter.adapter_name] = saved["scaling"]
     return adapter

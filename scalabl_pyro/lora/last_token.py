@@ -49,14 +49,28 @@ class AtPosition:
         self.positions = positions
         self.forward = forward
 
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output, shape (rows, tokens, width)."""
         positions = self.positions()
-        if positions is None or hidden.dim() != 3 or len(hidden) != len(positions) or hidden.shape[1] == 1:
-            return self.forward(hidden, *args, **kwargs)
-        picked = self.forward(_pick(hidden, positions), *args, **kwargs)
-        index = positions.to(hidden.device).view(-1, 1, 1).expand(-1, 1, hidden.shape[2])
-        return torch.zeros_like(hidden).scatter(1, index, picked)
+        first = next((x for x in (*args, *kwargs.values()) if torch.is_tensor(x)), None)
+        if (
+            positions is None
+            or first is None
+            or first.dim() != 3
+            or len(first) != len(positions)
+            or first.shape[1] == 1
+        ):
+            return self.forward(*args, **kwargs)
+
+        def pick(x: Any) -> Any:  # BLOOM's MLP gets the residual stream too
+            is_per_token = torch.is_tensor(x) and x.shape[:2] == first.shape[:2]
+            return _pick(x, positions) if is_per_token else x
+
+        picked = self.forward(*map(pick, args), **{name: pick(x) for name, x in kwargs.items()})
+        if not torch.is_tensor(picked) or picked.shape[:2] != (len(first), 1) or picked.dim() != 3:
+            return self.forward(*args, **kwargs)
+        index = positions.to(picked.device).view(-1, 1, 1).expand_as(picked)
+        return picked.new_zeros(*first.shape[:2], picked.shape[2]).scatter(1, index, picked)
 
 
 def tokenwise_end(blocks: Sequence[nn.Module]) -> nn.Module | None:

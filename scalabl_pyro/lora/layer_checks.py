@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .._errors import nearest
+from .module_paths import last_name
 
 #: PEFT layers that ask a LoRA variant for their update; other layers would silently ignore the latents.
 SUPPORTED_LAYERS = (
@@ -26,17 +27,37 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
     return layer.out_features, layer.in_features  # type: ignore[return-value]
 
 
-def check_rank(module: nn.Module, names: Sequence[str], r: int) -> None:
-    """Raise if ``r`` is not a rank that the layers with these paths can have."""
+def check_rank(r: int) -> None:
+    """Raise if ``r`` is not a rank."""
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r={r!r}: the rank must be a positive integer.")
-    for name in names:
+
+
+def ranks_of(module: nn.Module, names: Sequence[str], r: int, *, cut_rank: bool = False) -> list[int]:
+    """Return the rank of each layer: ``r``, or the largest one that the layer allows.
+
+    Args:
+        module: Module that contains the layers.
+        names: Paths of the layers.
+        r: Wanted rank.
+        cut_rank: Whether a layer that does not allow ``r`` gets the largest rank that it allows.
+
+    Raises:
+        ValueError: A layer does not allow ``r``, and ``cut_rank`` is False.
+    """
+    check_rank(r)
+    largest = [min(shape_of(module.get_submodule(name))) for name in names]
+    small = [(name, limit) for name, limit in zip(names, largest, strict=True) if limit < r]
+    if small and not cut_rank:
+        name = small[0][0]
         shape = shape_of(module.get_submodule(name))
-        if r > min(shape):
-            raise ValueError(
-                f"r={r} is larger than layer {name!r} with weight {shape[0]} x {shape[1]} (out x in) allows: use "
-                f"r <= {min(shape)}, or leave the layer out of target_modules."
-            )
+        excluded = sorted({last_name(name) for name, _ in small})
+        raise ValueError(
+            f"r={r} is larger than layer {name!r} with weight {shape[0]} x {shape[1]} (out x in) allows: use "
+            f"r <= {min(limit for _, limit in small)}, or leave the layer out of target_modules. To keep r for the "
+            f"other layers, pass cut_rank=True, or exclude_modules={excluded}."
+        )
+    return [min(r, limit) for limit in largest]
 
 
 def check_layers(names: Iterable[str], layers: Iterable[object]) -> None:

@@ -59,6 +59,17 @@ def repeat_rows(x: Any, batch_shape: torch.Size, rows: int, *, min_dim: int = 1)
     return x
 
 
+def first_row(x: Any, rows: int) -> Any:
+    """Return the first row of each tensor that has ``rows`` rows, also inside nested tuples, lists and dicts."""
+    if torch.is_tensor(x):
+        return x[:1] if x.dim() > 0 and x.shape[0] == rows else x
+    if isinstance(x, dict):
+        return {k: first_row(v, rows) for k, v in x.items()}
+    if type(x) in (tuple, list):
+        return type(x)(first_row(v, rows) for v in x)
+    return x
+
+
 def split_blocks(module: nn.Module, names: Sequence[str]) -> tuple[list[nn.Module], list[nn.Module]]:
     """Split the blocks into those below the first adapted block and the rest.
 

@@ -1,5 +1,6 @@
 """Find the layers to adapt: turn names, patterns and defaults into module paths."""
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -10,9 +11,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .._errors import ScalaBLWarning, nearest
+from .default_targets import attention_layers, suitable, summary, used_layers
 from .module_paths import block_of, has_suffix, last_name, lies_in
 
+logger = logging.getLogger(__name__)
+
 TargetModules = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+ExcludedModules = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 #: Hugging Face's names for new classification heads. Checkpoints of base models lack these heads, so all their weights
 #: are trained.
@@ -24,6 +29,8 @@ def resolve_targets(
     target_modules: TargetModules = None,
     *,
     layers_to_transform: int | Iterable[int] | None = None,
+    exclude_modules: ExcludedModules | None = None,
+    r: int | None = None,
 ) -> list[str]:
     """Return the paths of the layers that get LoRA factors and latents, in module order.
 
@@ -32,15 +39,20 @@ def resolve_targets(
         target_modules: Layers to adapt: names that end the layers' paths (``["q_proj", "lm_head"]``), one regular
             expression that matches whole paths, ``"all-linear"``, or a predicate ``(path, module) -> bool``. None
             stands for the query and value projections and the LM head, as in the paper (Samplawski et al., 2025).
+            None and ``"all-linear"`` leave out what :func:`~scalabl_pyro.lora.default_targets.suitable` names.
         layers_to_transform: Indices of the blocks whose layers are adapted. Layers outside numbered blocks are always
             kept.
+        exclude_modules: Layers to leave out of those above: names, one regular expression, or a predicate.
+        r: Rank of the factors; None if it is not known.
 
     Returns:
         Path of each layer to adapt.
 
     Raises:
-        TypeError: If ``module`` is not an ``nn.Module``, or ``target_modules`` has a wrong type.
-        ValueError: If a name or pattern matches no layer, or matches a layer that cannot carry LoRA.
+        TypeError: If ``module`` is not an ``nn.Module``, or ``target_modules`` or ``exclude_modules`` has a wrong
+            type.
+        ValueError: If a name or pattern matches no layer, or matches a layer that cannot carry LoRA, or no layer is
+            left.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -53,21 +65,12 @@ def resolve_targets(
             "Wrap a bare layer in nn.Sequential(layer), or pass a model that has linear layers."
         )
     if target_modules is None:
-        chosen = _default_targets(module, linear)
+        chosen = _default_targets(module, used_layers(module, linear), r=r)
     elif target_modules == "all-linear":
-        chosen = _all_linear(module, linear)
+        chosen = _all_linear(module, used_layers(module, linear), r=r)
         _warn_of_fused_experts(module)
-    elif callable(target_modules):
-        chosen = [name for name, m in linear.items() if target_modules(name, m)]
-    elif isinstance(target_modules, str):
-        chosen = _match_pattern(target_modules, linear)
-    elif isinstance(target_modules, Iterable):
-        chosen = _match_suffixes(module, list(target_modules), linear)
     else:
-        raise TypeError(
-            f"target_modules={target_modules!r}: expected a list of names, a regular expression, "
-            "'all-linear', a predicate or None."
-        )
+        chosen = _match("target_modules", target_modules, module, linear)
     if not chosen:
         raise ValueError(
             f"target_modules={target_modules!r} matches no linear layer. "
@@ -75,17 +78,50 @@ def resolve_targets(
         )
     if layers_to_transform is not None:
         chosen = _keep_blocks(chosen, layers_to_transform)
+    if exclude_modules is not None:
+        chosen = _leave_out(exclude_modules, module, {name: linear[name] for name in chosen})
+    if target_modules is None or target_modules == "all-linear":
+        logger.info("target_modules=%r adapts %d layers: %s", target_modules, len(chosen), summary(chosen))
     return chosen
 
 
-def _match_pattern(pattern: str, linear: dict[str, nn.Module]) -> list[str]:
+def _match(option: str, given: object, module: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
+    """Return the paths of the layers that names, a pattern or a predicate match."""
+    if callable(given):
+        return [name for name, m in linear.items() if given(name, m)]
+    if isinstance(given, str):
+        return _match_pattern(option, given, linear)
+    if isinstance(given, Iterable):
+        return _match_suffixes(option, module, list(given), linear)
+    all_linear = "'all-linear', " if option == "target_modules" else ""
+    raise TypeError(
+        f"{option}={given!r}: expected a list of names, a regular expression, {all_linear}a predicate or None."
+    )
+
+
+def _leave_out(excluded: ExcludedModules, module: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
+    """Return the chosen layers without the excluded ones."""
+    out = set(_match("exclude_modules", excluded, module, chosen))
+    if not out:
+        raise ValueError(
+            f"exclude_modules={excluded!r} matches none of the layers to adapt. "
+            + nearest(str(excluded), _suffixes(chosen))
+        )
+    if len(out) == len(chosen):
+        raise ValueError(
+            f"exclude_modules={excluded!r} leaves no layer to adapt. The layers were: {summary(list(chosen))}."
+        )
+    return [name for name in chosen if name not in out]
+
+
+def _match_pattern(option: str, pattern: str, linear: dict[str, nn.Module]) -> list[str]:
     try:
         chosen = [name for name in linear if re.fullmatch(pattern, name)]
     except re.error as error:
-        raise ValueError(f"target_modules={pattern!r} is not a valid regular expression ({error}).") from None
+        raise ValueError(f"{option}={pattern!r} is not a valid regular expression ({error}).") from None
     if not chosen and any(has_suffix(name, pattern) for name in linear):
         raise ValueError(
-            f"target_modules={pattern!r} is a regular expression that must match a whole path, and it matches none. "
+            f"{option}={pattern!r} is a regular expression that must match a whole path, and it matches none. "
             f"To choose layers by name, pass a list: [{pattern!r}]."
         )
     return chosen
@@ -110,26 +146,40 @@ def is_linear(module: nn.Module) -> bool:
 
 def output_head(module: nn.Module) -> nn.Module | None:
     """Return the layer that turns hidden states into logits over the vocabulary, or None if the module names none."""
-    get = getattr(module, "get_output_embeddings", None)
+    return _named_by(module, "get_output_embeddings")  # encoders have no language-model head
+
+
+def input_embeddings(module: nn.Module) -> nn.Module | None:
+    """Return the layer that embeds tokens, or None if the module names none (Canine hashes its characters)."""
+    return _named_by(module, "get_input_embeddings")
+
+
+def _named_by(module: nn.Module, method: str) -> nn.Module | None:
+    get = getattr(module, method, None)
     try:
         return get() if callable(get) else None
-    except (AttributeError, NotImplementedError):  # encoders without a language-model head
+    except (AttributeError, NotImplementedError):
         return None
 
 
-def _default_targets(module: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
+def _default_targets(module: nn.Module, linear: dict[str, nn.Module], *, r: int | None) -> list[str]:
     model_type = getattr(getattr(module, "config", None), "model_type", "")
-    suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ["q_proj", "v_proj"])
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ())
+    if isinstance(known, str):  # PEFT names some families by a regular expression
+        inner = [name for name in linear if re.fullmatch(known, name)]
+    else:
+        inner = [name for name in linear if any(has_suffix(name, suffix) for suffix in known)]
+    chosen = set(inner or attention_layers(list(linear)))
+    if not chosen:
+        return _all_linear(module, linear, r=r)
     head = output_head(module)
-    chosen = [name for name, m in linear.items() if m is head or any(has_suffix(name, s) for s in suffixes)]
-    if chosen == [name for name, m in linear.items() if m is head]:  # no attention layer has a known name
-        return _all_linear(module, linear)
-    return chosen
+    return [name for name, m in linear.items() if m is head or name in chosen]
 
 
-def _all_linear(module: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
+def _all_linear(module: nn.Module, linear: dict[str, nn.Module], *, r: int | None) -> list[str]:
     heads = new_heads(module)
-    return [name for name in linear if not any(lies_in(name, head) for head in heads)]
+    outside = {name: m for name, m in linear.items() if not any(lies_in(name, head) for head in heads)}
+    return suitable(module, outside, r=r)
 
 
 def _warn_of_fused_experts(module: nn.Module) -> None:
@@ -146,26 +196,28 @@ def _warn_of_fused_experts(module: nn.Module) -> None:
         )
 
 
-def _match_suffixes(module: nn.Module, targets: list[str], linear: dict[str, nn.Module]) -> list[str]:
+def _match_suffixes(option: str, module: nn.Module, targets: list[str], linear: dict[str, nn.Module]) -> list[str]:
     chosen = set()
     for target in targets:
         if not isinstance(target, str):
-            raise TypeError(f"target_modules contains {target!r}: expected only strings, the names of layers.")
+            raise TypeError(f"{option} contains {target!r}: expected only strings, the names of layers.")
         hits = [name for name in linear if has_suffix(name, target)]
         if not hits:
-            raise ValueError(_no_match(module, target, linear))
+            raise ValueError(_no_match(option, module, target, linear))
         chosen.update(hits)
     return [name for name in linear if name in chosen]
 
 
-def _no_match(module: nn.Module, target: str, linear: dict[str, nn.Module]) -> str:
+def _no_match(option: str, module: nn.Module, target: str, linear: dict[str, nn.Module]) -> str:
+    if option == "exclude_modules":
+        return f"{option}: {target!r} matches none of the layers to adapt. {nearest(target, _suffixes(linear))}"
     for name, m in module.named_modules():
         if has_suffix(name, target):
             return (
-                f"target_modules: {target!r} is a {type(m).__name__}, which cannot carry a LoRA subspace. "
+                f"{option}: {target!r} is a {type(m).__name__}, which cannot carry a LoRA subspace. "
                 f"Name linear layers instead. {nearest(target, _suffixes(linear))}"
             )
-    return f"target_modules: {target!r} matches no layer. {nearest(target, _suffixes(linear))}"
+    return f"{option}: {target!r} matches no layer. {nearest(target, _suffixes(linear))}"
 
 
 def _suffixes(names: Iterable[str]) -> set[str]:

@@ -8,7 +8,8 @@ from .._arguments import check_role, kind_of, known_arguments
 from .._deprecated import renamed_arguments
 from ..lora.adapter import Gauge
 from ..lora.attach import attach
-from ..lora.targets import TargetModules
+from ..lora.module_snapshot import ModuleSnapshot
+from ..lora.targets import ExcludedModules, TargetModules
 from ..priors import PriorLike
 from .lora_program import BayesianLoRA
 
@@ -23,7 +24,9 @@ def bayesian_lora(
     r: int | None = None,
     lora_alpha: float | None = None,
     target_modules: TargetModules = None,
+    exclude_modules: ExcludedModules | None = None,
     layers_to_transform: int | Iterable[int] | None = None,
+    cut_rank: bool = False,
     lora_dropout: float = 0.0,
     prior: PriorLike = 1.0,
     gauge: Gauge = "unit_rows",
@@ -33,18 +36,23 @@ def bayesian_lora(
     """Add LoRA adapters with a latent vector s inside each layer: y = W0 x + gamma B (s * A x).
 
     The module is changed in place: PEFT wraps its linear layers, and its weights are frozen. ``blora.unload()`` puts it
-    back bit for bit. A module that already carries a PEFT LoRA adapter keeps the function that it computes: the factors
-    are rewritten as B diag(s) A with orthonormal rows of A.
+    back bit for bit. After an error, or Ctrl-C, the module is what it was. A module that already carries a PEFT LoRA
+    adapter keeps the function that it computes: the factors are rewritten as B diag(s) A with orthonormal rows of A.
 
     Args:
         module: Hugging Face causal LM or classifier, or any module with linear layers.
         r: Rank of the factors, and number of latents per layer. None means 8.
-        lora_alpha: Numerator of gamma = lora_alpha / r. None means 16.
+        lora_alpha: Numerator of gamma = lora_alpha / r, where r is the rank of the layer. None means 16.
         target_modules: Layers to adapt: a list of path suffixes, one regular expression for whole paths,
             ``"all-linear"``, or a predicate ``(path, module) -> bool``. None means the layers that the paper adapts:
-            query and value projections and the LM head.
+            query and value projections and the LM head. Models without such names are adapted in all linear layers.
+            A log line (level INFO) says which layers None or ``"all-linear"`` chose. Both leave out gates with one
+            output, and layers of Mamba mixers that fused kernels read without calling them.
+        exclude_modules: Layers to leave out of those: a list of path suffixes, one regular expression, or a predicate.
         layers_to_transform: Indices of the blocks to adapt; None means all. Adapting the upper half only is much
             cheaper.
+        cut_rank: Whether a layer that is too small for ``r`` gets the largest rank that it allows, which is the smaller
+            side of its weight. Otherwise such a layer is an error.
         lora_dropout: Dropout probability on the input of A; 0 in the paper.
         prior: Prior of s: the scale of Normal(0, scale), a Pyro distribution, a callable ``layer -> distribution``, or
             a :class:`~scalabl_pyro.priors.Prior`.
@@ -59,7 +67,8 @@ def bayesian_lora(
         A PyroModule to call in place of the LLM.
 
     Raises:
-        ValueError: The targets match nothing, the rank is too large for a layer, or the module is wrapped already.
+        ValueError: The targets match nothing, the rank is too large for a layer, the module is wrapped already, or its
+            weights are offloaded.
         TypeError: A layer cannot carry latents, or the prior is not one of the kinds above.
 
     Example:
@@ -77,19 +86,22 @@ def bayesian_lora(
     """
     if kind_of(module) != "blora":  # which has an error of its own
         check_role("module", module, "llm", call="bayesian_lora(llm)")
-    adapter = attach(
-        module,
-        r=r,
-        lora_alpha=lora_alpha,
-        target_modules=target_modules,
-        layers_to_transform=layers_to_transform,
-        lora_dropout=lora_dropout,
-        gauge=gauge,
-        modules_to_save=modules_to_save,
-        seed=seed,
-    )
+    snapshot = ModuleSnapshot(module)
     try:
+        adapter = attach(
+            module,
+            r=r,
+            lora_alpha=lora_alpha,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+            cut_rank=cut_rank,
+            lora_dropout=lora_dropout,
+            gauge=gauge,
+            modules_to_save=modules_to_save,
+            seed=seed,
+        )
         return BayesianLoRA(adapter, prior=prior)
-    except (TypeError, ValueError):
-        adapter.unload()
+    except BaseException:
+        snapshot.restore()
         raise

@@ -16,6 +16,7 @@ from ..data.batch import Batch
 from ..lora.adapter import Adapter
 from ..lora.forward import AdaptedLLM
 from ..lora.memory import MemoryEstimate, estimate_memory
+from ..lora.pass_checks import EffectCheck
 from ..lora.subspace import Subspace
 from ..lora.targets import output_head
 from ..priors import PriorLike, as_prior
@@ -49,7 +50,7 @@ class BayesianLoRA(Program):
         self.adapter = adapter
         self.prior = as_prior(prior, adapter.subspace).to(adapter.device, adapter.loc.dtype)
         self.point_estimates = _point_estimates(adapter)
-        self._adapted = AdaptedLLM(adapter)
+        self._adapted = AdaptedLLM(adapter, effect_check=EffectCheck(adapter))
 
     @property
     def llm(self) -> nn.Module:

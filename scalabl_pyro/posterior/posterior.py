@@ -14,6 +14,7 @@ from .._deprecated import ScalaBLDeprecationWarning
 from .._errors import check_count
 from ..data.encoding import encode
 from ..data.rows import read_rows
+from ..lora.module_snapshot import ModuleSnapshot
 from ..prediction.draws import sample_prior
 from ..prediction.linearized import predict_linearized
 from ..prediction.predict import check_draws_per_pass, predict
@@ -201,4 +202,9 @@ class Posterior(AnalyzedPosterior):
         Example:
             >>> posterior = Posterior.from_pretrained(llm, "my-posterior")
         """
-        return cls(**serialization.load(path, llm, **overrides))
+        snapshot = ModuleSnapshot(llm)
+        try:
+            return cls(**serialization.load(path, llm, **overrides))
+        except BaseException:  # Ctrl-C too, at any line
+            snapshot.restore()
+            raise

@@ -24,6 +24,7 @@ from .._version import __version__
 from ..guides import Guide
 from ..lora.adapter import Adapter
 from ..lora.attach import find_adapter
+from ..lora.base_module import base_module, check_has_values, check_placement
 from ..lora.fingerprint import check_fingerprint, describe_layers, fingerprint
 from ..lora.inject import reattach
 from ..model.bayesian_lora import BayesianLoRA
@@ -98,6 +99,9 @@ def load(
     check_path("path", path)
     path, overrides = Path(path), Overrides(task, prior, guide)
     overrides.check()
+    llm = base_module(llm)
+    check_placement(llm)
+    check_has_values(llm)
     with LOCK, path_in_errors(path):
         return _load(path, llm, overrides)
 

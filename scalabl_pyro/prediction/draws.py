@@ -9,6 +9,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .._display import Summarized
+from .._process.full_precision import full_precision
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from ..guides import Guide
@@ -63,16 +64,17 @@ def sample(guide: Guide, num_draws: int, *, seed: int) -> Draws:
         seed: Seed of the draws.
     """
     if num_draws == 0:
-        with torch.no_grad(), local_params():
+        with torch.no_grad(), local_params(), full_precision():
             sites = {name: value.detach().clone().unsqueeze(0) for name, value in guide.mean().items()}
         return Draws(sites, seed=seed, is_mean=True)
-    sites, log_q = guide.sample_and_log_prob(num_draws, seed=seed)
+    with full_precision():
+        sites, log_q = guide.sample_and_log_prob(num_draws, seed=seed)
     return Draws(sites, log_q=log_q, seed=seed)
 
 
 def sample_prior(prior: Prior, num_draws: int, *, seed: int) -> Tensor:
     """Draw s (S, D) from the prior."""
-    with torch.no_grad(), local_params(), scoped_seed(seed):
+    with torch.no_grad(), local_params(), full_precision(), scoped_seed(seed):
         return torch.stack([prior() for _ in range(num_draws)])
 
 

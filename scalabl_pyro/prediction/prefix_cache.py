@@ -19,7 +19,7 @@ from ..lora.adapter import Adapter
 from ..lora.hidden_state_cache import Prefix
 from ..lora.sharding import is_sharded
 from ..lora.shared_prefix import split_blocks
-from ..lora.targets import output_head
+from ..lora.targets import input_embeddings, output_head
 
 #: Number of most recently used row sets whose hidden states are kept per LLM.
 MAX_ROW_SETS = 8
@@ -94,8 +94,7 @@ def _state_below(adapter: Adapter) -> tuple[Any, ...]:
     lower, upper = split_blocks(module, adapter.subspace.names)
     head = output_head(module)
     above = {id(t) for part in (*upper, *([] if head is None else [head])) for t in _tensors(part)}
-    get_embeddings = getattr(module, "get_input_embeddings", lambda: None)
-    embeddings = get_embeddings()
+    embeddings = input_embeddings(module)
     above -= set() if embeddings is None else {id(t) for t in _tensors(embeddings)}  # tied to the head
     states = [(id(t), t.data_ptr(), t.dtype, t.device, _version(t)) for t in _tensors(module) if id(t) not in above]
     kind = adapter.device.type

@@ -67,7 +67,9 @@ class GradientCheck:
         if cut:
             self.close()
             raise RuntimeError(
-                f"No gradient reaches {name_layers(self.adapter, sorted(cut))}. They would never learn. {CAUSES}"
+                f"No gradient reaches {name_layers(self.adapter, sorted(cut))}. They would never learn. {CAUSES} If "
+                "the model does not use their outputs for this task, leave them out: bayesian_lora(..., "
+                "exclude_modules=[...])."
             )
         if not checked or self.steps >= MAX_ZERO_STEPS:
             self.close()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from .._errors import describe
+from .._process.full_precision import full_precision
 from ..data.batch import Batch
 from ..guides import Guide
 from ..guides.checks import check_sites
@@ -87,7 +88,7 @@ class ScopedGuide(nn.Module):
 
     def forward(self, batch: Batch, kl_weight: float | Tensor = 1.0) -> Any:
         """Sample the latent sites for a batch."""
-        with latent_scope(batch, kl_weight, draws=self.draws):
+        with full_precision(), latent_scope(batch, kl_weight, draws=self.draws):
             return self.guide()
 
 

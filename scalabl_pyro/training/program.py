@@ -13,6 +13,7 @@ from ..data.encoding import check_tokens
 from ..data.training_batches import TrainingBatches, training_source
 from ..distributed.processes import Processes
 from ..guides import Guide, GuideLike, ParticleGuide, as_guide
+from ..lora.base_module import check_has_values
 from ..lora.hidden_state_cache import PrefixStore
 from ..model.bayesian_lora import BayesianLoRA
 from ..model.joint import TaskModel
@@ -129,6 +130,7 @@ def build_program(
         ValueError: Data, guide, prior, ELBO or processes do not fit together.
     """
     hardware = options.hardware
+    check_has_values(blora.llm)
     check_shareable(processes, blora, batch_size=options.batch_size, cache_prefix=hardware.cache_prefix)
     blora.move_own_tensors()  # not the LLM, which may lie on several devices
     task.to(blora.device)

@@ -272,7 +272,7 @@ WRONG_CALLS = {
     "negative rank": ({"r": -1}, ValueError, r"r=-1: .*positive integer"),
     "broken rank": ({"r": 2.0}, ValueError, r"r=2.0: .*positive integer"),
     "rank as text": ({"r": "8"}, ValueError, r"r='8': .*positive integer"),
-    "large rank": ({"r": 33}, ValueError, r"r=33 .*'model.layers.0.self_attn.q_proj'.* 32 x 32 .*r <= 32"),
+    "large rank": ({"r": 33}, ValueError, r"r=33 .*'model.layers.0.self_attn.q_proj'.* 32 x 32 .*r <= 16"),
     "large rank of one layer": (
         {"r": 20, "target_modules": ["q_proj", "k_proj"]},
         ValueError,
