@@ -54,9 +54,9 @@ class ModuleSnapshot:
             for parameter, flag in self._flags:
                 parameter.requires_grad_(flag)
             with torch.no_grad():
-                for parameter, data, value in self._weights:
-                    parameter.data = data
-                    parameter.copy_(value)
+                for weight, data, value in self._weights:
+                    weight.data = data
+                    weight.copy_(value)
         signals.deliver()
 
 
