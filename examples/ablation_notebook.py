@@ -110,7 +110,7 @@ for ax, prior in zip(axes, args.priors, strict=True):
 axes[0].set(ylabel="loss, nats per row (mean of 10 steps)", yscale="log")
 axes[0].legend(frameon=False)
 plt.show()
-slopes = {name: [f.value for f in check_history(outcome.result.history)] for name, outcome in outcomes.items()}
+slopes = {name: [check_history(outcome.result.history)[0].value] for name, outcome in outcomes.items()}
 display(pd.DataFrame.from_dict(slopes, orient="index").rename(columns={0: "loss_slope"}).round(1))
 
 # %% [markdown]
