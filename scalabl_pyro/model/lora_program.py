@@ -6,6 +6,8 @@ from typing import Any, cast
 
 import pyro
 import torch
+from pyro.ops.provenance import get_provenance
+from pyro.params import param_with_module_name
 from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from ..lora.memory import MemoryEstimate, estimate_memory
 from ..lora.subspace import Subspace
 from ..lora.targets import output_head
 from ..priors import PriorLike, as_prior
+from .provenance import run_with_provenance
 
 
 class BayesianLoRA(Program):
@@ -84,9 +87,9 @@ class BayesianLoRA(Program):
             >>> tuple(blora(torch.ones(5, 4), s=s).shape)
             (5, 3)
         """
-        self._register_with_pyro()
+        origins = self._register_with_pyro()
         s = self.sample_latents() if s is None else s
-        return self._adapted(*args, s=s, positions=positions, **kwargs)
+        return run_with_provenance(self._adapted, *args, origins=origins, s=s, positions=positions, **kwargs)
 
     def sample_latents(self) -> Tensor:
         """Sample s from the prior; inside a Pyro handler, take it from the guide or from conditioned draws.
@@ -225,21 +228,28 @@ class BayesianLoRA(Program):
         self.llm.train(mode)
         return super().train(mode)
 
-    def _register_with_pyro(self) -> None:
+    def _register_with_pyro(self) -> frozenset[str]:
         """Register A, B and the heads in Pyro's global store, because stock SVI optimizes what lies there.
 
         ELBO modules (``Trace_ELBO()(model, guide)``) find them as ``parameters()``. With those, a param site for each
         of the hundreds of factors would only cost time.
+
+        Returns:
+            Names of the params where Pyro tracks what depends on what; else an empty set.
         """
         if not am_i_wrapped():
-            return
+            return frozenset()
         if not pyro.settings.get("module_local_params"):
-            pyro.module(f"scalabl_pyro.{self.adapter.serial}", cast(nn.Module, self._modules["point_estimates"]))
-        elif any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
+            module, name = cast(nn.Module, self._modules["point_estimates"]), f"scalabl_pyro.{self.adapter.serial}"
+            trained = [(key, value) for key, value in module.named_parameters() if value.requires_grad]
+            sites = [pyro.param(param_with_module_name(name, key), value) for key, value in trained]
+            return get_provenance(sites)
+        if any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
             raise RuntimeError(
                 "Stock SVI under module_local_params=True would train the guide, but not A and B. Use it in Pyro's "
                 "default mode, or train with Trace_ELBO()(model, guide) and a torch optimizer."
             )
+        return frozenset()
 
 
 def _point_estimates(adapter: Adapter) -> nn.Module:
