@@ -7,10 +7,12 @@ from typing import Any, Literal, cast, get_args
 import torch
 from pyro.infer import autoguide
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from .._errors import check_choice
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors.sites import check_continuous, prior_sites
+from ..priors.supports import describe, is_real
 from .auto import AutoFamily, AutoInstance
 from .base import Guide
 from .covariance import CovarianceGuide, LowRankGuide
@@ -47,6 +49,13 @@ FAMILIES: dict[str, type[Guide]] = {
         WithHyperparameters,
     )
     if guide.family is not None
+}
+#: AutoGuides that carry a family like the named one to the support of the prior.
+FOR_ANY_SUPPORT = {
+    "layer_covariance": "AutoMultivariateNormal",
+    "full_covariance": "AutoMultivariateNormal",
+    "lowrank": "AutoLowRankMultivariateNormal",
+    "flow": "AutoIAFNormal",
 }
 #: Largest rank of the guide ``"lowrank"``; with fewer latents, their number.
 DEFAULT_RANK = 10
@@ -146,37 +155,35 @@ def _is_builder(guide: object) -> bool:
 def _build_named(name: GuideName, blora: BayesianLoRA, init_scale: float, seed: int) -> Guide:
     """Build a guide by name, for the support of s under the prior and for its other latents."""
     sites = prior_sites(blora.prior)
-    support = sites["s"]["fn"].support if "s" in sites else None
+    fn = sites["s"]["fn"] if "s" in sites else None
     loc = blora.adapter.loc.to(blora.device)
     scale = draw_initial_scale(loc, init_scale, seed=seed)
-    if support is not None and support.is_discrete:
+    if fn is not None and fn.support.is_discrete:
         if name not in ("normal", "rank_mask"):
             check_continuous(f"guide={name!r}", sites)
-        return RankMaskGuide(torch.logit(sites["s"]["fn"].mean.to(loc)))
+        return RankMaskGuide(torch.logit(fn.mean.to(loc)))
     if name == "rank_mask":
         raise ValueError("guide='rank_mask' is for masks: use it with prior='rank_mask'.")
-    is_real = support is None or _is_real(support, loc)
+    real = fn is None or is_real(fn)
     if name == "delta":  # AutoDelta moves a point within the support of its site
-        return DeltaGuide(loc) if is_real and set(sites) == {"s"} else as_guide(autoguide.AutoDelta, blora)
-    if not is_real:
-        return _build_bounded(name, support, blora, init_scale)
+        return DeltaGuide(loc) if real and set(sites) == {"s"} else as_guide(autoguide.AutoDelta, blora)
+    if not real:
+        return _build_bounded(name, cast(Distribution, fn), blora, init_scale)
     if name == "svgd" and set(sites) != {"s"}:
         raise ValueError("guide='svgd' moves particles of s alone; this prior has other latents too: use 'normal'.")
     of_s = _build_real(name, loc, scale, blora.subspace.ranks, seed)
     return of_s if set(sites) <= {"s"} else WithHyperparameters(of_s, blora.prior, scale=init_scale)
 
 
-def _is_real(support: Any, loc: Tensor) -> bool:
-    """Whether the support of s (D,) contains numbers of both signs."""
-    alternating = torch.tensor([-1.0, 1.0]).to(loc).repeat(len(loc))[: len(loc)]
-    return bool(support.check(alternating).all())
-
-
-def _build_bounded(name: GuideName, support: Any, blora: BayesianLoRA, init_scale: float) -> Guide:
+def _build_bounded(name: GuideName, fn: Distribution, blora: BayesianLoRA, init_scale: float) -> Guide:
     """Build the only guide by name for latents that are not on the whole real line."""
     if name != "normal":
-        limits = getattr(support, "base_constraint", support)
-        raise ValueError(f"guide={name!r} needs latents on the real line; this prior's are {limits}: use 'normal'.")
+        other = FOR_ANY_SUPPORT.get(name)
+        advice = f", or the class pyro.infer.autoguide.{other}" if other else ""
+        raise ValueError(
+            f"guide={name!r} needs latents on the real line; this prior's are {describe(fn)}: use 'normal'{advice}, "
+            "which stays in the support."
+        )
     return MeanFieldGuide(blora.prior, start={"s": blora.adapter.loc.to(blora.device)}, scale=init_scale)
 
 

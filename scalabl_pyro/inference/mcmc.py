@@ -24,6 +24,7 @@ from ..model.log_likelihood import LogLikelihood
 from ..posterior.posterior import Posterior
 from ..priors import Prior
 from ..priors.sites import prior_sites
+from ..priors.supports import to_support
 
 logger = logging.getLogger(__name__)
 
@@ -163,10 +164,10 @@ def _check_continuous(prior: Prior) -> None:
 
 
 def _jittered(prior: Prior, name: str, value: Tensor, jitter: float) -> Tensor:
-    """An initial value near ``value``; positive sites stay positive."""
-    support = prior_sites(prior)[name]["fn"].support
-    noise = jitter * torch.randn_like(value)
-    return value + noise if bool(support.check(-torch.ones_like(value)).all()) else value * noise.exp()
+    """An initial value near ``value``, inside the support of the site."""
+    transform = to_support(prior_sites(prior)[name]["fn"])
+    free = transform.inv(value)
+    return transform(free + jitter * torch.randn_like(free))
 
 
 def _worst_r_hat_and_ess(chains: list[dict[str, Tensor]]) -> dict[str, float]:

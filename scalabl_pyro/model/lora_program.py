@@ -12,7 +12,7 @@ from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-from .._process.pyro_modes import KeepPlates, Program
+from .._process.pyro_modes import KeepPlates, Program, check_particle_dimension
 from ..data.batch import Batch
 from ..lora.adapter import Adapter
 from ..lora.forward import AdaptedLLM
@@ -20,6 +20,7 @@ from ..lora.memory import MemoryEstimate, estimate_memory
 from ..lora.subspace import Subspace
 from ..lora.targets import output_head
 from ..priors import PriorLike, as_prior
+from ..priors.supports import start_inside
 from .provenance import run_with_provenance
 
 
@@ -89,6 +90,8 @@ class BayesianLoRA(Program):
         """
         origins = self._register_with_pyro()
         s = self.sample_latents() if s is None else s
+        if s.dim() > 1:
+            check_particle_dimension()
         return run_with_provenance(self._adapted, *args, origins=origins, s=s, positions=positions, **kwargs)
 
     def sample_latents(self) -> Tensor:
@@ -113,7 +116,8 @@ class BayesianLoRA(Program):
             site: Pyro's record of the site.
 
         Returns:
-            The paper's initial value for the site ``"s"``, a draw from the prior for any other site.
+            The paper's initial value for the site ``"s"``, also under a scope such as ``"a/s"``; a draw from the prior
+            for any other site. Initial values outside of the support of the prior are replaced by its median.
 
         Example:
             >>> import torch, scalabl_pyro
@@ -121,9 +125,10 @@ class BayesianLoRA(Program):
             >>> blora = scalabl_pyro.bayesian_lora(torch.nn.Sequential(torch.nn.Linear(4, 3)), r=2)
             >>> guide = AutoNormal(blora.prior, init_loc_fn=blora.init_loc)
         """
-        if site["name"] == "s":
-            return self.adapter.loc.to(self.device).expand(site["fn"].shape()).clone()
-        return site["fn"].sample().detach()
+        fn = site["fn"]
+        if site["name"].rsplit("/", 1)[-1] == "s" and fn.event_shape == (self.subspace.dim,):
+            return start_inside(fn, self.adapter.loc.to(self.device).expand(fn.shape())).clone()
+        return fn.sample().detach()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
