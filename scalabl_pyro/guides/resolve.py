@@ -13,7 +13,7 @@ from .._errors import check_choice
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors.sites import check_continuous, prior_sites
 from ..priors.supports import describe, is_real
-from .auto import AutoFamily, AutoInstance
+from .auto import AutoFamily, AutoInstance, check_not_messenger
 from .base import Guide
 from .covariance import CovarianceGuide, LowRankGuide
 from .delta import DeltaGuide
@@ -82,7 +82,8 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = INIT_
         The guide, on the device of ``blora`` where it was built here.
 
     Raises:
-        ValueError: The name is unknown, or the family cannot have the support of the prior.
+        ValueError: The name is unknown, the family cannot have the support of the prior, or Pyro's class needs more
+            than the prior.
         TypeError: ``guide`` is none of these.
 
     Example:
@@ -93,11 +94,13 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = INIT_
     if isinstance(guide, str):
         check_choice("guide", guide, NAMES)
         return _build_named(guide, blora, init_scale, seed)
+    check_not_messenger(guide)
     if isinstance(guide, type) and issubclass(guide, autoguide.AutoGuide):
         takes_scale = "init_scale" in inspect.signature(guide).parameters
         options: dict[str, Any] = {"init_scale": init_scale} if takes_scale else {}
         return AutoFamily(blora.prior, guide, init_loc_fn=blora.init_loc, **options).to(blora.device)
     built: Any = wrap_autoguide(cast(Any, guide)(blora) if _is_builder(guide) else guide)
+    check_not_messenger(built)
     if not isinstance(built, Guide):
         raise TypeError(
             f"guide={guide!r}: expected a name ({', '.join(map(repr, NAMES))}), a class of pyro.infer.autoguide, an "
