@@ -16,7 +16,7 @@ from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
-from ..priors.sites import check_continuous, prior_sites
+from ..priors.sites import check_continuous, check_transforms, prior_sites
 from .base import Guide
 
 #: AutoGuides that need the likelihood or a discrete site. Here a guide is built from the prior alone.
@@ -67,7 +67,9 @@ class AutoFamily(Guide):
     ) -> None:
         super().__init__()
         _check_supported(auto_class)
-        check_continuous(f"guide={auto_class.__name__}", prior_sites(prior))
+        sites = prior_sites(prior)
+        check_continuous(f"guide={auto_class.__name__}", sites)
+        check_transforms(f"guide={auto_class.__name__}", sites)
         self.has_density = auto_class is not autoguide.AutoDelta
         self._arguments = (prior, auto_class, init_loc_fn, auto_options)
         if not issubclass(auto_class, WITHOUT_INIT_LOC):
@@ -75,13 +77,7 @@ class AutoFamily(Guide):
         _check_options(auto_class, auto_options)
         with local_params(), scoped_seed(0):
             self.auto = auto_class(prior, **auto_options)
-            try:
-                self.auto()  # its prototype trace creates the parameters
-            except NotImplementedError as error:
-                raise ValueError(
-                    f"{auto_class.__name__} has no transform to a support of the prior {prior} ({error}): use "
-                    "guide='normal', or a guide of your own."
-                ) from error
+            self.auto()  # its prototype trace creates the parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the latent sites; return s."""

@@ -23,7 +23,7 @@ from ..guides import EmpiricalGuide
 from ..model.log_likelihood import LogLikelihood
 from ..posterior.posterior import Posterior
 from ..priors import Prior
-from ..priors.sites import prior_sites
+from ..priors.sites import check_transforms, prior_sites
 from ..priors.supports import to_support
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,8 @@ def mcmc(
         ``ess`` and the number of ``divergences``. ``to_arviz()`` keeps the chains apart.
 
     Raises:
-        ValueError: ``data`` yields batches instead of rows, the prior has a discrete site, or an option is outside its
+        ValueError: ``data`` yields batches instead of rows, the prior has a site that is discrete or has an unknown
+            support, or an option is outside its
             range.
 
     Example:
@@ -155,12 +156,14 @@ def _means(posterior: Posterior) -> dict[str, Tensor]:
 
 
 def _check_continuous(prior: Prior) -> None:
-    for name, site in prior_sites(prior).items():
+    sites = prior_sites(prior)
+    for name, site in sites.items():
         if site["fn"].support.is_discrete:
             raise ValueError(
                 f"The site {name!r} of the prior {prior} is discrete, but NUTS follows gradients: use a posterior with "
                 "a continuous prior, or check this one by diagnose()."
             )
+    check_transforms("NUTS", sites)
 
 
 def _jittered(prior: Prior, name: str, value: Tensor, jitter: float) -> Tensor:
