@@ -12,7 +12,9 @@ from pyro.ops.provenance import ProvenanceTensor, extract_provenance
 from ..lora.forward import map_tensors
 
 
-def run_with_provenance(function: Callable[..., Any], *args: Any, origins: frozenset[str], **kwargs: Any) -> Any:
+def run_with_provenance(
+    function: Callable[..., Any], *args: Any, origins: frozenset[str] = frozenset(), **kwargs: Any
+) -> Any:
     """Call a function with plain tensors; its outputs depend on all its inputs.
 
     Args:

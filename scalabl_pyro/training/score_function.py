@@ -24,7 +24,8 @@ class LeaveOneOutELBO(Trace_ELBO):
     exactly. Sites with reparametrized draws get their usual gradient.
 
     Args:
-        num_particles: Number of draws per row, or of shared draws, 1 or more. With one, the other rows are the baseline.
+        num_particles: Number of draws per row, or of shared draws, 1 or more. With one draw per row, the other rows
+            are the baseline.
         vectorize: Whether the draws run in one pass.
 
     References:

@@ -133,6 +133,16 @@ def test_origins_pass_through_every_input_and_leave_numbers_as_they_are():
     assert torch.equal(of_s._t, plain) and torch.equal(of_input._t, plain)
 
 
+def test_a_fixed_likelihood_is_seen_to_depend_on_the_latents(fitted):
+    posterior = fitted.posterior
+    likelihood = posterior.log_likelihood(tiny.question_rows(4))
+
+    def model():
+        pyro.factor("likelihood", likelihood(posterior.prior()))
+
+    assert get_model_relations(model)["sample_sample"]["likelihood"] == ["s"]
+
+
 ELBOS = {
     "one draw": lambda: Trace_ELBO(),
     "vectorized": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True),
@@ -170,9 +180,7 @@ def test_jitted_nuts_equals_nuts(build):
         with torch.random.fork_rng():
             pyro.set_rng_seed(0)
             options = {"step_size": 0.1, "adapt_step_size": False, "max_tree_depth": 2, "ignore_jit_warnings": True}
-            sampler = MCMC(
-                NUTS(model, jit_compile=jit_compile, **options), 3, warmup_steps=1, disable_progbar=True
-            )
+            sampler = MCMC(NUTS(model, jit_compile=jit_compile, **options), 3, warmup_steps=1, disable_progbar=True)
             sampler.run(IDS, LABELS)
         draws.append(sampler.get_samples()["s"])
     torch.testing.assert_close(draws[1], draws[0], rtol=1e-4, atol=1e-5)
@@ -258,5 +266,7 @@ def test_particles_in_the_place_of_rows_are_refused(num_particles):
 
     guide = autoguide.AutoNormal(model)
     elbo = Trace_ELBO(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=0)
-    with pytest.raises(ValueError, match=r"lie in the dimension of the rows.*pyro.plate\('data', N|and the batch has 2"):
+    with pytest.raises(
+        ValueError, match=r"lie in the dimension of the rows.*pyro.plate\('data', N|and the batch has 2"
+    ):
         elbo.loss(model, guide, IDS, LABELS)
