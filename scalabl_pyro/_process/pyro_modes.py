@@ -7,6 +7,7 @@ from typing import Any
 import pyro
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import get_plates
 
 from .._arguments import known_arguments
 from .lock import LOCK
@@ -51,3 +52,25 @@ class KeepPlates(Messenger):
         shape = msg["fn"].shape()
         if msg["value"].shape != shape and msg["value"].numel() == shape.numel():
             msg["value"] = msg["value"].reshape(shape)
+
+
+#: Plates of Pyro's estimators that hold draws for all rows, not one draw per row.
+PARTICLE_PLATES = ("num_particles_vectorized", "_num_predictive_samples")
+
+
+def check_particle_dimension() -> None:
+    """Check that vectorized particles do not lie in the dimension of the rows.
+
+    Pyro puts its plate of particles left of all plates that it finds. If a model has no plate over its rows, particles
+    take the place of the rows. With as many particles as rows, each row would get its own draw without an error.
+
+    Raises:
+        ValueError: They do.
+    """
+    for frame in get_plates():
+        if frame.name in PARTICLE_PLATES and frame.dim == -1:
+            raise ValueError(
+                f"The {frame.size} draws of Pyro's plate {frame.name!r} lie in the dimension of the rows, because the "
+                "model has no plate over its rows. Sample the answers in one: "
+                "with pyro.plate('data', N, subsample_size=len(input_ids))."
+            )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pyro.infer import autoguide
 from pyro.nn import PyroModule
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
 from .._errors import nearest
@@ -15,17 +16,13 @@ from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
-from ..priors.sites import check_continuous, prior_sites
+from ..priors.sites import check_continuous, check_transforms, prior_sites
 from .base import Guide
 
 #: AutoGuides that need the likelihood or a discrete site. Here a guide is built from the prior alone.
-UNSUPPORTED = (
-    "AutoLaplaceApproximation",
-    "AutoStructured",
-    "AutoDiscreteParallel",
-    "AutoSemiDAIS",
-    "AutoRegressiveMessenger",
-)
+UNSUPPORTED = ("AutoLaplaceApproximation", "AutoStructured", "AutoDiscreteParallel")
+#: Classes of ``pyro.infer.autoguide`` that are not a family.
+INCOMPLETE = ("AutoCallable", "AutoContinuous", "AutoGuide", "AutoGuideList")
 #: AutoGuides that choose their own initial values and do not accept ``init_loc_fn``.
 WITHOUT_INIT_LOC = (autoguide.AutoNormalizingFlow,)
 #: Largest rank or width per latent that a saved file may ask for. A larger one only exhausts memory.
@@ -47,7 +44,7 @@ class AutoFamily(Guide):
         auto_options: Keyword arguments of ``auto_class``, such as ``init_scale`` or ``rank``.
 
     Raises:
-        ValueError: The class needs the likelihood, or the prior has discrete latents.
+        ValueError: The class needs the likelihood or further options, or cannot have the support of the prior.
 
     Example:
         >>> from pyro.infer.autoguide import AutoNormal
@@ -70,11 +67,14 @@ class AutoFamily(Guide):
     ) -> None:
         super().__init__()
         _check_supported(auto_class)
-        check_continuous(f"guide={auto_class.__name__}", prior_sites(prior))
+        sites = prior_sites(prior)
+        check_continuous(f"guide={auto_class.__name__}", sites)
+        check_transforms(f"guide={auto_class.__name__}", sites)
         self.has_density = auto_class is not autoguide.AutoDelta
         self._arguments = (prior, auto_class, init_loc_fn, auto_options)
         if not issubclass(auto_class, WITHOUT_INIT_LOC):
             auto_options = {"init_loc_fn": init_loc_fn, **auto_options}
+        _check_options(auto_class, auto_options)
         with local_params(), scoped_seed(0):
             self.auto = auto_class(prior, **auto_options)
             self.auto()  # its prototype trace creates the parameters
@@ -194,11 +194,38 @@ class AutoInstance(Guide):
         return AutoInstance(twin).cpu().requires_grad_(False).eval()
 
 
-def _check_supported(auto_class: type) -> None:
-    if auto_class.__name__ in UNSUPPORTED:
+def check_not_messenger(guide: object) -> None:
+    """Refuse the messengers of Pyro, which run their model and so hold no family that a posterior could keep.
+
+    Raises:
+        ValueError: ``guide`` is a messenger, or a class of them.
+    """
+    auto_class = guide if isinstance(guide, type) else type(guide)
+    if issubclass(auto_class, GuideMessenger):
         raise ValueError(
-            f"{auto_class.__name__} needs more than the prior of s: use it with stock SVI on your own model."
+            f"{auto_class.__name__} is a messenger, not an AutoGuide: use guide='normal', which is the family of "
+            "AutoNormalMessenger, or the messenger with stock SVI on your own model."
         )
+
+
+def _check_supported(auto_class: type) -> None:
+    name = auto_class.__name__
+    if name in UNSUPPORTED:
+        raise ValueError(f"{name} needs more than the prior of s: use it with stock SVI on your own model.")
+    if name in INCOMPLETE:
+        raise ValueError(f"{name} is not a family by itself: pass a class such as AutoNormal, or write a Guide.")
+
+
+def _check_options(auto_class: type, options: dict[str, Any]) -> None:
+    """Check that a class gets all options that it needs."""
+    try:
+        inspect.signature(auto_class).bind("prior", **options)
+    except TypeError as error:
+        name = auto_class.__name__
+        raise ValueError(
+            f"{name}: {error}. Pass its options, as in guide=lambda blora: AutoFamily(blora.prior, {name}, "
+            "init_loc_fn=blora.init_loc, ...)."
+        ) from None
 
 
 def _center(auto: Any) -> dict[str, Tensor]:

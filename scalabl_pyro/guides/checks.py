@@ -1,16 +1,25 @@
 """Checks, before training, that a guide covers exactly the latent sites of a prior."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import Independent, TransformedDistribution
+from torch.distributions.transforms import AffineTransform
 
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from ..priors import Prior
+from ..priors.supports import base_support, describe, is_joint, is_real, to_support
 from .base import Guide
+
+#: A point far out on the real line, in float32 still away from the border after exp or sigmoid.
+FAR = 10.0
 
 
 def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
@@ -51,10 +60,11 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
         expected, got = site["value"].shape, covered[name]["value"].shape
         if expected != got:
             raise ValueError(f"Site {name!r} has shape {tuple(got)} in the guide, {tuple(expected)} in the prior.")
-        if not site["fn"].support.check(covered[name]["value"]).all():
+        _check_density(name, site["fn"], site["value"])
+        if _may_leave(covered[name], site["fn"]):
             raise ValueError(
-                f"The guide puts {name!r} outside the support of its prior ({site['fn'].support}): choose a guide with "
-                "that support, such as a Pyro AutoGuide."
+                f"The guide puts {name!r} outside the support of its prior ({describe(site['fn'])}), or can do so: "
+                "choose a guide with that support, such as guide='normal' or a Pyro AutoGuide."
             )
     _check_mean(guide, sites["s"]["value"].shape)
     return q, p
@@ -81,6 +91,54 @@ def _check_events(what: str, trace: Trace) -> None:
                 f"Site {name!r} of the {what} has batch shape {batch}, but all its numbers belong to one draw: sample "
                 f"it from dist.Normal(...).to_event({len(batch)}), or similar, outside of any plate."
             )
+
+
+def _check_density(name: str, fn: Any, value: Tensor) -> None:
+    """Check that a transformed prior that claims the real line has a density there.
+
+    torch takes the codomain of the last transform for the support, so it calls 2 sigmoid(x) - 1 real.
+    """
+    if not is_real(fn) or not isinstance(_base(fn), TransformedDistribution):
+        return
+    with torch.no_grad(), pyro.validation_enabled(False):
+        finite = all(torch.isfinite(fn.log_prob(torch.full_like(value, far))).all() for far in (-FAR, FAR))
+    if not finite:
+        raise ValueError(
+            f"Site {name!r} of the prior claims the real line as its support, but has no density at {-FAR:g} or at "
+            f"{FAR:g}. Sample a subclass of the distribution that states its support, such as "
+            "support = constraints.interval(-1.0, 1.0)."
+        )
+
+
+def _may_leave(covered: Mapping[str, Any], prior: Any) -> bool:
+    """Tell whether the guide can draw outside of the support of the prior."""
+    if not prior.support.check(covered["value"]).all():
+        return True
+    q = _base(covered["fn"])
+    # An AutoGuide carries a draw to the support itself, and puts it at the site as a point.
+    if isinstance(q, dist.Delta) or is_real(prior) or is_joint(prior) or q.support.is_discrete:
+        return False
+    return not all(base_support(prior).check(value).all() for value in _far_draws(q, covered["value"]))
+
+
+def _far_draws(q: Any, like: Tensor) -> Iterator[Tensor]:
+    """Give a very small and a very large draw of a distribution, in dtype and device of ``like``."""
+    transforms = []
+    while isinstance(q, TransformedDistribution):
+        transforms = [*q.transforms, *transforms]
+        q = _base(q.base_dist)
+    is_line = is_real(q) and all(isinstance(transform, AffineTransform) for transform in transforms)
+    for far in (-1e9, 1e9) if is_line else (-FAR, FAR):  # a larger number would be rounded to the border
+        value = to_support(q)(torch.full(q.batch_shape + q.event_shape, far).to(like))
+        for transform in transforms:
+            value = transform(value)
+        yield value
+
+
+def _base(fn: Any) -> Any:
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return fn
 
 
 def _check_mean(guide: Guide, shape: torch.Size) -> None:

@@ -8,12 +8,14 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroParam
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 from torch.distributions.transforms import ExpTransform
 
+from .._process.random_state import scoped_seed
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
 from ..priors.sites import check_continuous, prior_sites
+from ..priors.supports import start_inside, to_support
 from .base import Guide
 
 
@@ -24,7 +26,7 @@ class MeanFieldGuide(Guide):
 
     Args:
         prior: Program whose latent sites the guide covers.
-        start: Initial values by site, within the support. Other sites start at the median of the prior.
+        start: Initial values by site. Other sites, and values outside of the support, start at the median of the prior.
         scale: Initial standard deviation of each unconstrained latent.
         hide: Sites to leave to another guide.
 
@@ -53,8 +55,10 @@ class MeanFieldGuide(Guide):
         sites = {name: site for name, site in prior_sites(prior).items() if name not in hide}
         check_continuous("A factorized guide", sites)
         for name, site in sites.items():
-            transform = biject_to(_event_support(site["fn"]))
+            transform = to_support(site["fn"])
             value = (start or {}).get(name, site["median"])
+            with scoped_seed(0):
+                value = start_inside(site["fn"], value)
             loc = transform.inv(value)
             self.transforms[name] = transform
             setattr(self, f"loc_{name}", nn.Parameter(loc.detach().clone()))
@@ -126,13 +130,6 @@ class WithHyperparameters(Guide):
         return {"of_s": self.of_s.family, **self.of_s.options()}
 
 
-def _event_support(fn: Any) -> Any:
-    """Support of one number of the site."""
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn.support
-
-
 def _distribution(loc: Tensor, scale: Tensor, transform: Any) -> Any:
     if _is_identity(transform):
         base: Any = dist.Normal(loc, scale)
@@ -140,7 +137,7 @@ def _distribution(loc: Tensor, scale: Tensor, transform: Any) -> Any:
         base = dist.LogNormal(loc, scale)
     else:
         base = dist.TransformedDistribution(dist.Normal(loc, scale), [transform])
-    return base.to_event(loc.dim())
+    return base.to_event(loc.dim() - base.event_dim)
 
 
 def _is_identity(transform: Any) -> bool:

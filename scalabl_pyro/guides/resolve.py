@@ -7,12 +7,14 @@ from typing import Any, Literal, cast, get_args
 import torch
 from pyro.infer import autoguide
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from .._arguments import check_role, known_arguments
 from .._errors import check_choice
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors.sites import check_continuous, prior_sites
-from .auto import AutoFamily, AutoInstance
+from ..priors.supports import describe, is_real
+from .auto import AutoFamily, AutoInstance, check_not_messenger
 from .base import Guide
 from .covariance import CovarianceGuide, LowRankGuide
 from .delta import DeltaGuide
@@ -49,6 +51,13 @@ FAMILIES: dict[str, type[Guide]] = {
     )
     if guide.family is not None
 }
+#: AutoGuides that carry a family like the named one to the support of the prior.
+FOR_ANY_SUPPORT = {
+    "layer_covariance": "AutoMultivariateNormal",
+    "full_covariance": "AutoMultivariateNormal",
+    "lowrank": "AutoLowRankMultivariateNormal",
+    "flow": "AutoIAFNormal",
+}
 #: Largest rank of the guide ``"lowrank"``; with fewer latents, their number.
 DEFAULT_RANK = 10
 
@@ -75,7 +84,8 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = INIT_
         The guide, on the device of ``blora`` where it was built here.
 
     Raises:
-        ValueError: The name is unknown, or the family cannot have the support of the prior.
+        ValueError: The name is unknown, the family cannot have the support of the prior, or Pyro's class needs more
+            than the prior.
         TypeError: ``guide`` is none of these.
 
     Example:
@@ -87,11 +97,13 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = INIT_
     if isinstance(guide, str):
         check_choice("guide", guide, NAMES)
         return _build_named(guide, blora, init_scale, seed)
+    check_not_messenger(guide)
     if isinstance(guide, type) and issubclass(guide, autoguide.AutoGuide):
         takes_scale = "init_scale" in inspect.signature(guide).parameters
         options: dict[str, Any] = {"init_scale": init_scale} if takes_scale else {}
         return AutoFamily(blora.prior, guide, init_loc_fn=blora.init_loc, **options).to(blora.device)
     built: Any = wrap_autoguide(cast(Any, guide)(blora) if _is_builder(guide) else guide)
+    check_not_messenger(built)
     if not isinstance(built, Guide):
         raise TypeError(
             f"guide={guide!r}: expected a name ({', '.join(map(repr, NAMES))}), a class of pyro.infer.autoguide, an "
@@ -149,37 +161,35 @@ def _is_builder(guide: object) -> bool:
 def _build_named(name: GuideName, blora: BayesianLoRA, init_scale: float, seed: int) -> Guide:
     """Build a guide by name, for the support of s under the prior and for its other latents."""
     sites = prior_sites(blora.prior)
-    support = sites["s"]["fn"].support if "s" in sites else None
+    fn = sites["s"]["fn"] if "s" in sites else None
     loc = blora.adapter.loc.to(blora.device)
     scale = draw_initial_scale(loc, init_scale, seed=seed)
-    if support is not None and support.is_discrete:
+    if fn is not None and fn.support.is_discrete:
         if name not in ("normal", "rank_mask"):
             check_continuous(f"guide={name!r}", sites)
-        return RankMaskGuide(torch.logit(sites["s"]["fn"].mean.to(loc)))
+        return RankMaskGuide(torch.logit(fn.mean.to(loc)))
     if name == "rank_mask":
         raise ValueError("guide='rank_mask' is for masks: use it with prior='rank_mask'.")
-    is_real = support is None or _is_real(support, loc)
+    real = fn is None or is_real(fn)
     if name == "delta":  # AutoDelta moves a point within the support of its site
-        return DeltaGuide(loc) if is_real and set(sites) == {"s"} else as_guide(autoguide.AutoDelta, blora)
-    if not is_real:
-        return _build_bounded(name, support, blora, init_scale)
+        return DeltaGuide(loc) if real and set(sites) == {"s"} else as_guide(autoguide.AutoDelta, blora)
+    if not real:
+        return _build_bounded(name, cast(Distribution, fn), blora, init_scale)
     if name == "svgd" and set(sites) != {"s"}:
         raise ValueError("guide='svgd' moves particles of s alone; this prior has other latents too: use 'normal'.")
     of_s = _build_real(name, loc, scale, blora.subspace.ranks, seed)
     return of_s if set(sites) <= {"s"} else WithHyperparameters(of_s, blora.prior, scale=init_scale)
 
 
-def _is_real(support: Any, loc: Tensor) -> bool:
-    """Whether the support of s (D,) contains numbers of both signs."""
-    alternating = torch.tensor([-1.0, 1.0]).to(loc).repeat(len(loc))[: len(loc)]
-    return bool(support.check(alternating).all())
-
-
-def _build_bounded(name: GuideName, support: Any, blora: BayesianLoRA, init_scale: float) -> Guide:
+def _build_bounded(name: GuideName, fn: Distribution, blora: BayesianLoRA, init_scale: float) -> Guide:
     """Build the only guide by name for latents that are not on the whole real line."""
     if name != "normal":
-        limits = getattr(support, "base_constraint", support)
-        raise ValueError(f"guide={name!r} needs latents on the real line; this prior's are {limits}: use 'normal'.")
+        other = FOR_ANY_SUPPORT.get(name)
+        advice = f", or the class pyro.infer.autoguide.{other}" if other else ""
+        raise ValueError(
+            f"guide={name!r} needs latents on the real line; this prior's are {describe(fn)}: use 'normal'{advice}, "
+            "which stays in the support."
+        )
     return MeanFieldGuide(blora.prior, start={"s": blora.adapter.loc.to(blora.device)}, scale=init_scale)
 
 

@@ -25,7 +25,8 @@ from ..guides import EmpiricalGuide
 from ..model.log_likelihood import LogLikelihood
 from ..posterior.posterior import Posterior
 from ..priors import Prior
-from ..priors.sites import prior_sites
+from ..priors.sites import check_transforms, prior_sites
+from ..priors.supports import to_support
 from .recording_nuts import RecordingNUTS
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def mcmc(
         rate, step size, tree depth and divergence of each draw as ``sample_stats``.
 
     Raises:
-        ValueError: ``data`` yields batches instead of rows, the prior has a discrete site, or an option is outside its
+        ValueError: ``data`` yields batches instead of rows, the prior has a site that is discrete or has an unknown
+            support, or an option is outside its
             range.
 
     Example:
@@ -166,19 +168,21 @@ def _means(posterior: Posterior) -> dict[str, Tensor]:
 
 
 def _check_continuous(prior: Prior) -> None:
-    for name, site in prior_sites(prior).items():
+    sites = prior_sites(prior)
+    for name, site in sites.items():
         if site["fn"].support.is_discrete:
             raise ValueError(
                 f"The site {name!r} of the prior {prior} is discrete, but NUTS follows gradients: use a posterior with "
                 "a continuous prior, or check this one by diagnose()."
             )
+    check_transforms("NUTS", sites)
 
 
 def _jittered(prior: Prior, name: str, value: Tensor, jitter: float) -> Tensor:
-    """An initial value near ``value``; positive sites stay positive."""
-    support = prior_sites(prior)[name]["fn"].support
-    noise = jitter * torch.randn_like(value)
-    return value + noise if bool(support.check(-torch.ones_like(value)).all()) else value * noise.exp()
+    """An initial value near ``value``, inside the support of the site."""
+    transform = to_support(prior_sites(prior)[name]["fn"])
+    free = transform.inv(value)
+    return transform(free + jitter * torch.randn_like(free))
 
 
 def _worst_r_hat_and_ess(chains: list[dict[str, Tensor]]) -> dict[str, float]:

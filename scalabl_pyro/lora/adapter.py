@@ -1,5 +1,6 @@
 """The adapter: the LoRA layers of one module, and the latents that they compute with (torch and peft only)."""
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -214,12 +215,28 @@ class Adapter:
             noise: Noise that each layer adds to A x, with the gauge applied to A.
             called: Set to which each layer adds its index when it is called.
         """
+        if torch.jit.is_tracing():
+            factors, heads = self._constants(factors, heads)
         prepared = self.prepare(self.factors()) if factors is None else factors
         scaled = tuple(
             layer.scaling[self.adapter_name] * part.to(A.device)
             for layer, part, (A, _) in zip(self.layers, self.subspace.split(s), prepared, strict=True)
         )
         return binding(self, Bound(prepared, scaled, positions, heads, fan_out, noise, called))
+
+    def _constants(
+        self, factors: Factors | None, heads: Mapping[str, nn.Module] | None
+    ) -> tuple[Factors | None, Mapping[str, nn.Module] | None]:
+        """Return copies of frozen factors and heads, which torch.jit can keep as constants.
+
+        Pyro freezes all params while it traces the potential of ``NUTS(jit_compile=True)``, and then frees them again.
+        A traced program fails if one of its constants gets a gradient later.
+        """
+        if factors is None and not any(factor.requires_grad for pair in self.factors() for factor in pair):
+            factors = self.prepare(tuple((A.data, B.data) for A, B in self.factors()))
+        if heads is None and not any(p.requires_grad for head in self.heads.values() for p in head.parameters()):
+            heads = {name: copy.deepcopy(head) for name, head in self.heads.items()}
+        return factors, heads
 
     def disabled(self) -> AbstractContextManager[None]:
         """Run the untouched base model inside the context."""

@@ -1,7 +1,7 @@
 """Run an adapted LLM once for any batch of draws. The input's rows are repeated for each draw."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -78,8 +78,8 @@ class AdaptedLLM:
             The LLM's output. Its tensors have shape (*batch, ...), where batch is the shape after broadcasting.
 
         Raises:
-            ValueError: If the batch is empty, the shape of ``s`` does not fit the rows, or the LLM compares rows with
-                each other and they have different draws.
+            ValueError: If the batch is empty, the shape of ``s`` does not fit the rows, the output is one loss for
+                several draws, or the LLM compares rows with each other and they have different draws.
             RuntimeError: If the LLM bypasses adapted layers, see :class:`~scalabl_pyro.lora.pass_checks.EffectCheck`.
         """
         self.adapter.check_attached()
@@ -88,6 +88,7 @@ class AdaptedLLM:
         if s.shape[:-1].numel() == 1:
             s = s.reshape(-1)
         else:
+            _refuse_labels(kwargs)
             s = s.expand(*batch_shape, s.shape[-1]).reshape(-1, s.shape[-1])
         if self._takes_use_cache:
             kwargs.setdefault("use_cache", False)  # only generation needs the keys and values of past tokens
@@ -157,7 +158,10 @@ class AdaptedLLM:
         if torch.is_autocast_enabled(s.device.type):
             torch.clear_autocast_cache()  # which would keep factors and heads as they were before an optimizer step
         with self.adapter.bind(s, positions=positions, factors=self.factors, heads=self.heads, **bound):
-            return self.llm(*args, **kwargs)
+            output = self.llm(*args, **kwargs)
+        if s.dim() > 1:
+            _refuse_one_number(output)
+        return output
 
 
 def num_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -193,14 +197,57 @@ def _leading(output: Any) -> int:
     return output.shape[0]
 
 
-def _unfold_rows(x: Any, batch_shape: torch.Size) -> Any:
-    """Reshape (rows for all draws, ...) to (*batch_shape, ...) in tensors, tuples and Hugging Face outputs."""
-    if torch.is_tensor(x) and x.dim() > 0 and x.shape[0] == batch_shape.numel():
-        return x.unflatten(0, batch_shape)
+def map_tensors(x: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply a function to each tensor in an output: a tensor, tuples, lists, or a Hugging Face output.
+
+    Args:
+        x: Output. Mappings are changed in place, because a Hugging Face output is one.
+        function: Function of one tensor.
+
+    Returns:
+        The output with the new values; anything that is not a tensor stays as it is.
+    """
+    if torch.is_tensor(x):
+        return function(x)
     if isinstance(x, Mapping):
         for key, value in x.items():
-            x[key] = _unfold_rows(value, batch_shape)  # type: ignore[index]  # ModelOutput is a mutable mapping
+            x[key] = map_tensors(value, function)  # type: ignore[index]  # ModelOutput is a mutable mapping
         return x
     if isinstance(x, tuple | list):
-        return type(x)(_unfold_rows(v, batch_shape) for v in x)
+        return type(x)(map_tensors(v, function) for v in x)
     return x
+
+
+def _unfold_rows(x: Any, batch_shape: torch.Size) -> Any:
+    """Reshape (rows for all draws, ...) to (*batch_shape, ...) in tensors, tuples and Hugging Face outputs."""
+
+    def unfold(t: Tensor) -> Tensor:
+        return t.unflatten(0, batch_shape) if t.dim() > 0 and t.shape[0] == batch_shape.numel() else t
+
+    return map_tensors(x, unfold)
+
+
+def _refuse_labels(kwargs: Mapping[str, Any]) -> None:
+    """Refuse labels beside several draws, before the pass: Hugging Face models average their loss over all rows."""
+    for name, value in kwargs.items():
+        if "label" in name and value is not None:
+            raise ValueError(_one_loss(f"{name}="))
+
+
+def _refuse_one_number(output: Any) -> None:
+    """Refuse an output that is one number for all draws, such as the loss of a model that got its answers."""
+    first = output
+    if isinstance(output, Mapping):
+        first = output.get("loss", next(iter(output.values()), None))
+    elif isinstance(output, tuple | list) and output:
+        first = output[0]
+    if torch.is_tensor(first) and first.dim() == 0:
+        raise ValueError(_one_loss("The model"))
+
+
+def _one_loss(what: str) -> str:
+    return (
+        f"{what} gives one loss for several draws of s, averaged over all their rows, but each draw needs a likelihood "
+        "of its own. Leave the labels out and compute the likelihood from the logits, as in "
+        "pyro.sample('label', dist.Categorical(logits=...), obs=labels)."
+    )

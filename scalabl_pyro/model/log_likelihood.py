@@ -12,6 +12,7 @@ from ..lora.forward import AdaptedLLM
 from ..lora.hidden_state_cache import Prefix
 from ..tasks import Task, at_least_float32
 from .passes import Passes
+from .provenance import run_with_provenance
 
 
 class LogLikelihood:
@@ -106,7 +107,7 @@ class LogLikelihood:
 
     def __call__(self, s: Tensor) -> Tensor:
         """Compute the sum over examples, in nats, at latents s (D,). The result is differentiable in s."""
-        return _Sum.apply(s, self.with_gradient)
+        return run_with_provenance(lambda plain: _Sum.apply(plain, self.with_gradient), s)
 
     def with_own_s(self, batch: Batch, s: Tensor) -> tuple[Tensor, Tensor]:
         """Run a batch with one copy of s per row; call it inside ``passes.map``.

@@ -6,12 +6,14 @@ from typing import Any, cast
 
 import pyro
 import torch
+from pyro.ops.provenance import get_provenance
+from pyro.params import param_with_module_name
 from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 from .._arguments import known_arguments
-from .._process.pyro_modes import KeepPlates, Program
+from .._process.pyro_modes import KeepPlates, Program, check_particle_dimension
 from ..data.batch import Batch
 from ..lora.adapter import Adapter
 from ..lora.forward import AdaptedLLM
@@ -20,6 +22,8 @@ from ..lora.pass_checks import EffectCheck
 from ..lora.subspace import Subspace
 from ..lora.targets import output_head
 from ..priors import PriorLike, as_prior
+from ..priors.supports import start_inside
+from .provenance import run_with_provenance
 
 
 class BayesianLoRA(Program):
@@ -86,9 +90,11 @@ class BayesianLoRA(Program):
             >>> tuple(blora(torch.ones(5, 4), s=s).shape)
             (5, 3)
         """
-        self._register_with_pyro()
+        origins = self._register_with_pyro()
         s = self.sample_latents() if s is None else s
-        return self._adapted(*args, s=s, positions=positions, **kwargs)
+        if s.dim() > 1:
+            check_particle_dimension()
+        return run_with_provenance(self._adapted, *args, origins=origins, s=s, positions=positions, **kwargs)
 
     def sample_latents(self) -> Tensor:
         """Sample s from the prior; inside a Pyro handler, take it from the guide or from conditioned draws.
@@ -112,7 +118,8 @@ class BayesianLoRA(Program):
             site: Pyro's record of the site.
 
         Returns:
-            The paper's initial value for the site ``"s"``, a draw from the prior for any other site.
+            The paper's initial value for the site ``"s"``, also under a scope such as ``"a/s"``; a draw from the prior
+            for any other site. Initial values outside of the support of the prior are replaced by its median.
 
         Example:
             >>> import torch, scalabl_pyro
@@ -120,9 +127,10 @@ class BayesianLoRA(Program):
             >>> blora = scalabl_pyro.bayesian_lora(torch.nn.Sequential(torch.nn.Linear(4, 3)), r=2)
             >>> guide = AutoNormal(blora.prior, init_loc_fn=blora.init_loc)
         """
-        if site["name"] == "s":
-            return self.adapter.loc.to(self.device).expand(site["fn"].shape()).clone()
-        return site["fn"].sample().detach()
+        fn = site["fn"]
+        if site["name"].rsplit("/", 1)[-1] == "s" and fn.event_shape == (self.subspace.dim,):
+            return start_inside(fn, self.adapter.loc.to(self.device).expand(fn.shape())).clone()
+        return fn.sample().detach()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -228,21 +236,28 @@ class BayesianLoRA(Program):
         self.llm.train(mode)
         return super().train(mode)
 
-    def _register_with_pyro(self) -> None:
+    def _register_with_pyro(self) -> frozenset[str]:
         """Register A, B and the heads in Pyro's global store, because stock SVI optimizes what lies there.
 
         ELBO modules (``Trace_ELBO()(model, guide)``) find them as ``parameters()``. With those, a param site for each
         of the hundreds of factors would only cost time.
+
+        Returns:
+            Names of the params where Pyro tracks what depends on what; else an empty set.
         """
         if not am_i_wrapped():
-            return
+            return frozenset()
         if not pyro.settings.get("module_local_params"):
-            pyro.module(f"scalabl_pyro.{self.adapter.serial}", cast(nn.Module, self._modules["point_estimates"]))
-        elif any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
+            module, name = cast(nn.Module, self._modules["point_estimates"]), f"scalabl_pyro.{self.adapter.serial}"
+            trained = [(key, value) for key, value in module.named_parameters() if value.requires_grad]
+            sites = [pyro.param(param_with_module_name(name, key), value) for key, value in trained]
+            return get_provenance(sites)
+        if any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
             raise RuntimeError(
                 "Stock SVI under module_local_params=True would train the guide, but not A and B. Use it in Pyro's "
                 "default mode, or train with Trace_ELBO()(model, guide) and a torch optimizer."
             )
+        return frozenset()
 
 
 def _point_estimates(adapter: Adapter) -> nn.Module:

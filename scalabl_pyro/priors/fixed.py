@@ -1,5 +1,6 @@
 """Fixed priors: one Pyro distribution for all latents, or one per layer."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal
 
 from ..lora.subspace import Layer, Subspace
 from .base import Prior
+from .supports import describe, is_joint
 
 
 class FixedPrior(Prior):
@@ -104,11 +106,20 @@ def from_layers(prior: Callable[[Layer], Distribution], subspace: Subspace) -> F
         subspace: The D latents and their layers.
 
     Raises:
-        TypeError: The function returns something else than a distribution.
+        TypeError: The function does not take one argument, or returns something else than a distribution.
         ValueError: Layers have different families, or a family is multivariate.
     """
     parts: list[tuple[type, dict[str, Tensor]]] = []
     bases: list[Distribution] = []
+    try:
+        inspect.signature(prior).bind(subspace.layers[0])
+    except TypeError:
+        raise TypeError(
+            f"prior={prior!r} does not take one argument. A callable prior gets each layer and returns its "
+            "distribution, as in lambda layer: dist.Normal(0.0, 1.0). Pass a distribution itself without a function."
+        ) from None
+    except ValueError:  # a built-in function without a signature
+        pass
     for layer in subspace:
         d = prior(layer)
         if not isinstance(d, Distribution):
@@ -129,19 +140,51 @@ def from_layers(prior: Callable[[Layer], Distribution], subspace: Subspace) -> F
 def _decompose(d: Distribution) -> tuple[type, dict[str, Tensor]]:
     """Return class and constructor arguments of a distribution, which can be moved between devices and saved."""
     d = _base(d)
-    if getattr(d.support, "is_discrete", False):
-        raise ValueError(f"A {type(d).__name__} is discrete, but s is real.")
+    _check_possible(d)
     family = getattr(dist, type(d).__name__, None)
     if isinstance(d, MultivariateNormal):
         names = ["loc", "scale_tril"]
     else:
-        names = list(d.arg_constraints)
-    if family is None or not names:
+        names = [name for name in d.arg_constraints if name != "logits" or "probs" not in d.arg_constraints]
+    parameters = {name: torch.as_tensor(getattr(d, name)) for name in names} if family is not None else {}
+    if family is None or not _rebuilds(family, parameters):
         raise ValueError(
-            f"A {type(d).__name__} cannot be rebuilt from its parameters, so it cannot be saved. Write a subclass of "
-            "scalabl_pyro.priors.Prior whose forward() samples it."
+            f"A {type(d).__name__} cannot be rebuilt from its parameters, so it cannot be saved. Write a scalabl_pyro.priors.Prior whose "
+            "forward() samples it; the how-to page 'Own prior' shows one for mixtures and transformed distributions."
         )
-    return family, {name: torch.as_tensor(getattr(d, name)) for name in names}
+    return family, parameters
+
+
+def _check_possible(d: Distribution) -> None:
+    """Check that a distribution can be a prior of latents that move freely.
+
+    Raises:
+        ValueError: It is discrete, a point, or constrains the latents jointly.
+    """
+    name = type(d).__name__
+    if isinstance(d, dist.Delta):
+        raise ValueError(
+            "A Delta fixes s, so that nothing about s can be learned. Use scalabl_pyro.baselines.mle for plain LoRA "
+            "with a fixed s, or a narrow prior such as dist.Normal(1.0, 0.01)."
+        )
+    if getattr(d.support, "is_discrete", False):
+        raise ValueError(f"A {name} is discrete, but s is real.")
+    if is_joint(d):
+        raise ValueError(
+            f"A {name} constrains its numbers jointly ({describe(d)}), but each latent must move alone. Use a "
+            "univariate family such as dist.Gamma(2.0, 2.0) or dist.Beta(2.0, 2.0), or a multivariate normal."
+        )
+
+
+def _rebuilds(family: type, parameters: dict[str, Tensor]) -> bool:
+    """Tell whether a distribution can be built from these parameters."""
+    if not parameters:
+        return False
+    try:
+        family(**parameters)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _base(d: Distribution) -> Distribution:

@@ -33,7 +33,8 @@ FAMILIES: dict[str, type[Prior]] = {
     "horseshoe": HorseshoePrior,
     "rank_mask": RankMaskPrior,
 }
-#: Fixed distributions by name. The log-normal keeps s positive, as singular values are; s starts at its median.
+#: Fixed distributions by name. The log-normal keeps s positive, as singular values are. Its median, 0.58, is where s
+#: starts in a wide layer; the initial singular values of a layer that is not much wider than r spread around it.
 DISTRIBUTIONS: dict[str, Callable[[], Distribution]] = {
     "normal": lambda: dist.Normal(0.0, 1.0),
     "laplace": lambda: dist.Laplace(0.0, 0.5**0.5),  # variance 1

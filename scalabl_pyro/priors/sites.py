@@ -1,14 +1,16 @@
-"""The latent sites of a prior: their distributions and medians, and a check that they are continuous."""
+"""The latent sites of a prior: their distributions and medians, and checks of their supports."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
+from torch.distributions import biject_to
 
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from .base import Prior
+from .supports import describe
 
 #: Number of draws behind the median of a site. It is odd, so that the median is a draw, within the support.
 MEDIAN_DRAWS = 101
@@ -43,3 +45,23 @@ def check_continuous(what: str, sites: Mapping[str, Mapping[str, Any]]) -> None:
     for name in (name for name, site in sites.items() if site["fn"].support.is_discrete):
         advice = "masks need guide='rank_mask'" if name == "s" else f"write a guide for {name!r}, which is discrete"
         raise ValueError(f"{what} needs latents on the real line; {advice}.")
+
+
+def check_transforms(what: str, sites: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError if Pyro has no transform from the real line to the support of a site.
+
+    Args:
+        what: Name of the guide or sampler in the message.
+        sites: Sites of the prior by name, see :func:`prior_sites`.
+
+    Raises:
+        ValueError: A site has such a support.
+    """
+    for name, site in sites.items():
+        try:
+            biject_to(site["fn"].support)
+        except NotImplementedError:
+            raise ValueError(
+                f"{what} has no transform from the real line to the support of {name!r}, {describe(site['fn'])}. "
+                "Sample a subclass of the distribution that states its support, such as support = constraints.real."
+            ) from None

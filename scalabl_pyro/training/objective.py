@@ -33,6 +33,7 @@ from ..model.joint import TaskModel, latent_scope
 from ..priors import Prior
 from .device_elbo import device_loss, stays_on_device
 from .scope import without_nan_warnings
+from .score_function import LeaveOneOutELBO, is_reparametrized
 
 
 class StepObjective(Protocol):
@@ -208,9 +209,12 @@ def allows_row_draws(elbo: ELBO) -> bool:
 def default_elbo(guide: Guide, prior: Prior) -> ELBO:
     """Choose the ELBO with closed-form KLs if guide and prior allow it, else ``Trace_ELBO``.
 
-    With several sites the closed forms hold only if the sites are independent under q.
+    With several sites the closed forms hold only if the sites are independent under q. Draws that carry no gradient
+    need a baseline, see :class:`LeaveOneOutELBO`.
     """
     q, p = check_sites(guide, prior)
+    if not is_reparametrized(q):
+        return LeaveOneOutELBO(vectorize=guide.per_example)
     sites = list(p.stochastic_nodes)
     if set(q.stochastic_nodes) != set(sites):  # auxiliary sites: nothing is in closed form
         return Trace_ELBO()

@@ -28,6 +28,7 @@ from .optimizer import build_optimizer, rate_schedule
 from .options import TrainingOptions
 from .provenance import as_json, describe_data, describe_options, versions
 from .run_identity import describe_run
+from .score_function import LeaveOneOutELBO
 from .shared_batches import check_shareable
 from .step import EagerStep
 from .svgd import SteinObjective
@@ -151,7 +152,7 @@ def build_program(
     scale_seed = derive_seed(options.seed, "initial scales")
     family = as_guide(guide, blora, init_scale=options.init_scale, seed=scale_seed).to(blora.device)
     elbo = elbo_for(options.elbo, family, blora.prior)
-    if processes.are_several and not allows_row_draws(elbo):
+    if processes.are_several and (not allows_row_draws(elbo) or isinstance(elbo, LeaveOneOutELBO)):
         raise ValueError(
             f"{type(elbo).__name__} is not a sum over rows, so {processes.size} processes cannot share a batch: use "
             "Trace_ELBO, or train in one process."
