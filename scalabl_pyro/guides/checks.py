@@ -123,7 +123,7 @@ def _may_leave(covered: Mapping[str, Any], prior: Any) -> bool:
 
 def _far_draws(q: Any, like: Tensor) -> Iterator[Tensor]:
     """Give a very small and a very large draw of a distribution, in dtype and device of ``like``."""
-    transforms = []
+    transforms: list[Any] = []
     while isinstance(q, TransformedDistribution):
         transforms = [*q.transforms, *transforms]
         q = _base(q.base_dist)

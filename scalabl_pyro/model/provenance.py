@@ -5,7 +5,7 @@ the pass gets plain tensors, and its outputs get the origins of all its inputs.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from pyro.ops.provenance import ProvenanceTensor, extract_provenance
 
@@ -26,7 +26,8 @@ def run_with_provenance(
     Returns:
         What the function returns, with provenance tensors if an argument was one or ``origins`` is not empty.
     """
-    (args, kwargs), of_inputs = extract_provenance([args, kwargs])
+    plain, of_inputs = extract_provenance([args, kwargs])
+    args, kwargs = cast(Any, plain)
     output = function(*args, **kwargs)
     origins = origins | of_inputs
     return map_tensors(output, lambda t: ProvenanceTensor(t, origins)) if origins else output

@@ -149,8 +149,9 @@ def _decompose(d: Distribution) -> tuple[type, dict[str, Tensor]]:
     parameters = {name: torch.as_tensor(getattr(d, name)) for name in names} if family is not None else {}
     if family is None or not _rebuilds(family, parameters):
         raise ValueError(
-            f"A {type(d).__name__} cannot be rebuilt from its parameters, so it cannot be saved. Write a scalabl_pyro.priors.Prior whose "
-            "forward() samples it; the how-to page 'Own prior' shows one for mixtures and transformed distributions."
+            f"A {type(d).__name__} cannot be rebuilt from its parameters, so it cannot be saved. Write a subclass of "
+            "scalabl_pyro.priors.Prior whose forward() samples it. The how-to page 'Own prior' shows one for mixtures "
+            "and transformed distributions."
         )
     return family, parameters
 
