@@ -1,6 +1,5 @@
 """The adapter: the LoRA layers of one module, and the latents that they compute with (torch and peft only)."""
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +11,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from .binding import UNBOUND, Bound, RowNoise, binding, bound_to
+from .constants import jit_constants
 from .factors import Factors, cast_stacked, compute_dtype, factors_of, map_stacked
+from .in_use import check_active, check_in_place
 from .module_changes import ModuleChanges
 from .shared_prefix import split_blocks
 from .start import Start
@@ -29,8 +30,7 @@ class Adapter:
 
     The constructor sets all attributes. Later, only five methods change the adapter: ``rest_at`` moves the resting
     point, ``restart`` moves everything back to its start, ``keep_start`` sets that start, ``keep_fingerprint`` stores a
-    fingerprint, and ``unload`` removes the layers. The method ``bind`` sets the
-    latents of a forward pass for that pass only. They are never stored in the adapter.
+    fingerprint, and ``unload`` removes the layers. The method ``bind`` sets the latents of one forward pass.
 
     Args:
         module: Module of the user, which already contains the layers.
@@ -43,6 +43,7 @@ class Adapter:
             Two changes leave the function of the model unchanged: (s, A) -> (c s, A / c) and (s, B) -> (c s, B / c).
             Unit rows remove the first freedom. A prior on B removes the second.
         heads: Float32 copies of newly initialized heads by module path. They are trained in full.
+        base_tensors: Frozen tensors of the module that the checkpoint of the base model does not hold, by name.
         original: Module that ``unload`` returns, such as the PeftModel around ``module``; None means ``module``.
 
     Attributes:
@@ -63,6 +64,7 @@ class Adapter:
         changes: ModuleChanges,
         gauge: str = "unit_rows",
         heads: Mapping[str, nn.Module] | None = None,
+        base_tensors: Mapping[str, Tensor] | None = None,
         original: nn.Module | None = None,
     ) -> None:
         self.module = module
@@ -71,6 +73,7 @@ class Adapter:
         self.adapter_name = adapter_name
         self.gauge = gauge
         self.heads = dict(heads or {})
+        self.base_tensors = dict(base_tensors or {})
         self.serial = next(_SERIAL)
         below, adapted = split_blocks(module, subspace.names)
         self.blocks_below: tuple[nn.Module, ...] = tuple(below)
@@ -215,8 +218,9 @@ class Adapter:
             noise: Noise that each layer adds to A x, with the gauge applied to A.
             called: Set to which each layer adds its index when it is called.
         """
+        check_active(self.subspace.names, self.layers, self.adapter_name)
         if torch.jit.is_tracing():
-            factors, heads = self._constants(factors, heads)
+            factors, heads = jit_constants(self.factors(), self.heads, self.prepare, factors=factors, heads=heads)
         prepared = self.prepare(self.factors()) if factors is None else factors
         scaled = tuple(
             layer.scaling[self.adapter_name] * part.to(A.device)
@@ -224,22 +228,9 @@ class Adapter:
         )
         return binding(self, Bound(prepared, scaled, positions, heads, fan_out, noise, called))
 
-    def _constants(
-        self, factors: Factors | None, heads: Mapping[str, nn.Module] | None
-    ) -> tuple[Factors | None, Mapping[str, nn.Module] | None]:
-        """Return copies of frozen factors and heads, which torch.jit can keep as constants.
-
-        Pyro freezes all params while it traces the potential of ``NUTS(jit_compile=True)``, and then frees them again.
-        A traced program fails if one of its constants gets a gradient later.
-        """
-        if factors is None and not any(factor.requires_grad for pair in self.factors() for factor in pair):
-            factors = self.prepare(tuple((A.data, B.data) for A, B in self.factors()))
-        if heads is None and not any(p.requires_grad for head in self.heads.values() for p in head.parameters()):
-            heads = {name: copy.deepcopy(head) for name, head in self.heads.items()}
-        return factors, heads
-
     def disabled(self) -> AbstractContextManager[None]:
         """Run the untouched base model inside the context."""
+        check_active(self.subspace.names, self.layers, self.adapter_name)
         return binding(self, None)
 
     def current_layer(self, index: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -284,6 +275,11 @@ class Adapter:
                 "This adapter was unloaded from its module. Load the posterior with from_pretrained(), or call "
                 "bayesian_lora() again."
             )
+
+    def check_in_place(self) -> None:
+        """Raise a RuntimeError if other code, such as ``unload()`` of PEFT, took the layers out of the module."""
+        if self._is_attached:
+            check_in_place(self.module, self.subspace.names, self.layers)
 
     def unload(self) -> nn.Module:
         """Restore the original module exactly, bit for bit, and return it."""

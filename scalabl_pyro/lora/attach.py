@@ -11,6 +11,7 @@ from .._errors import check_choice
 from .adapter import GAUGES, Adapter, Gauge
 from .adopt import adopt
 from .base_module import base_module, check_placement
+from .base_tensors import unsaved_tensors
 from .inject import inject
 from .layer_checks import check_heads, check_rank, ranks_of
 from .layers import SubspaceVariant
@@ -49,7 +50,7 @@ def attach(
             raise TypeError(f"modules_to_save={modules_to_save!r}: give a list of names, [{modules_to_save!r}].")
         inner = base_module(module)
         check_placement(inner)
-        heads = new_heads(inner) if modules_to_save is None else list(modules_to_save)
+        heads = _default_heads(inner) if modules_to_save is None else list(modules_to_save)
         check_heads(inner, heads)
         if found := {name: m for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)}:
             _check_left_out(
@@ -76,10 +77,17 @@ def attach(
             lora_alpha=DEFAULT_ALPHA if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
             lora_dropout=lora_dropout,
         )
-        return inject(inner, ranks, config, gauge=gauge, heads=heads, seed=seed, original=module)
+        unsaved = unsaved_tensors(inner, heads=heads, warn=modules_to_save is None)
+        return inject(inner, ranks, config, gauge=gauge, heads=heads, base_tensors=unsaved, seed=seed, original=module)
     except BaseException:
         snapshot.restore()
         raise
+
+
+def _default_heads(module: nn.Module) -> list[str]:
+    """New heads of a classifier, except those that carry PEFT layers: these stay as PEFT trained them."""
+    layers = [name for name, m in module.named_modules() if isinstance(m, BaseTunerLayer)]
+    return [head for head in new_heads(module) if not any(lies_in(name, head) for name in layers)]
 
 
 def find_adapter(module: nn.Module) -> Adapter | None:

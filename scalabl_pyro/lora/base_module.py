@@ -1,12 +1,16 @@
 """Finds the module to adapt inside its wrappers, and checks that its weights are where they can be used."""
 
 import logging
-from typing import cast
+from typing import Any, cast
 
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 logger = logging.getLogger(__name__)
+
+#: Classes of PEFT that put a model inside another one.
+PEFT_WRAPPERS = (PeftModel, PeftMixedModel, BaseTuner)
 
 
 def base_module(module: nn.Module) -> nn.Module:
@@ -20,10 +24,13 @@ def base_module(module: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: Parts of the module are compiled by themselves.
+        TypeError: The module carries an adapter of another PEFT method than LoRA.
     """
     while not _is_plain(module):
-        if isinstance(module, PeftModel):
-            module = module.get_base_model()
+        if isinstance(module, PEFT_WRAPPERS):
+            _check_method(module)
+            inner = module.model if isinstance(module, BaseTuner) else module.base_model
+            module = cast(nn.Module, inner)
         else:
             module = cast(nn.Module, module._orig_mod)
             logger.warning("The adapted %s runs without torch.compile.", type(module).__name__)
@@ -36,8 +43,20 @@ def base_module(module: nn.Module) -> nn.Module:
     return module
 
 
+def _check_method(module: nn.Module) -> None:
+    """Raise TypeError if PEFT's active adapter computes something that is not in the layers, as prompt tuning does."""
+    configs: Any = getattr(module, "peft_config", {})
+    active: Any = getattr(module, "active_adapter", [])
+    for name in [active] if isinstance(active, str) else active:
+        kind: Any = getattr(configs.get(name), "peft_type", "LORA")
+        if (kind := getattr(kind, "value", kind)) != "LORA":
+            raise TypeError(
+                f"The model carries an adapter of another PEFT method ({kind}); only LoRA can become Bayesian."
+            )
+
+
 def _is_plain(module: nn.Module) -> bool:
-    return not isinstance(module, PeftModel) and not _is_compiled(module)
+    return not isinstance(module, PEFT_WRAPPERS) and not _is_compiled(module)
 
 
 def _is_compiled(module: nn.Module) -> bool:

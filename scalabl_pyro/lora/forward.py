@@ -43,6 +43,7 @@ class AdaptedLLM:
         heads: Mapping[str, nn.Module] | None = None,
         effect_check: EffectCheck | None = None,
     ) -> None:
+        adapter.check_in_place()
         self.adapter = adapter
         self.heads = heads
         self.factors = None if factors is None else adapter.prepare(factors)

@@ -9,10 +9,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .base_tensors import unwrap_active
 from .hidden_state_cache import HiddenStates, SkippableForward
 from .last_token import AtPosition, ReadPosition, tokenwise_end
 from .layers import ReplaceHead, SubspaceVariant
 from .module_changes import ModuleChanges
+from .refuse_save import refuse_saving
 from .shared_prefix import RepeatRows
 from .subspace import Layer, Subspace
 from .targets import output_head
@@ -27,6 +29,7 @@ def activate(
     changes: ModuleChanges,
     gauge: str,
     heads: Sequence[str],
+    base_tensors: Mapping[str, Tensor] | None = None,
     original: nn.Module | None = None,
 ) -> Adapter:
     """Build the adapter of LoRA layers that the module already has, connect them to it, and freeze the base model.
@@ -39,6 +42,7 @@ def activate(
         changes: Record of the changes to the module, to which this function adds its own.
         gauge: Gauge of the factors, ``"unit_rows"`` or ``"free"``; see :class:`~scalabl_pyro.lora.adapter.Adapter`.
         heads: Paths of modules to train in full.
+        base_tensors: Tensors of the module that its checkpoint does not hold, by name; see ``base_tensors``.
         original: Module that ``unload`` returns; None means ``module``.
 
     Returns:
@@ -54,6 +58,7 @@ def activate(
         changes=changes,
         gauge=gauge,
         heads={name: _trainable_copy(module.get_submodule(name)) for name in heads},
+        base_tensors=base_tensors,
         original=original,
     )
     for index, layer in enumerate(adapter.layers):
@@ -62,8 +67,10 @@ def activate(
         for factor in pair:
             factor.requires_grad_(True)
     for name in heads:
-        changes.add_hook(module.get_submodule(name).register_forward_hook(ReplaceHead(adapter, name)))
+        head = module.get_submodule(name)
+        changes.replace_forward(head, ReplaceHead(adapter, name, head.forward))
     _add_hooks(adapter, changes)
+    refuse_saving(module if original is None else original, changes)
     return adapter
 
 
@@ -99,5 +106,6 @@ def _subspace(layers: Mapping[str, LoraLayer], adapter_name: str) -> Subspace:
 
 def _trainable_copy(module: nn.Module) -> nn.Module:
     """Return a copy in float32 or higher, because half precision would round small updates away."""
-    dtype = torch.promote_types(next(module.parameters()).dtype, torch.float32)
-    return copy.deepcopy(module).to(dtype).requires_grad_(True)
+    own = unwrap_active(copy.deepcopy(module))
+    dtype = torch.promote_types(next(own.parameters()).dtype, torch.float32)
+    return own.to(dtype).requires_grad_(True)

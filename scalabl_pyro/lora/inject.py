@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .._errors import check_choice, nearest
@@ -35,6 +35,8 @@ def inject(
     gauge: str,
     heads: Sequence[str],
     seed: int,
+    base_tensors: Mapping[str, Tensor] | None = None,
+    replace_base: bool = False,
     original: nn.Module | None = None,
 ) -> Adapter:
     """Replace the linear layers with these paths by LoRA layers, initialized as in the paper.
@@ -46,11 +48,15 @@ def inject(
         gauge: See :class:`~scalabl_pyro.lora.adapter.Adapter`.
         heads: Paths of modules to train in full.
         seed: Seed of the initial factors.
+        base_tensors: Tensors of the module that its checkpoint does not hold, by name.
+        replace_base: Whether to put ``base_tensors`` into the module, because it has others.
         original: What ``unload`` returns; None means ``module``.
     """
     names = list(ranks)
     replaced = {name: module.get_submodule(name) for name in names}
     changes = ModuleChanges(module)
+    for key, value in (base_tensors or {}).items() if replace_base else ():
+        changes.replace_tensor(key, value)
     changes.record_layers(replaced)
     changes.record_new_attribute("peft_config")
     config.fan_in_fan_out = isinstance(replaced[names[0]], Conv1D)
@@ -71,6 +77,7 @@ def inject(
         changes=changes,
         gauge=gauge,
         heads=heads,
+        base_tensors=base_tensors,
         original=original,
     )
 
@@ -92,7 +99,14 @@ def _inject_peft_layers(module: nn.Module, ranks: Mapping[str, int], config: Lor
     config.target_modules = "|".join(map(re.escape, ranks))  # for readers of ``module.peft_config``
 
 
-def reattach(module: nn.Module, layers: Sequence[Mapping[str, Any]], *, gauge: str, heads: Sequence[str]) -> Adapter:
+def reattach(
+    module: nn.Module,
+    layers: Sequence[Mapping[str, Any]],
+    *,
+    gauge: str,
+    heads: Sequence[str],
+    base_tensors: Mapping[str, Tensor] | None = None,
+) -> Adapter:
     """Give a module the LoRA layers that a saved posterior describes.
 
     Args:
@@ -100,12 +114,13 @@ def reattach(module: nn.Module, layers: Sequence[Mapping[str, Any]], *, gauge: s
         layers: ``name``, ``rank``, ``in_features``, ``out_features`` and ``scaling`` of each layer.
         gauge: See :class:`~scalabl_pyro.lora.adapter.Adapter`.
         heads: Paths of the modules that were trained in full.
+        base_tensors: Saved tensors of the base model that its checkpoint does not hold, by name.
 
     Raises:
         ValueError: The module carries PEFT layers already, or is not the base model that the posterior was learned on.
     """
     check_choice("gauge", gauge, GAUGES)
-    if any(isinstance(m, BaseTunerLayer) for m in module.modules()):
+    if isinstance(module, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in module.modules()):
         raise ValueError("The module already carries PEFT layers: load the posterior into the plain base model.")
     linear = {name for name, m in module.named_modules() if is_linear(m)}
     for layer in layers:
@@ -122,7 +137,16 @@ def reattach(module: nn.Module, layers: Sequence[Mapping[str, Any]], *, gauge: s
         ranks_of(module, [layer["name"]], layer["rank"])
     check_heads(module, heads)
     ranks = {layer["name"]: layer["rank"] for layer in layers}
-    adapter = inject(module, ranks, LoraConfig(), gauge=gauge, heads=heads, seed=0)
+    adapter = inject(
+        module,
+        ranks,
+        LoraConfig(),
+        gauge=gauge,
+        heads=heads,
+        base_tensors=base_tensors,
+        replace_base=True,
+        seed=0,
+    )
     for saved, own in zip(layers, adapter.layers, strict=True):
         own.scaling[adapter.adapter_name] = saved["scaling"]
     return adapter

@@ -7,36 +7,46 @@ For a layer with frozen weight W0 (out x in), factors A (r x in), B (out x r) an
 PEFT injects the layers and computes the first term. A LoRA *variant*, PEFT's extension point, computes the second term.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapter import Adapter
 from .binding import RowNoise
 
 
 class ReplaceHead:
-    """Forward hook of a new head, which returns the output of the trained copy in the dtype of that copy (float32).
+    """Replacement for ``forward`` of a new head: the trained copy runs, in the dtype of that copy (float32).
+
+    The original does not run. Behind another trained head it would get float32 inputs, but may have another dtype.
 
     Args:
         adapter: Adapter that holds the trained copy.
         name: Path of the head in the module.
+        forward: The head's own ``forward``.
     """
 
-    def __init__(self, adapter: Adapter, name: str) -> None:
+    def __init__(self, adapter: Adapter, name: str, forward: Callable[..., Any]) -> None:
         self.adapter = adapter
         self.name = name
+        self.forward = forward
 
-    def __call__(self, original: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the trained head in place of that of the original head."""
         head = self.adapter.current_head(self.name)
         if head is None:
-            return output
-        dtype = next(head.parameters()).dtype
-        return head(*(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args))
+            return self.forward(*args, **kwargs)
+        like = next(head.parameters())
+        cast = {key: _cast_floats(value, like) for key, value in kwargs.items()}
+        return head(*(_cast_floats(value, like) for value in args), **cast)
+
+
+def _cast_floats(value: Any, like: Tensor) -> Any:
+    return value.to(like) if torch.is_tensor(value) and value.is_floating_point() else value
 
 
 class SubspaceVariant(LoraVariant):

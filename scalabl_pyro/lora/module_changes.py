@@ -24,6 +24,8 @@ class ModuleChanges:
     _replaced: dict[str, nn.Module] = field(default_factory=dict)
     _attributes: list[str] = field(default_factory=list)
     _weights: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+    _set: list[tuple[nn.Module, str]] = field(default_factory=list)
     _variants: list[tuple[LoraLayer, str, bool]] = field(default_factory=list)
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)
@@ -41,8 +43,33 @@ class ModuleChanges:
             self._attributes.append(name)
 
     def record_weights(self, weights: Iterable[Tensor]) -> None:
-        """Record the values of tensors that are about to be changed."""
-        self._weights += [(weight, weight.detach().clone()) for weight in weights]
+        """Give tensors values of their own, which may be changed; the old ones, perhaps shared, are kept aside."""
+        for weight in weights:
+            self._weights.append((weight, weight.data))
+            weight.data = weight.data.clone()
+
+    def replace_tensor(self, name: str, value: Tensor) -> None:
+        """Replace one parameter or buffer of the module by a frozen tensor; others that were tied to it stay.
+
+        Args:
+            name: Name of the parameter or buffer.
+            value: New value, which is moved to the device and cast to the dtype of the old one.
+        """
+        path, _, key = name.rpartition(".")
+        owner = self.module.get_submodule(path)
+        kept: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+        old = kept[key]
+        if old is None:
+            raise KeyError(name)
+        self._tensors.append((owner, key, old))
+        new = value.detach().to(device=old.device, dtype=old.dtype, copy=True)
+        kept[key] = nn.Parameter(new, requires_grad=False) if kept is owner._parameters else new
+
+    def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
+        """Set an attribute of one instance that hides an attribute of its class."""
+        if name not in vars(module):
+            self._set.append((module, name))
+            setattr(module, name, value)
 
     def set_variant(self, layer: LoraLayer, adapter_name: str, variant: LoraVariant) -> None:
         """Let ``variant`` compute the update of a PEFT layer, without PEFT's float32 copy of the activations."""
@@ -63,7 +90,9 @@ class ModuleChanges:
         """Make the module what it was before, bit for bit; a second call does nothing."""
         for handle in self._hooks:
             handle.remove()
-        for module, forward in self._forwards:
+        for module, name in self._set:
+            delattr(module, name)
+        for module, forward in reversed(self._forwards):
             del module.forward
             if forward is not None:
                 module.forward = forward
@@ -71,13 +100,19 @@ class ModuleChanges:
             layer.lora_variant.pop(adapter_name, None)
             layer.cast_input_dtype_enabled = casts_input
         for weight, data in self._weights:
-            weight.data = data
+            weight.data = data.to(weight.device)
         for name, original in self._replaced.items():
             self.module.set_submodule(name, original)
+        for owner, key, tensor in self._tensors:
+            kept: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+            tensor.data = tensor.data.to(kept[key].device)
+            kept[key] = tensor
         for name in self._attributes:
             delattr(self.module, name)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         for record in (self._hooks, self._forwards, self._variants, self._weights, self._attributes, self._flags):
             record.clear()
+        self._set.clear()
+        self._tensors.clear()
         self._replaced.clear()

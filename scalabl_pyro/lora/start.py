@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from .base_tensors import plain_tensors
 from .factors import Factors, local_part
 
 
@@ -56,4 +57,5 @@ def _equal(present: Tensor, first: Tensor) -> bool:
 def _heads(heads: Mapping[str, nn.Module], module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Each trained parameter of a head, with the original one."""
     for name, head in heads.items():
-        yield from zip(head.parameters(), module.get_submodule(name).parameters(), strict=True)
+        original = {tensor.name: tensor.base for tensor in plain_tensors(module.get_submodule(name))}
+        yield from ((parameter, original[key]) for key, parameter in head.named_parameters())

@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 TargetModules = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 ExcludedModules = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
-#: Hugging Face's names for new classification heads. Checkpoints of base models lack these heads, so all their weights
-#: are trained.
+#: Parts of the names of Hugging Face classes that add a new head to a backbone.
+CLASSIFIERS = ("Classif", "ForMultipleChoice", "ForQuestionAnswering", "Reward")
+#: Usual names of new heads, for classifiers that do not name their backbone.
 NEW_HEADS = ("classifier", "score")
 
 
@@ -128,10 +129,27 @@ def _match_pattern(option: str, pattern: str, linear: dict[str, nn.Module]) -> l
 
 
 def new_heads(module: nn.Module) -> list[str]:
-    """Return the names of a Hugging Face classifier's heads, whose weights are all trained and saved."""
-    if "ForSequenceClassification" not in type(module).__name__:
+    """Return the names of a Hugging Face classifier's heads, whose weights are all trained and saved.
+
+    These are all modules outside of the backbone, because checkpoints of base models hold the backbone alone.
+    """
+    if not _is_classifier(module):
         return []
-    return [name for name, _ in module.named_children() if name in NEW_HEADS]
+    backbone = backbone_name(module)
+    children = {name: m for name, m in module.named_children() if next(m.parameters(), None) is not None}
+    return [name for name in children if (name in NEW_HEADS if backbone is None else name != backbone)]
+
+
+def backbone_name(module: nn.Module) -> str | None:
+    """Return the name of the backbone inside a Hugging Face classifier; None if the module is none, or names none."""
+    prefix = getattr(module, "base_model_prefix", None)
+    children = dict(module.named_children())
+    return prefix if _is_classifier(module) and isinstance(prefix, str) and prefix in children else None
+
+
+def _is_classifier(module: nn.Module) -> bool:
+    classes = [c.__name__ for c in type(module).__mro__]
+    return any(part in name for part in CLASSIFIERS for name in classes) and output_head(module) is None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -173,7 +191,12 @@ def _default_targets(module: nn.Module, linear: dict[str, nn.Module], *, r: int 
     if not chosen:
         return _all_linear(module, linear, r=r)
     head = output_head(module)
-    return [name for name, m in linear.items() if m is head or name in chosen]
+    new = new_heads(module)
+    return [
+        name
+        for name, m in linear.items()
+        if m is head or (name in chosen and not any(lies_in(name, part) for part in new))
+    ]
 
 
 def _all_linear(module: nn.Module, linear: dict[str, nn.Module], *, r: int | None) -> list[str]:

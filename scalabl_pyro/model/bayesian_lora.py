@@ -36,8 +36,12 @@ def bayesian_lora(
     """Add LoRA adapters with a latent vector s inside each layer: y = W0 x + gamma B (s * A x).
 
     The module is changed in place: PEFT wraps its linear layers, and its weights are frozen. ``blora.unload()`` puts it
-    back bit for bit. After an error, or Ctrl-C, the module is what it was. A module that already carries a PEFT LoRA
-    adapter keeps the function that it computes: the factors are rewritten as B diag(s) A with orthonormal rows of A.
+    back bit for bit. After an error, or Ctrl-C, the module is what it was. While it is wrapped, its ``save_pretrained``
+    raises an error, because it would write A and B without s.
+
+    A module that already carries a PEFT LoRA adapter keeps the function that it computes: the factors are rewritten as
+    B diag(s) A with orthonormal rows of A. What PEFT trained besides these factors stays frozen, and is saved with the
+    posterior: modules_to_save, biases, LoRA on embeddings, trained tokens.
 
     Args:
         module: Hugging Face causal LM or classifier, or any module with linear layers.
@@ -60,7 +64,7 @@ def bayesian_lora(
             ``"free"`` lets it trade with A too. The scale of the prior has a meaning of its own only if B has a prior
             too (``factor_scale`` of :class:`OptimizerOptions`).
         modules_to_save: Paths of modules that are trained in full (as point estimates) and saved. None means the new
-            head of a Hugging Face classifier.
+            head of a Hugging Face classifier: all modules outside of its backbone.
         seed: Seed of the initial factors; the global random state stays as it is.
 
     Returns:
@@ -69,7 +73,8 @@ def bayesian_lora(
     Raises:
         ValueError: The targets match nothing, the rank is too large for a layer, the module is wrapped already, or its
             weights are offloaded.
-        TypeError: A layer cannot carry latents, or the prior is not one of the kinds above.
+        TypeError: A layer cannot carry latents, the module carries an adapter of another PEFT method (such as prompt
+            tuning), or the prior is not one of the kinds above.
 
     Example:
         >>> import torch, scalabl_pyro

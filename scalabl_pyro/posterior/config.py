@@ -15,7 +15,7 @@ from ..storage.manifest import Entry, Manifest
 #: Increased when an older version would misread the files. An older version refuses a higher number.
 FORMAT_VERSION = 1
 #: Increased when fields are added that an older version can ignore. It then warns.
-FORMAT_MINOR = 0
+FORMAT_MINOR = 1
 CONFIG_FILE = "scalabl_config.json"
 #: Largest allowed size of the file.
 MAX_BYTES = 8 * 2**20
@@ -25,7 +25,7 @@ LAYER = {"name": str, "rank": int, "in_features": int, "out_features": int, "sca
 GUIDE = {"family": str, "class": str, "options": dict}
 PRIOR = {"family": str, "class": str, "parameters": list, "options": dict}
 TASK = {"class": str, "options": dict}
-BASE_MODEL = ("class", "model_type", "embedding_shape", "probes", "layer_probes")
+BASE_MODEL = ("class", "model_type", "embedding_shape", "probes", "layer_probes", "tensor_probes", "quantized")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class SavedConfig:
         prior: ``family`` (None for a user's class), ``class``, ``parameters`` and ``options``.
         task: ``class`` and ``options``.
         base_model: Fingerprint of the base model.
+        base_tensors: Names of saved tensors of the base model that its checkpoint does not hold; since format 1.1.
         provenance: How the posterior was made: options, seeds, versions.
         files: Manifest of all other files in the directory.
     """
@@ -53,6 +54,7 @@ class SavedConfig:
     prior: dict[str, Any]
     task: dict[str, Any]
     base_model: dict[str, Any]
+    base_tensors: list[str]
     provenance: dict[str, Any]
     files: Manifest
 
@@ -115,11 +117,12 @@ def parse_config(content: bytes) -> SavedConfig:
         library_version=get_entry(config, "library_version", str),
         layers=_layers(get_entry(config, "layers", list)),
         gauge=get_entry(config, "gauge", str),
-        heads=_heads(get_entry(config, "heads", list)),
+        heads=_paths("heads", get_entry(config, "heads", list)),
         guide=_part(config, "guide", GUIDE),
         prior=_part(config, "prior", PRIOR),
         task={key: get_entry(get_entry(config, "task", dict), key, kind) for key, kind in TASK.items()},
         base_model=get_entry(config, "base_model", dict),
+        base_tensors=_paths("base_tensors", get_entry({"base_tensors": [], **config}, "base_tensors", list)),
         provenance=get_entry(config, "provenance", dict),
         files=_manifest(config.get("files")),
     )
@@ -171,10 +174,10 @@ def _layers(layers: list[Any]) -> list[dict[str, Any]]:
     return parsed
 
 
-def _heads(heads: list[Any]) -> list[str]:
-    if not all(isinstance(name, str) and name for name in heads) or len(set(heads)) < len(heads):
-        raise ValueError(f": 'heads' must be a list of different module paths, found {heads}.")
-    return heads
+def _paths(key: str, paths: list[Any]) -> list[str]:
+    if not all(isinstance(name, str) and name for name in paths) or len(set(paths)) < len(paths):
+        raise ValueError(f": {key!r} must be a list of different module paths, found {paths}.")
+    return paths
 
 
 def _manifest(value: object) -> Manifest:

@@ -1,7 +1,7 @@
 """A posterior as a directory of safetensors and JSON files. Pickle is neither written nor read.
 
     scalabl_config.json         adapted layers, classes of guide, prior and task, fingerprint of the base model
-    adapter_model.safetensors   A and B of each layer, trained heads
+    adapter_model.safetensors   A and B of each layer, trained heads, tensors that the base checkpoint does not hold
     posterior.safetensors       tensors of guide, prior and task
     tokenizer/                  tokenizer of the task
 
@@ -10,15 +10,17 @@ learned on, and no file may have changed since it was saved. If loading fails, t
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import guides, priors, tasks
 from .._arguments import check_path, check_role, known_arguments
+from .._errors import ScalaBLWarning
 from .._process.lock import LOCK
 from .._version import __version__
 from ..guides import Guide
@@ -27,13 +29,24 @@ from ..lora.attach import find_adapter
 from ..lora.base_module import base_module, check_has_values, check_placement
 from ..lora.fingerprint import check_fingerprint, describe_layers, fingerprint
 from ..lora.inject import reattach
+from ..lora.targets import new_heads
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
 from ..storage.directories import staged
 from ..storage.manifest import Manifest
 from ..storage.tensor_files import read_tensors, write_tensors
 from ..tasks import Task
-from .adapter_file import ADAPTER, adapter_tensors, check_adapter_keys, check_heads, saved_factors, saved_heads
+from .adapter_file import (
+    ADAPTER,
+    adapter_tensors,
+    check_adapter_keys,
+    check_head_names,
+    check_heads,
+    other_base_tensors,
+    saved_base_tensors,
+    saved_factors,
+    saved_heads,
+)
 from .config import CONFIG_FILE, SavedConfig, read_config
 from .restore import POSTERIOR, Overrides, checked_mean, posterior_tensors, restore_parts
 from .state import PosteriorState
@@ -112,10 +125,17 @@ def _load(path: Path, llm: nn.Module, overrides: Overrides) -> dict[str, Any]:
     check_adapter_keys(config, of_adapter)
     check_heads(config.heads, of_adapter, llm)
     carried = find_adapter(llm)
-    adapter = carried or reattach(llm, config.layers, gauge=config.gauge, heads=config.heads)
+    adapter = carried or reattach(
+        llm,
+        config.layers,
+        gauge=config.gauge,
+        heads=config.heads,
+        base_tensors=saved_base_tensors(config, of_adapter, llm),
+    )
     try:
         if carried is not None:
-            _check_carried(carried, config, path)
+            _check_carried(carried, config, of_adapter, path)
+        _warn_of_lost_heads(config, llm)
         check_fingerprint(config.base_model, fingerprint(adapter))
         factors = saved_factors(adapter, of_adapter)
         heads = saved_heads(adapter, config.heads, of_adapter)
@@ -165,6 +185,18 @@ def _check_unchanged(path: Path, config: SavedConfig, *, with_tokenizer: bool) -
             config.files.check_file(path, name)
 
 
+def _warn_of_lost_heads(config: SavedConfig, llm: nn.Module) -> None:
+    """Warn of new heads in the file of an older version, which neither saved nor compared them."""
+    lost = sorted(set(new_heads(llm)) - set(config.heads))
+    if lost and "tensor_probes" not in config.base_model:
+        warnings.warn(
+            f"scalabl_pyro {config.library_version} did not save the modules {lost} of this classifier. Predictions "
+            "are those of training only if the checkpoint of the base model holds them.",
+            ScalaBLWarning,
+            stacklevel=4,
+        )
+
+
 def _config(posterior: PosteriorState, files: Manifest) -> SavedConfig:
     return SavedConfig(
         library_version=__version__,
@@ -175,12 +207,13 @@ def _config(posterior: PosteriorState, files: Manifest) -> SavedConfig:
         prior=priors.to_config(posterior.prior),
         task=tasks.to_config(posterior.task),
         base_model=fingerprint(posterior.adapter),
+        base_tensors=sorted(posterior.adapter.base_tensors),
         provenance=dict(posterior.provenance),
         files=files,
     )
 
 
-def _check_carried(carried: Adapter, config: SavedConfig, path: Path) -> None:
+def _check_carried(carried: Adapter, config: SavedConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
     if describe_layers(carried) != config.layers:
         raise ValueError(
             f"The module already carries Bayesian LoRA on {len(carried.subspace)} layers that are not those of "
@@ -190,4 +223,10 @@ def _check_carried(carried: Adapter, config: SavedConfig, path: Path) -> None:
         raise ValueError(
             f"The module already carries Bayesian LoRA with gauge={carried.gauge!r}, but {path} was learned with "
             f"gauge={config.gauge!r}: call .unload() first, or load into another copy of the model."
+        )
+    check_head_names(carried, config.heads)
+    if other := other_base_tensors(carried, config, tensors):
+        raise ValueError(
+            f"The module already carries Bayesian LoRA, but {other[0]!r} is another tensor in {path}: call .unload() "
+            "first, or load into another copy of the model."
         )

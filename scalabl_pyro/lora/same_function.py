@@ -1,0 +1,78 @@
+"""Compare the function of a language model before and after a change: one short forward pass each."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._process.random_state import scoped_seed
+from .sharding import is_sharded
+from .train_mode import eval_mode
+
+logger = logging.getLogger(__name__)
+
+#: Number of tokens of the pass.
+LENGTH = 8
+
+
+def probe_output(module: nn.Module, base: nn.Module, *, strict: bool = False) -> Tensor | None:
+    """Return the output of a language model for one short row of tokens, or None if the module takes no tokens.
+
+    Args:
+        module: Module to call, such as a PeftModel.
+        base: Base model inside it.
+        strict: Whether an error of the module is raised; otherwise the output is None.
+    """
+    try:
+        inputs = _inputs(base)
+        if inputs is None:
+            return None
+        with torch.no_grad(), eval_mode(module), scoped_seed(0):
+            return _first_tensor(module(**inputs))
+    except Exception:
+        if strict:
+            raise
+        logger.debug("%s takes no row of tokens alone.", type(base).__name__, exc_info=True)
+        return None
+
+
+def check_same_output(before: Tensor | None, after: Tensor | None) -> None:
+    """Raise ValueError if two outputs differ by more than rounding."""
+    if before is None or after is None:
+        return
+    tolerance = 0.05 if before.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    scale = before.abs().max().float().item()
+    change = (before.float() - after.float()).abs().max().item()
+    if change > tolerance * max(scale, 1e-6):
+        raise ValueError(
+            f"Wrapping would change the function of this model: an output changed by {change:.3g}, and outputs are up to "
+            f"{scale:.3g}. The model is as it was. Merge its adapters, or adapt the plain base model."
+        )
+
+
+def _inputs(base: nn.Module) -> dict[str, Tensor] | None:
+    """Return a row of different tokens that ends as a text ends; None for modules without token embeddings."""
+    get = getattr(base, "get_input_embeddings", None)
+    embeddings = get() if callable(get) else None
+    weight = getattr(embeddings, "weight", None)
+    if weight is None or weight.is_meta or weight.dim() != 2 or is_sharded(base):
+        return None
+    config: Any = getattr(base, "config", None)
+    special = {getattr(config, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    ids = [i for i in range(weight.shape[0]) if i not in special][:LENGTH]
+    eos = getattr(config, "eos_token_id", None)
+    if getattr(config, "is_encoder_decoder", False) and isinstance(eos, int):
+        ids[-1] = eos
+    row = torch.tensor([ids], device=weight.device)
+    names = ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
+    return dict.fromkeys(names, row)
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Mapping):
+        output = output.get("logits", next(iter(output.values()), None))
+    while isinstance(output, tuple | list):
+        output = output[0]
+    return output if torch.is_tensor(output) and output.is_floating_point() else None
