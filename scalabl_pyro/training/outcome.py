@@ -15,6 +15,8 @@ from ..posterior.posterior import Posterior
 WINDOW = 50
 #: Smallest number of steps whose spread gives a standard error.
 MIN_WINDOW = 4
+#: The same where the start is a single step.
+MIN_WINDOW_OF_FIRST_STEP = 10
 #: Number of standard errors by which an end must be higher than the start.
 STANDARD_ERRORS = 5.0
 #: Shorter trainings are not judged by their predictions.
@@ -26,7 +28,9 @@ MAX_CHANCE = 1e-3
 
 
 def ended_worse(history: Sequence[Mapping[str, float]]) -> str | None:
-    """Compare loss and NLL of the last quarter of the steps (50 at most) with the first 6 %, in which rates are small.
+    """Compare loss and NLL of the last quarter of the steps (50 at most) with the first 6 %, and with the first step.
+
+    Rates are small in the first steps. If they are far too high even then, only the first step shows the start.
 
     A rise counts if it is larger than 5 standard errors of the difference and than 1 % of the start, or if the end is
     10 times the start. The loss is left out if the weight of the KL changed.
@@ -44,21 +48,29 @@ def ended_worse(history: Sequence[Mapping[str, float]]) -> str | None:
     is_constant = len({row["kl_weight"] for row in history}) == 1
     found = []
     for name in ("loss", "nll") if is_constant else ("nll",):
-        first, last = (np.array([row[name] for row in part]) for part in (history[:num_first], history[-num_last:]))
-        start, end = first.mean(), last.mean()
-        is_large = last.min() > 10 * max(abs(start), 1.0)  # its own spread would hide such a rise
-        if not is_large and num_last >= MIN_WINDOW:
-            spread = max(last.std(ddof=1), first.std(ddof=1) if num_first >= MIN_WINDOW else 0.0)
-            error = spread * math.sqrt(1 / num_first + 1 / num_last)
-            is_large = end - start > max(STANDARD_ERRORS * error, 0.01 * abs(start))
-        if is_large:
-            found.append(f"{'NLL' if name == 'nll' else name} {start:.4g} -> {end:.4g}")
+        values = np.array([row[name] for row in history])
+        last = values[-num_last:]
+        starts = [values[:count] for count in sorted({num_first, 1}) if _is_above(values[:count], last)]
+        if starts:
+            found.append(f"{'NLL' if name == 'nll' else name} {starts[0].mean():.4g} -> {last.mean():.4g}")
     if not found:
         return None
     return (
-        f"The training ended worse than it began ({', '.join(found)} nats per example, means of the first {num_first} "
-        f"and the last {num_last} steps). Lower the learning rates lr and lr_A, or check the answers of the rows."
+        f"The training ended worse than it began ({', '.join(found)} nats per example, the last {num_last} steps). "
+        "Lower the learning rates lr and lr_A, or check the answers of the rows."
     )
+
+
+def _is_above(first: np.ndarray, last: np.ndarray) -> bool:
+    """Whether the end of a training is higher than its start by more than its noise."""
+    start, end = first.mean(), last.mean()
+    if last.min() > 10 * max(abs(start), 1.0):  # its own spread would hide such a rise
+        return True
+    if len(last) < (MIN_WINDOW if len(first) > 1 else MIN_WINDOW_OF_FIRST_STEP):
+        return False
+    spread = max(last.std(ddof=1), first.std(ddof=1) if len(first) >= MIN_WINDOW else 0.0)
+    error = spread * math.sqrt(1 / len(first) + 1 / len(last))
+    return bool(end - start > max(STANDARD_ERRORS * error, 0.01 * abs(start)))
 
 
 @torch.no_grad()
