@@ -90,7 +90,8 @@ class Diagnosis(Summarized):
 
     def _repr_html_(self) -> str:
         """The verdict above the findings, for notebooks."""
-        return f"<p>{html.escape(self.verdict)}</p>{super()._repr_html_()}"
+        name = type(self).__name__
+        return super()._repr_html_().replace(name, f"{name}. {html.escape(self.verdict)}", 1)
 
 
 def as_diagnosis(findings: Sequence[Finding]) -> Diagnosis:

@@ -47,7 +47,7 @@ def _slope(loss: Array, rates: Array) -> Finding:
     if z > -NOISE or small:
         cause = "the loss has stopped falling, compared with its noise."
         return Finding("loss_slope", "ok", z, -NOISE, cause, "")
-    cause = "the training was too short: the loss still falls, in standard errors of its slope."
+    cause = "the training was too short: the loss still falls, by more than its noise."
     return Finding("loss_slope", "warning", z, -NOISE, cause, "Train longer: raise num_steps.")
 
 
@@ -58,8 +58,8 @@ def _end(loss: Array, rates: Array | None) -> Finding:
         rise = float(last.mean() - first.mean())
         error = float(np.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last)))
     if rise <= NOISE * error + np.finfo(float).eps * np.abs(loss).max():
-        return Finding("loss_end", "ok", rise, 0.0, "the loss did not end above its start, nats per row.", "")
-    cause = "the loss ended above its start, nats per row: the training did harm."
+        return Finding("loss_end", "ok", rise, 0.0, "the loss, in nats per row, did not end above its start.", "")
+    cause = "the loss, in nats per row, ended above its start: the training did harm."
     if not np.isfinite(rise):
         cause = "the loss was not finite at its start or at its end."
     used = "" if rates is None else f" (lr went up to {np.nanmax(rates):.3g})"

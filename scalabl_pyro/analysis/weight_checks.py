@@ -40,17 +40,18 @@ def check_weights(log_weights: Array) -> list[Finding]:
     """
     k, threshold, share = pareto_k(log_weights)
     severity = grade(k, warning=threshold, error=1.0)
-    cause, advice = "q is close to the posterior: the weights p / q of the draws are nearly equal.", ""
+    cause, advice = "the guide is close to the exact posterior: the weights p / q of its draws have no heavy tail.", ""
     if not np.isfinite(log_weights).all():
-        cause = "some draws have no finite density under the model or under q."
+        cause = "some draws have no finite density under the model or under the guide."
         advice = "Look for rows that the likelihood gives no probability, and for draws far outside the prior."
     elif severity != "ok":
         cause = (
-            "q misses a part of the posterior: in some direction it is too narrow, elsewhere, or lacks a correlation."
+            "the guide misses a part of the exact posterior: in some direction it is too narrow, elsewhere, or lacks a "
+            "correlation."
         )
         advice = "Train longer, try guide='full_covariance' or laplace(), and compare with mcmc() on a small model."
     elif not share >= SHARES[0]:
-        cause = "the weights p / q have no heavy tail. A q that is too wide has none either: see width and share."
+        cause = "the weights p / q have no heavy tail. A guide that is too wide has none either: see width and share."
     found = [Finding("pareto_k", severity, k, threshold, cause, advice)]
     found.append(_share_finding(share))
     elbo = float(np.mean(log_weights))
@@ -65,7 +66,9 @@ def _share_finding(share: float) -> Finding:
     if share >= different:
         cause = "most draws carry weight if draws are weighted by p / q."
         return Finding("importance_share", "ok", share, different, cause, "")
-    cause = "q differs from the posterior: if draws are weighted by p / q, few of them carry the weight."
+    cause = (
+        "the guide differs from the exact posterior: if its draws are weighted by p / q, few of them carry the weight."
+    )
     advice = "Numbers that weigh draws by p / q (LOO) rest on few of them: raise num_draws."
     return Finding("importance_share", "note" if share >= far else "warning", share, different, cause, advice)
 
@@ -89,7 +92,7 @@ def check_width(log_joint: Array, log_q: Array) -> list[Finding]:
     if is_wide or is_narrow:
         extreme = ratio > far or ratio < 1 / far
         what = "wide: its uncertainties are too large" if is_wide else "narrow: it is overconfident"
-        cause = f"q is {ratio:.2g} times as wide as the posterior of the model, hence too {what}."
+        cause = f"the guide is {ratio:.2g} times as wide as the exact posterior, which is too {what}."
         advice = (
             "The scales have not arrived: train longer, or raise lr_scale. laplace() sets them in one pass. A "
             "kl_weight other than 1 moves them on purpose."
@@ -98,9 +101,9 @@ def check_width(log_joint: Array, log_q: Array) -> list[Finding]:
             Finding("width", "error" if extreme else "warning", ratio, limit if is_wide else 1 / limit, cause, advice)
         ]
     if low < 1 / limit and high > limit:
-        cause = f"these draws cannot tell how wide q is: between {low:.2g} and {high:.2g} times the posterior."
+        cause = f"these draws cannot tell how wide the guide is: {low:.2g} to {high:.2g} times the exact posterior."
         return [Finding("width", "note", ratio, limit, cause, "Raise num_draws.")]
-    cause = "on average over the latents q is about as wide as the posterior of the model."
+    cause = "on average over the latents the guide is about as wide as the exact posterior."
     return [Finding("width", "ok", ratio, limit, cause, "")]
 
 
@@ -126,11 +129,11 @@ def check_shift(log_joint: Array, log_q: Array, draws: Array, labels: Sequence[s
     limit, far = (float(bound + noise[worst]) for bound in SHIFT_LIMITS)
     value = float(shift[worst])
     severity = grade(value, warning=limit, error=far)
-    cause = "no latent of q is far from where the data and the prior put it."
+    cause = "no latent of the guide is clearly off from where the data and the prior put it."
     if severity == "ok":
         return [Finding("shift", severity, value, limit, cause, "")]
     label = np.asarray(labels)[moves][worst]
-    cause = f"q lies elsewhere than the posterior: latent {label} is off by about {value:.2g} standard deviations."
+    cause = f"the guide lies elsewhere than the exact posterior: {label} is off by {value:.2g} standard deviations."
     return [Finding("shift", severity, value, limit, cause, "The locations have not arrived: train longer.")]
 
 

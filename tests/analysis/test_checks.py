@@ -369,7 +369,7 @@ def test_the_report_can_be_read_as_a_table_and_as_text():
 def test_the_report_begins_with_a_sentence_for_people(found, verdict):
     report = diag.as_diagnosis([finding(name, severity, cause=f"of {name}.") for name, severity in found])
     assert report.verdict == str(report).splitlines()[0] == verdict
-    assert verdict in report._repr_html_()
+    assert verdict in report._repr_html_() and report._repr_html_().startswith("<table><caption>Diagnosis")
 
 
 def test_the_sentence_names_what_could_not_be_computed():

@@ -336,14 +336,13 @@ def test_bootstrap_of_rows_that_are_all_alike_has_no_width():
         assert report.loc["low", name] == report.loc["high", name] == report.loc["value", name]
 
 
-@pytest.mark.parametrize("name", CLASSIFICATION)
-def test_a_bootstrap_interval_contains_its_own_value_or_is_left_out(name):
+def test_a_bootstrap_interval_contains_its_own_value_or_is_left_out():
     """The calibration errors of resamples of a calibrated model lie above the value: no interval is better."""
-    for rows in (60, 400):
-        column = classification_report(*many(rows), bootstrap=200)[name]
-        left_out = column[["low", "high"]].isna().all()
-        assert left_out == (name in ("ece", "adaptive_ece"))
-        assert left_out or column["low"] <= column["value"] <= column["high"]
+    table = classification_report(*many(300), bootstrap=60)
+    assert table.columns[table.loc["low"].isna()].tolist() == ["ece", "adaptive_ece"]
+    assert table.columns[table.loc["high"].isna()].tolist() == ["ece", "adaptive_ece"]
+    kept = table.drop(columns=["ece", "adaptive_ece"])
+    assert (kept.loc["low"] <= kept.loc["value"]).all() and (kept.loc["value"] <= kept.loc["high"]).all()
 
 
 def test_bounds_of_an_nll_that_is_infinite_are_not_nan():
