@@ -13,8 +13,8 @@ class RefuseSave:
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise RuntimeError."""
         raise RuntimeError(
-            "save_pretrained() of a wrapped model would write A and B without the latents s: another function. Save the "
-            "posterior with posterior.save_pretrained(path), or call blora.unload() and then save the model."
+            "save_pretrained() of a wrapped model would write A and B without the latents s: another function. Save "
+            "the posterior with posterior.save_pretrained(path), or call blora.unload() and then save the model."
         )
 
 

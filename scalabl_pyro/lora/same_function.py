@@ -47,8 +47,8 @@ def check_same_output(before: Tensor | None, after: Tensor | None) -> None:
     change = (before.float() - after.float()).abs().max().item()
     if change > tolerance * max(scale, 1e-6):
         raise ValueError(
-            f"Wrapping would change the function of this model: an output changed by {change:.3g}, and outputs are up to "
-            f"{scale:.3g}. The model is as it was. Merge its adapters, or adapt the plain base model."
+            f"Wrapping would change the function of this model: an output changed by {change:.3g}, and outputs are "
+            f"up to {scale:.3g}. The model is as it was. Merge its adapters, or adapt the plain base model."
         )
 
 
