@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .._process.lock import LOCK
+from ..lora.position_table import position_limit, trained_positions
 from .batch import Example
 from .rows import Row
 
@@ -72,15 +73,17 @@ def _check_example(example: Example, row: Row, where: str, *, need_target: bool)
 
 
 def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> None:
-    """Check that ``llm`` has an embedding for every token. A GPU cannot be used any more after an unknown token.
+    """Check that ``llm`` has an embedding for every token and a position for the longest example.
+
+    Without this check, the forward pass would fail. A GPU cannot be used any more after that.
 
     Args:
         examples: Tokenized rows.
-        llm: The LLM. A module without input embeddings passes the check.
+        llm: The LLM. A module without input embeddings or without a table of positions passes that part of the check.
         pad_token_id: Token that fills shorter rows.
 
     Raises:
-        ValueError: A token has no embedding.
+        ValueError: A token has no embedding, or an example is longer than the table of positions.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -89,6 +92,7 @@ def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> No
         >>> llm = LlamaForCausalLM(config)
         >>> check_tokens([Example({"input_ids": [3, 9]})], llm, pad_token_id=0)
     """
+    _check_lengths(examples, llm)
     embeddings = getattr(llm, "get_input_embeddings", lambda: None)()
     size = getattr(embeddings, "num_embeddings", None)
     if size is None:
@@ -105,3 +109,25 @@ def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> No
                 f"Row {i} has the token {unknown[0]}, but the model has embeddings for 0 to {size - 1} only: load the "
                 "model's own tokenizer, or call model.resize_token_embeddings() after adding tokens."
             )
+
+
+def _check_lengths(examples: Sequence[Example], llm: Any) -> None:
+    """Check that no example is longer than the table of positions. Warn if one is longer than in the LLM's training."""
+    if not examples:
+        return
+    i = max(range(len(examples)), key=lambda i: len(examples[i]))
+    length, limit, trained = len(examples[i]), position_limit(llm), trained_positions(llm)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"Row {i} has {length} tokens, but the model has positions for {limit} tokens only. Pass max_length={limit} "
+            "or less to the task, which cuts longer texts, or shorten the rows."
+        )
+    if trained is not None and length > trained:
+        logger.warning(
+            "Row %d has %d tokens, but the model was made for %d tokens, so its output may be poor. Pass max_length=%d "
+            "to the task to cut longer texts.",
+            i,
+            length,
+            trained,
+            trained,
+        )

@@ -1,5 +1,6 @@
 """Builds what a training needs from the arguments of ``fit``: data, guide, objective, step and trainer."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from ..data.training_batches import TrainingBatches, training_source
 from ..distributed.processes import Processes
 from ..guides import Guide, GuideLike, ParticleGuide, as_guide
 from ..lora.hidden_state_cache import PrefixStore
+from ..lora.position_table import position_limit
 from ..model.bayesian_lora import BayesianLoRA
 from ..model.joint import TaskModel
 from ..tasks import Task
@@ -123,7 +125,7 @@ def build_program(
         pad_token_id=task.pad_token_id,
         num_data=num_data,
         seed=options.seed,
-        multiple=GRAPH_TOKENS if blora.device.type == "cuda" and hardware.cuda_graph else 1,
+        multiple=_width_multiple(blora) if hardware.cuda_graph else 1,
         keeps_digest=keeps_digest,
     )
     if isinstance(batches, TrainingBatches):
@@ -203,6 +205,13 @@ def build_trainer(
         save=checkpoints.save_together,
         save_every=checkpoints.every,
     )
+
+
+def _width_multiple(blora: BayesianLoRA) -> int:
+    """Return the number to whose multiples widths are padded for captured steps, so that they end within the model."""
+    if blora.device.type != "cuda":
+        return 1
+    return math.gcd(GRAPH_TOKENS, position_limit(blora.llm) or 0)
 
 
 def _prefix_store(blora: BayesianLoRA, batches: Callable[[int], Batch], num_data: int) -> PrefixStore:
