@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -68,7 +69,8 @@ def find_label_tokens(
     cuts = [1, 0, *range(2, spaces + 1)] if space_first else list(range(spaces + 1))
     heads = {cut: tokens_of(before[: len(before) - cut]) for cut in cuts}
     known = {cut: [label for label in labels if together[label][:-1] == heads[cut]] for cut in cuts}
-    cut = max(cuts, key=lambda cut: len(known[cut]))  # the first of equals
+    # The labels must share one prompt. The cut that suits most labels from the first on wins; the first of equals.
+    cut = max(cuts, key=lambda cut: len(list(takewhile(known[cut].__contains__, labels))))
     fits = known[cut]
     if not fits:  # a prompt may have other tokens where a text goes on, such as two line ends
         ends = {label: tokenizer.decode(together[label][-1:]).strip() for label in labels}
@@ -90,7 +92,7 @@ def _not_one_token(tokenizer: Any, label: str, together: list[int], head: list[i
     if same < len(head) and len(pieces) == 1:
         return (
             f"The tokenizer joins the end of the prompt and the label {label!r} to one token, {pieces[0]!r}. End the "
-            "template with another character, such as ':'."
+            "prompt with another character, such as ':'."
         )
     return (
         f"The label {label!r} is not one token after this prompt (it becomes {pieces}): choose labels of one token, "
