@@ -119,8 +119,8 @@ def _check_lengths(examples: Sequence[Example], llm: Any) -> None:
     length, limit, trained = len(examples[i]), position_limit(llm), trained_positions(llm)
     if limit is not None and length > limit:
         raise ValueError(
-            f"Row {i} has {length} tokens, but the model has positions for {limit} tokens only. Pass max_length={limit} "
-            "or less to the task, which cuts longer texts, or shorten the rows."
+            f"Row {i} has {length} tokens, but the model has positions for {limit} tokens only. Pass "
+            f"max_length={limit} or less to the task, which cuts longer texts, or shorten the rows."
         )
     if trained is not None and length > trained:
         logger.warning(

@@ -1,7 +1,7 @@
 """The longest input that a model with a table of positions can read.
 
-GPT-2, BERT and OPT, among others, look up each position in a table. Behind its end, torch raises an IndexError on a CPU,
-and a GPU cannot be used any more. Models with rotary or relative positions have no such end.
+GPT-2, BERT and OPT, among others, look up each position in a table. Behind its end, torch raises an IndexError on a
+CPU, and a GPU cannot be used any more. Models with rotary or relative positions have no such end.
 """
 
 from typing import Any

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +35,7 @@ THINKING = ("enable_thinking", "thinking")
 
 
 class ChatPrompt:
-    """Text that a chat template writes before the answer of the assistant.
+    r"""Text that a chat template writes before the answer of the assistant.
 
     The template renders question and answer together, as in the training of a chat model. The prompt is all that stands
     before the answer. It may be longer than the template's generation prompt: some templates have no generation prompt,
@@ -52,9 +51,9 @@ class ChatPrompt:
 
     Example:
         >>> from scalabl_pyro.tasks.chat import ChatPrompt
-        >>> tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\\n{% endfor %}"
+        >>> tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         >>> ChatPrompt(tokenizer, {})("What color is the sky?")
-        'user: What color is the sky?\\nassistant: '
+        'user: What color is the sky?\nassistant: '
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
@@ -74,8 +73,12 @@ class ChatPrompt:
         Raises:
             ValueError: The template refuses the message, or leaves it out.
         """
+        return self.around(text)[0]
+
+    def around(self, text: str) -> tuple[str, str]:
+        """Return the texts before and after the answer."""
         rendered = self._render([_user(text), {"role": "assistant", "content": ANSWER}])
-        prompt, found, _ = rendered.rpartition(ANSWER)
+        prompt, found, after = rendered.rpartition(ANSWER)
         if not found:
             raise ValueError(
                 "The chat template leaves out the answer of the assistant, so the label's token cannot be found. Use "
@@ -86,7 +89,7 @@ class ChatPrompt:
                 "The chat template leaves out the text of the question, or changes it. Use chat=False, or set "
                 "tokenizer.chat_template."
             )
-        return prompt
+        return prompt, after
 
     def _render(self, messages: list[dict[str, str]], **given: Any) -> str:
         try:
@@ -115,15 +118,16 @@ class ChatPrompt:
         """Check that the generation prompt contains nothing that the answer does not follow, such as a thought."""
         asked = self._render([_user(text)], add_generation_prompt=True)
         prompt = self(text)
-        same = len(os.path.commonprefix([asked, prompt]))
+        pairs = list(zip(asked, prompt, strict=False))
+        same = next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
         beginning = asked[same:].removesuffix(self.tokenizer.eos_token or "").strip()
         if beginning:
             switch = next((name for name in THINKING if re.search(rf"\b{name}\b", self._template)), None)
             hint = f"chat_options={{{switch!r}: False}} or " if switch and switch not in self.options else ""
             raise ValueError(
-                f"The generation prompt of the chat template ends with {beginning!r}, which the template does not write "
-                f"before an answer. The LLM would write other text first, such as its thoughts. Use {hint}chat=False, or "
-                "set tokenizer.chat_template."
+                f"The generation prompt of the chat template ends with {beginning!r}, which the template does not "
+                f"write before an answer. The LLM would write other text first, such as its thoughts. Use {hint}"
+                "chat=False, or set tokenizer.chat_template."
             )
         if added := prompt[same:].strip():
             logger.info("The chat template writes %r before an answer, and so the prompt ends with it.", added)
@@ -164,8 +168,8 @@ def check_chat_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
         copied: dict[str, Any] = json.loads(json.dumps(dict(options), allow_nan=False))
     except (TypeError, ValueError):
         raise ValueError(
-            f"chat_options={options!r}: JSON cannot store a value. Allowed are texts, numbers, booleans, None, and lists "
-            "and dicts of them."
+            f"chat_options={options!r}: JSON cannot store a value. Allowed are texts, numbers, booleans, None, and "
+            "lists and dicts of them."
         ) from None
     return copied
 

@@ -40,6 +40,7 @@ def find_label_tokens(
     before: str,
     labels: Sequence[str],
     *,
+    after: str = "",
     space_first: bool,
 ) -> LabelTokens:
     """Find the token of each label in the tokenization of prompt and label together.
@@ -52,6 +53,7 @@ def find_label_tokens(
         tokens_of: Function that tokenizes a text as the task does.
         before: All text before the label.
         labels: The labels.
+        after: Text that a chat template writes after the label.
         space_first: Whether the last character of ``before`` is a space that is not part of the prompt. If the
             tokenizer ignores spaces, this space is then left out.
 
@@ -82,6 +84,11 @@ def find_label_tokens(
             refused[label] = _not_one_token(tokenizer, label, together[label], heads[cuts[0]])
         elif together[label][-1] == tokenizer.unk_token_id:
             refused[label] = f"The tokenizer does not know the label {label!r}: choose another."
+        elif after and tokens_of(before + label + after)[: len(together[label])] != together[label]:
+            refused[label] = (
+                f"The tokenizer joins the label {label!r} and the text {after[:12]!r}, which the chat template writes "
+                "after it. Use chat=False, or other labels."
+            )
     one = tuple(label for label in labels if label not in refused)
     return LabelTokens(one, tuple(together[label][-1] for label in one), before[len(before) - cut :], refused)
 
@@ -123,8 +130,8 @@ def check_end(tokenizer: PreTrainedTokenizerBase, tokens_of: Callable[[str], lis
     if own != last and (is_end or last[0] in tokenizer.all_special_ids):
         raise ValueError(
             f"The tokenizer appends the end-of-text token {tokenizer.decode(last)!r} to prompts, so the LLM would "
-            "predict what follows the end of a text: set tokenizer.add_eos_token = False. MultipleChoice needs a causal "
-            "LM with its own tokenizer, not an encoder or an encoder-decoder such as T5."
+            "predict what follows the end of a text: set tokenizer.add_eos_token = False. MultipleChoice needs a "
+            "causal LM with its own tokenizer, not an encoder or an encoder-decoder such as T5."
         )
     if is_end:
         raise ValueError(
@@ -134,7 +141,7 @@ def check_end(tokenizer: PreTrainedTokenizerBase, tokens_of: Callable[[str], lis
 
 
 def separator(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what a writer puts between a prompt in plain text and the label: a space, or nothing.
+    r"""Return what a writer puts between a prompt in plain text and the label: a space, or nothing.
 
     Nothing follows whitespace, an opening bracket, quote or tag, a special token, or a script without spaces.
 
@@ -144,7 +151,7 @@ def separator(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
     Example:
         >>> from scalabl_pyro.tasks.label_tokens import separator
-        >>> [separator(prompt, tokenizer) for prompt in ("Answer:", "Answer: ", "Answer: (", "Answer:\\n")]
+        >>> [separator(prompt, tokenizer) for prompt in ("Answer:", "Answer: ", "Answer: (", "Answer:\n")]
         [' ', '', '', '']
     """
     is_tag = re.search(r"<[\w.:|-]+>$", prompt) is not None

@@ -40,8 +40,8 @@ class MultipleChoice(Task):
         max_length: Longest prompt in tokens. A longer question loses its end.
 
     Raises:
-        TypeError: ``tokenizer`` is not a Hugging Face tokenizer, ``chat`` is not a boolean, or ``chat_options`` is not a
-            dict.
+        TypeError: ``tokenizer`` is not a Hugging Face tokenizer, ``chat`` is not a boolean, or ``chat_options`` is not
+            a dict.
         ValueError: A label is not one token after the prompt, the template does not contain ``{question}``, or the chat
             template leaves out the question or lets the LLM write other text before its answer.
 
@@ -126,8 +126,8 @@ class MultipleChoice(Task):
         config: Any = getattr(llm.llm, "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
-                f"MultipleChoice needs a causal LM, but {type(llm.llm).__name__} is an encoder-decoder. Load a causal LM "
-                "(AutoModelForCausalLM), or use SequenceClassification with a classification model."
+                f"MultipleChoice needs a causal LM, but {type(llm.llm).__name__} is an encoder-decoder. Load a causal "
+                "LM (AutoModelForCausalLM), or use SequenceClassification with a classification model."
             )
         # Padding stands right of the last token, so a causal LM does not see it. Without a mask, attention uses its
         # fastest kernel, and the host does not wait to read the mask.
@@ -174,8 +174,12 @@ class MultipleChoice(Task):
         row = {"question": "?", "choices": ["?", "?"]}
         before = self._text_before_label(row)
         check_end(self.tokenizer, self._tokens, before)
-        space_first = not self.chat and len(before) > len(self._fill(row))
-        found = find_label_tokens(self.tokenizer, self._tokens, before, self.labels, space_first=space_first)
+        text = self._fill(row)
+        after = "" if self._chat_prompt is None else self._chat_prompt.around(text)[1]
+        space_first = not self.chat and len(before) > len(text)
+        found = find_label_tokens(
+            self.tokenizer, self._tokens, before, self.labels, after=after, space_first=space_first
+        )
         usable = self.labels
         if found.refused:
             first = next(label for label in self.labels if label in found.refused)
