@@ -16,8 +16,10 @@ SHAPE = {
     "max_position_embeddings": N, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
 }  # fmt: skip
 GPT = {"vocab_size": V, "n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": N}
-BART = {"vocab_size": V, "d_model": 16, "max_position_embeddings": N, "decoder_layers": 1, "encoder_layers": 1,
-        "decoder_attention_heads": 2, "encoder_attention_heads": 2, "decoder_ffn_dim": 16, "encoder_ffn_dim": 16}  # fmt: skip
+BART = {
+    "vocab_size": V, "d_model": 16, "max_position_embeddings": N, "decoder_layers": 1, "encoder_layers": 1,
+    "decoder_attention_heads": 2, "encoder_attention_heads": 2, "decoder_ffn_dim": 16, "encoder_ffn_dim": 16,
+}  # fmt: skip
 DISTILBERT = {"vocab_size": V, "dim": 16, "n_heads": 2, "n_layers": 1, "hidden_dim": 16, "max_position_embeddings": N}
 OPT = {"num_attention_heads": 2, "num_hidden_layers": 1, "ffn_dim": 16, "word_embed_proj_dim": 16}
 
