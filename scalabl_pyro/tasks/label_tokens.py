@@ -75,7 +75,7 @@ def find_label_tokens(
     cut = max(cuts, key=lambda cut: len(list(takewhile(known[cut].__contains__, labels))))
     fits = known[cut]
     if not fits:  # a prompt may have other tokens where a text goes on, such as two line ends
-        ends = {label: tokenizer.decode(together[label][-1:]).strip() for label in labels}
+        ends = {label: str(tokenizer.decode(together[label][-1:])).strip() for label in labels}
         exact = [label for label in labels if ends[label] == label.strip() and label]
         fits = [label for label in exact if together[label][:-1] == together[exact[0]][:-1]]
     refused = {}

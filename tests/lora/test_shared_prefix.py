@@ -22,7 +22,7 @@ def rows():
 
 
 def upper(family="llama", **options):
-    """A model of two blocks whose upper one is adapted. Its probe for look-ahead has run, so that tests count passes."""
+    """A model of two blocks whose upper one is adapted. The probe for a mask has run, so that tests count passes."""
     blora = sp.bayesian_lora(tiny.causal_lm(family), layers_to_transform=[1], **options)
     assert not needs_mask(blora.llm, torch.arange(2, 9).unsqueeze(0))
     return blora
