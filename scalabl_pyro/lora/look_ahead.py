@@ -33,7 +33,8 @@ def needs_mask(module: nn.Module, input_ids: Tensor) -> bool:
         input_ids: Tokens that the module knows, (rows, tokens). The probe consists of them.
 
     Returns:
-        False for a causal LM. True for a module that looks ahead and obeys a mask.
+        False for a causal LM. True for a module that looks ahead and obeys a mask. If these tokens do not show it,
+        whether the module takes a mask.
 
     Raises:
         ValueError: The module looks ahead, and a mask does not hide the padding.
@@ -50,7 +51,7 @@ def needs_mask(module: nn.Module, input_ids: Tensor) -> bool:
         known = contextvars.Context().run(_probe, module, input_ids)
         if known is not None:
             _KNOWN[module] = known
-    return known is not False
+    return _takes_mask(module) if known is None else known
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def _probe(module: nn.Module, input_ids: Tensor) -> bool | None:
     with eval_mode(module):
         plain = [_logits(run, ids) for ids in ends]
         scale = None if plain[0] is None else plain[0].abs().max()
-        if len(tokens) == 1 or scale is None or not bool(scale > 0):
+        if len(tokens) == 1 or scale is None or not bool((scale > 0) & (scale < torch.inf)):
             return None
         eps = torch.finfo(plain[0].dtype).eps
         if bool((plain[0] - plain[1]).abs().max() <= 8 * eps * scale):

@@ -140,22 +140,22 @@ def check_end(tokenizer: PreTrainedTokenizerBase, tokens_of: Callable[[str], lis
         )
 
 
-def separator(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def separator(prompt: str, special_tokens: Sequence[str]) -> str:
     r"""Return what a writer puts between a prompt in plain text and the label: a space, or nothing.
 
     Nothing follows whitespace, an opening bracket, quote or tag, a special token, or a script without spaces.
 
     Args:
         prompt: The prompt.
-        tokenizer: The tokenizer, which knows the special tokens.
+        special_tokens: Texts of the special tokens.
 
     Example:
         >>> from scalabl_pyro.tasks.label_tokens import separator
-        >>> [separator(prompt, tokenizer) for prompt in ("Answer:", "Answer: ", "Answer: (", "Answer:\n")]
+        >>> [separator(prompt, ["<s>"]) for prompt in ("Answer:", "Answer: ", "Answer: (", "Answer:\n")]
         [' ', '', '', '']
     """
     is_tag = re.search(r"<[\w.:|-]+>$", prompt) is not None
-    is_special = any(prompt.endswith(token) for token in tokenizer.get_added_vocab())
+    is_special = prompt.endswith(tuple(special_tokens))
     words = prompt.rstrip(_MARKS)
     opens_mark = words != prompt and _needs_no_space(words[-1:])
     return "" if _needs_no_space(prompt[-1:]) or opens_mark or is_tag or is_special else " "

@@ -82,6 +82,7 @@ class MultipleChoice(Task):
         self.chat_options = check_chat_options(chat_options) or None
         if self.chat_options and not self.chat:
             raise ValueError("chat_options has no effect, because the task uses no chat template: leave it out.")
+        self._special_tokens = tuple(tokenizer.get_added_vocab())
         self._chat_prompt = ChatPrompt(tokenizer, self.chat_options or {}) if self.chat else None
         self.labels = tuple(given)
         self._set_labels(are_given=labels is not None)
@@ -167,7 +168,7 @@ class MultipleChoice(Task):
         text = self._fill(row)
         if self._chat_prompt is not None:
             return self._chat_prompt(text)
-        return text + separator(text, self.tokenizer)
+        return text + separator(text, self._special_tokens)
 
     def _set_labels(self, *, are_given: bool) -> None:
         """Find the token of each label after a prompt."""

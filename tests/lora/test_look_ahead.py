@@ -153,3 +153,16 @@ def test_an_encoder_decoder_is_refused_before_its_pass(family):
     llm.register_forward_pre_hook(lambda *args: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match=r"needs a causal LM, but \w+ is an encoder-decoder"):
         sp.fit(blora, sp.MultipleChoice(tiny.tokenizer()), tiny.question_rows(4), num_steps=1, progress=False)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_no_sign_of_a_look_ahead(weight):
+    llm = build(CAUSAL["llama"])
+    with torch.no_grad():
+        llm.lm_head.weight.fill_(weight)
+    assert needs_mask(llm, IDS)
+
+
+def test_a_module_without_a_mask_gets_none_where_the_probe_shows_nothing():
+    assert not needs_mask(Ahead(), torch.full((2, 3), 5))
+    assert needs_mask(AheadWithMask(), torch.full((2, 3), 5))
