@@ -8,11 +8,12 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.batch import Batch, Example
 from ..data.rows import Row
+from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
 from ..lora.look_ahead import needs_mask
 from .base import Task, at_least_float32, field_of, is_missing
@@ -118,18 +119,28 @@ class MultipleChoice(Task):
         before = self._text_before_label(row)
         return before[: len(before) - len(self._joined)]
 
+    def check_llm(self, adapter: Adapter, examples: Sequence[Example]) -> None:
+        """Check that an LLM can read examples of this task, and probe whether it looks ahead.
+
+        Args:
+            adapter: Adapter inside the LLM.
+            examples: Tokenized rows, at least one.
+
+        Raises:
+            ValueError: The LLM is an encoder-decoder, reads padding in spite of a mask, or lacks a token or a position.
+        """
+        _check_kind(adapter.module)
+        super().check_llm(adapter, examples)
+        tokens = [token for example in examples[:8] for token in example.inputs["input_ids"]]
+        needs_mask(adapter.module, torch.tensor([tokens], device=adapter.device))
+
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Return the logits of all labels at the last prompt token, shape (..., B, labels).
 
         Raises:
             ValueError: The model is not a causal LM, lacks the token of a label, or reads padding in spite of a mask.
         """
-        config: Any = getattr(llm.llm, "config", None)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"MultipleChoice needs a causal LM, but {type(llm.llm).__name__} is an encoder-decoder. Load a causal "
-                "LM (AutoModelForCausalLM), or use SequenceClassification with a classification model."
-            )
+        _check_kind(llm.llm)
         # Padding stands right of the last token, so a causal LM does not see it. Without a mask, attention uses its
         # fastest kernel, and the host does not wait to read the mask.
         inputs = dict(batch.inputs)
@@ -238,3 +249,12 @@ class MultipleChoice(Task):
                 "Increase max_length."
             )
         return ids
+
+
+def _check_kind(llm: nn.Module) -> None:
+    """Raise a ValueError for an encoder-decoder, which does not continue the prompt."""
+    if getattr(getattr(llm, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"MultipleChoice needs a causal LM, but {type(llm).__name__} is an encoder-decoder. Load a causal LM "
+            "(AutoModelForCausalLM), or use SequenceClassification with a classification model."
+        )

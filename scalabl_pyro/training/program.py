@@ -10,7 +10,6 @@ import torch
 from .._process.random_state import Stream, derive_seed
 from .._process.stop_signals import StopSignals
 from ..data.batch import Batch
-from ..data.encoding import check_tokens
 from ..data.training_batches import TrainingBatches, training_source
 from ..distributed.processes import Processes
 from ..guides import Guide, GuideLike, ParticleGuide, as_guide
@@ -129,7 +128,7 @@ def build_program(
         keeps_digest=keeps_digest,
     )
     if isinstance(batches, TrainingBatches):
-        check_tokens(batches.examples, blora.llm, task.pad_token_id)
+        task.check_llm(blora.adapter, batches.examples)
     store = _prefix_store(blora, batches, num_data) if hardware.cache_prefix else None
     scale_seed = derive_seed(options.seed, "initial scales")
     family = as_guide(guide, blora, init_scale=options.init_scale, seed=scale_seed).to(blora.device)
