@@ -9,6 +9,7 @@ from typing import Any
 from .._arguments import known_arguments
 from .._errors import describe
 from .._process.lock import LOCK
+from ..lora.position_table import position_limit, trained_positions
 from ..lora.targets import input_embeddings
 from .batch import Example
 from .rows import Row
@@ -77,15 +78,17 @@ def _check_example(example: Example, row: Row, where: str, *, need_target: bool)
 
 @known_arguments
 def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> None:
-    """Check that ``llm`` has an embedding for every token. On a GPU, an unknown token breaks all later CUDA calls.
+    """Check that ``llm`` has an embedding for every token and a position for the longest example.
+
+    Without this check, the forward pass would fail. On a GPU, that breaks all later CUDA calls.
 
     Args:
         examples: Tokenized rows.
-        llm: The LLM. A module without input embeddings passes the check.
+        llm: The LLM. A module without input embeddings or without a table of positions passes that part of the check.
         pad_token_id: Token that fills shorter rows.
 
     Raises:
-        ValueError: A token has no embedding.
+        ValueError: A token has no embedding, or an example is longer than the table of positions.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,6 +97,7 @@ def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> No
         >>> llm = LlamaForCausalLM(config)
         >>> check_tokens([Example({"input_ids": [3, 9]})], llm, pad_token_id=0)
     """
+    _check_lengths(examples, llm)
     embeddings = input_embeddings(llm)
     size = getattr(embeddings, "num_embeddings", None)
     if size is None:
@@ -110,3 +114,25 @@ def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> No
                 f"Row {i} has the token {unknown[0]}, but the model has embeddings for 0 to {size - 1} only: load the "
                 "model's own tokenizer, or call model.resize_token_embeddings() after adding tokens."
             )
+
+
+def _check_lengths(examples: Sequence[Example], llm: Any) -> None:
+    """Check that no example is longer than the table of positions. Warn if one is longer than in the LLM's training."""
+    if not examples:
+        return
+    i = max(range(len(examples)), key=lambda i: len(examples[i]))
+    length, limit, trained = len(examples[i]), position_limit(llm), trained_positions(llm)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"Row {i} has {length} tokens, but the model has positions for {limit} tokens only. Pass "
+            f"max_length={limit} or less to the task, which cuts longer texts, or shorten the rows."
+        )
+    if trained is not None and length > trained:
+        logger.warning(
+            "Row %d has %d tokens, but the model was made for %d tokens, so its output may be poor. Pass max_length=%d "
+            "to the task to cut longer texts.",
+            i,
+            length,
+            trained,
+            trained,
+        )

@@ -8,7 +8,6 @@ from tqdm.auto import tqdm
 
 from .._errors import check_count
 from ..data.batch import Batch, Example, evaluation_batches
-from ..data.encoding import check_tokens
 from ..lora.adapter import Adapter
 from ..lora.hidden_state_cache import Prefix, reuse
 from ..lora.train_mode import eval_mode
@@ -58,7 +57,7 @@ class Passes:
             ValueError: If ``batch_size`` is not a whole number from 1 on, or if a token has no embedding.
         """
         check_count(batch_size=batch_size)
-        check_tokens(examples, adapter.module, task.pad_token_id)
+        task.check_llm(adapter, examples)
         return cls(adapter, list(evaluation_batches(examples, batch_size, task.pad_token_id)))
 
     @property

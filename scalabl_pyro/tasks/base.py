@@ -15,7 +15,9 @@ from .._errors import nearest
 from .._process.lock import LOCK
 from .._process.pyro_modes import Program
 from ..data.batch import Batch, Example
+from ..data.encoding import check_tokens
 from ..data.rows import Row
+from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
 
 
@@ -91,6 +93,18 @@ class Task(Program):
             ValueError: A field is missing or has a wrong value.
         """
         raise NotImplementedError(f"{type(self).__name__} must define encode(row) -> Example.")
+
+    def check_llm(self, adapter: Adapter, examples: Sequence[Example]) -> None:
+        """Check that an LLM can read examples of this task. Training and prediction call it before their first pass.
+
+        Args:
+            adapter: Adapter inside the LLM.
+            examples: Tokenized rows, at least one.
+
+        Raises:
+            ValueError: A token has no embedding, or an example is longer than the LLM's table of positions.
+        """
+        check_tokens(examples, adapter.module, self.pad_token_id)
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Run the LLM, and return what the likelihood needs of its output. By default, these are the logits.

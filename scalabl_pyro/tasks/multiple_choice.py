@@ -8,13 +8,20 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.batch import Batch, Example
 from ..data.rows import Row
+from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
+from ..lora.look_ahead import needs_mask
 from .base import Task, at_least_float32, field_of, is_missing
+from .chat import ChatPrompt, check_chat_options
+from .label_tokens import check_end, find_label_tokens, separator
+
+#: Labels where none are given: as many of these letters as the tokenizer knows as one token.
+LETTERS = tuple(string.ascii_uppercase)
 
 
 class MultipleChoice(Task):
@@ -25,14 +32,19 @@ class MultipleChoice(Task):
 
     Args:
         tokenizer: A Hugging Face tokenizer with a pad token.
-        labels: One label per choice. Each label must be a single token.
+        labels: One label per choice. Each label must be a single token after the prompt. By default, the labels are the
+            letters from A on that the tokenizer knows as single tokens, at most 26.
         template: The prompt, with ``{question}`` and, optionally, ``{choices}``.
         chat: Whether to apply the tokenizer's chat template to the prompt. By default, it is applied if it exists.
+        chat_options: Options of the chat template, such as ``{"enable_thinking": False}``. They are passed to the
+            tokenizer's ``apply_chat_template``, and saved with the task.
         max_length: Longest prompt in tokens. A longer question loses its end.
 
     Raises:
-        TypeError: ``tokenizer`` is not a Hugging Face tokenizer.
-        ValueError: A label is not one token, or the template does not contain ``{question}``.
+        TypeError: ``tokenizer`` is not a Hugging Face tokenizer, ``chat`` is not a boolean, or ``chat_options`` is not
+            a dict.
+        ValueError: A label is not one token after the prompt, the template does not contain ``{question}``, or the chat
+            template leaves out the question or lets the LLM write other text before its answer.
 
     Example:
         >>> from scalabl_pyro import MultipleChoice
@@ -41,31 +53,40 @@ class MultipleChoice(Task):
         ['What color is the sky?', 'A. red', 'B. blue', 'Answer:']
     """
 
-    options = ("labels", "template", "chat", "max_length")
+    options = ("labels", "template", "chat", "chat_options", "max_length")
     without_tokenizer = False
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        labels: Sequence[str] = tuple(string.ascii_uppercase),
+        labels: Sequence[str] | None = None,
         template: str = "{question}\n{choices}\nAnswer:",
         chat: bool | None = None,
+        chat_options: Mapping[str, Any] | None = None,
         max_length: int | None = None,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
-        if not isinstance(labels, Sequence) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
+        given = LETTERS if labels is None else labels
+        if not isinstance(given, Sequence) or len(given) < 2 or not all(isinstance(label, str) for label in given):
             raise ValueError(f"labels={labels!r}: expected two or more texts, such as ('A', 'B', 'C', 'D').")
         if not isinstance(template, str) or "{question}" not in template:
             raise ValueError(f"template={template!r} must contain '{{question}}'.")
+        if chat is not None and not isinstance(chat, bool):
+            raise TypeError(
+                f"chat={chat!r} must be True, False or None. Pass options of the chat template as chat_options=."
+            )
         if chat and not tokenizer.chat_template:
             raise ValueError("chat=True, but the tokenizer has no chat template: use chat=False.")
-        self.labels = tuple(labels)
         self.template = template
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
-        ids = self._label_ids()
-        self.register_buffer("label_ids", torch.tensor(ids), persistent=False)
-        self._largest_id = max(ids)
+        self.chat_options = check_chat_options(chat_options) or None
+        if self.chat_options and not self.chat:
+            raise ValueError("chat_options has no effect, because the task uses no chat template: leave it out.")
+        self._special_tokens = tuple(tokenizer.get_added_vocab())
+        self._chat_prompt = ChatPrompt(tokenizer, self.chat_options or {}) if self.chat else None
+        self.labels = tuple(given)
+        self._set_labels(are_given=labels is not None)
 
     @property
     def classes(self) -> Sequence[str]:  # type: ignore[override]
@@ -80,34 +101,51 @@ class MultipleChoice(Task):
         choices = list(choices)
         if any(is_missing(choice) for choice in choices):
             raise ValueError(f"choices={choices} contains a missing choice (None).")
-        if not 2 <= len(choices) <= len(self.labels):
-            most = len(self.labels)
-            raise ValueError(
-                f"the row has {len(choices)} choices. This task has {most} labels, so it allows 2 to {most} choices."
-            )
-        prompt = self.prompt(row)
-        ids = self._tokens(prompt)
+        if len(choices) < 2:
+            self._refuse_number(len(choices))
+        ids = self._prompt_tokens(row)
         is_cut = self.max_length is not None and len(ids) > self.max_length
         if is_cut:
-            ids = self._shorten(row)
+            ids = self._shorten(row, len(ids))
         answer = self._answer(row.get("answer"), choices)
         return Example({"input_ids": ids}, answer, {"num_choices": len(choices)}, is_cut=is_cut)
 
     def prompt(self, row: Row) -> str:
-        """Return the text that the LLM continues with a label."""
-        lines = "\n".join(f"{label}. {choice}" for label, choice in zip(self.labels, row["choices"], strict=False))
-        fill = {"{choices}": lines, "{question}": str(field_of(row, "question"))}
-        text = re.sub(r"\{(choices|question)\}", lambda match: fill[match[0]], self.template)
-        if not self.chat:
-            return text
-        message = [{"role": "user", "content": text}]
-        return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        """Return the text that the LLM continues with a label.
+
+        In a chat, this is all that the chat template writes before the answer. Whitespace at the end that the tokenizer
+        joins to the label is left out.
+        """
+        before = self._text_before_label(row)
+        return before[: len(before) - len(self._joined)]
+
+    def check_llm(self, adapter: Adapter, examples: Sequence[Example]) -> None:
+        """Check that an LLM can read examples of this task, and probe whether it looks ahead.
+
+        Args:
+            adapter: Adapter inside the LLM.
+            examples: Tokenized rows, at least one.
+
+        Raises:
+            ValueError: The LLM is an encoder-decoder, reads padding in spite of a mask, or lacks a token or a position.
+        """
+        _check_kind(adapter.module)
+        super().check_llm(adapter, examples)
+        tokens = [token for example in examples[:8] for token in example.inputs["input_ids"]]
+        needs_mask(adapter.module, torch.tensor([tokens], device=adapter.device))
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
-        """Return the logits of all labels at the last prompt token, shape (..., B, labels)."""
+        """Return the logits of all labels at the last prompt token, shape (..., B, labels).
+
+        Raises:
+            ValueError: The model is not a causal LM, lacks the token of a label, or reads padding in spite of a mask.
+        """
+        _check_kind(llm.llm)
         # Padding stands right of the last token, so a causal LM does not see it. Without a mask, attention uses its
         # fastest kernel, and the host does not wait to read the mask.
-        inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
+        inputs = dict(batch.inputs)
+        if not needs_mask(llm.llm, inputs["input_ids"]):
+            inputs.pop("attention_mask", None)
         logits = llm(**inputs, s=s, positions=batch.last).logits
         if logits.dim() < 3 or logits.shape[-1] <= self._largest_id:
             raise ValueError(
@@ -127,30 +165,63 @@ class MultipleChoice(Task):
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=not self.chat).input_ids
 
-    def _label_ids(self) -> list[int]:
-        """Return the token of each label after a prompt: at the start of a line in a chat, else after a space."""
-        prompt = self.prompt({"question": "?", "choices": []})
-        head = self._tokens(prompt)
-        if not self.chat and self.tokenizer.eos_token_id is not None and head[-1:] == [self.tokenizer.eos_token_id]:
-            raise ValueError(
-                "The tokenizer appends an end-of-text token to prompts, so the LLM would predict what follows the end "
-                "of a text: set tokenizer.add_eos_token = False."
-            )
-        ids = []
-        for label in self.labels:
-            tokens = self._tokens(prompt + ("" if self.chat else " ") + label)
-            if tokens[: len(head)] != head or len(tokens) != len(head) + 1:
-                pieces = self.tokenizer.convert_ids_to_tokens(tokens[len(head) :])
-                raise ValueError(
-                    f"The label {label!r} is not one token after this prompt (it becomes {pieces}): choose labels "
-                    "of one token, such as A, B, C, or short words."
-                )
-            if tokens[-1] == self.tokenizer.unk_token_id:
-                raise ValueError(f"The tokenizer does not know the label {label!r}: choose another.")
-            ids.append(tokens[-1])
-        if len(set(ids)) < len(ids):
+    def _fill(self, row: Row) -> str:
+        """Return the template with question and choices."""
+        choices = list(row["choices"])
+        if len(choices) > len(self.labels):
+            self._refuse_number(len(choices))
+        lines = "\n".join(f"{label}. {choice}" for label, choice in zip(self.labels, choices, strict=False))
+        fill = {"{choices}": lines, "{question}": str(field_of(row, "question"))}
+        return re.sub(r"\{(choices|question)\}", lambda match: fill[match[0]], self.template)
+
+    def _text_before_label(self, row: Row) -> str:
+        """Return all text before the label, with the whitespace between prompt and label."""
+        text = self._fill(row)
+        if self._chat_prompt is not None:
+            return self._chat_prompt(text)
+        return text + separator(text, self._special_tokens)
+
+    def _set_labels(self, *, are_given: bool) -> None:
+        """Find the token of each label after a prompt."""
+        row = {"question": "?", "choices": ["?", "?"]}
+        before = self._text_before_label(row)
+        check_end(self.tokenizer, self._tokens, before)
+        text = self._fill(row)
+        after = "" if self._chat_prompt is None else self._chat_prompt.around(text)[1]
+        space_first = not self.chat and len(before) > len(text)
+        found = find_label_tokens(
+            self.tokenizer, self._tokens, before, self.labels, after=after, space_first=space_first
+        )
+        usable = self.labels
+        if found.refused:
+            first = next(label for label in self.labels if label in found.refused)
+            usable = self.labels[: self.labels.index(first)]
+            if are_given or len(usable) < 2:
+                raise ValueError(found.refused[first])
+        ids = list(found.ids[: len(usable)])
+        if len(set(ids)) < len(ids) or len(set(usable)) < len(usable):
             raise ValueError(f"labels={self.labels}: two labels become the same token.")
-        return ids
+        self.labels = usable
+        self.register_buffer("label_ids", torch.tensor(ids), persistent=False)
+        self._first_id, self._largest_id, self._joined = ids[0], max(ids), found.joined
+
+    def _prompt_tokens(self, row: Row) -> list[int]:
+        """Return the tokens before the label, in the tokenization of prompt and label together."""
+        before = self._text_before_label(row)
+        tokens = self._tokens(before + self.labels[0])
+        if tokens[-1] != self._first_id or not before.endswith(self._joined):
+            raise ValueError(
+                f"The prompt ends with {before[-12:]!r}, where the label {self.labels[0]!r} has another token than in "
+                "other prompts. End the template with a text of its own, such as 'Answer:'."
+            )
+        return tokens[:-1]
+
+    def _refuse_number(self, count: int) -> None:
+        most = len(self.labels)
+        raise ValueError(
+            f"the row has {count} choices. This task has {most} labels, so it allows 2 to {most} choices. By default, "
+            "labels are the letters that the tokenizer writes as one token; pass labels= for others."
+        )
 
     def _answer(self, answer: Any, choices: Sequence[str]) -> int | None:
         if answer is None:
@@ -163,17 +234,27 @@ class MultipleChoice(Task):
             )
         return int(index)
 
-    def _shorten(self, row: Row) -> list[int]:
+    def _shorten(self, row: Row, length: int) -> list[int]:
         """Cut the end of the question, but never the choices or the end of the prompt."""
         assert self.max_length is not None
         question = self.tokenizer(str(row["question"]), add_special_tokens=False).input_ids
-        ids = self._tokens(self.prompt(row))
-        while question and len(ids) > self.max_length:
-            question = question[: self.max_length - len(ids)]
-            ids = self._tokens(self.prompt({**row, "question": self.tokenizer.decode(question)}))
+        ids: list[int] = []
+        while question and length > self.max_length:
+            question = question[: self.max_length - length]
+            ids = self._prompt_tokens({**row, "question": self.tokenizer.decode(question)})
+            length = len(ids)
         if not question:
             raise ValueError(
                 f"max_length={self.max_length} is too small: the rest of the prompt leaves no room for the question. "
                 "Increase max_length."
             )
         return ids
+
+
+def _check_kind(llm: nn.Module) -> None:
+    """Raise a ValueError for an encoder-decoder, which does not continue the prompt."""
+    if getattr(getattr(llm, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"MultipleChoice needs a causal LM, but {type(llm).__name__} is an encoder-decoder. Load a causal LM "
+            "(AutoModelForCausalLM), or use SequenceClassification with a classification model."
+        )

@@ -1,5 +1,6 @@
 """Builds what a training needs from the arguments of ``fit``: data, guide, objective, step and trainer."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,12 @@ import torch
 from .._process.random_state import Stream, derive_seed
 from .._process.stop_signals import StopSignals
 from ..data.batch import Batch
-from ..data.encoding import check_tokens
 from ..data.training_batches import TrainingBatches, training_source
 from ..distributed.processes import Processes
 from ..guides import Guide, GuideLike, ParticleGuide, as_guide
 from ..lora.base_module import check_has_values
 from ..lora.hidden_state_cache import PrefixStore
+from ..lora.position_table import position_limit
 from ..model.bayesian_lora import BayesianLoRA
 from ..model.joint import TaskModel
 from ..tasks import Task
@@ -142,11 +143,11 @@ def build_program(
         pad_token_id=task.pad_token_id,
         num_data=num_data,
         seed=options.seed,
-        multiple=GRAPH_TOKENS if blora.device.type == "cuda" and hardware.cuda_graph else 1,
+        multiple=_width_multiple(blora) if hardware.cuda_graph else 1,
         keeps_digest=keeps_digest,
     )
     if isinstance(batches, TrainingBatches):
-        check_tokens(batches.examples, blora.llm, task.pad_token_id)
+        task.check_llm(blora.adapter, batches.examples)
     moved = choose_start(blora, task, reset=reset)  # after the data were read: bad rows change nothing
     store = _prefix_store(blora, batches, num_data) if hardware.cache_prefix else None
     scale_seed = derive_seed(options.seed, "initial scales")
@@ -224,6 +225,13 @@ def build_trainer(
         save=checkpoints.save_together,
         save_every=checkpoints.every,
     )
+
+
+def _width_multiple(blora: BayesianLoRA) -> int:
+    """Return the number to whose multiples widths are padded for captured steps, so that they end within the model."""
+    if blora.device.type != "cuda":
+        return 1
+    return math.gcd(GRAPH_TOKENS, position_limit(blora.llm) or 0)
 
 
 def _prefix_store(blora: BayesianLoRA, batches: Callable[[int], Batch], num_data: int) -> PrefixStore:

@@ -160,7 +160,7 @@ def byte_level_tokenizer(*, chat):
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
     if chat:
-        turns = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+        turns = "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}\n{% endfor %}"
         fast.chat_template = turns + "{% if add_generation_prompt %}assistant\n{% endif %}"
     return fast
 
