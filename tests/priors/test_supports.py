@@ -292,7 +292,7 @@ def test_an_infinite_bound_is_refused_with_the_supports_that_work():
             as_guide(guide, blora)
 
 
-def test_a_support_without_a_transform_is_named(fitted):
+def test_a_support_without_a_transform_is_named():
     prior = Program(spike_and_slab(dist.MixtureSameFamily))
     blora = two_layers(prior)
     inside, values = draws_and_elbo(blora, as_guide("normal", blora))
