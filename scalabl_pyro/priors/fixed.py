@@ -79,8 +79,10 @@ def known_family(name: object, parameters: Sequence[str]) -> type[Distribution]:
     """
     family = getattr(dist, name, None) if isinstance(name, str) else None
     is_family = isinstance(family, type) and issubclass(family, Distribution)
-    allowed = getattr(family, "arg_constraints", None) if is_family else None
-    if not isinstance(allowed, dict) or not parameters or not set(parameters) <= set(allowed):
+    allowed = getattr(family, "arg_constraints", None) if is_family else {}
+    if is_family and not isinstance(allowed, dict):  # a property, as of Uniform, whose constraints depend on its values
+        allowed = set(inspect.signature(cast(Any, family)).parameters) - {"validate_args"}
+    if not allowed or not parameters or not set(parameters) <= set(allowed):
         raise ValueError(f"{name!r} with parameters {list(parameters)} is not a known prior: see pyro.distributions.")
     return cast(type[Distribution], family)
 

@@ -95,6 +95,19 @@ FOLLOWS = ("normal", "delta", *AUTO)
 FOR_REAL = tuple(name for name in NAMES if name not in (*FOLLOWS, "rank_mask"))
 
 
+def named(cases):
+    return [getattr(case, "__name__", case) for case in cases]
+
+
+#: A flow of Pyro averages 1000 draws for its mean, so it takes part in a few cases.
+SWEEP = [
+    (name, guide)
+    for name in (*REAL, *BOUNDED)
+    for guide in (*FOLLOWS, *FOR_REAL)
+    if guide is not AutoIAFNormal or name in ("normal", "around -1 and 1")
+]
+
+
 def two_layers(prior):
     return sp.bayesian_lora(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), r=2, prior=prior)
 
@@ -109,12 +122,7 @@ def draws_and_elbo(blora, guide):
     return inside, torch.stack([torch.as_tensor(value) for value in values])
 
 
-def named(cases):
-    return [getattr(case, "__name__", case) for case in cases]
-
-
-@pytest.mark.parametrize("guide", [*FOLLOWS, *FOR_REAL], ids=named([*FOLLOWS, *FOR_REAL]))
-@pytest.mark.parametrize("name", [*REAL, *BOUNDED])
+@pytest.mark.parametrize(("name", "guide"), SWEEP, ids=["-".join(named(case)) for case in SWEEP])
 def test_draws_lie_in_the_support_and_the_elbo_is_finite_or_the_guide_is_refused(name, guide, caplog):
     blora = two_layers({**REAL, **BOUNDED}[name])
     if name in BOUNDED and guide in FOR_REAL:
@@ -131,7 +139,7 @@ def test_draws_lie_in_the_support_and_the_elbo_is_finite_or_the_guide_is_refused
     support = tracer.trace.nodes["s"]["fn"].support
     assert support.check(inside).all() and inside.isfinite().all()
     assert values.isfinite().all()
-    if guide is not AutoIAFNormal:  # its mean is an average of 1000 draws
+    with torch.no_grad(), pyro.settings.context(module_local_params=True):
         assert support.check(built.mean()["s"]).all()
     warned = [r for r in caplog.records if r.levelno >= logging.WARNING]
     off_start = ("below the start", "above the start", "negative", "from 1", "by latent")
@@ -234,7 +242,9 @@ def test_a_guide_that_stays_in_the_support_is_accepted(prior, family):
 def test_a_transformed_prior_whose_support_torch_misstates_is_told_to_state_it():
     to_3 = dist.transforms.AffineTransform(-3.0, 6.0)
     blora = two_layers(Program(transformed(dist.transforms.SigmoidTransform(), to_3)))
-    with pytest.raises(ValueError, match=r"claims the real line as its support, but has no density at -10.*interval"):
+    with pytest.raises(
+        ValueError, match=r"claims the real line as its support, but its transforms cannot reach -10.*interval"
+    ):
         default_elbo(as_guide("full_covariance", blora), blora.prior)
 
 
@@ -249,7 +259,7 @@ IMPOSSIBLE = {
     "counts": (dist.Poisson(1.0), "discrete"),
     "transformed": (
         dist.TransformedDistribution(dist.Normal(0.0, 1.0), [dist.transforms.SigmoidTransform()]),
-        "TransformedDistribution cannot be rebuilt.*Write a scalabl_pyro.priors.Prior.*'Own prior'",
+        "TransformedDistribution cannot be rebuilt.*scalabl_pyro.priors.Prior.*'Own prior'",
     ),
     "mixture": (spike_and_slab(dist.MixtureSameFamily)(), "MixtureSameFamily cannot be rebuilt.*'Own prior'"),
     "masked mixture": (
@@ -292,7 +302,7 @@ def test_an_infinite_bound_is_refused_with_the_supports_that_work():
             as_guide(guide, blora)
 
 
-def test_a_support_without_a_transform_is_named(fitted):
+def test_a_support_without_a_transform_is_named():
     prior = Program(spike_and_slab(dist.MixtureSameFamily))
     blora = two_layers(prior)
     inside, values = draws_and_elbo(blora, as_guide("normal", blora))
