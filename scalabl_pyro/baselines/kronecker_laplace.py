@@ -227,6 +227,7 @@ def predict_linear(
     task, device = center.task, center.adapter.device
     function = as_function(center, factors)
     examples = encode(read_rows(data, split="test"), task.encode, need_target=False)
+    task.check_llm(center.adapter, examples)
     stacked = [torch.stack([delta[i] for delta in deltas]) for i in range(2 * len(factors))]
     parts = []
     batches = list(evaluation_batches(examples, batch_size, task.pad_token_id))
