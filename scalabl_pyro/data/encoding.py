@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from .._arguments import known_arguments
-from .._errors import describe
 from .._process.lock import LOCK
 from .._values import is_missing, plain
 from ..lora.targets import input_embeddings
