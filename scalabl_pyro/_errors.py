@@ -48,7 +48,7 @@ def check_positive(**values: float) -> None:
     """
     for name, value in values.items():
         if not _is_number(value) or not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value!r} must be positive and finite.")
+            raise ValueError(f"{name}={value!r} must be positive and finite.{_about_text(value)}")
 
 
 def check_not_negative(**values: float) -> None:
@@ -62,7 +62,7 @@ def check_not_negative(**values: float) -> None:
     """
     for name, value in values.items():
         if not _is_number(value) or not 0 <= value < float("inf"):
-            raise ValueError(f"{name}={value!r} must be a finite number, 0 or more.")
+            raise ValueError(f"{name}={value!r} must be a finite number, 0 or more.{_about_text(value)}")
 
 
 def check_count(*, least: int = 1, **values: int) -> None:
@@ -77,7 +77,13 @@ def check_count(*, least: int = 1, **values: int) -> None:
     """
     for name, value in values.items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number, {least} or more.")
+            raise ValueError(f"{name}={value!r} must be a whole number, {least} or more.{_about_text(value)}")
+
+
+def _about_text(value: object) -> str:
+    """Name the cause of a number that arrives as a text."""
+    is_exponential = isinstance(value, str) and "e" in value.lower()
+    return " It is a text. YAML reads 1e-3 as a text, and 1.0e-3 as a number." if is_exponential else ""
 
 
 def _is_number(value: object) -> bool:

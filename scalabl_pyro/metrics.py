@@ -1,5 +1,6 @@
 """Accuracy, calibration and uncertainty metrics: pure functions of probabilities (N, C) and labels (N,).
 
+Every function refuses shapes that do not fit, logits, percentages, NaN, and labels outside of the classes.
 Proportions and errors lie in [0, 1]; log losses are in nats. Accuracy and AUROC come from torchmetrics. Its calibration
 error is not used: it gives p = 1 a bin of its own, and reads all rows as logits when rounding lifts one value above 1.
 
@@ -20,6 +21,7 @@ from scipy.stats import rankdata
 from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy
 
 from ._arguments import known_arguments
+from ._probabilities import as_probabilities, as_scores, check_probabilities
 from ._errors import check_count
 
 __all__ = [
@@ -50,7 +52,8 @@ NUM_BINS = 15
 @known_arguments
 def accuracy(probs: Array, labels: Labels) -> float:
     """Compute the share of rows whose most probable class is the label; higher is better."""
-    p, y = torch.as_tensor(np.asarray(probs)), torch.as_tensor(np.asarray(labels))
+    probs, labels = as_probabilities(probs, labels)
+    p, y = torch.as_tensor(probs), torch.as_tensor(labels)
     return multiclass_accuracy(p.argmax(1), y, num_classes=p.shape[1], average="micro").item()
 
 
@@ -61,7 +64,7 @@ def nll(probs: Array, labels: Labels) -> float:
     It is infinite where a label has probability 0. A probability below about 1e-308 is 0 as a float:
     ``prediction.metrics()`` computes the NLL from log probabilities, which have no such limit.
     """
-    probs, labels = np.asarray(probs), np.asarray(labels)
+    probs, labels = as_probabilities(probs, labels)
     with np.errstate(divide="ignore"):
         return _mean_nll(np.log(probs[np.arange(len(labels)), labels].astype(np.float64)))
 
@@ -92,15 +95,19 @@ def adaptive_ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> f
 @known_arguments
 def brier(probs: Array, labels: Labels) -> float:
     """Compute the mean squared distance to the one-hot label: 0 is best, 2 is worst (Brier, 1950)."""
-    probs, labels = np.asarray(probs), np.asarray(labels)
+    probs, labels = as_probabilities(probs, labels)
     onehot = np.eye(probs.shape[1])[labels]
     return float(((probs - onehot) ** 2).sum(1).mean())
 
 
 @known_arguments
 def auroc(score: Array, positive: NDArray[np.bool_]) -> float:
-    """Compute the probability that a positive row scores above a negative row; NaN when one kind is missing."""
-    positive = np.asarray(positive, dtype=bool)
+    """Compute the probability that a positive row scores above a negative row; NaN when one kind is missing.
+
+    Raises:
+        ValueError: If the shapes differ, a score is NaN, or ``positive`` holds more than True and False.
+    """
+    score, positive = as_scores(score, positive)
     if positive.all() or not positive.any():
         return float("nan")
     ranks = rankdata(score) / len(positive)  # torchmetrics reads scores outside of [0, 1] as logits
@@ -111,13 +118,16 @@ def auroc(score: Array, positive: NDArray[np.bool_]) -> float:
 def error_auroc(probs: Array, labels: Labels) -> float:
     """Compute the AUROC of the entropy of the prediction for telling wrong rows from right rows."""
     _, correct = _confidence(probs, labels)
-    return auroc(entropy(np.asarray(probs)), ~correct)
+    return auroc(entropy(probs), ~correct)
 
 
 @known_arguments
 def ood_auroc(inside: Array, outside: Array) -> float:
     """Compute the AUROC of an uncertainty score (higher = less certain) for detecting out-of-distribution rows."""
-    return auroc(np.concatenate([inside, outside]), np.arange(len(inside) + len(outside)) >= len(inside))
+    scores = [np.asarray(inside), np.asarray(outside)]
+    if any(score.ndim != 1 or len(score) == 0 for score in scores):
+        raise ValueError(f"The scores have shapes {scores[0].shape} and {scores[1].shape}: expected (N,) and (M,).")
+    return auroc(np.concatenate(scores), np.repeat([False, True], [len(score) for score in scores]))
 
 
 @known_arguments
@@ -155,7 +165,9 @@ def aurc(probs: Array, labels: Labels, *, uncertainty: Array | None = None) -> f
 
 @known_arguments
 def entropy(probs: Array) -> Array:
-    """Compute the entropy of each row, (N,), nats."""
+    """Compute the entropy of each row, (N,), nats; probabilities (..., N, C) give (..., N)."""
+    probs = np.asarray(probs)
+    check_probabilities(probs)
     safe = np.where(probs > 0, probs, 1.0)
     return -(probs * np.log(safe)).sum(-1)
 
@@ -205,8 +217,7 @@ def classification_report(
     Raises:
         ValueError: If the shapes, the probabilities or the labels are wrong, or if an option is out of range.
     """
-    probs, labels = np.asarray(probs), np.asarray(labels)
-    _check(probs, labels)
+    probs, labels = as_probabilities(probs, labels)
 
     def scores(rows: NDArray[np.integer] | slice) -> dict[str, float]:
         values = {name: fn(probs[rows], labels[rows]) for name, fn in CLASSIFICATION.items()}
@@ -281,16 +292,5 @@ def _mean_nll(log_likelihood: Array) -> float:
 
 
 def _confidence(probs: Array, labels: Labels) -> tuple[Array, NDArray[np.bool_]]:
-    probs, labels = np.asarray(probs), np.asarray(labels)
+    probs, labels = as_probabilities(probs, labels)
     return probs.max(1), probs.argmax(1) == labels
-
-
-def _check(probs: Array, labels: Labels) -> None:
-    if probs.ndim != 2 or labels.ndim != 1 or len(probs) != len(labels) or len(labels) == 0:
-        raise ValueError(f"probs has shape {probs.shape}, labels {labels.shape}: expected (N, C) and (N,) with N >= 1.")
-    if not (probs >= -1e-6).all() or not np.allclose(probs.sum(1), 1, atol=1e-3):
-        raise ValueError("Each row of probs must be finite, not negative, and sum to 1.")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"Labels must be integers (class indices), got {labels.dtype}.")
-    if labels.min() < 0 or labels.max() >= probs.shape[1]:
-        raise ValueError(f"Labels must lie in 0 to {probs.shape[1] - 1}, got {labels.min()} to {labels.max()}.")

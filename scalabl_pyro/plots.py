@@ -4,7 +4,7 @@ Each function draws on the given axes, or on new ones, and returns the axes. It 
 """
 
 import itertools
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -212,7 +212,10 @@ def risk_coverage(
     Example:
         >>> scalabl_pyro.plots.risk_coverage(prediction, uncertainty=prediction.epistemic)
     """
-    coverage, risk = metrics.risk_coverage(*_scored(prediction), uncertainty=uncertainty)
+    probs, target = _scored(prediction)
+    if uncertainty is not None and np.shape(uncertainty) == prediction.is_answered.shape:
+        uncertainty = np.asarray(uncertainty)[prediction.is_answered]
+    coverage, risk = metrics.risk_coverage(probs, target, uncertainty=uncertainty)
     ax = _axes(ax)
     name = f"area {risk.mean():.3f}" if label is None else f"{label}: area {risk.mean():.3f}"
     ax.plot(coverage, risk, color=color, label=name)
@@ -229,7 +232,8 @@ def _scored(prediction: Prediction) -> tuple[metrics.Array, metrics.Labels]:
             f"prediction is a {type(prediction).__name__}, but this plot needs class probabilities. Pass a Prediction "
             "of a classification task."
         )
-    return prediction.probs, prediction._labeled()
+    answered = prediction.with_answers()
+    return answered.probs, cast(metrics.Labels, answered.target)
 
 
 def _axes(ax: Axes | None, *, width: float = 4.5) -> Axes:

@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._values import plain
 from .lock import LOCK
 
 
@@ -30,7 +32,7 @@ def derive_seed(seed: int, purpose: str) -> int:
         >>> derive_seed(0, "noise") == derive_seed(0, "initial scales")
         False
     """
-    _check_seed(seed)
+    seed = as_seed(seed)
     digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -44,8 +46,7 @@ class Stream:
     """
 
     def __init__(self, seed: int, *, gpus: bool = True) -> None:
-        _check_seed(seed)
-        self.seed = seed
+        self.seed = as_seed(seed)
         self.gpus = gpus
         self._states: dict[str, Tensor] = {}
 
@@ -119,9 +120,23 @@ def set_generator_states(states: Mapping[str, Tensor]) -> list[str]:
     return sorted(set(states) ^ set(generators))
 
 
-def _check_seed(seed: int) -> None:
-    if not isinstance(seed, int) or isinstance(seed, bool):
+def as_seed(seed: Any) -> int:
+    """Return a seed as an int.
+
+    Args:
+        seed: A Python, NumPy or torch integer.
+
+    Raises:
+        TypeError: It is something else.
+
+    Example:
+        >>> as_seed(3)
+        3
+    """
+    value = plain(seed)
+    if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"seed={seed!r}: expected an integer.")
+    return value
 
 
 def _generators() -> dict[str, torch.Generator]:

@@ -54,8 +54,13 @@ def sample_stats_group(statistics: Mapping[str, Array]) -> xr.Dataset:
     return _with_draws(xr.Dataset({name: (("chain", "draw"), value) for name, value in values.items()}))
 
 
-def per_row_group(name: str, values: Array) -> xr.Dataset:
+def per_row_group(name: str, values: Array, rows: Array | None = None) -> xr.Dataset:
     """Make a dataset of values (S, N) as ``name`` with dims (chain, draw, row).
+
+    Args:
+        name: Name of the variable.
+        values: Values (S, N).
+        rows: Coordinates (N,) of the rows. Default: 0 to N - 1.
 
     Example:
         >>> per_row_group("label", np.zeros((4, 3))).sizes["draw"]
@@ -63,13 +68,19 @@ def per_row_group(name: str, values: Array) -> xr.Dataset:
     """
     values = np.asarray(values)
     return _with_draws(
-        xr.Dataset({name: (("chain", "draw", "row"), values[None])}, coords={"row": np.arange(values.shape[1])})
+        xr.Dataset(
+            {name: (("chain", "draw", "row"), values[None])}, coords={"row": _row_numbers(values.shape[1], rows)}
+        )
     )
 
 
-def observed_group(name: str, values: Array) -> xr.Dataset:
+def observed_group(name: str, values: Array, rows: Array | None = None) -> xr.Dataset:
     """Make a dataset of observed values (N,) as ``name`` with dim row."""
-    return xr.Dataset({name: ("row", np.asarray(values))}, coords={"row": np.arange(len(values))})
+    return xr.Dataset({name: ("row", np.asarray(values))}, coords={"row": _row_numbers(len(values), rows)})
+
+
+def _row_numbers(count: int, rows: Array | None) -> Array:
+    return np.arange(count) if rows is None else rows
 
 
 def to_arviz(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> Any:

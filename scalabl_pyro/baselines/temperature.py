@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,10 +92,11 @@ def fit_temperature(prediction: Prediction | NumericPrediction) -> float:
     Args:
         prediction: Prediction of labeled rows.
     """
-    log_probs = _log_probs(prediction)
-    target: Any = prediction.target
-    if target is None:
+    _log_probs(prediction)  # refuses numbers
+    if prediction.target is None:
         raise ValueError("The validation rows have no answers: pass labeled rows to fit a temperature.")
+    answered = prediction.with_answers()
+    log_probs, target = _log_probs(answered), cast(NDArray[np.integer], answered.target)
 
     def loss(log_temperature: float) -> float:
         return mixture_nll(log_probs, target, math.exp(log_temperature))

@@ -155,5 +155,5 @@ def largest_passing(passes: Callable[[float], bool], limit: float, num_bisection
 
 def mixture_nll(prediction: Prediction | NumericPrediction) -> float:
     """Return the NLL of the mixture of the draws, in nats per row."""
-    log_likelihood = prediction.log_likelihood.astype(np.float64)
+    log_likelihood = prediction.with_answers().log_likelihood.astype(np.float64)
     return float(-(logsumexp(log_likelihood, axis=0) - np.log(len(log_likelihood))).mean())

@@ -6,6 +6,7 @@ last real token of each row is kept, so left padding is not needed.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,9 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch on ``device``."""
+        """Return the batch on ``device``. Apple's GPUs get float32 for float64."""
+        if torch.device(device).type == "mps":
+            return self.map(lambda t: (t.float() if t.dtype == torch.float64 else t).to(device))
         return self.map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
@@ -154,11 +157,16 @@ def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int
     targets = [e.target for e in examples]
     return Batch(
         inputs=inputs,
-        target=None if any(t is None for t in targets) else torch.tensor(targets),
+        target=None if any(t is None for t in targets) else collate_targets(targets),
         index=torch.tensor(list(index)),
         last=torch.tensor([len(e) - 1 for e in examples]),
         extras={k: torch.tensor([e.extras[k] for e in examples]) for k in examples[0].extras},
     )
+
+
+def collate_targets(targets: Sequence[Any]) -> Tensor:
+    """Class indices are int64, numbers float64: float32 would round targets that are much larger than their spread."""
+    return torch.tensor(targets, dtype=torch.float64 if any(isinstance(t, float) for t in targets) else None)
 
 
 @known_arguments

@@ -3,15 +3,17 @@
 import logging
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .._arguments import known_arguments
-from .._errors import describe
 from .._process.lock import LOCK
+from .._values import is_missing, plain
 from ..lora.position_table import position_limit, trained_positions
 from ..lora.targets import input_embeddings
 from .batch import Example
+from .containers import check_row
 from .rows import Row
 
 logger = logging.getLogger(__name__)
@@ -43,12 +45,11 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
     """
     examples = []
     for i, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise TypeError(f"Row {i} is {describe(row)}; expected a dict such as {{'question': ...}}.")
+        check_row(row, i)
         where = f"Row {i}" + (f" (id {row['id']!r})" if "id" in row else "")
         try:
             with LOCK:  # two threads cannot use a fast tokenizer at once
-                example = encode_row(row)
+                example = _plain(encode_row(row))
         except (ValueError, KeyError, TypeError) as error:
             message = error.args[0] if error.args else error
             raise ValueError(f"{where}: {message}") from error
@@ -59,6 +60,12 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
     if cut := sum(example.is_cut for example in examples):
         logger.warning("%d of %d rows were longer than max_length and lost the end of their text.", cut, len(examples))
     return examples
+
+
+def _plain(example: Example) -> Example:
+    """Give an example a Python number as its target, or None where the row has no answer."""
+    target = None if is_missing(example.target) else plain(example.target)
+    return example if target is example.target else replace(example, target=target)
 
 
 def _check_example(example: Example, row: Row, where: str, *, need_target: bool) -> None:

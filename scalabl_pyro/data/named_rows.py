@@ -12,6 +12,7 @@ from typing import Any
 
 from .._errors import describe
 from ..storage import json_reader
+from .containers import as_rows
 
 Row = Mapping[str, Any]
 
@@ -43,7 +44,7 @@ def read_named(
     """
     text = os.fspath(name)
     if isinstance(name, str) and text.startswith(HUB):
-        return [convert(row) for row in _load_from_hub(text, {"split": split, **load_options})]
+        return [convert(row) for row in as_rows(_load_from_hub(text, {"split": split, **load_options}))]
     refuse_load_options(load_options)
     path = Path(name)
     if path.suffix.lower() in SUFFIXES and not _exists(path.is_dir):

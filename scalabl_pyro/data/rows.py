@@ -1,4 +1,4 @@
-"""Rows: dicts from a JSONL file, from a Hugging Face data set, or from any iterable.
+"""Rows: dicts from a JSONL file, from a Hugging Face data set, or from any container of rows.
 
 A task turns each row into an :class:`~scalabl_pyro.data.Example`.
 """
@@ -9,6 +9,8 @@ from typing import Any
 
 from .._arguments import kind_of, known_arguments
 from .._errors import describe
+from .._values import integer, number, plain
+from .containers import as_rows
 from .named_rows import Row, read_named, refuse_load_options
 
 #: Kinds of objects that hold no rows, and what to pass instead.
@@ -33,8 +35,10 @@ def read_rows(
     Rows of known multiple-choice data sets from the hub are converted to one form, see :func:`as_question`.
 
     Args:
-        source: Path of a ``.jsonl`` file, ``"hf://owner/name"`` for a data set of the hub, or the rows themselves. Any
-            other string is refused, so that a text never leaves the machine as the name of a data set.
+        source: Path of a ``.jsonl`` file, ``"hf://owner/name"`` for a data set of the hub, or the rows: an iterable of
+            dicts, a dict of columns, a ``datasets.Dataset``, a pandas or polars DataFrame, a pyarrow table, a NumPy
+            structured array, or a map-style torch Dataset. Any other string is refused, so that a text never leaves
+            the machine as the name of a data set.
         split: Split of a hub data set.
         load_options: Options of ``datasets.load_dataset``, such as ``name="ARC-Easy"`` for a configuration.
 
@@ -43,7 +47,8 @@ def read_rows(
 
     Raises:
         FileNotFoundError: The ``.jsonl`` file does not exist.
-        TypeError: ``source`` is a single dict, is not iterable, or is not a hub data set while there are load options.
+        TypeError: ``source`` is a single row, a list of texts, several splits, or no container, or it is not a hub
+            data set while there are load options.
         ValueError: ``source`` is a text or a folder, a line is not a JSON object, or there are no rows.
 
     Example:
@@ -59,7 +64,7 @@ def read_rows(
     else:
         refuse_load_options(load_options)
         _refuse_other_objects(source)
-        rows = list(source)
+        rows = as_rows(source)
     if not rows:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "The data set"
         raise ValueError(f"{name} has no rows.")
@@ -67,15 +72,10 @@ def read_rows(
 
 
 def _refuse_other_objects(source: Any) -> None:
-    """Raise TypeError if an object that users mix up with rows was given, or nothing that can be iterated."""
-    kind = kind_of(source)
-    way = NO_ROWS.get(kind)
-    if isinstance(source, Mapping) and way is None:
-        way = "A single row goes into a list: [row]. For a dict of columns, pass datasets.Dataset.from_dict(columns)."
-    if way is None and isinstance(source, Iterable) and not isinstance(source, bytes | bytearray):
-        return
-    expected = "Expected rows (a list of dicts, a Dataset, the path of a .jsonl file)"
-    raise TypeError(f"{expected}, got {describe(source)}. {way or ''}".rstrip())
+    """Raise TypeError if an object that users mix up with rows was given."""
+    if way := NO_ROWS.get(kind_of(source)):
+        expected = "Expected rows (a list of dicts, a Dataset, the path of a .jsonl file)"
+        raise TypeError(f"{expected}, got {describe(source)}. {way}")
 
 
 @known_arguments
@@ -100,9 +100,10 @@ def as_question(row: Row) -> Row:
         question = row.get("question_stem", row.get("question"))
         return _question(row, question, list(choices["text"]), labels.index(key) if key in labels else None)
     if {"sentence", "option1", "option2"} <= set(row):
-        answer = int(row["answer"]) - 1 if row.get("answer") in ("1", "2") else None
+        option = integer(number(row.get("answer"), from_text=True))
+        answer = option - 1 if option in (1, 2) else None
         return _question(row, row["sentence"], [row["option1"], row["option2"]], answer)
-    if isinstance(row.get("answer"), bool) and "passage" in row:
+    if isinstance(plain(row.get("answer")), bool) and "passage" in row:
         question = f"{row['passage']}\n{row['question'].capitalize().rstrip('?')}?"
         return _question(row, question, ["yes", "no"], 0 if row["answer"] else 1)
     return row

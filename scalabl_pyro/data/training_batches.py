@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from .._arguments import known_arguments
+from .._errors import check_count
 from .._process.random_state import scoped_seed
+from .._values import plain
 from .batch import Batch, Example, collate
 from .encoding import encode
 from .rows import Row, read_rows
@@ -99,7 +101,7 @@ def training_source(
     """Return the function ``step -> batch`` that training reads, and the size N of the data set.
 
     Args:
-        data: Rows (dicts, a ``datasets.Dataset``, the path of a JSONL file), or an iterable of :class:`Batch` that can
+        data: Rows in any form that ``read_rows`` takes, or an iterable of :class:`Batch` that can
             be restarted, such as a DataLoader.
         encode_row: The task's method ``encode``.
         batch_size: Largest number of rows per batch, for data given as rows.
@@ -128,6 +130,9 @@ def training_source(
         first = None if isinstance(data, str) or not isinstance(data, Iterable) else next(iter(data), None)
     if isinstance(data, Iterator) and first is not None:
         data = itertools.chain([first], data)  # put back the batch that was taken out
+    num_data = plain(num_data)
+    if num_data is not None:
+        check_count(num_data=num_data)
     if isinstance(first, Batch):
         if num_data is None:
             num_data = _sized(getattr(data, "dataset", None))
@@ -136,11 +141,23 @@ def training_source(
                 "train_data yields batches, so the size N of the data set is unknown: pass num_data=N. It weights the "
                 "log-likelihood against the KL."
             )
-        return Cycle(data, seed=seed, keeps_digest=keeps_digest), num_data
+        return Cycle(data, seed=seed, keeps_digest=keeps_digest, first=first), num_data
     examples = encode(read_rows(data), encode_row, need_target=True)
     if num_data not in (None, len(examples)):
         raise ValueError(f"num_data={num_data}, but train_data has {len(examples)} rows: leave num_data out.")
     return TrainingBatches(examples, batch_size, pad_token_id, seed=seed, multiple=multiple), len(examples)
+
+
+def seen_targets(batches: Callable[[int], Batch]) -> tuple[list[float | int], bool]:
+    """Return the training targets that are known before the first step, and whether these are all of them.
+
+    Args:
+        batches: The function that :func:`training_source` returned.
+    """
+    if isinstance(batches, TrainingBatches):
+        return [example.target for example in batches.examples if example.target is not None], True
+    first = batches.first if isinstance(batches, Cycle) else None
+    return [] if first is None or first.target is None else first.target.flatten().tolist(), False
 
 
 def _sized(data: Any) -> int | None:
@@ -158,6 +175,7 @@ class Cycle:
         batches: Iterable of batches that can be restarted.
         seed: Seed of what the iterable draws.
         keeps_digest: Whether to keep a digest of the batches, which a replay is compared with.
+        first: The first of them, whose targets a task sees before training.
 
     Attributes:
         count: Number of batches returned so far.
@@ -171,8 +189,11 @@ class Cycle:
         (1, 1, 2)
     """
 
-    def __init__(self, batches: Iterable[Batch], *, seed: int = 0, keeps_digest: bool = False) -> None:
+    def __init__(
+        self, batches: Iterable[Batch], *, seed: int = 0, keeps_digest: bool = False, first: Batch | None = None
+    ) -> None:
         self.batches = batches
+        self.first = first
         self.seed = seed
         self.iterator: Iterator[Batch] = iter(())
         self.count = 0

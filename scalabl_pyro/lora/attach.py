@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .._errors import check_choice
+from .._values import number, plain
 from .adapter import GAUGES, Adapter, Gauge
 from .adopt import adopt
 from .base_module import base_module, check_placement
@@ -45,6 +46,7 @@ def attach(
     try:
         check_choice("gauge", gauge, GAUGES)
         _check_module(module)
+        r, lora_alpha, lora_dropout, seed = map(plain, (r, lora_alpha, lora_dropout, seed))
         _check_numbers(lora_alpha, lora_dropout)
         if isinstance(modules_to_save, str):
             raise TypeError(f"modules_to_save={modules_to_save!r}: give a list of names, [{modules_to_save!r}].")
@@ -117,9 +119,9 @@ def _check_module(module: object) -> None:
 
 
 def _check_numbers(lora_alpha: object, lora_dropout: float) -> None:
-    if lora_alpha is not None and not (isinstance(lora_alpha, int | float) and 0 < lora_alpha < float("inf")):
+    if lora_alpha is not None and not 0 < (number(lora_alpha) or 0.0) < float("inf"):
         raise ValueError(f"lora_alpha={lora_alpha!r}: must be a positive number.")
-    if not 0 <= lora_dropout < 1:
+    if (chance := number(lora_dropout)) is None or not 0 <= chance < 1:
         raise ValueError(f"lora_dropout={lora_dropout!r}: must be at least 0 and below 1.")
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .._errors import ScalaBLWarning, nearest
+from .._values import plain
 from .default_targets import attention_layers, suitable, summary, used_layers
 from .module_paths import block_of, has_suffix, last_name, lies_in
 
@@ -248,7 +249,8 @@ def _suffixes(names: Iterable[str]) -> set[str]:
 
 
 def _keep_blocks(names: list[str], blocks: int | Iterable[int]) -> list[str]:
-    wanted = {blocks} if isinstance(blocks, int) else set(blocks)
+    blocks = plain(blocks)
+    wanted = {blocks} if isinstance(blocks, int) else {plain(block) for block in blocks}
     present = {block.index for name in names if (block := block_of(name)) is not None}
     if missing := wanted - present:
         exist = f"blocks {min(present)} to {max(present)} exist" if present else "no targeted layer lies in a block"

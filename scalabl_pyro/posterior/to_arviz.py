@@ -37,10 +37,15 @@ def as_arviz(
         groups["prior_predictive"] = arviz_data.per_row_group("label", _replicate(prior_prediction, seed))
     if prediction is not None:
         check_role("prediction", prediction, "prediction")
-        groups["posterior_predictive"] = arviz_data.per_row_group("label", _replicate(prediction, seed))
-        if prediction.target is not None:
-            groups["log_likelihood"] = arviz_data.per_row_group("label", prediction.log_likelihood)
-            groups["observed_data"] = arviz_data.observed_group("label", prediction.target)
+        known = prediction.is_answered
+        # ArviZ compares these groups row by row. So where only some rows have answers, all groups hold these rows.
+        rows = np.flatnonzero(known) if known.any() else np.arange(len(known))
+        replicates = _replicate(prediction, seed)[:, rows]
+        groups["posterior_predictive"] = arviz_data.per_row_group("label", replicates, rows)
+        if known.any():
+            answered = prediction.with_answers()
+            groups["log_likelihood"] = arviz_data.per_row_group("label", answered.log_likelihood, rows)
+            groups["observed_data"] = arviz_data.observed_group("label", np.asarray(answered.target), rows)
     attrs = {
         "inference_library": "scalabl_pyro",
         "inference_library_version": __version__,

@@ -4,15 +4,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from .._process.random_state import Stream, derive_seed
-from ..data.batch import Batch, Example
+from ..data.batch import Batch, Example, collate_targets
 from ..model.passes import Passes
 from ..tasks import Task, at_least_float32
+from .answered import join_targets
 from .result import NumericPrediction, Prediction
 
 Part = tuple[Tensor, dict[str, Tensor]]
@@ -45,7 +45,7 @@ def predict_batches(
         FloatingPointError: If an output is NaN.
     """
     start = time.perf_counter()
-    collect = _Collector(task, passes.batches, seed=seed)
+    collect = _Collector(task, examples, seed=seed)
     parts = passes.map(lambda batch: collect(batch, outputs_of(batch)), progress=progress)
     return _as_prediction(parts, collect, examples, is_mean=is_mean, seconds=time.perf_counter() - start)
 
@@ -73,7 +73,7 @@ def predict_from_outputs(
     Raises:
         FloatingPointError: If an output is NaN.
     """
-    collect = _Collector(task, [batch for batch, _ in outputs], seed=seed)
+    collect = _Collector(task, examples, seed=seed)
     parts = [collect(batch, draws) for batch, draws in outputs]
     return _as_prediction(parts, collect, examples, is_mean=is_mean, seconds=seconds)
 
@@ -83,13 +83,18 @@ class _Collector:
 
     Args:
         task: Task that defines the likelihood.
-        batches: All batches: where one row has no answer, no row is scored.
+        examples: Tokenized rows, which may lack an answer.
         seed: Seed of the simulated answers.
     """
 
-    def __init__(self, task: Task, batches: Sequence[Batch], *, seed: int) -> None:
+    def __init__(self, task: Task, examples: Sequence[Example], *, seed: int) -> None:
         self.task = task
-        self.is_scored = all(batch.target is not None for batch in batches)
+        self.targets = [e.target for e in examples]
+        known = [target for target in self.targets if target is not None]
+        self.are_all_known = len(known) == len(self.targets)
+        # A row without an answer is scored as if it had the first known one, which the likelihood allows. This score
+        # is overwritten by NaN.
+        self.filled = collate_targets([known[0] if t is None else t for t in self.targets]) if known else None
         # The draws of s come from the plain seed: with the same random numbers the answers would follow them.
         self.is_normal = False
         self.noise = Stream(derive_seed(seed, "answers"))
@@ -97,7 +102,7 @@ class _Collector:
     def __call__(self, batch: Batch, outputs: Tensor) -> Part:
         """Log probabilities, or moments, given ``outputs`` (S, B, K): each (S, B, ...), on the CPU."""
         _check_outputs(batch, outputs)
-        if not self.is_scored:
+        if not self.are_all_known:
             batch = batch.without_target()
         d: Any = self.task.distribution(outputs.to(batch.index.device), batch)
         if isinstance(d, dist.Categorical):
@@ -107,8 +112,11 @@ class _Collector:
                 replicates = d.sample()
             self.is_normal = isinstance(d, torch.distributions.Normal)
             kept = {"means": d.mean, "variances": d.variance, "replicates": replicates}
-            if batch.target is not None:
-                kept["log_density"] = d.log_prob(batch.target)
+            if self.filled is not None:
+                own = batch.index.cpu()
+                unknown = torch.tensor([self.targets[i] is None for i in own.tolist()], device=batch.index.device)
+                density = d.log_prob(self.filled[own].to(batch.index.device))
+                kept["log_density"] = density.masked_fill(unknown, torch.nan)
         shape = (len(outputs), len(batch))
         return batch.index.cpu(), {k: v.expand(*shape, *v.shape[2:]).cpu() for k, v in kept.items()}
 
@@ -129,8 +137,7 @@ def _as_prediction(
     """Join what was kept of each batch, rows back in the order of the data."""
     order = torch.cat([index for index, _ in parts]).argsort()
     kept = {k: torch.cat([part[k] for _, part in parts], dim=1)[:, order].numpy() for k in parts[0][1]}
-    targets = [e.target for e in examples]
-    target: Any = None if any(t is None for t in targets) else np.asarray(targets)
+    target = join_targets([e.target for e in examples], are_classes="log_probs" in kept)
     arrays: dict[str, Any] = dict(kept)
     if "log_probs" not in arrays:
         arrays.setdefault("log_density", None)

@@ -72,7 +72,7 @@ def predict(
     if cache_prefix:
         passes.prefixes = kept_prefixes(llm.adapter, passes.batches)
     s = s.to(passes.device)
-    outputs_of = _DrawOutputs(llm, task, size=min(draws_per_pass or len(s), len(s)))
+    outputs_of = _DrawOutputs(llm, task, size=int(min(draws_per_pass or len(s), len(s))))
     joint = current_processes()
     if joint.are_several:
         shared = list(

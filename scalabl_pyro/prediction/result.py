@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pandas as pd
@@ -10,23 +10,22 @@ from numpy.typing import NDArray
 
 from .. import metrics
 from .._arguments import known_arguments_of_methods
-from .._display import Summarized
+from ..data.labels import ClassName
 from ..metrics import Array
+from .answered import NO_ANSWERS, Answered, log_prob_of
 from .mixture import jackknife_entropy, log_mean_exp, normal_mixture_quantiles
-
-NO_ANSWERS = "These rows have no answers, so nothing can be scored. Predict rows that have answers."
 
 
 @known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
-class Prediction(Summarized):
+class Prediction(Answered):
     """Class probabilities of N rows under S draws.
 
     Uncertainties are in nats and split as H[E p] = E H[p] + I: total = aleatoric + epistemic (Depeweg et al., 2018).
 
     Attributes:
         log_probs: (S, N, C) log probabilities of each draw; -inf for choices that a row lacks.
-        target: (N,) class indices, or None where a row has no answer.
+        target: (N,) class indices, -1 where a row has no answer; None if no row has one.
         classes: Names of the C classes.
         is_mean: Whether the only draw is the posterior mean (``num_draws=0``).
         seconds: Time that the prediction took.
@@ -37,9 +36,11 @@ class Prediction(Summarized):
         array([[0.7, 0.3]])
     """
 
+    PER_DRAW: ClassVar = ("log_probs",)
+
     log_probs: Array
     target: NDArray[np.integer] | None
-    classes: tuple[str, ...]
+    classes: tuple[ClassName, ...]
     is_mean: bool = False
     seconds: float = float("nan")
 
@@ -84,11 +85,13 @@ class Prediction(Summarized):
 
     @property
     def log_likelihood(self) -> Array:
-        """(S, N) log probability of the target under each draw, nats."""
-        return np.take_along_axis(self.log_probs, self._labeled()[None, :, None], axis=2)[..., 0]
+        """(S, N) log probability of the target under each draw, nats; NaN where a row has no answer."""
+        return log_prob_of(self.log_probs, self.target)
 
     def metrics(self, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """Compute accuracy, NLL, calibration and selective-prediction metrics; see :mod:`scalabl_pyro.metrics`.
+
+        Rows without an answer do not count. If there are such rows, the column ``num_answered`` says how many count.
 
         Args:
             bootstrap: Number of resamples of the rows behind ``low`` and ``high``; 0 for none.
@@ -101,14 +104,10 @@ class Prediction(Summarized):
         Raises:
             ValueError: If the rows have no answers, or if an option is out of range.
         """
-        return metrics.classification_report(
-            self.probs,
-            self._labeled(),
-            log_likelihood=log_mean_exp(self.log_likelihood),
-            bootstrap=bootstrap,
-            level=level,
-            seed=seed,
-        )
+        scored = self.with_answers()
+        options: dict[str, Any] = {"bootstrap": bootstrap, "level": level, "seed": seed}
+        options["log_likelihood"] = log_mean_exp(scored.log_likelihood)
+        return self._with_count(metrics.classification_report(scored.probs, cast(Array, scored.target), **options))
 
     def to_frame(self) -> pd.DataFrame:
         """Make a table of predicted class, its probability, uncertainties and known target, one line per row."""
@@ -122,22 +121,18 @@ class Prediction(Summarized):
             }
         )
         if self.target is not None:
-            frame["target"] = np.asarray(self.classes, dtype=object)[self.target]
+            names = np.asarray([*self.classes, None], dtype=object)  # the last one for -1
+            frame["target"] = names[self.target]
         return frame
-
-    def _labeled(self) -> NDArray[np.integer]:
-        if self.target is None:
-            raise ValueError(NO_ANSWERS)
-        return self.target
 
     def _summary(self) -> Mapping[str, object]:
         facts = {"rows": self.log_probs.shape[1], "draws": self.num_draws, "classes": len(self.classes)}
-        return {**facts, "answers": self.target is not None, "seconds": self.seconds}
+        return {**facts, "answers": self._answers(), "seconds": self.seconds}
 
 
 @known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
-class NumericPrediction(Summarized):
+class NumericPrediction(Answered):
     """Predictive distribution of N numbers under S draws, for likelihoods that are not categorical.
 
     The predictive distribution of a row is the mixture of the likelihoods of its S draws, with equal weights.
@@ -147,8 +142,8 @@ class NumericPrediction(Summarized):
         means: (S, N) mean of each draw's likelihood.
         variances: (S, N) variance of each draw's likelihood.
         replicates: (S, N) one simulated answer per draw.
-        log_density: (S, N) log density of the target, nats, or None.
-        target: (N,) numbers, or None where a row has no answer.
+        log_density: (S, N) log density of the target, nats, NaN where a row has no answer; None if no row has one.
+        target: (N,) numbers, NaN where a row has no answer; None if no row has one.
         is_mean: Whether the only draw is the posterior mean (``num_draws=0``).
         seconds: Time that the prediction took.
         is_normal: Whether each draw's likelihood is a normal distribution, so that means and variances define it.
@@ -159,6 +154,8 @@ class NumericPrediction(Summarized):
         >>> NumericPrediction(one, one + 1, one, None, None, is_normal=True).interval(0.9).round(3)
         array([[-1.645,  1.645]])
     """
+
+    PER_DRAW: ClassVar = ("means", "variances", "replicates", "log_density")
 
     means: Array
     variances: Array
@@ -201,7 +198,7 @@ class NumericPrediction(Summarized):
 
     @property
     def log_likelihood(self) -> Array:
-        """(S, N) log density of the target under each draw, nats."""
+        """(S, N) log density of the target under each draw, nats; NaN where a row has no answer."""
         if self.log_density is None:
             raise ValueError(NO_ANSWERS)
         return self.log_density
@@ -240,6 +237,8 @@ class NumericPrediction(Summarized):
     def metrics(self, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """Compute RMSE, MAE and NLL (nats) of the predictive mixture.
 
+        Rows without an answer do not count. If there are such rows, the column ``num_answered`` says how many count.
+
         Args:
             bootstrap: Number of resamples of the rows behind ``low`` and ``high``; 0 for none.
             level: Coverage of the bootstrap intervals, between 0 and 1.
@@ -251,8 +250,9 @@ class NumericPrediction(Summarized):
         Raises:
             ValueError: If the rows have no answers, or if an option is out of range.
         """
-        log_mixture = log_mean_exp(self.log_likelihood)
-        error = self.mean - cast(Array, self.target)
+        scored = self.with_answers()
+        log_mixture = log_mean_exp(scored.log_likelihood)
+        error = scored.mean - cast(Array, scored.target)
 
         def scores(rows: NDArray[np.integer] | slice) -> dict[str, float]:
             return {
@@ -261,7 +261,7 @@ class NumericPrediction(Summarized):
                 "nll": float(-log_mixture[rows].mean()),
             }
 
-        return metrics.report(scores, len(error), bootstrap=bootstrap, level=level, seed=seed)
+        return self._with_count(metrics.report(scores, len(error), bootstrap=bootstrap, level=level, seed=seed))
 
     def to_frame(self, *, level: float = 0.9) -> pd.DataFrame:
         """Make a table of one line per row.
@@ -297,4 +297,4 @@ class NumericPrediction(Summarized):
     def _summary(self) -> Mapping[str, object]:
         likelihood = "normal" if self.is_normal else "not normal"
         facts = {"rows": self.means.shape[1], "draws": self.num_draws, "likelihood": likelihood}
-        return {**facts, "answers": self.target is not None, "seconds": self.seconds}
+        return {**facts, "answers": self._answers(), "seconds": self.seconds}

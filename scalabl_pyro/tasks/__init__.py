@@ -8,7 +8,8 @@ A task is the likelihood half of the Pyro program. To write one, subclass :class
 from .base import Task, at_least_float32, copy_task
 from .multiple_choice import MultipleChoice
 from .registry import TASKS, from_options, to_config
-from .text import Regression, SequenceClassification
+from .regression import Regression
+from .text import SequenceClassification
 
 __all__ = [
     "TASKS",

@@ -1,8 +1,7 @@
 """Base class of tasks: a task turns a row into tokens, and the LLM's output into a distribution over the answer."""
 
 import copy
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,8 +13,10 @@ from .._arguments import check_role
 from .._errors import nearest
 from .._process.lock import LOCK
 from .._process.pyro_modes import Program
+from .._values import integer, is_missing, shown, text
 from ..data.batch import Batch, Example
 from ..data.encoding import check_tokens
+from ..data.labels import ClassName
 from ..data.rows import Row
 from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
@@ -55,10 +56,12 @@ class Task(Program):
     #: Names of the constructor arguments besides the tokenizer. They are saved with a posterior, passed to the
     #: constructor on loading, and shown by ``repr``.
     options: tuple[str, ...] = ("max_length",)
+    #: Options that files of earlier versions lack, with the values that mean what these versions did.
+    added_options: Mapping[str, Any] = {}
     #: Whether the task works without a tokenizer.
     without_tokenizer = True
     #: Names of the classes. None for a likelihood over numbers.
-    classes: Sequence[str] | None = None
+    classes: Sequence[ClassName] | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, *, max_length: int | None = None) -> None:
         super().__init__()
@@ -70,10 +73,11 @@ class Task(Program):
                 "The tokenizer has no pad token, so prompts of different length cannot share a batch: set "
                 "tokenizer.pad_token = tokenizer.eos_token."
             )
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        length = integer(max_length)
+        if max_length is not None and (length is None or length < 1):
             raise ValueError(f"max_length={max_length!r} must be a positive whole number of tokens, or None.")
         self.tokenizer: Any = tokenizer
-        self.max_length = max_length
+        self.max_length = length
 
     @property
     def pad_token_id(self) -> int:
@@ -105,6 +109,16 @@ class Task(Program):
             ValueError: A token has no embedding, or an example is longer than the LLM's table of positions.
         """
         check_tokens(examples, adapter.module, self.pad_token_id)
+
+    def prepare(self, targets: Sequence[float | int], *, are_all: bool) -> None:
+        """Learn from training targets what the task must know before training starts. By default, that is nothing.
+
+        :func:`scalabl_pyro.fit` calls it once, before it builds the optimizer.
+
+        Args:
+            targets: Training targets.
+            are_all: Whether these are all of them. False if ``train_data`` yields batches: then they are the first.
+        """
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Run the LLM, and return what the likelihood needs of its output. By default, these are the logits.
@@ -180,9 +194,35 @@ def field_of(row: Row, name: str) -> Any:
     return row[name]
 
 
-def is_missing(value: Any) -> bool:
-    """Whether a value is None, or the NaN that stands for None in tables."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+def text_of(row: Row, name: str) -> str:
+    """Return the text in a field that a row must have.
+
+    Raises:
+        ValueError: The field does not exist, its value is missing, or it is not a text.
+    """
+    value = field_of(row, name)
+    found = text(value)
+    if found is None:
+        raise ValueError(f"the field {name!r} holds {shown(value)}, which is not a text: give one str per row.")
+    return found
+
+
+def texts_of(row: Row, name: str) -> list[str]:
+    """Return the texts in a field that holds a list of them.
+
+    Raises:
+        ValueError: The field does not exist, or it is not a list of texts.
+    """
+    values = field_of(row, name)
+    if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list of texts, got a {type(values).__name__}.")
+    values = list(values)
+    if any(is_missing(value) for value in values):
+        raise ValueError(f"{name}={values} contains a missing text (None or NaN).")
+    found = [text(value) for value in values]
+    if wrong := [value for value, one in zip(values, found, strict=True) if one is None]:
+        raise ValueError(f"{name} must be a list of texts, but it contains {shown(wrong[0])}.")
+    return [one for one in found if one is not None]
 
 
 def _short(value: Any, limit: int = 40) -> str:

@@ -1,9 +1,8 @@
 """Multiple-choice questions, which the LLM answers with the label of a choice."""
 
-import numbers
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.batch import Batch, Example
+from ..data.labels import choice_index
 from ..data.rows import Row
 from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
 from ..lora.look_ahead import needs_mask
-from .base import Task, at_least_float32, field_of, is_missing
+from .base import Task, at_least_float32, text_of, texts_of
 from .chat import ChatPrompt, check_chat_options
 from .label_tokens import check_end, find_label_tokens, separator
 
@@ -27,8 +27,9 @@ LETTERS = tuple(string.ascii_uppercase)
 class MultipleChoice(Task):
     """Task for multiple-choice questions. The LLM answers with one token, the label (A, B, C, ...) of a choice.
 
-    Rows are ``{"question": str, "choices": [str, ...], "answer": int}``. The answer may also be a label, and may be
-    missing in prediction. The likelihood is categorical; its logits are those of the labels at the last prompt token.
+    Rows are ``{"question": str, "choices": [str, ...], "answer": int}``. The answer may also be a label or the text of
+    a choice. In prediction it may be missing (None, NaN, or -1). The likelihood is categorical; its logits are those of
+    the labels at the last prompt token.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a pad token.
@@ -95,19 +96,14 @@ class MultipleChoice(Task):
 
     def encode(self, row: Row) -> Example:
         """Tokenize the prompt, and find the index of the answer and the number of choices."""
-        choices = field_of(row, "choices")
-        if isinstance(choices, str | Mapping) or not isinstance(choices, Iterable):
-            raise ValueError(f"choices must be a list of texts, got a {type(choices).__name__}.")
-        choices = list(choices)
-        if any(is_missing(choice) for choice in choices):
-            raise ValueError(f"choices={choices} contains a missing choice (None).")
+        choices = texts_of(row, "choices")
         if len(choices) < 2:
             self._refuse_number(len(choices))
         ids = self._prompt_tokens(row)
         is_cut = self.max_length is not None and len(ids) > self.max_length
         if is_cut:
             ids = self._shorten(row, len(ids))
-        answer = self._answer(row.get("answer"), choices)
+        answer = choice_index(row.get("answer"), self.labels, choices)
         return Example({"input_ids": ids}, answer, {"num_choices": len(choices)}, is_cut=is_cut)
 
     def prompt(self, row: Row) -> str:
@@ -167,11 +163,11 @@ class MultipleChoice(Task):
 
     def _fill(self, row: Row) -> str:
         """Return the template with question and choices."""
-        choices = list(row["choices"])
+        choices = texts_of(row, "choices")
         if len(choices) > len(self.labels):
             self._refuse_number(len(choices))
         lines = "\n".join(f"{label}. {choice}" for label, choice in zip(self.labels, choices, strict=False))
-        fill = {"{choices}": lines, "{question}": str(field_of(row, "question"))}
+        fill = {"{choices}": lines, "{question}": text_of(row, "question")}
         return re.sub(r"\{(choices|question)\}", lambda match: fill[match[0]], self.template)
 
     def _text_before_label(self, row: Row) -> str:
@@ -223,21 +219,10 @@ class MultipleChoice(Task):
             "labels are the letters that the tokenizer writes as one token; pass labels= for others."
         )
 
-    def _answer(self, answer: Any, choices: Sequence[str]) -> int | None:
-        if answer is None:
-            return None
-        index = self.labels.index(answer) if isinstance(answer, str) and answer in self.labels else answer
-        if not isinstance(index, numbers.Integral) or int(index) not in range(len(choices)):
-            raise ValueError(
-                f"answer={answer!r} is outside the {len(choices)} choices: give an index from 0 to {len(choices) - 1}"
-                f" or a label from {self.labels[0]} to {self.labels[len(choices) - 1]}."
-            )
-        return int(index)
-
     def _shorten(self, row: Row, length: int) -> list[int]:
         """Cut the end of the question, but never the choices or the end of the prompt."""
         assert self.max_length is not None
-        question = self.tokenizer(str(row["question"]), add_special_tokens=False).input_ids
+        question = self.tokenizer(text_of(row, "question"), add_special_tokens=False).input_ids
         ids: list[int] = []
         while question and length > self.max_length:
             question = question[: self.max_length - length]

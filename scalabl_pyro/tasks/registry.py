@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from .._errors import nearest
 from .base import Task
 from .multiple_choice import MultipleChoice
-from .text import Regression, SequenceClassification
+from .regression import Regression
+from .text import SequenceClassification
 
 #: Classes of this library, by name.
 TASKS: dict[str, type[Task]] = {task.__name__: task for task in (MultipleChoice, SequenceClassification, Regression)}
@@ -37,7 +38,7 @@ def from_options(name: str, tokenizer: PreTrainedTokenizerBase, options: Mapping
     task = TASKS[name]
     if unknown := sorted(set(options) - set(task.options)):
         raise ValueError(f"unknown options of {name}: {unknown}. {nearest(unknown[0], task.options)}")
-    return task(tokenizer, **options)
+    return task(tokenizer, **{**task.added_options, **options})
 
 
 def _jsonable(value: Any) -> Any:

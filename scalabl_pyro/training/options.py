@@ -9,6 +9,8 @@ from pyro.infer import ELBO
 
 from .._arguments import known_arguments_of_methods, suggest
 from .._errors import check_choice, check_count, check_not_negative, check_positive, describe
+from .._process.random_state import as_seed
+from .._values import plain
 from ..guides import INIT_SCALE
 from .objective import weight_at
 
@@ -56,6 +58,7 @@ class OptimizerOptions:
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         for name in ("lr_loc", "factor_scale"):
             if getattr(self, name) is not None:
                 check_positive(**{name: getattr(self, name)})
@@ -93,6 +96,7 @@ class CheckpointOptions:
     resume: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         check_count(every=self.every, keep=self.keep)
         if self.resume not in ("auto", True, False):
             raise ValueError(f"resume={self.resume!r}: expected 'auto', True or False.")
@@ -130,6 +134,7 @@ class HardwareOptions:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         if self.micro_batch_size is not None:
             check_count(micro_batch_size=self.micro_batch_size)
         if self.cuda_graph not in (True, False, "auto"):
@@ -181,6 +186,7 @@ class TrainingOptions:
     hardware: HardwareOptions = field(default_factory=HardwareOptions)
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         check_count(num_steps=self.num_steps, batch_size=self.batch_size)
         check_positive(lr=self.lr, lr_A=self.lr_A, init_scale=self.init_scale)
         check_choice("draws", self.draws, ("per_example", "shared"))
@@ -189,8 +195,7 @@ class TrainingOptions:
             weight_at(self.kl_weight, 0)
         if self.elbo is not None and not isinstance(self.elbo, ELBO):
             raise TypeError(f"elbo={self.elbo!r}: expected an instance such as pyro.infer.Trace_ELBO().")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise TypeError(f"seed={self.seed!r}: expected an integer.")
+        as_seed(self.seed)
         for name, kind in GROUPS.items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected scalabl_pyro.{kind.__name__}(...).")
@@ -279,6 +284,12 @@ def optimizer_with(given: OptimizerOptions | Mapping[str, Any] | None, **own: An
         default = OptimizerOptions()
         unset = {name for name in own if getattr(options, name) == getattr(default, name)}
     return replace(options, **{name: own[name] for name in unset})
+
+
+def _make_plain(options: Any) -> None:
+    """Turn NumPy and torch scalars into Python values, which checkpoints can hold."""
+    for option in fields(options):
+        object.__setattr__(options, option.name, plain(getattr(options, option.name)))
 
 
 def _is_real(value: object) -> bool:

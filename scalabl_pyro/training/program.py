@@ -10,7 +10,7 @@ import torch
 from .._process.random_state import Stream, derive_seed
 from .._process.stop_signals import StopSignals
 from ..data.batch import Batch
-from ..data.training_batches import TrainingBatches, training_source
+from ..data.training_batches import TrainingBatches, seen_targets, training_source
 from ..distributed.processes import Processes
 from ..guides import Guide, GuideLike, ParticleGuide, as_guide
 from ..lora.base_module import check_has_values
@@ -146,6 +146,9 @@ def build_program(
         multiple=_width_multiple(blora) if hardware.cuda_graph else 1,
         keeps_digest=keeps_digest,
     )
+    targets, are_all = seen_targets(batches)
+    if targets:
+        task.prepare(targets, are_all=are_all)
     if isinstance(batches, TrainingBatches):
         task.check_llm(blora.adapter, batches.examples)
     moved = choose_start(blora, task, reset=reset)  # after the data were read: bad rows change nothing

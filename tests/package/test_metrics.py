@@ -422,3 +422,67 @@ def test_probabilities_that_rounding_lifts_above_one_are_still_probabilities(abo
     labels = np.array([0, 0])
     for name, fn in CLASSIFICATION.items():
         assert fn(rounded, labels) == pytest.approx(fn(exact, labels), abs=1e-3, nan_ok=True), name
+
+
+# each function alone ------------------------------------------------------------------------------------------
+
+SINGLE = {
+    **CLASSIFICATION,
+    "reliability": metrics.reliability,
+    "risk_coverage": metrics.risk_coverage,
+    "classification_report": classification_report,
+}
+WRONG = {
+    "unknown label": (PROBS, np.array([0, 1, 2, -1]), r"Labels must lie in 0 to 2, got -1 to 2.*not known"),
+    "label out of range": (PROBS, np.array([0, 1, 2, 3]), r"Labels must lie in 0 to 2, got 0 to 3"),
+    "one label": (PROBS, LABELS[:1], r"probs has shape \(4, 3\), labels \(1,\)"),
+    "column of labels": (PROBS, LABELS[:, None], r"labels \(4, 1\)"),
+    "float labels": (PROBS, LABELS.astype(float), r"Labels must be integers"),
+    "bool labels": (PROBS[:, :2] / PROBS[:, :2].sum(1, keepdims=True), LABELS > 0, r"Labels must be integers"),
+    "class 1 alone": (PROBS[:, 1], LABELS, r"probs has shape \(4,\).*np\.stack\(\[1 - p, p\]"),
+    "percentages": (100 * PROBS, LABELS, r"sum to 1\. They sum to 100: divide"),
+    "logits": (np.log(PROBS + 0.01) - 3, LABELS, r"logits or log probabilities\. Apply softmax"),
+    "positive logits": (PROBS + 3, LABELS, r"The sums lie between 10 and 10"),
+    "NaN": (np.where(np.arange(4)[:, None] == 1, np.nan, PROBS), LABELS, r"Some are NaN"),
+    "texts": (np.full((4, 3), "a"), LABELS, r"must hold real numbers"),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize(("probs", "labels", "message"), WRONG.values(), ids=WRONG)
+def test_a_metric_alone_refuses_what_it_would_misread(name, probs, labels, message):
+    with pytest.raises(ValueError, match=message):
+        SINGLE[name](probs, labels)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("kind", [list, torch.tensor], ids=["list", "tensor"])
+def test_a_metric_alone_reads_lists_and_tensors(name, kind):
+    expected, found = SINGLE[name](PROBS, LABELS), SINGLE[name](kind(PROBS), kind(LABELS))
+    np.testing.assert_allclose(np.asarray(found, dtype=float), np.asarray(expected, dtype=float))
+
+
+@pytest.mark.parametrize("probs", [100 * PROBS, np.log(PROBS + 0.01), np.full((2, 2), np.nan)], ids=["%", "log", "nan"])
+def test_an_entropy_of_what_is_not_probabilities_is_refused(probs):
+    with pytest.raises(ValueError, match="Each row of probs must be finite"):
+        metrics.entropy(probs)
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "message"),
+    [
+        ([0.1, np.nan], [0.3, 0.4], r"scores of rows \[1\] are NaN"),
+        ([[0.1], [0.2]], [[0.3]], r"shapes \(2, 1\) and \(1, 1\)"),
+        ([], [0.3], r"shapes \(0,\) and \(1,\)"),
+    ],
+)
+def test_scores_that_cannot_be_ranked_are_refused(inside, outside, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.ood_auroc(np.array(inside), np.array(outside))
+
+
+def test_positives_that_are_not_true_or_false_are_refused():
+    with pytest.raises(ValueError, match="score has shape"):
+        metrics.auroc(np.ones(3), np.array([True, False]))
+    with pytest.raises(ValueError, match="True and False"):
+        metrics.auroc(np.ones(3), np.array([0, 1, 2]))

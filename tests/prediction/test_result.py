@@ -10,6 +10,7 @@ from scipy import stats
 from scipy.special import digamma
 
 import scalabl_pyro as sp
+from scalabl_pyro._display import Summarized
 from scalabl_pyro.analysis.checks import Finding, as_diagnosis
 from scalabl_pyro.analysis.psis import LOO, LogWeights
 from scalabl_pyro.prediction.mixture import normal_mixture_quantiles
@@ -244,7 +245,7 @@ def test_objects_show_their_facts_and_no_tensors(fitted, name):
 
 
 def test_html_is_escaped():
-    class Strange(sp.prediction.result.Summarized):
+    class Strange(Summarized):
         def _summary(self):
             return {"<b>": "<script>", "long": "x" * 500}
 

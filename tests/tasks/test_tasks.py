@@ -86,7 +86,7 @@ def test_an_answer_may_be_missing(task, row):
     assert encode_one(task, row).target is None
 
 
-@pytest.mark.parametrize("answer", [3, -1, "D", "blue", 1.5, "", [1]], ids=repr)
+@pytest.mark.parametrize("answer", [3, -2, "D", "bleu", 1.5, "", [1], True], ids=repr)
 def test_an_answer_outside_the_choices_is_refused_with_what_was_given(task, answer):
     with pytest.raises(ValueError, match=r"Row 0 \(id 'q0'\): answer=.*3 choices.*0 to 2.*from A to C") as error:
         encode_one(task, {**QUESTION, "answer": answer})
@@ -284,7 +284,7 @@ def test_a_class_is_an_index_or_a_name(tokenizer, label):
     assert example.inputs["input_ids"] == tokenizer(TEXT["text"]).input_ids
 
 
-@pytest.mark.parametrize("label", [3, -1, 1.5, float("nan"), float("inf"), [1]], ids=repr)
+@pytest.mark.parametrize("label", [3, -2, 1.5, float("inf"), [1]], ids=repr)
 def test_a_class_outside_the_classes_is_refused_with_what_was_given(tokenizer, label):
     with pytest.raises(ValueError, match=r"Row 0 \(id 't0'\): label .*3 classes \(0 to 2\)") as error:
         encode_one(classifying(tokenizer), {**TEXT, "label": label})
@@ -302,7 +302,7 @@ def test_a_number_is_read_as_a_float(tokenizer, value):
     assert isinstance(target, float) and target == float(value)
 
 
-@pytest.mark.parametrize(("value", "shown"), [("many", "'many'"), (float("inf"), "inf"), (float("nan"), "nan")])
+@pytest.mark.parametrize(("value", "shown"), [("many", "'many'"), (float("inf"), "inf"), (True, "True")])
 def test_a_target_that_is_no_finite_number_is_refused(tokenizer, value, shown):
     with pytest.raises(ValueError, match=rf"Row 0 \(id 't0'\): .*{shown}"):
         encode_one(regressing(tokenizer), {**TEXT, "label": value})
@@ -403,7 +403,7 @@ def test_repr_of_a_task_is_one_short_line_of_options(tokenizer, task):
         "SequenceClassification(classes=('no', 'yes', 'maybe'), text='text', target='label')"
     )
     assert repr(regressing(tokenizer, noise_scale=0.25, text_pair="other")) == (
-        "Regression(noise_scale=0.25, text='text', text_pair='other', target='label')"
+        "Regression(noise_scale=0.25, standardize=True, text='text', text_pair='other', target='label')"
     )
     assert repr(Counts(tokenizer)) == "Counts()"
     assert repr(Counts(tokenizer, max_length=5)) == "Counts(max_length=5)"
@@ -411,7 +411,7 @@ def test_repr_of_a_task_is_one_short_line_of_options(tokenizer, task):
     assert "classes=('class 0', ..., 'class 999')" in repr(sp.SequenceClassification(tokenizer, classes=many))
 
 
-@pytest.mark.parametrize("name", ["base", "multiple_choice", "text"])
+@pytest.mark.parametrize("name", ["base", "multiple_choice", "regression", "standardized_normal", "text"])
 def test_examples_of_docstrings_run(name, tokenizer):
     module = importlib.import_module(f"scalabl_pyro.tasks.{name}")
     result = doctest.testmod(module, extraglobs={"tokenizer": tokenizer})
@@ -640,8 +640,13 @@ def test_numbers_with_and_without_answers_are_predicted_together(regression, lon
     np.testing.assert_array_equal(
         prediction.means, result.posterior.predict(by_length, num_draws=2, batch_size=3).means
     )
-    with pytest.raises(ValueError, match="no answers"):
-        prediction.metrics()
+    known = [i for i, row in enumerate(half) if row["label"] is not None]
+    np.testing.assert_array_equal(prediction.target[known], [half[i]["label"] for i in known])
+    np.testing.assert_array_equal(prediction.is_answered, [row["label"] is not None for row in half])
+    answered = result.posterior.predict([half[i] for i in known], num_draws=2, batch_size=3)
+    assert prediction.metrics().pop("num_answered").tolist() == [6]
+    np.testing.assert_allclose(prediction.metrics()[["rmse", "mae", "nll"]], answered.metrics(), rtol=1e-5)
+    assert np.isnan(prediction.log_likelihood[:, ~prediction.is_answered]).all()
 
 
 # real data ----------------------------------------------------------------------------------------------------

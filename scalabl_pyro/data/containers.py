@@ -1,0 +1,138 @@
+"""Containers of rows: lists, tables and data sets of several libraries become a list of dicts."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._errors import describe
+from .._values import plain
+from .batch import Batch
+from .labels import ClassIndex
+
+EXPECTED = "Expected rows (a list of dicts, a Dataset, the path of a .jsonl file)"
+
+
+def as_rows(source: Any) -> list[Mapping[str, Any]]:
+    """Return the rows of a container.
+
+    A column of class names (``datasets.ClassLabel``) gives :class:`~scalabl_pyro.data.labels.ClassIndex`, so that a
+    task can match its classes by name.
+
+    Args:
+        source: Iterable of dicts; dict of columns of one length; ``datasets.Dataset`` or ``IterableDataset``; pandas or
+            polars DataFrame; pyarrow table; NumPy structured array; or any object with ``len`` and integer indices,
+            such as a map-style torch Dataset.
+
+    Returns:
+        The rows.
+
+    Raises:
+        TypeError: ``source`` is a single row, one column or text, several splits, or no container.
+        ValueError: Columns have different lengths, or the same name.
+
+    Example:
+        >>> as_rows({"text": ["the sky", "grass"], "label": [1, 0]})
+        [{'text': 'the sky', 'label': 1}, {'text': 'grass', 'label': 0}]
+    """
+    features = getattr(source, "features", None)
+    if isinstance(source, Mapping):
+        return _from_columns(source)
+    if _is_a(source, "datasets", "Dataset", "IterableDataset") and isinstance(features, Mapping):
+        return _named_classes(_without_format(source), features)
+    if _is_a(source, "pandas", "DataFrame"):
+        return _from_frame(source)
+    if _is_a(source, "polars", "DataFrame"):
+        return source.to_dicts()
+    if _is_a(source, "pyarrow", "Table"):
+        return source.to_pylist()
+    if isinstance(source, np.ndarray) and source.dtype.names is not None:
+        return [dict(zip(source.dtype.names, row.tolist(), strict=True)) for row in source.reshape(-1)]
+    if isinstance(source, str | bytes | np.ndarray | torch.Tensor) or _is_a(source, "pandas", "Series", "Index"):
+        raise TypeError(f"{EXPECTED}, got {describe(source)}, which has no named fields.")
+    if isinstance(source, Iterable):
+        return _checked(list(source))
+    if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+        return _checked([source[i] for i in range(len(source))])
+    raise TypeError(f"{EXPECTED}, got {describe(source)}.")
+
+
+def check_row(row: Any, i: int) -> None:
+    """Check that a row is a dict.
+
+    Args:
+        row: The row.
+        i: Its number, for the message.
+
+    Raises:
+        TypeError: It is not. The message says how to name the field of a text.
+    """
+    if isinstance(row, Mapping):
+        return
+    advice = "Pass the rows, not batches." if isinstance(row, Batch) else ""
+    if isinstance(row, str | bytes):
+        advice = "For a list of texts, pass [{'text': text} for text in texts]."
+    raise TypeError(
+        f"Row {i} is {describe(row)}; expected a dict such as {{'text': ..., 'label': ...}}. {advice}".rstrip()
+    )
+
+
+def _checked(rows: list[Any]) -> list[Mapping[str, Any]]:
+    for i, row in enumerate(rows):
+        if not isinstance(row, Batch):  # who takes rows only says so when it encodes them
+            check_row(row, i)
+    return rows
+
+
+def _from_columns(columns: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the rows of a dict of columns."""
+    if any(_is_a(value, "datasets", "Dataset", "IterableDataset") for value in columns.values()):
+        splits = list(columns)
+        raise TypeError(f"The data set holds the splits {splits}: choose one of them, data[{splits[0]!r}].")
+    if not columns or not all(map(_is_column, columns.values())):
+        fields = ", ".join(map(repr, columns))
+        raise TypeError(f"{EXPECTED}, got a dict with the fields {fields}. A single row goes into a list: [row].")
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"A dict of columns gives rows, but its columns have different lengths: {lengths}.")
+    return [dict(zip(columns, map(plain, values), strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _from_frame(frame: Any) -> list[Mapping[str, Any]]:
+    """Return the rows of a pandas DataFrame."""
+    names = [str(column) for column in frame.columns]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"The DataFrame has several columns named {sorted(twice)[0]!r}: give each column its own name."
+        )
+    return [dict(zip(names, row, strict=True)) for row in frame.itertuples(index=False)]
+
+
+def _is_column(value: Any) -> bool:
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.ndim > 0
+    return isinstance(value, list | tuple) or _is_a(value, "pandas", "Series") or _is_a(value, "datasets", "Column")
+
+
+def _without_format(data: Any) -> Any:
+    """Let a data set give Python values, unless the user set a transformation of their own."""
+    format_type = (getattr(data, "format", None) or {}).get("type")
+    return data.with_format(None) if format_type not in (None, "custom") else data
+
+
+def _named_classes(data: Iterable[Mapping[str, Any]], features: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the rows, with the names of the classes at the indices of their columns."""
+    names = {column: feature.names for column, feature in features.items() if _is_a(feature, "datasets", "ClassLabel")}
+    rows = list(data)
+    if not names:
+        return rows
+    return [
+        {**row, **{k: ClassIndex(v, own) for k, own in names.items() if type(v := plain(row.get(k))) is int}}
+        for row in rows
+    ]
+
+
+def _is_a(value: Any, package: str, *names: str) -> bool:
+    """Whether a class of the value has one of these names in a package, which need not be installed."""
+    return any(c.__name__ in names and c.__module__.split(".")[0] == package for c in type(value).__mro__)
