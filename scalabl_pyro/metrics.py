@@ -21,8 +21,8 @@ from scipy.stats import rankdata
 from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy
 
 from ._arguments import known_arguments
-from ._probabilities import as_probabilities, as_scores, check_probabilities
 from ._errors import check_count
+from ._probabilities import as_probabilities, as_scores, check_probabilities
 
 __all__ = [
     "accuracy",
