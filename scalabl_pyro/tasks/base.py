@@ -120,6 +120,9 @@ class Task(Program):
             are_all: Whether these are all of them. False if ``train_data`` yields batches: then they are the first.
         """
 
+    def restart(self) -> None:
+        """Forget what :meth:`prepare` learned, for ``fit(reset=True)``. By default, that is nothing."""
+
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Run the LLM, and return what the likelihood needs of its output. By default, these are the logits.
 

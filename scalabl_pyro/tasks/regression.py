@@ -64,6 +64,7 @@ class Regression(TextTask):
         if noise_scale is not None and not 0 < (number(noise_scale) or 0.0) < float("inf"):
             raise ValueError(f"noise_scale={noise_scale!r}: a standard deviation must be a positive finite number.")
         self.standardize = _as_pair(standardize)
+        self._learns_units = self.standardize is True
         self._follows_scale = noise_scale is None
         initial = self.mean_and_scale[1] if noise_scale is None else float(noise_scale)
         self.noise_scale: Tensor | PyroParam = PyroParam(torch.tensor(initial), constraints.positive)
@@ -102,6 +103,11 @@ class Regression(TextTask):
         if self.standardize is True:
             self.standardize = False
         self._check_units(mean, spread)
+
+    def restart(self) -> None:
+        """Forget the mean and scale that :meth:`prepare` learned."""
+        if self._learns_units:
+            self.standardize = True
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Normal:
         """Build the normal distribution of y around the single output."""

@@ -146,12 +146,14 @@ def build_program(
         multiple=_width_multiple(blora) if hardware.cuda_graph else 1,
         keeps_digest=keeps_digest,
     )
-    targets, are_all = seen_targets(batches)
-    if targets:
-        task.prepare(targets, are_all=are_all)
     if isinstance(batches, TrainingBatches):
         task.check_llm(blora.adapter, batches.examples)
     moved = choose_start(blora, task, reset=reset)  # after the data were read: bad rows change nothing
+    if reset:
+        task.restart()
+    targets, are_all = seen_targets(batches)
+    if targets:
+        task.prepare(targets, are_all=are_all)
     store = _prefix_store(blora, batches, num_data) if hardware.cache_prefix else None
     scale_seed = derive_seed(options.seed, "initial scales")
     family = as_guide(guide, blora, init_scale=options.init_scale, seed=scale_seed).to(blora.device)

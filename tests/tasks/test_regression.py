@@ -143,6 +143,18 @@ def test_a_second_fit_keeps_mean_and_scale_and_says_so_where_they_do_not_fit():
     assert task.standardize == known
 
 
+def test_a_fit_that_starts_afresh_learns_mean_and_scale_again():
+    task, blora = sp.Regression(tiny.tokenizer()), sp.bayesian_lora(tiny.classifier(num_labels=1), r=2)
+    options = {**OPTIONS, "num_steps": 2}
+    sp.fit(blora, task, rows_of(55 + LABELS), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ScalaBLWarning)
+        again = sp.fit(blora, task, rows_of(3e5 + 1e4 * LABELS), reset=True, **options)
+    new = fitted(3e5 + 1e4 * LABELS, num_steps=2)
+    assert task.standardize == new.posterior.task.standardize
+    np.testing.assert_allclose(again.history["loss"], new.history["loss"], rtol=1e-6)
+
+
 def test_raw_targets_without_standardization_are_named():
     task = sp.Regression(tiny.tokenizer(), standardize=False)
     with pytest.warns(ScalaBLWarning, match=r"mean 3e\+05 .* but standardize=False\. The model may learn nothing"):
