@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
