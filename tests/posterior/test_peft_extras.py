@@ -184,8 +184,8 @@ def test_a_head_of_peft_starts_anew_on_request():
     case = CASES["own head"]
     blora = sp.bayesian_lora(case.model())
     start = [p.detach().clone() for p in blora.adapter.heads["score"].parameters()]
-    sp.fit(blora, case.task(), case.rows, num_steps=2, lr=0.05, progress=False)
-    sp.fit(blora, case.task(), case.rows, num_steps=1, lr=1e-9, progress=False, reset=True)
+    sp.fit(blora, case.task(), case.rows, num_steps=2, lr_A=0.05, progress=False)
+    sp.fit(blora, case.task(), case.rows, num_steps=1, lr_A=1e-9, progress=False, reset=True)
     for p, first in zip(blora.adapter.heads["score"].parameters(), start, strict=True):
         torch.testing.assert_close(p, first, atol=1e-6, rtol=0)
 
