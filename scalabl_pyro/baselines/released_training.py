@@ -20,7 +20,7 @@ from .._deprecated import renamed_arguments
 from .._errors import check_count, check_positive
 from .._process.random_state import Stream, derive_seed
 from ..data.batch import Batch
-from ..data.training_batches import seen_targets, training_source
+from ..data.training_batches import training_source
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..posterior.posterior import Posterior
 from ..tasks import Task
@@ -113,9 +113,7 @@ def scalabl_released(
             seed=seed,
             multiple=GRAPH_TOKENS if graphed else 1,
         )
-        targets, are_all = seen_targets(batches)
-        if targets:
-            task.prepare(targets, are_all=are_all)
+        task.prepare_for(batches)
         scale_seed = derive_seed(seed, "initial scales")
         latents = LogNormals(blora.adapter.loc, init_scale=init_scale, seed=scale_seed).to(blora.device)
         learned = [p for p in [*blora.point_estimates.parameters(), *task.parameters()] if p.requires_grad]

@@ -1,7 +1,7 @@
 """Base class of tasks: a task turns a row into tokens, and the LLM's output into a distribution over the answer."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -18,6 +18,7 @@ from ..data.batch import Batch, Example
 from ..data.encoding import check_tokens
 from ..data.labels import ClassName
 from ..data.rows import Row
+from ..data.training_batches import seen_targets
 from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
 
@@ -119,6 +120,12 @@ class Task(Program):
             targets: Training targets.
             are_all: Whether these are all of them. False if ``train_data`` yields batches: then they are the first.
         """
+
+    def prepare_for(self, batches: Callable[[int], Batch]) -> None:
+        """Call :meth:`prepare` with the targets that ``training_source`` knows before the first step."""
+        targets, are_all = seen_targets(batches)
+        if targets:
+            self.prepare(targets, are_all=are_all)
 
     def restart(self) -> None:
         """Forget what :meth:`prepare` learned, for ``fit(reset=True)``. By default, that is nothing."""

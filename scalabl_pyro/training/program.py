@@ -10,7 +10,7 @@ import torch
 from .._process.random_state import Stream, derive_seed
 from .._process.stop_signals import StopSignals
 from ..data.batch import Batch
-from ..data.training_batches import TrainingBatches, seen_targets, training_source
+from ..data.training_batches import TrainingBatches, training_source
 from ..distributed.processes import Processes
 from ..guides import Guide, GuideLike, ParticleGuide, as_guide
 from ..lora.base_module import check_has_values
@@ -151,9 +151,7 @@ def build_program(
     moved = choose_start(blora, task, reset=reset)  # after the data were read: bad rows change nothing
     if reset:
         task.restart()
-    targets, are_all = seen_targets(batches)
-    if targets:
-        task.prepare(targets, are_all=are_all)
+    task.prepare_for(batches)
     store = _prefix_store(blora, batches, num_data) if hardware.cache_prefix else None
     scale_seed = derive_seed(options.seed, "initial scales")
     family = as_guide(guide, blora, init_scale=options.init_scale, seed=scale_seed).to(blora.device)
