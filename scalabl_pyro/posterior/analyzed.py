@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 
+from .._arguments import known_arguments_of_methods
 from .._errors import check_count
 from ..analysis.checks import LOO, Diagnosis
 from ..data.rows import read_rows
@@ -13,6 +14,7 @@ from .state import PosteriorState
 from .to_arviz import as_arviz
 
 
+@known_arguments_of_methods
 class AnalyzedPosterior(PosteriorState):
     """A posterior with the methods that examine it; :class:`~scalabl_pyro.Posterior` adds prediction and saving."""
 
