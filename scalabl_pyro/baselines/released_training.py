@@ -114,8 +114,8 @@ def scalabl_released(
             multiple=GRAPH_TOKENS if graphed else 1,
         )
         task.prepare_for(batches)
-        scale_seed = derive_seed(seed, "initial scales")
-        latents = LogNormals(blora.adapter.loc, init_scale=init_scale, seed=scale_seed).to(blora.device)
+        latents = LogNormals(blora.adapter.loc, init_scale=init_scale, seed=derive_seed(seed, "initial scales"))
+        latents.to(blora.device)
         learned = [p for p in [*blora.point_estimates.parameters(), *task.parameters()] if p.requires_grad]
         history, error = _train(
             blora,
@@ -129,10 +129,9 @@ def scalabl_released(
             graphed=graphed,
             progress=progress,
         )
-        own = {"lr": lr, "lr_kl": lr_kl, "init_scale": init_scale, "warmup": warmup, "gamma": gamma}
-        used = {"data": describe_data(batches, num_data), "versions": versions()}
-        provenance = {"num_data": num_data, "batch_size": batch_size, "seed": seed, **own, **used}
-        result = _as_result(blora, task, latents, history, provenance)
+        own = {"lr": lr, "lr_kl": lr_kl, "init_scale": init_scale, "warmup": warmup, "gamma": gamma, "seed": seed}
+        data = {"num_data": num_data, "batch_size": batch_size, "data": describe_data(batches, num_data)}
+        result = _as_result(blora, task, latents, history, {**data, **own})
         if error is not None:
             error.result = result if history else None
             raise error
@@ -175,7 +174,7 @@ def _as_result(
     blora: BayesianLoRA, task: Task, latents: LogNormals, history: list[dict[str, float]], provenance: dict[str, Any]
 ) -> FitResult:
     """Freeze what was learned into a posterior; the module itself stays at the posterior mean."""
-    provenance = {"method": "ScalaBL as released", "num_steps": len(history), **provenance}
+    provenance = {"method": "ScalaBL as released", "num_steps": len(history), "versions": versions(), **provenance}
     posterior = Posterior.capture(blora, task, latents.guide(), provenance=provenance)
     blora.adapter.rest_at(posterior.mean())
     return FitResult(posterior, pd.DataFrame(history))

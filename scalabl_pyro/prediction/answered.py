@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from .._arguments import known_arguments_of_methods
 from .._display import Summarized
 from ..data.labels import UNLABELED
 
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 NO_ANSWERS = "These rows have no answers, so nothing can be scored. Predict rows that have answers."
 
 
+@known_arguments_of_methods
 class Answered(Summarized):
     """A prediction of N rows, some of which may have no answer.
 

@@ -227,7 +227,7 @@ def test_trec_is_read_from_a_folder_or_the_one_below(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "trec_test.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 0}\n')
     assert datasets.trec(tmp_path, "test")[0]["answer"] == 0
-    with pytest.raises(SystemExit, match=r"no trec_train\.jsonl"):
+    with pytest.raises(SystemExit, match=r"does not contain trec_train\.jsonl"):
         datasets.trec(tmp_path, "train")
 
 

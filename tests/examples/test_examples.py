@@ -37,6 +37,10 @@ SCRIPTS = {
     "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
     "benchmarks/designs.py": (["--tiny", "--out", "designs.json"], DATA),
     "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
+    "benchmarks/compare_checkouts.py": (
+        [*[str(EXAMPLES.parent)] * 2, "--rounds", "1", "--steps", "3", "--layers", "1"],
+        [],
+    ),
     "benchmarks/large_models.py": (
         ["--runs", "tiny", "tiny:4bit:checkpointing", "--device", "cpu", "--tokens", "8", "--out", "large.json"],
         ["bitsandbytes"],

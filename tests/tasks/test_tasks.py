@@ -126,7 +126,7 @@ def test_choices_that_are_no_list_of_texts_are_refused(task, choices):
     ids=["question", "choices", "nothing near"],
 )
 def test_a_missing_field_is_refused_with_the_nearest(task, row, message):
-    with pytest.raises(ValueError, match=f"Row 0: there is {message}"):
+    with pytest.raises(ValueError, match=f"Row 0: the row has {message}"):
         encode_one(task, row)
 
 

@@ -218,7 +218,7 @@ def test_a_loader_that_gives_other_batches_is_refused(make, tmp_path):
 def test_a_generator_that_was_used_before_is_refused(tmp_path):
     batches = LOADERS["a generator"]()
     fit(rows=batches, num_data=12, checkpoint_dir=tmp_path, callbacks=stop_after(4))
-    with pytest.raises(ValueError, match=r"does not give the 4 batches again .* an iterator that was used before"):
+    with pytest.raises(ValueError, match=r"does not repeat the first 4 batches .* iterator that was used before"):
         fit(rows=batches, num_data=12, checkpoint_dir=tmp_path)
 
 
