@@ -171,7 +171,9 @@ def test_a_text_of_any_type_is_read(tasks, value, expected):
     assert choice.prompt({**QUESTION, "question": value, "choices": [value, "x"]}) == expected_prompt
 
 
-@pytest.mark.parametrize("value", [["the", "sky"], {"a": 1}, b"\xff", object(), np.array(["a", "b"])], ids=repr)
+@pytest.mark.parametrize(
+    "value", [["the", "sky"], {"a": 1}, b"\xff", object(), np.array(["a", "b"])], ids=lambda value: type(value).__name__
+)
 def test_what_is_not_a_text_is_refused_by_its_field(tasks, value):
     for kind, field in (("class", "text"), ("choice", "question")):
         task, row, _ = tasks[kind]
