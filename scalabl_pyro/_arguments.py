@@ -107,9 +107,11 @@ def check_role(name: str, value: object, role: str, *, call: str = "", kind: typ
 
 
 def check_path(name: str, value: object) -> None:
-    """Raise TypeError unless an argument is a str or a path."""
+    """Raise TypeError unless an argument is a str or a path, and ValueError for the empty str."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} is {describe(value)}, expected the path of a folder: a str or a pathlib.Path.")
+    if value == "":
+        raise ValueError(f"{name}='': expected the path of a folder. Use '.' for the current one.")
 
 
 #: Names that other libraries use for an argument. The first one that a function has is suggested.

@@ -47,7 +47,7 @@ def check_positive(**values: float) -> None:
         ValueError: A number is not.
     """
     for name, value in values.items():
-        if not _is_number(value) or not 0 < value < float("inf"):
+        if not is_number(value) or not 0 < value < float("inf"):
             raise ValueError(f"{name}={value!r} must be positive and finite.{_about_text(value)}")
 
 
@@ -61,7 +61,7 @@ def check_not_negative(**values: float) -> None:
         ValueError: A number is not.
     """
     for name, value in values.items():
-        if not _is_number(value) or not 0 <= value < float("inf"):
+        if not is_number(value) or not 0 <= value < float("inf"):
             raise ValueError(f"{name}={value!r} must be a finite number, 0 or more.{_about_text(value)}")
 
 
@@ -86,7 +86,36 @@ def _about_text(value: object) -> str:
     return " It is a text. YAML reads 1e-3 as a text, and 1.0e-3 as a number." if is_exponential else ""
 
 
-def _is_number(value: object) -> bool:
+def check_flag(**values: object) -> None:
+    """Check that options are True or False. Words such as "no" are refused, because Python takes them for True.
+
+    Args:
+        values: Options, named as those of the caller.
+
+    Raises:
+        TypeError: An option is neither.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: expected True or False.")
+
+
+def check_auto_flag(**values: object) -> None:
+    """Check that options are True, False or ``"auto"``.
+
+    Args:
+        values: Options, named as those of the caller.
+
+    Raises:
+        ValueError: An option is something else.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool) and not (isinstance(value, str) and value == "auto"):
+            raise ValueError(f"{name}={value!r}: expected True, False or 'auto'.")
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value is a real number of Python or NumPy. True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -102,7 +131,7 @@ def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
         ValueError: It is another value; the message suggests a word near it.
     """
     allowed = list(allowed)
-    if given not in allowed:
+    if not isinstance(given, str) or given not in allowed:
         raise ValueError(f"{what}={given!r} is unknown. {nearest(str(given), allowed)}")
 
 

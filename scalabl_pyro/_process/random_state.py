@@ -128,6 +128,7 @@ def as_seed(seed: Any) -> int:
 
     Raises:
         TypeError: It is something else.
+        ValueError: It has more than 64 bits.
 
     Example:
         >>> as_seed(3)
@@ -136,6 +137,8 @@ def as_seed(seed: Any) -> int:
     value = plain(seed)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"seed={seed!r}: expected an integer.")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"seed={seed!r}: expected an integer of at most 64 bits.")
     return value
 
 

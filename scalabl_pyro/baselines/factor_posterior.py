@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from .._arguments import known_arguments_of_methods
 from .._errors import check_choice, check_count
+from .._process.random_state import as_seed
 from ..lora.binding import RowNoise
 from ..lora.factors import Factors
 from ..lora.forward import AdaptedLLM, num_rows
@@ -48,7 +49,7 @@ class WeightNoise:
         self, center: Posterior, data: Any, *, num_draws: int, seed: int, batch_size: int, progress: bool
     ) -> Prediction | NumericPrediction:
         """Predict rows under draws of the factors of ``center``."""
-        draws = self.draws(plain_factors(center), torch.Generator().manual_seed(seed))
+        draws = self.draws(plain_factors(center), torch.Generator().manual_seed(as_seed(seed)))
         functions = [as_function(center, next(draws)) for _ in range(num_draws)]
         return predict_functions(functions, center.task, data, seed=seed, batch_size=batch_size, progress=progress)
 
@@ -102,7 +103,7 @@ class FactorPosterior(DerivedPredictor):
     def sample(self, num_draws: int, *, seed: int = 0) -> list[Factors]:
         """Draw factors on the CPU, with y = W0 x + gamma B A x. Draw i does not depend on ``num_draws``."""
         check_count(num_draws=num_draws)
-        draws = self.noise.draws(plain_factors(self.center), torch.Generator().manual_seed(seed))
+        draws = self.noise.draws(plain_factors(self.center), torch.Generator().manual_seed(as_seed(seed)))
         return [next(draws) for _ in range(num_draws)]
 
     def predict(

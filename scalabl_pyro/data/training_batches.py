@@ -73,7 +73,7 @@ class TrainingBatches:
         return digest.hexdigest()
 
     def _order(self, epoch: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(_seed_of(self.seed, epoch))
         order = torch.randperm(len(self.examples), generator=generator).tolist()
         window = self.WINDOW * self.batch_size
         batches = []
@@ -141,7 +141,7 @@ def training_source(
                 "train_data yields batches, so the size N of the data set is unknown: pass num_data=N. It weights the "
                 "log-likelihood against the KL."
             )
-        return Cycle(data, seed=seed, keeps_digest=keeps_digest, first=first), num_data
+        return Cycle(data, seed=seed, keeps_digest=keeps_digest, first=first), int(num_data)
     examples = encode(read_rows(data), encode_row, need_target=True)
     if num_data not in (None, len(examples)):
         raise ValueError(f"num_data={num_data}, but train_data has {len(examples)} rows: leave num_data out.")
@@ -202,7 +202,7 @@ class Cycle:
 
     def __call__(self, step: int) -> Batch:
         """Return the next batch. ``step`` is used only in error messages."""
-        with scoped_seed(self.seed * 1_000_003 + self.count, gpus=False):
+        with scoped_seed(_seed_of(self.seed, self.count), gpus=False):
             batch = next(self.iterator, None)
             if batch is None:
                 self.iterator = iter(self.batches)
@@ -243,3 +243,8 @@ class Cycle:
                 "the seed. To resume, pass rows, or a loader that yields the same batches at each program start: "
                 "give it a seeded generator=, or let it shuffle by torch's global generator (fit seeds it)."
             )
+
+
+def _seed_of(seed: int, index: int) -> int:
+    """Seed of an epoch or a batch. It wraps around at 64 bits, so that every seed works."""
+    return (int(seed) * 1_000_003 + index + 2**63) % 2**64 - 2**63

@@ -1,5 +1,6 @@
 """Normal posteriors with covariance: within each layer, between all latents, or of low rank."""
 
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import pyro
@@ -99,9 +100,9 @@ class LowRankGuide(Guide):
 
     def __init__(self, loc: Tensor, scale: Tensor, *, rank: int = 10, seed: int = 0) -> None:
         super().__init__()
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= len(loc):
+        if not isinstance(rank, Integral) or isinstance(rank, bool) or not 1 <= rank <= len(loc):
             raise ValueError(f"rank={rank!r} must be a whole number from 1 to {len(loc)}, the number of latents.")
-        self.rank = rank
+        self.rank = int(rank)
         self.loc = nn.Parameter(loc.detach().clone())
         self.scale: Tensor | PyroParam = PyroParam(scale.detach().clone(), constraint=constraints.positive)
         noise = torch.randn(len(loc), rank, generator=torch.Generator().manual_seed(seed), dtype=loc.dtype)

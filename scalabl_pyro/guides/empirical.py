@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import check_count
+from .._process.random_state import as_seed
 from ..model.bayesian_lora import BayesianLoRA
 from .base import Guide
 
@@ -109,7 +110,7 @@ class EmpiricalGuide(Guide):
     def sample_and_log_prob(self, num_draws: int, *, seed: int) -> tuple[dict[str, Tensor], Tensor | None]:
         """Take points in a random order, each once before any comes again; points have no density."""
         check_count(num_draws=num_draws)
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(as_seed(seed)))
         index = order[torch.arange(num_draws) % len(order)]
         return {name: self.points(name).detach()[index] for name in self.sites}, None
 

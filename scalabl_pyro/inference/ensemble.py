@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .._arguments import check_role
+from .._arguments import check_path, check_role
 from .._errors import check_count, check_not_negative
-from .._process.random_state import derive_seed
+from .._process.random_state import as_seed, derive_seed
 from ..guides import INIT_SCALE, Guide, GuideLike, MixtureGuide, as_guide
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
@@ -64,8 +64,11 @@ def ensemble(
     check_role("posterior", posterior, "posterior", call="ensemble(posterior, data)")
     check_count(num_members=num_members, least=2)
     check_not_negative(spread=spread)
+    seed = as_seed(seed)
     members: list[Posterior] = []
     folder = options.get("checkpoint_dir")
+    if folder is not None:
+        check_path("checkpoint_dir", folder)
     for member_seed in range(seed, seed + num_members):
 
         def build(blora: BayesianLoRA, member_seed: int = member_seed) -> Guide:
@@ -82,7 +85,7 @@ def ensemble(
         posterior,
         guide=MixtureGuide([member.guide for member in members]),
         prior=members[0].prior,
-        provenance={**members[0].provenance, "members": num_members},
+        provenance={**members[0].provenance, "members": len(members)},
     )
 
 

@@ -134,7 +134,7 @@ def _gauss_newton_ascent(
 
 def _normal_prior(prior: Prior, prior_scale: float | Literal["evidence"] | None) -> PriorAt:
     """The normal prior of the expansion, as a function of the curvature, by which the evidence chooses its scale."""
-    if prior_scale == "evidence":
+    if isinstance(prior_scale, str) and prior_scale == "evidence":
         return lambda curvature, mode: (torch.zeros_like(mode), torch.full_like(mode, _best_scale(curvature, mode)))
     if prior_scale is not None:
         if not isinstance(prior_scale, numbers.Real):

@@ -1,7 +1,6 @@
 """The reference posterior: NUTS on the latents with A and B held fixed, on the whole data set."""
 
 import logging
-import numbers
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +13,10 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from .._arguments import check_role, known_arguments
-from .._errors import check_count, check_not_negative
+from .._errors import check_count, check_flag, check_not_negative, is_number
 from .._process.pyro_errors import without_trace_shapes
 from .._process.pyro_modes import local_params
-from .._process.random_state import scoped_seed
+from .._process.random_state import as_seed, scoped_seed
 from ..data.batch import Batch
 from ..data.encoding import encode
 from ..data.rows import read_rows
@@ -98,9 +97,11 @@ def mcmc(
     check_role("posterior", posterior, "posterior", call="mcmc(posterior, data)")
     check_count(num_samples=num_samples, least=MIN_SAMPLES)
     check_count(warmup_steps=warmup_steps, num_chains=num_chains, batch_size=batch_size, max_tree_depth=max_tree_depth)
-    if not isinstance(target_accept, numbers.Real) or not 0 < target_accept < 1:
+    if not is_number(target_accept) or not 0 < target_accept < 1:
         raise ValueError(f"target_accept={target_accept!r} must lie between 0 and 1: it is a probability.")
     check_not_negative(jitter=jitter)
+    seed = as_seed(seed)
+    check_flag(progress=progress)
     _check_continuous(posterior.prior)
     program = _FullData(posterior.prior, _full_likelihood(posterior, data, batch_size))
     start = {name: value.detach() for name, value in _means(posterior).items()}
@@ -130,7 +131,7 @@ def mcmc(
         provenance={
             **posterior.provenance,
             "method": "NUTS",
-            "num_steps": num_samples,
+            "num_steps": int(num_samples),
             **_worst_r_hat_and_ess(chains),
             "divergences": divergences,
         },

@@ -52,7 +52,7 @@ def refit(
     with frozen_factors(posterior) as blora:
         if prior is not None:
             own = copy.deepcopy(as_prior(prior, blora.subspace))  # training must not change the caller's prior
-            blora.prior = own.to(blora.device, blora.adapter.loc.dtype)
+            blora = BayesianLoRA(posterior.adapter, prior=own)
         return fit(blora, posterior.task, data, guide=guide, seed=seed, **options)
 
 

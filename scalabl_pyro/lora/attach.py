@@ -7,7 +7,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .._errors import check_choice
+from .._errors import check_choice, check_flag
 from .._values import number, plain
 from .adapter import GAUGES, Adapter, Gauge
 from .adopt import adopt
@@ -48,8 +48,8 @@ def attach(
         _check_module(module)
         r, lora_alpha, lora_dropout, seed = map(plain, (r, lora_alpha, lora_dropout, seed))
         _check_numbers(lora_alpha, lora_dropout)
-        if isinstance(modules_to_save, str):
-            raise TypeError(f"modules_to_save={modules_to_save!r}: give a list of names, [{modules_to_save!r}].")
+        _check_names(modules_to_save)
+        check_flag(cut_rank=cut_rank)
         inner = base_module(module)
         check_placement(inner)
         heads = _default_heads(inner) if modules_to_save is None else list(modules_to_save)
@@ -123,6 +123,15 @@ def _check_numbers(lora_alpha: object, lora_dropout: float) -> None:
         raise ValueError(f"lora_alpha={lora_alpha!r}: must be a positive number.")
     if (chance := number(lora_dropout)) is None or not 0 <= chance < 1:
         raise ValueError(f"lora_dropout={lora_dropout!r}: must be at least 0 and below 1.")
+
+
+def _check_names(modules_to_save: Sequence[str] | None) -> None:
+    """Raise unless ``modules_to_save`` is None or a list of names."""
+    given = modules_to_save
+    if isinstance(given, str):
+        raise TypeError(f"modules_to_save={given!r}: give a list of names, [{given!r}].")
+    if given is not None and not (isinstance(given, Iterable) and all(isinstance(name, str) for name in given)):
+        raise TypeError(f"modules_to_save={given!r}: expected a list of names, such as ['lm_head'].")
 
 
 def _check_heads_apart(names: Sequence[str], heads: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Checks that layers can carry LoRA factors and latents, before anything is changed."""
 
+import numbers
 from collections.abc import Iterable, Sequence
 
 from peft.tuners.lora.layer import LoraLayer
@@ -29,7 +30,7 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 
 def check_rank(r: int) -> None:
     """Raise if ``r`` is not a rank."""
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+    if not isinstance(r, numbers.Integral) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r={r!r}: the rank must be a positive integer.")
 
 

@@ -250,7 +250,10 @@ def _suffixes(names: Iterable[str]) -> set[str]:
 
 def _keep_blocks(names: list[str], blocks: int | Iterable[int]) -> list[str]:
     blocks = plain(blocks)
-    wanted = {blocks} if isinstance(blocks, int) else {plain(block) for block in blocks}
+    given = list(blocks) if isinstance(blocks, Iterable) and not isinstance(blocks, str) else [blocks]
+    wanted = {plain(block) for block in given}
+    if not all(isinstance(block, int) and not isinstance(block, bool) for block in wanted):
+        raise TypeError(f"layers_to_transform={blocks!r}: expected the index of a block, or a list of them.")
     present = {block.index for name in names if (block := block_of(name)) is not None}
     if missing := wanted - present:
         exist = f"blocks {min(present)} to {max(present)} exist" if present else "no targeted layer lies in a block"

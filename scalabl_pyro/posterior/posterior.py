@@ -11,7 +11,7 @@ from torch import nn
 
 from .._arguments import known_arguments_of_methods
 from .._deprecated import ScalaBLDeprecationWarning
-from .._errors import check_count
+from .._errors import check_count, check_flag
 from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..lora.module_snapshot import ModuleSnapshot
@@ -80,6 +80,7 @@ class Posterior(AnalyzedPosterior):
         """
         check_count(batch_size=batch_size)
         check_draws_per_pass(draws_per_pass)
+        check_flag(cache_prefix=cache_prefix, progress=progress)
         draws = self.sample(num_draws, seed=seed, design=design)
         examples = encode(read_rows(data, split="test"), self.task.encode, need_target=False)
         return predict(

@@ -70,7 +70,7 @@ def predict(
     check_draws_per_pass(draws_per_pass)
     passes = Passes.over(examples, task, llm.adapter, batch_size=batch_size)
     if cache_prefix:
-        passes.prefixes = kept_prefixes(llm.adapter, passes.batches)
+        passes = Passes(llm.adapter, passes.batches, prefixes=kept_prefixes(llm.adapter, passes.batches))
     s = s.to(passes.device)
     outputs_of = _DrawOutputs(llm, task, size=int(min(draws_per_pass or len(s), len(s))))
     joint = current_processes()

@@ -76,7 +76,7 @@ def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
         return _set_up(prior, subspace)
     if isinstance(prior, type):
         raise TypeError(_not_a_prior(prior))
-    if isinstance(prior, numbers.Real):
+    if isinstance(prior, numbers.Real) and not isinstance(prior, bool):
         if not 0 < prior < float("inf"):
             raise ValueError(f"prior={prior}: a scale (standard deviation) must be positive and finite.")
         scale = torch.tensor(float(prior), dtype=torch.float64)

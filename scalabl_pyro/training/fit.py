@@ -11,8 +11,9 @@ import pandas as pd
 from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
-from .._arguments import check_role, known_arguments
+from .._arguments import check_path, check_role, known_arguments
 from .._deprecated import renamed_arguments
+from .._errors import check_count, check_flag
 from .._process.pyro_errors import without_trace_shapes
 from .._process.stop_signals import StopSignals
 from ..distributed.processes import Processes, collective, current_processes
@@ -126,6 +127,11 @@ def fit(
         >>> result.history["loss"].iloc[-1]
     """
     _check_objects(blora, task, callbacks)
+    check_flag(progress=progress, reset=reset)
+    if num_data is not None:
+        check_count(num_data=num_data)
+    if checkpoint_dir is not None:
+        check_path("checkpoint_dir", checkpoint_dir)
     options = TrainingOptions(
         num_steps=num_steps,
         batch_size=batch_size,

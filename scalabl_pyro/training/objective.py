@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -247,7 +248,9 @@ def weight_at(kl_weight: float | Callable[[int], float], step: int) -> float:
         ValueError: The weight is negative or not finite.
     """
     value = kl_weight(step) if callable(kl_weight) else kl_weight
-    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+    if (
+        isinstance(value, bool) or not hasattr(value, "__float__") or np.ndim(value)
+    ):  # 0-d arrays and tensors are numbers
         given = f"kl_weight={value!r}" if value is kl_weight else f"kl_weight({step}) gives {describe(value)}"
         raise TypeError(
             f"{given}: expected a number, 0 or more, or a function from the step to it, such as "

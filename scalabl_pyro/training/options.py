@@ -2,13 +2,21 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from numbers import Real
 from typing import Any, Literal, TypeVar
 
 from pyro.infer import ELBO
 
 from .._arguments import known_arguments_of_methods, suggest
-from .._errors import check_choice, check_count, check_not_negative, check_positive, describe
+from .._errors import (
+    check_auto_flag,
+    check_choice,
+    check_count,
+    check_flag,
+    check_not_negative,
+    check_positive,
+    describe,
+    is_number,
+)
 from .._process.random_state import as_seed
 from .._values import plain
 from ..guides import INIT_SCALE
@@ -65,10 +73,10 @@ class OptimizerOptions:
         check_positive(lr_scale=self.lr_scale)
         check_not_negative(weight_decay=self.weight_decay)
         check_choice("schedule", self.schedule, ("linear", "constant"))
-        if not _is_real(self.warmup) or not 0 <= self.warmup <= 1:
+        if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup={self.warmup!r} must lie between 0 and 1: it is a share of the steps.")
         limit = self.max_grad_norm
-        if limit is not None and (not _is_real(limit) or not limit > 0):
+        if limit is not None and (not is_number(limit) or not limit > 0):
             raise ValueError(f"max_grad_norm={limit!r} must be positive. Leave it out for no limit.")
 
 
@@ -98,8 +106,7 @@ class CheckpointOptions:
     def __post_init__(self) -> None:
         _make_plain(self)
         check_count(every=self.every, keep=self.keep)
-        if self.resume not in ("auto", True, False):
-            raise ValueError(f"resume={self.resume!r}: expected 'auto', True or False.")
+        check_auto_flag(resume=self.resume)
 
 
 @known_arguments_of_methods
@@ -137,11 +144,8 @@ class HardwareOptions:
         _make_plain(self)
         if self.micro_batch_size is not None:
             check_count(micro_batch_size=self.micro_batch_size)
-        if self.cuda_graph not in (True, False, "auto"):
-            raise ValueError(f"cuda_graph={self.cuda_graph!r}: expected True, False or 'auto'.")
-        for name in ("cache_prefix", "gradient_checkpointing"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False.")
+        check_auto_flag(cuda_graph=self.cuda_graph)
+        check_flag(cache_prefix=self.cache_prefix, gradient_checkpointing=self.gradient_checkpointing)
 
 
 @known_arguments_of_methods
@@ -191,14 +195,14 @@ class TrainingOptions:
         check_positive(lr=self.lr, lr_A=self.lr_A, init_scale=self.init_scale)
         check_choice("draws", self.draws, ("per_example", "shared"))
         check_choice("on_nonfinite", self.on_nonfinite, ("raise", "skip", "restore"))
-        if not callable(self.kl_weight):
-            weight_at(self.kl_weight, 0)
         if self.elbo is not None and not isinstance(self.elbo, ELBO):
             raise TypeError(f"elbo={self.elbo!r}: expected an instance such as pyro.infer.Trace_ELBO().")
         as_seed(self.seed)
         for name, kind in GROUPS.items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected scalabl_pyro.{kind.__name__}(...).")
+        if not callable(self.kl_weight):
+            weight_at(self.kl_weight, 0)
 
     @property
     def lr_loc(self) -> float:
@@ -290,7 +294,3 @@ def _make_plain(options: Any) -> None:
     """Turn NumPy and torch scalars into Python values, which checkpoints can hold."""
     for option in fields(options):
         object.__setattr__(options, option.name, plain(getattr(options, option.name)))
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

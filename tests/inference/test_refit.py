@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -79,3 +80,50 @@ def test_start_noise_and_initial_scales_of_restarts_are_independent(fitted, rows
     pairs = torch.stack([torch.cat(noise), torch.cat(scales)])
     assert abs(torch.corrcoef(torch.stack([pairs[0].abs(), pairs[1]]))[0, 1]) < 5 / pairs.shape[1] ** 0.5
     assert abs(pairs[0].std() - 1) < 5 / (2 * pairs.shape[1]) ** 0.5
+
+
+QUICK = {
+    "mcmc": (sp.mcmc, {"num_samples": 4, "warmup_steps": 1, "num_chains": 1, "max_tree_depth": 1, "progress": False}),
+    "ensemble": (sp.ensemble, {"num_members": 2, "num_steps": 1, "progress": False}),
+    "laplace": (sp.laplace, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    rows = tiny.question_rows(6)
+    blora = sp.bayesian_lora(tiny.causal_lm(), r=2)
+    task = sp.MultipleChoice(tiny.tokenizer())
+    return sp.fit(blora, task, rows, num_steps=1, progress=False).posterior, rows
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        *(("mcmc", {"seed": seed}, f"seed={seed}: expected an integer") for seed in (True, None)),
+        *(("ensemble", {"seed": seed}, f"seed={seed}: expected an integer") for seed in (True, 2.5, None)),
+        ("mcmc", {"progress": "no"}, "progress='no': expected True or False"),
+        ("ensemble", {"checkpoint_dir": 3}, r"checkpoint_dir is an int \(3\), expected the path"),
+        ("laplace", {"prior_scale": np.ones(2)}, "prior_scale=.*: give a number"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused_by_name(small, name, options, message):
+    posterior, rows = small
+    method, quick = QUICK[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        method(posterior, rows, **{**quick, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mcmc", {"num_samples": np.int64(4), "seed": np.int64(1), "jitter": np.float32(0.1)}),
+        ("ensemble", {"num_members": np.int64(2), "seed": np.int64(1)}),
+        ("laplace", {"prior_scale": np.float32(1), "batch_size": np.int64(4)}),
+    ],
+)
+def test_results_with_numbers_of_numpy_can_be_saved(small, name, options, tmp_path):
+    posterior, rows = small
+    method, quick = QUICK[name]
+    method(posterior, rows, **{**quick, **options}).save_pretrained(tmp_path / "saved")
+    assert sp.Posterior.from_pretrained(tiny.causal_lm(), tmp_path / "saved").mean().isfinite().all()

@@ -58,6 +58,19 @@ def test_no_circle_of_files():
         left = {module: names for module, names in left.items() if module not in free}
 
 
+#: Objects of this package whose attributes nobody sets from outside: what they need goes into their constructors.
+CLOSED = re.compile(r"(passes|blora|adapter|trainer|step|checkpoints|objective|posterior|program)\.\w+")
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_objects_set_their_own_attributes(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            assert not CLOSED.fullmatch(ast.unparse(node)), (
+                f"line {node.lineno}: {ast.unparse(node)} is set from outside"
+            )
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_file_explains_itself_and_stays_small(path):
     text = path.read_text(encoding="utf-8")

@@ -277,3 +277,25 @@ def test_replicates_in_arviz_data_have_random_numbers_of_their_own(posterior):
     )
     shared = (prediction.log_probs + np.random.default_rng(3).gumbel(size=prediction.log_probs.shape)).argmax(-1)
     assert not np.array_equal(answers[0], shared)
+
+
+@pytest.mark.parametrize("design", ["independent", "antithetic", "sobol"])
+def test_seeds_and_counts_may_be_integers_of_numpy(posterior, design):
+    given = posterior.predict(ROWS, num_draws=np.int64(2), seed=np.int64(3), batch_size=np.int64(4), design=design)
+    expected = posterior.predict(ROWS, num_draws=2, seed=3, batch_size=4, design=design)
+    np.testing.assert_array_equal(given.log_probs, expected.log_probs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"progress": "no"}, "progress='no': expected True or False"),
+        ({"cache_prefix": None}, "cache_prefix=None: expected True or False"),
+        ({"seed": 2**64}, "seed=18446744073709551616: expected"),
+        ({"design": np.array(["sobol", "sobol"])}, "design=.* is unknown"),
+    ],
+    ids=str,
+)
+def test_switches_and_words_of_the_wrong_kind_are_refused(posterior, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        posterior.predict(ROWS, num_draws=1, **options)

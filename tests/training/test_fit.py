@@ -305,12 +305,47 @@ OUT_OF_RANGE = (-1.0, 0.0, math.nan, math.inf)
         ),
         ({"hardware": {3: True}}, "HardwareOptions has no option 3. Known names"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' is unknown"),
+        *(({name: np.array(["shared", "raise"])}, f"{name}=.* is unknown") for name in ("draws", "on_nonfinite")),
+        *(
+            ({name: value}, f"{name}=.*: expected True or")
+            for name in ("progress", "reset")
+            for value in ("no", 1, None)
+        ),
+        *(({"checkpoint": {"resume": value}}, "resume=.*: expected True, False or 'auto'") for value in (1, 0, "no")),
+        *(({"hardware": {"cuda_graph": value}}, "cuda_graph=.*: expected True, False or") for value in (1, [1, 2])),
+        *(({"kl_weight": value}, "kl_weight=.*: expected a number") for value in (True, np.ones(2), torch.ones(2))),
+        *(({"num_data": value}, "num_data=.* must be a whole number") for value in (True, 16.5, -1, np.ones(2))),
+        *(({"checkpoint_dir": value}, "checkpoint_dir.*expected the path of a folder") for value in (3, b"x", "")),
+        ({"seed": 2**64}, "seed=18446744073709551616: expected an integer of at most 64 bits"),
     ],
     ids=str,
 )
 def test_numbers_out_of_range_are_refused_before_anything_starts(blora, task, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         fit(blora, task, **options)
+
+
+def test_numbers_of_numpy_are_numbers(task, tmp_path):
+    """They give the same run: it resumes with Python's numbers, and another rate makes it another run."""
+
+    def run(integer, real, lr=1e-3):
+        blora = sp.bayesian_lora(tiny.causal_lm(), r=integer(2), lora_alpha=real(4), layers_to_transform=integer(1))
+        optimizer = {"lr_scale": real(0.5), "warmup": real(0.25), "max_grad_norm": real(1)}
+        groups = {"optimizer": optimizer, "checkpoint": {"every": integer(1)}}
+        groups |= {"hardware": {"micro_batch_size": integer(4)}, "checkpoint_dir": tmp_path / "run"}
+        numbers = {"num_steps": integer(2), "batch_size": integer(8), "seed": integer(3), "num_data": integer(16)}
+        return fit(blora, task, lr=real(lr), kl_weight=real(0.5), **numbers, **groups).posterior
+
+    first = run(np.int64, np.float32)
+    first.save_pretrained(tmp_path / "saved")
+    assert torch.equal(run(int, lambda value: float(np.float32(value))).mean(), first.mean())
+    with pytest.raises(ValueError, match="lr"):
+        run(np.int64, np.float32, lr=2e-3)
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63)])
+def test_every_seed_of_64_bits_works(blora, task, seed):
+    assert fit(blora, task, num_steps=1, seed=seed).posterior.sample(1, seed=seed).s.isfinite().all()
 
 
 @pytest.mark.filterwarnings("default::scalabl_pyro._deprecated.ScalaBLDeprecationWarning")  # two at once
