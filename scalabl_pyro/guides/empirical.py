@@ -60,7 +60,7 @@ class EmpiricalGuide(Guide):
                 "a site 's', the same number of points for all sites, and chains of equal length."
             )
         self.sites = tuple(points)
-        self.num_chains = num_chains
+        self.num_chains = None if num_chains is None else int(num_chains)
         for name, value in points.items():
             setattr(self, f"points_{name}", nn.Parameter(value.detach().clone(), requires_grad=False))
         self.recorded = tuple(statistics or {})

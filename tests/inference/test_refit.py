@@ -117,7 +117,10 @@ def test_options_of_the_wrong_kind_are_refused_by_name(small, name, options, mes
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("mcmc", {"num_samples": np.int64(4), "seed": np.int64(1), "jitter": np.float32(0.1)}),
+        (
+            "mcmc",
+            {"num_samples": np.int64(4), "num_chains": np.int64(2), "seed": np.int64(1), "jitter": np.float32(0.1)},
+        ),
         ("ensemble", {"num_members": np.int64(2), "seed": np.int64(1)}),
         ("laplace", {"prior_scale": np.float32(1), "batch_size": np.int64(4)}),
     ],

@@ -281,8 +281,9 @@ def test_replicates_in_arviz_data_have_random_numbers_of_their_own(posterior):
 
 @pytest.mark.parametrize("design", ["independent", "antithetic", "sobol"])
 def test_seeds_and_counts_may_be_integers_of_numpy(posterior, design):
-    given = posterior.predict(ROWS, num_draws=np.int64(2), seed=np.int64(3), batch_size=np.int64(4), design=design)
-    expected = posterior.predict(ROWS, num_draws=2, seed=3, batch_size=4, design=design)
+    numbers = {"num_draws": 2, "seed": 3, "batch_size": 4, "draws_per_pass": 1}
+    given = posterior.predict(ROWS, **{name: np.int64(value) for name, value in numbers.items()}, design=design)
+    expected = posterior.predict(ROWS, **numbers, design=design)
     np.testing.assert_array_equal(given.log_probs, expected.log_probs)
 
 
