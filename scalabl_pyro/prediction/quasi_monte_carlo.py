@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from .._process.random_state import as_seed
 from ..guides import Guide
 from .draws import Draws
 
@@ -45,7 +46,7 @@ def quasi_monte_carlo_draws(guide: Guide, num_draws: int, *, seed: int, design: 
     mean = means["s"].detach()
     tril = torch.linalg.cholesky(guide.covariance().detach().double())
     builders: dict[str, Callable[[int, int, int], Tensor]] = {"antithetic": _antithetic, "sobol": _sobol}
-    noise = builders[design](num_draws, len(mean)(seed))
+    noise = builders[design](num_draws, len(mean), as_seed(seed))
     s = mean + (noise @ tril.T).to(mean)
     log_q = torch.distributions.MultivariateNormal(mean.double(), scale_tril=tril).log_prob(s.double()).to(mean)
     return Draws({"s": s}, log_q=log_q, seed=seed)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._arguments import check_path
 from .._errors import ScalaBLWarning
 from ..distributed.processes import Processes
 from ..lora.fingerprint import check_fingerprint
@@ -32,7 +33,8 @@ class Checkpoints:
             they need not see the folder.
 
     Raises:
-        ValueError: ``resume=True`` without a folder.
+        ValueError: ``resume=True`` without a folder, or an empty path.
+        TypeError: ``path`` is not a path.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Checkpoints:
         *,
         processes: Processes | None = None,
     ) -> None:
+        if path is not None:
+            check_path("checkpoint_dir", path)
         if path is None and options.resume is True:
             raise ValueError("resume=True needs checkpoint_dir=, the directory to resume from.")
         self.folder = None if path is None else CheckpointFolder(path, keep=options.keep)

@@ -11,9 +11,9 @@ import pandas as pd
 from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
-from .._arguments import check_path, check_role, known_arguments
+from .._arguments import check_role, known_arguments
 from .._deprecated import renamed_arguments
-from .._errors import check_count, check_flag
+from .._errors import check_flag
 from .._process.pyro_errors import without_trace_shapes
 from .._process.stop_signals import StopSignals
 from ..distributed.processes import Processes, collective, current_processes
@@ -126,12 +126,7 @@ def fit(
         >>> result = scalabl_pyro.fit(blora, task, rows, num_steps=100, seed=0)
         >>> result.history["loss"].iloc[-1]
     """
-    _check_objects(blora, task, callbacks)
-    check_flag(progress=progress, reset=reset)
-    if num_data is not None:
-        check_count(num_data=num_data)
-    if checkpoint_dir is not None:
-        check_path("checkpoint_dir", checkpoint_dir)
+    _check_objects(blora, task, callbacks, progress=progress, reset=reset)
     options = TrainingOptions(
         num_steps=num_steps,
         batch_size=batch_size,
@@ -263,13 +258,14 @@ def _look_back(
     return warnings
 
 
-def _check_objects(blora: BayesianLoRA, task: Task, callbacks: Sequence[Callback]) -> None:
+def _check_objects(blora: BayesianLoRA, task: Task, callbacks: Sequence[Callback], **switches: bool) -> None:
     call = "fit(blora, task, train_data)"
     check_role("blora", blora, "blora", call=call)
     check_role("task", task, "task", call=call)
     blora.adapter.check_attached()
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks={callbacks!r}: expected a list of functions, such as callbacks=[print].")
+    check_flag(**switches)
 
 
 def _any_stops(processes: Processes, callbacks: Sequence[Callback], row: dict[str, float]) -> bool:
