@@ -289,7 +289,7 @@ def test_resume_true_demands_a_checkpoint_and_false_that_there_is_none(begun, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"checkpoint": {"resume": "yes"}}, "resume='yes': expected 'auto', True or False"),
+        ({"checkpoint": {"resume": "yes"}}, "resume='yes': expected True, False or 'auto'"),
         ({"checkpoint": {"resume": True}, "checkpoint_dir": None}, "resume=True needs checkpoint_dir"),
         ({"checkpoint": {"every": 0}}, "every=0 must be a whole number, 1 or more"),
         ({"checkpoint": {"keep": 1.5}}, "keep=1.5 must be a whole number, 1 or more"),
