@@ -102,7 +102,7 @@ class LowRankGuide(Guide):
         super().__init__()
         if not isinstance(rank, Integral) or isinstance(rank, bool) or not 1 <= rank <= len(loc):
             raise ValueError(f"rank={rank!r} must be a whole number from 1 to {len(loc)}, the number of latents.")
-        self.rank = int(rank)
+        self.rank: int = int(rank)
         self.loc = nn.Parameter(loc.detach().clone())
         self.scale: Tensor | PyroParam = PyroParam(scale.detach().clone(), constraint=constraints.positive)
         noise = torch.randn(len(loc), rank, generator=torch.Generator().manual_seed(seed), dtype=loc.dtype)
