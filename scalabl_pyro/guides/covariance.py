@@ -1,6 +1,5 @@
 """Normal posteriors with covariance: within each layer, between all latents, or of low rank."""
 
-from numbers import Integral
 from typing import Any, Literal, cast
 
 import pyro
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._errors import check_choice
+from .._values import plain
 from ..model.bayesian_lora import BayesianLoRA
 from .base import Guide
 from .closed_form_kl import FullNormal, LowRankNormal, strict_lower_indices
@@ -100,9 +100,10 @@ class LowRankGuide(Guide):
 
     def __init__(self, loc: Tensor, scale: Tensor, *, rank: int = 10, seed: int = 0) -> None:
         super().__init__()
-        if not isinstance(rank, Integral) or isinstance(rank, bool) or not 1 <= rank <= len(loc):
+        rank = plain(rank)
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= len(loc):
             raise ValueError(f"rank={rank!r} must be a whole number from 1 to {len(loc)}, the number of latents.")
-        self.rank: int = int(rank)
+        self.rank = rank
         self.loc = nn.Parameter(loc.detach().clone())
         self.scale: Tensor | PyroParam = PyroParam(scale.detach().clone(), constraint=constraints.positive)
         noise = torch.randn(len(loc), rank, generator=torch.Generator().manual_seed(seed), dtype=loc.dtype)
