@@ -47,7 +47,7 @@ def needs_mask(module: nn.Module, input_ids: Tensor) -> bool:
         True
     """
     known = _KNOWN.get(module)
-    if is_sharded(module):  # a pass of one process alone would wait for the others
+    if known is None and is_sharded(module):  # a pass of one process alone would wait for the others
         return _takes_mask(module)
     if known is None and not (input_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
         # Latents and hidden states of the present pass are context variables. The probe uses and changes none of them.
