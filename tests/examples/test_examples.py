@@ -206,6 +206,12 @@ def test_the_benchmark_of_overhead_compares_two_steps(tmp_path):
     assert (tmp_path / "overhead.json").stat().st_size > 0
 
 
+def test_two_checkouts_are_compared_in_turns(tmp_path):
+    figures = json.loads(run("benchmarks/compare_checkouts.py", tmp_path))
+    assert figures["rounds"] == 1 and figures["before_ms"] > 0
+    assert figures["ratio"] == pytest.approx(figures["after_ms"] / figures["before_ms"])
+
+
 def test_the_benchmark_of_speed_measures_steps_and_draws(tmp_path):
     output = run("benchmarks/speed.py", tmp_path)
     for name in ("PEFT LoRA step", "scalabl_pyro step", "scalabl_pyro draws"):
