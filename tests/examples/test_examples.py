@@ -206,6 +206,7 @@ def test_the_benchmark_of_overhead_compares_two_steps(tmp_path):
     assert (tmp_path / "overhead.json").stat().st_size > 0
 
 
+@pytest.mark.slow  # two processes that import everything
 def test_two_checkouts_are_compared_in_turns(tmp_path):
     figures = json.loads(run("benchmarks/compare_checkouts.py", tmp_path))
     assert figures["rounds"] == 1 and figures["before_ms"] > 0
