@@ -11,7 +11,6 @@ from torch import nn
 
 from .._arguments import check_role, known_arguments_of_methods
 from .._process.random_state import scoped_seed
-from ..guides import DeltaGuide
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
 from ..prediction.result import NumericPrediction, Prediction
@@ -148,7 +147,7 @@ class EnsemblePosterior(DerivedPredictor):
 
 
 def _is_point(member: Predictor) -> bool:
-    return isinstance(member, Posterior) and isinstance(member.guide, DeltaGuide)
+    return isinstance(member, Posterior) and member.guide.is_point
 
 
 @torch.no_grad()

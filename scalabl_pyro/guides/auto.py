@@ -70,7 +70,8 @@ class AutoFamily(Guide):
         sites = prior_sites(prior)
         check_continuous(f"guide={auto_class.__name__}", sites)
         check_transforms(f"guide={auto_class.__name__}", sites)
-        self.has_density = auto_class is not autoguide.AutoDelta
+        self.is_point = auto_class is autoguide.AutoDelta
+        self.has_density = not self.is_point
         self._arguments = (prior, auto_class, init_loc_fn, auto_options)
         if not issubclass(auto_class, WITHOUT_INIT_LOC):
             auto_options = {"init_loc_fn": init_loc_fn, **auto_options}
@@ -151,7 +152,8 @@ class AutoInstance(Guide):
     def __init__(self, auto: autoguide.AutoGuide) -> None:
         super().__init__()
         _check_supported(type(auto))
-        self.has_density = not isinstance(auto, autoguide.AutoDelta)
+        self.is_point = isinstance(auto, autoguide.AutoDelta)
+        self.has_density = not self.is_point
         for module in auto.modules():  # stock SVI or another fit may have called it before
             if isinstance(module, PyroModule):
                 module._pyro_context.used = False

@@ -9,13 +9,14 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from .._display import Summarized
 from .._errors import check_count
 from .._process.pyro_modes import Program, local_params
 from .._process.random_state import scoped_seed
 from ..model.bayesian_lora import BayesianLoRA
 
 
-class Guide(Program):
+class Guide(Summarized, Program):
     """A posterior family q over the latent sites of a prior, as a Pyro program.
 
     Subclasses define two methods: ``forward`` samples every latent site (at least ``"s"``, with event shape (D,)),
@@ -30,10 +31,11 @@ class Guide(Program):
         factorized: Whether the sites are independent of each other under q. Then the KL of some sites can be in
             closed form while the KL of others is estimated.
         has_density: Whether draws have a density under q, so that they can be weighted by p / q.
+        is_point: Whether all draws of s are the same, so that one draw stands for all of them.
         scores_any_value: Whether :meth:`log_prob` can score values that the guide did not draw itself. A guide with
             auxiliary sites cannot.
         method: How :func:`scalabl_pyro.fit` trains the family: ``"SVI"`` maximizes an ELBO, ``"SVGD"`` moves
-            particles. It becomes ``method`` in the provenance of a posterior.
+            the particles of a :class:`ParticleGuide`. It becomes ``method`` in the provenance of a posterior.
 
     Example:
         >>> import pyro, torch
@@ -54,6 +56,7 @@ class Guide(Program):
     per_example: bool = True
     factorized: bool = False
     has_density: bool = True
+    is_point: bool = False
     scores_any_value: bool = True
     method: Literal["SVI", "SVGD"] = "SVI"
 
@@ -164,6 +167,11 @@ class Guide(Program):
     def snapshot(self) -> "Guide":
         """Return a copy on the CPU that later training does not change."""
         return copy.deepcopy(self).cpu().requires_grad_(False).eval()
+
+    def _summary(self) -> dict[str, object]:
+        """Number of latents, where a parameter tells it without a draw, and the options."""
+        loc = self.location()
+        return ({} if loc is None else {"dim": loc.numel()}) | self.options()
 
     def _log_density(self, traces: list[Any], sites: Mapping[str, Tensor]) -> Tensor:
         """Log densities (S,) of the guide's own draws."""

@@ -27,6 +27,7 @@ class DeltaGuide(Guide):
 
     family = "delta"
     has_density = False
+    is_point = True
     per_example = False  # all rows would carry the same value
 
     def __init__(self, loc: Tensor, *, learn: bool = True) -> None:

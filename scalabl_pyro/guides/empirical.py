@@ -124,6 +124,9 @@ class EmpiricalGuide(Guide):
         options: dict[str, Any] = {"num_chains": self.num_chains, "shapes": shapes}
         return options | ({"statistics": list(self.recorded)} if self.recorded else {})
 
+    def _summary(self) -> dict[str, object]:
+        return {"dim": self.points("s").shape[-1], "points": len(self), "num_chains": self.num_chains}
+
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "EmpiricalGuide":
         """Rebuild the family; the caller fills its points.

@@ -110,6 +110,7 @@ class WithHyperparameters(Guide):
         self.of_s = of_s
         self.per_example = of_s.per_example
         self.has_density = of_s.has_density
+        self.is_point = of_s.is_point
         self.scores_any_value = of_s.scores_any_value
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -60,6 +60,9 @@ class MixtureGuide(Guide):
         means = [component.mean() for component in self.component_list()]
         return {name: torch.stack([mean[name] for mean in means]).mean(0) for name in means[0]}
 
+    def _summary(self) -> dict[str, object]:
+        return {"components": [type(c).__name__ for c in self.component_list()]}
+
     def snapshot(self) -> Guide:
         """Return a mixture of the components' snapshots."""
         return MixtureGuide([component.snapshot() for component in self.component_list()])

@@ -57,6 +57,9 @@ class ParticleGuide(Guide):
         """Return the average particle."""
         return {"s": self.particles.mean(0)}
 
+    def _summary(self) -> dict[str, object]:
+        return {"num_particles": len(self.particles), "dim": self.particles.shape[1]}
+
     def snapshot(self) -> Guide:
         """Return the particles as an :class:`EmpiricalGuide`."""
         return EmpiricalGuide({"s": self.particles.detach().cpu()}, num_chains=None)

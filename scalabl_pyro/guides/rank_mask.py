@@ -87,6 +87,9 @@ class RankMaskGuide(Guide):
         """Return the probability (D,) that each direction is kept."""
         return {"s": self.logits.sigmoid()}
 
+    def _summary(self) -> dict[str, object]:
+        return {"dim": self.logits.numel()} | self.options()
+
     @classmethod
     def from_options(cls, options: dict[str, Any], blora: BayesianLoRA) -> "RankMaskGuide":
         """Rebuild the family; the caller fills its tensors."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from .._display import Summarized
 from .binding import UNBOUND, Bound, RowNoise, binding, bound_to
 from .constants import jit_constants
 from .factors import Factors, cast_stacked, compute_dtype, factors_of, map_stacked
@@ -25,7 +26,7 @@ GAUGES: tuple[str, ...] = get_args(Gauge)
 _SERIAL = itertools.count()
 
 
-class Adapter:
+class Adapter(Summarized):
     """The LoRA layers of one module, and the latents that they compute with.
 
     The constructor sets all attributes. Later, only five methods change the adapter: ``rest_at`` moves the resting
@@ -47,8 +48,7 @@ class Adapter:
         original: Module that ``unload`` returns, such as the PeftModel around ``module``; None means ``module``.
 
     Attributes:
-        blocks: Transformer blocks from the first adapted one on; empty if the module does not have exactly one stack of
-            blocks.
+        blocks: Blocks from the first adapted one on; empty unless the module has exactly one stack of blocks.
         blocks_below: Transformer blocks below the first adapted one.
         serial: Number of this adapter in Pyro's global store. (Python could use an ``id()`` again.)
     """
@@ -179,9 +179,6 @@ class Adapter:
     def prepare(self, factors: Factors) -> Factors:
         """Apply the gauge to the factors, and cast them to the compute dtype of each layer.
 
-        Layers of one shape are stacked. Without stacking, each layer needs two small kernels, and launching them takes
-        longer than running them.
-
         Args:
             factors: (A, B) of each layer.
 
@@ -291,6 +288,9 @@ class Adapter:
         """Count the added parameters: ``lora`` (A and B), ``latents`` (D), ``variational`` (2 D, as in the paper)."""
         lora = sum(A.numel() + B.numel() for A, B in self.factors())
         return {"lora": lora, "latents": self.subspace.dim, "variational": 2 * self.subspace.dim}
+
+    def _summary(self) -> dict[str, object]:
+        return {**self.subspace._summary(), "gauge": self.gauge}
 
     def _copy(self, factors: Factors, heads: Mapping[str, nn.Module]) -> None:
         for pair, values in zip(self.factors() if factors else (), factors, strict=True):

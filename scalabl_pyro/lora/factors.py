@@ -45,6 +45,8 @@ def cast_stacked(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> li
 def map_stacked(fn: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Compute ``[fn(t) for t in tensors]`` with one call for all tensors of one shape, dtype and device.
 
+    With one call per tensor, the small kernels take longer to launch than to run.
+
     Args:
         fn: Function that treats the first dimension of its argument as a batch.
         tensors: Tensors of any shapes.

@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .._display import Summarized
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -35,8 +37,8 @@ class Layer:
     out_features: int
 
 
-@dataclass(frozen=True)
-class Subspace:
+@dataclass(frozen=True, repr=False)
+class Subspace(Summarized):
     """The D = sum_l r_l latents of a model, in the order of its layers.
 
     Attributes:
@@ -46,6 +48,8 @@ class Subspace:
         >>> import torch, scalabl_pyro
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 5))
         >>> subspace = scalabl_pyro.bayesian_lora(net, r=2).subspace
+        >>> subspace
+        Subspace(layers=2, dim=4, rank=2)
         >>> subspace.dim, subspace.labels()
         (4, ['0[0]', '0[1]', '1[0]', '1[1]'])
         >>> [tuple(part.shape) for part in subspace.split(torch.zeros(7, 4))]
@@ -59,6 +63,10 @@ class Subspace:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def _summary(self) -> dict[str, object]:
+        least, most = (min(self.ranks), max(self.ranks)) if self.layers else (0, 0)
+        return {"layers": len(self), "dim": self.dim, "rank": most if least == most else f"{least} to {most}"}
 
     @cached_property
     def names(self) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .._arguments import check_role
+from .._display import Summarized
 from .._errors import nearest
 from .._process.lock import LOCK
 from .._process.pyro_modes import Program
@@ -23,7 +24,7 @@ from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
 
 
-class Task(Program):
+class Task(Summarized, Program):
     """Likelihood p(y | outputs of the LLM), and the prompt that asks for y.
 
     A subclass defines :meth:`encode` and :meth:`likelihood`. Parameters and PyroParams of a task are learned together
@@ -175,10 +176,10 @@ class Task(Program):
         """Run :meth:`likelihood` as a Pyro program, in which the task's PyroParams are param sites."""
         return self.likelihood(outputs, batch)
 
-    def __repr__(self) -> str:
+    def _summary(self) -> dict[str, object]:
+        """Options that have a value, each one short."""
         values = {name: getattr(self, name, None) for name in self.options}
-        shown = [f"{name}={_short(value)}" for name, value in values.items() if value is not None]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return {name: _short(value) for name, value in values.items() if value is not None}
 
 
 def copy_task(task: Task) -> Task:

@@ -29,6 +29,8 @@ from .training_state import LearnedState
 
 logger = logging.getLogger(__name__)
 
+#: How the names of saved tensors begin: columns of the history, and states of random generators.
+HISTORY, RANDOM = "history.", "random."
 #: Columns of the history.
 COLUMNS = ("step", "loss", "nll", "kl", "kl_weight", "grad_norm", "lr", "seconds", "skipped")
 
@@ -167,8 +169,8 @@ class Trainer:
         """Give tensors and record of all that a resumption needs, except for the options of the run."""
         assert self.is_whole and not self._pending
         columns = COLUMNS if self.history else ()
-        rows = {f"history.{c}": torch.tensor([r[c] for r in self.history], dtype=torch.float64) for c in columns}
-        random = {f"random.{name}": state for name, state in self.noise.states().items()}
+        rows = {HISTORY + c: torch.tensor([r[c] for r in self.history], dtype=torch.float64) for c in columns}
+        random = {RANDOM + name: state for name, state in self.noise.states().items()}
         record: dict[str, Any] = {"step": self.next_step, "seconds": self.seconds, "columns": list(columns)}
         record["start"] = self.start
         record["recovery"] = self.recovery.record()
@@ -181,12 +183,12 @@ class Trainer:
         Raises:
             ValueError: The tensors are those of another run, or the data source gives other batches than before.
         """
-        history = _rows({k: v for k, v in tensors.items() if k.startswith("history.")}, record["columns"])
+        history = _rows(below(tensors, HISTORY), record["columns"])
         if isinstance(self.batches, Cycle):
             if record["data"] is None:
                 raise ValueError("it does not say where in the data the run was")
             self.batches.replay(record["data"])
-        states = below(tensors, "random.")
+        states = below(tensors, RANDOM)
         try:
             unmatched = self.noise.load_states(states)
         except (RuntimeError, TypeError) as error:
@@ -197,7 +199,7 @@ class Trainer:
                 "but its noise differs from that of an uninterrupted run",
                 unmatched,
             )
-        self.learned.load({k: v for k, v in tensors.items() if not k.startswith(("history.", "random."))})
+        self.learned.load({k: v for k, v in tensors.items() if not k.startswith((HISTORY, RANDOM))})
         self.history = history
         self.start = "continued" if record.get("start") == "continued" else "fresh"
         self.recovery.load_record(record["recovery"])
@@ -276,8 +278,8 @@ def _rows(saved: Mapping[str, Tensor], columns: Sequence[str]) -> list[dict[str,
     Raises:
         ValueError: The columns differ in length, or step counts are not finite.
     """
-    check_keys("The saved history", set(saved), {f"history.{name}" for name in columns})
-    table = {name: saved[f"history.{name}"] for name in columns}
+    check_keys("The saved history", set(saved), set(columns))
+    table = {name: saved[name] for name in columns}
     if any(column.dim() != 1 or len(column) != len(table["step"]) for column in table.values()):
         raise ValueError("the columns of the saved history differ in length")
     rows = [dict(zip(table, row, strict=True)) for row in zip(*(c.tolist() for c in table.values()), strict=True)]

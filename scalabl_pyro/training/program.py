@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -164,8 +164,8 @@ def build_program(
     draws = options.draws if family.per_example and allows_row_draws(elbo) else "shared"
     model = TaskModel(blora, task, num_data=num_data, draws=draws, factor_scale=options.optimizer.factor_scale)
     objective: TrainingObjective
-    if isinstance(family, ParticleGuide):
-        objective = SteinObjective(model, family)
+    if family.method == "SVGD":
+        objective = SteinObjective(model, cast(ParticleGuide, family))
     else:
         objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
     return TrainingProgram(model, family, objective, type(elbo).__name__, batches, store, options, processes, moved)

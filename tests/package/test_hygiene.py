@@ -129,6 +129,7 @@ def make(tmp_path: Path) -> SimpleNamespace:
         fails_late=replace(posterior, task=FailsLate(tiny.tokenizer())),
         no_draws=replace(posterior, guide=guide),
         prediction=posterior.predict(ROWS, num_draws=3),
+        numbers=sp.NumericPrediction(np.zeros((3, 4)), np.ones((3, 4)), np.zeros((3, 4)), None, None),
         path=tmp_path,
         number=0,
     )
@@ -323,6 +324,17 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
         [lambda w: replace(w.prediction, target=None).metrics()],
     ),
     "Prediction.to_frame": ([lambda w: w.prediction.to_frame()], []),
+    "Prediction.with_answers": (
+        [
+            lambda w: w.prediction.with_answers(),
+            lambda w: replace(w.prediction, target=np.where(np.arange(len(ROWS)) % 2, -1, 0)).with_answers(),
+        ],
+        [lambda w: replace(w.prediction, target=None).with_answers()],
+    ),
+    "NumericPrediction.with_answers": (
+        [lambda w: replace(w.numbers, target=np.where(np.arange(4) % 2, np.nan, 0.0)).with_answers()],
+        [lambda w: w.numbers.with_answers()],
+    ),
     "plots.reliability": ([lambda w: sp.plots.reliability(w.prediction)], [lambda w: sp.plots.reliability(None)]),
     "plots.history": (
         [lambda w: sp.plots.history(sp.fit(w.blora, w.task, ROWS, **FEW).history)],
