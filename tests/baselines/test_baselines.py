@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import tiny
 import torch
+from pyro.infer.autoguide import AutoDelta
 from torch import nn
 
 import scalabl_pyro as sp
@@ -340,6 +341,13 @@ def test_an_ensemble_predicts_the_mixture_of_its_members(trained):
     np.testing.assert_allclose(prediction.probs, np.mean(own, axis=0), atol=1e-6)
     assert prediction.num_draws == 2
     assert (prediction.epistemic > 0).all()
+
+
+@pytest.mark.parametrize("guide", ["delta", AutoDelta], ids=str)
+def test_a_member_that_is_a_point_gives_one_draw(guide):
+    blora = sp.bayesian_lora(tiny.causal_lm(), r=2, target_modules=["q_proj"])
+    point = sp.fit(blora, sp.MultipleChoice(tiny.tokenizer()), ROWS, guide=guide, num_steps=2, progress=False).posterior
+    assert baselines.EnsemblePosterior((point, point)).predict(TEST, num_draws=3).num_draws == 2
 
 
 def test_members_with_draws_keep_their_draws(trained):

@@ -58,6 +58,28 @@ def test_no_circle_of_files():
         left = {module: names for module, names in left.items() if module not in free}
 
 
+#: Families of posteriors. Other packages ask what a guide says of itself, and a guide of a user can say the same.
+FAMILIES = {name for name in dir(scalabl_pyro.guides) if name.endswith("Guide") and name != "Guide"}
+
+
+def test_no_package_but_guides_asks_which_family_a_guide_is():
+    for path in (p for p in FILES if module_of(p)[:1] != ("guides",)):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+                asked = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+                assert not asked & FAMILIES, f"{path.name}, line {node.lineno}: {ast.unparse(node)}"
+
+
+def test_names_of_saved_tensors_are_taken_apart_in_one_place():
+    """``storage.tensor_files.below`` gives the entries under a prefix; no file selects them by hand."""
+    for path in (p for p in FILES if module_of(p) != ("storage", "tensor_files")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.DictComp):
+                tests = [t for g in node.generators for t in g.ifs if isinstance(t, ast.Call)]
+                by_hand = [t for t in tests if ast.unparse(t.func).endswith(".startswith")]
+                assert not [t for t in by_hand if isinstance(t.args[0], ast.Constant)], f"{path.name}, {node.lineno}"
+
+
 #: Objects of this package whose attributes nobody sets from outside: what they need goes into their constructors.
 CLOSED = re.compile(r"(passes|blora|adapter|trainer|step|checkpoints|objective|posterior|program)\.\w+")
 

@@ -411,6 +411,22 @@ def test_repr_of_a_task_is_one_short_line_of_options(tokenizer, task):
     assert "classes=('class 0', ..., 'class 999')" in repr(sp.SequenceClassification(tokenizer, classes=many))
 
 
+def test_a_notebook_shows_the_options_of_a_task_as_a_table(tokenizer, task):
+    table = sp.MultipleChoice(tokenizer, template="{question}" * 9, max_length=40)._repr_html_()
+    assert table.startswith("<table><caption>MultipleChoice</caption>")
+    for cells in (
+        "<tr><th>max_length</th><td>40</td></tr>",
+        "<th>labels</th>",
+        "{question}{ques...",
+        "(&#x27;A&#x27;, ...",
+    ):
+        assert cells in table
+    assert "<th>classes</th><td>(&#x27;no&#x27;, &#x27;yes&#x27;" in classifying(tokenizer)._repr_html_()
+    for one in (task, regressing(tokenizer), Counts(tokenizer)):
+        rows = one._repr_html_().count("<tr>")
+        assert rows == len([name for name in one.options if getattr(one, name) is not None])
+
+
 @pytest.mark.parametrize("name", ["base", "multiple_choice", "regression", "standardized_normal", "text"])
 def test_examples_of_docstrings_run(name, tokenizer):
     module = importlib.import_module(f"scalabl_pyro.tasks.{name}")
