@@ -3,6 +3,7 @@
 ``docs/internals-patches.md`` says for each what it is needed for.
 """
 
+import ast
 import datetime
 import inspect
 import re
@@ -65,7 +66,33 @@ def test_each_canary_that_the_page_names_exists():
         assert (ROOT / file).is_file(), file
 
 
+def private_names(tree):
+    """Names with a leading underscore that a file reads from objects other than its own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+            yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+            yield getattr(node.args[1], "value", "")
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (alias.name for alias in node.names)
+
+
+#: Of this library itself, and of a named tuple, where it is public.
+OWN = {"_summary", "_asdict", "_fields"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scalabl_pyro").rglob("*.py")), ids=lambda p: p.name)
+def test_each_private_name_that_a_file_reads_stands_on_the_page_beside_the_file(path):
+    rows = [row for row in PAGE.read_text(encoding="utf-8").splitlines() if str(path.relative_to(ROOT)) in row]
+    names = {n for n in private_names(ast.parse(path.read_text("utf-8"))) if re.match(r"_[^_]", str(n))} - OWN
+    assert not [name for name in names if not any(name in row for row in rows)]
+
+
 # transformers
+
+
+def test_transformers_tells_over_how_many_processes_layers_are_split():
+    assert tiny.causal_lm()._tp_size in (None, 1)
 
 
 def test_transformers_asks_these_names_for_masks():
@@ -109,6 +136,22 @@ def test_peft_has_default_targets_by_model_type():
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as mapping
 
     assert mapping["llama"] == ["q_proj", "v_proj"] and mapping["gpt2"] == ["c_attn"]
+
+
+def test_peft_wraps_what_it_trains_besides_lora_in_these_classes():
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    llm = peft.get_peft_model(tiny.causal_lm(), config).base_model.model
+    assert isinstance(llm.lm_head, ModulesToSaveWrapper) and isinstance(llm.lm_head, AuxiliaryTrainingWrapper)
+    assert llm.lm_head.original_module is not llm.lm_head.modules_to_save["default"]
+    assert "default" in llm.model.embed_tokens.lora_embedding_A
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1])
+    tokens = peft.get_peft_model(tiny.causal_lm(), config).base_model.model.model.embed_tokens
+    assert isinstance(tokens, TrainableTokensWrapper) and "default" in tokens.token_adapter.trainable_tokens_delta
+    assert (
+        tokens.token_adapter.get_merged_weights(["default"]).shape == tokens.token_adapter.get_base_layer().weight.shape
+    )
 
 
 # pyro
@@ -177,6 +220,44 @@ def test_a_forward_on_the_instance_is_the_one_that_is_called():
     assert torch.equal(layer(x), x + 1)
     del layer.forward
     assert "forward" not in layer.__dict__ and torch.equal(layer(x), layer.forward(x))
+
+
+def test_a_method_on_the_instance_hides_the_one_of_the_class():
+    llm = tiny.causal_lm()
+    sp.bayesian_lora(llm, layers_to_transform=[1])
+    with pytest.raises(RuntimeError, match="without the latents"):
+        llm.save_pretrained("never")
+
+
+def test_modules_keep_their_own_tensors_under_these_names():
+    layer = nn.BatchNorm1d(2)
+    layer.register_buffer("computed", torch.zeros(1), persistent=False)
+    assert set(layer._parameters) == {"weight", "bias"} and layer._parameters is vars(layer)["_parameters"]
+    assert {"running_mean", "computed"} <= set(layer._buffers) and layer._non_persistent_buffers_set == {"computed"}
+    net = nn.Sequential(layer)
+    assert net._modules["0"] is layer
+    layer._buffers["computed"] = torch.ones(1)
+    assert layer.computed.item() == 1
+
+
+def test_a_module_moves_and_casts_through_apply():
+    class Counts(nn.Linear):
+        calls = 0
+
+        def _apply(self, fn, recurse=True):
+            self.calls += 1
+            return super()._apply(fn, recurse)
+
+    layer = Counts(2, 2)
+    layer.to(torch.float64).float().half()
+    assert layer.calls == 3
+
+
+def test_a_tensor_counts_its_changes_in_place():
+    tensor = torch.zeros(2)
+    before = tensor._version
+    tensor.add_(1)
+    assert tensor._version == before + 1
 
 
 def test_a_fused_optimizer_skips_the_update_where_found_inf_is_one():
