@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .base_tensors import ORDINARY, PlainTensor, plain_tensors
 from .module_paths import lies_in
+from .settings import settings, warn_of_other_settings
 from .sharding import is_piece, is_sharded
 from .targets import input_embeddings
 
@@ -59,6 +60,7 @@ def _fingerprint(adapter: Adapter) -> dict[str, Any]:
             n: _probe(getattr(layer.get_base_layer(), "weight", None), LAYER_PROBES) for n, layer in layers
         },
         "tensor_probes": _probe_all(_compared(adapter, tensors.values())),
+        "settings": settings(base),
         "quantized": sorted({_owner(t.name) for t in tensors.values() if not _is_compared(t.base)}),
     }
 
@@ -82,7 +84,7 @@ def _compared(adapter: Adapter, tensors: Collection[PlainTensor]) -> dict[str, T
         t.name: adapter.base_tensors.get(t.name, t.base)
         for t in tensors
         if _is_compared(t.base)
-        and not any(lies_in(t.name, head) for head in adapter.heads)
+        and not (t.is_saved and any(lies_in(t.name, head) for head in adapter.heads))
         and _original(t.name) not in names  # rotary frequencies that follow the length of the input
     }
 
@@ -163,6 +165,8 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any]) -> Non
             "posterior was learned. Load the checkpoint used in training, not another one or random weights."
         )
     _check_tensors(saved, found)
+    if "settings" in saved:  # not in the file of an older version
+        warn_of_other_settings(saved["settings"], found["settings"])
 
 
 def _check_tensors(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -93,6 +93,9 @@ class AdaptedLLM:
             s = s.expand(*batch_shape, s.shape[-1]).reshape(-1, s.shape[-1])
         if self._takes_use_cache:
             kwargs.setdefault("use_cache", False)  # only generation needs the keys and values of past tokens
+        if s.dim() > 1:
+            one_row = self._one_row(args, kwargs, s[:1], rows)
+            self._row_check.check_order(self.llm, (args, kwargs), (rows, len(s)), one_row)
         if batch_shape == (rows,):
             output = self._run(args, kwargs, s, positions, noise=noise)
             self._check_rows(output, args, kwargs, s, rows)
@@ -127,14 +130,17 @@ class AdaptedLLM:
 
     def _check_rows(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s: Tensor, rows: int) -> None:
         """Check that rows with different draws do not mix."""
-        if s.dim() == 1:
-            return
+        if s.dim() > 1:
+            self._row_check(output, len(s), self._one_row(args, kwargs, s[0], rows))
 
-        def run_one_row() -> Any:
+    def _one_row(self, args: tuple[Any, ...], kwargs: dict[str, Any], s: Tensor, rows: int) -> Callable[[], Any]:
+        """Return a function that runs the LLM on the first row alone."""
+
+        def run() -> Any:
             with apart(self.llm), torch.no_grad():
-                return self._bound(first_row(args, rows), first_row(kwargs, rows), s[0], None)
+                return self._bound(first_row(args, rows), first_row(kwargs, rows), s, None)
 
-        self._row_check(output, len(s), run_one_row)
+        return run
 
     def _run(
         self,

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .._errors import nearest
-from .module_paths import last_name
+from .module_paths import last_name, lies_in
 
 #: PEFT layers that ask a LoRA variant for their update; other layers would silently ignore the latents.
 SUPPORTED_LAYERS = (
@@ -76,7 +76,9 @@ def check_heads(module: nn.Module, heads: Sequence[str]) -> None:
     """Raise if a name in ``modules_to_save`` is missing in the module, or has no parameters."""
     names = dict(module.named_modules())
     for name in heads:
-        if name not in names:
+        if not name or name not in names:
             raise ValueError(f"modules_to_save: the module has no {name!r}. {nearest(name, [n for n in names if n])}")
         if next(names[name].parameters(), None) is None:
             raise ValueError(f"modules_to_save: {name!r} has no parameters to train.")
+        if around := [other for other in heads if other != name and lies_in(name, other)]:
+            raise ValueError(f"modules_to_save: {name!r} is a part of {around[0]!r}, which contains it: leave it out.")

@@ -98,8 +98,8 @@ class SubspaceVariant(LoraVariant):
             name = self.adapter.subspace.names[self.index]
             raise ValueError(
                 f"Layer {name!r} received {hidden.shape[0]} rows, but the batch has {s.shape[0]} rows. The model mixes "
-                "or flattens rows before this layer (mixture of experts, packed sequences), so each row cannot have "
-                "its own draw. Train with draws='shared' and predict with draws_per_pass=1, or remove this layer from "
+                "or flattens rows before this layer (mixture of experts, packed sequences, tokens before rows as in "
+                "XLNet), so each row cannot have its own draw. Train with draws='shared' and predict with draws_per_pass=1, or remove this layer from "
                 "target_modules."
             )
         return s.view(s.shape[0], *([1] * (hidden.dim() - 2)), s.shape[1])

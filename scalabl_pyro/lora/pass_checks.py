@@ -7,7 +7,7 @@ draws would then mix.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -112,6 +112,31 @@ class RowCheck:
 
     def __init__(self) -> None:
         self._fixed: set[int] = set()
+        self._has_rows_first = False
+
+    def check_order(self, module: nn.Module, inputs: Any, rows: Iterable[int], run_one_row: Run) -> None:
+        """Check once that layers get rows first, if a batch has as many tokens as rows.
+
+        The layers of XLNet get (tokens, rows, features). Draws for rows would then go to tokens without an error. A
+        pass of one row decides it, because its tokens cannot be taken for rows.
+
+        Args:
+            module: Adapted module.
+            inputs: Inputs of the pass.
+            rows: Numbers of rows, before and after they are repeated for each draw.
+            run_one_row: Function that runs the model on the first row alone, with latents (1, D).
+
+        Raises:
+            ValueError: A layer gets another number of rows than the one of the pass.
+        """
+        if self._has_rows_first or is_sharded(module) or torch.jit.is_tracing():
+            return
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return
+        counts = {n for n in rows if n > 1}
+        if any(t.dim() > 1 and t.shape[1] in counts for t in tensors_in(inputs)):
+            run_one_row()
+            self._has_rows_first = True
 
     def __call__(self, output: Any, rows: int, run_one_row: Run) -> None:
         """Check an output.

@@ -8,6 +8,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForCausalLM, XLNetConfig
 
 import scalabl_pyro as sp
 
@@ -113,3 +114,25 @@ def test_as_many_classes_as_rows_is_not_taken_for_a_comparison(draws):
     ids = torch.arange(2, 2 + 4 * rows).view(rows, 4)
     logits = blora(input_ids=ids, s=torch.zeros(*draws, blora.subspace.dim)).logits
     assert logits.shape[-1] == 3
+
+
+# as many tokens as rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"layers_to_transform": 1}, {"target_modules": ["layer_1"]}], ids=str)
+@pytest.mark.parametrize(("draws", "rows", "tokens"), [((4,), 4, 4), ((2, 1), 2, 4), ((4, 1), 1, 4), ((2, 1), 4, 4)])
+def test_draws_never_go_to_the_tokens_of_a_model_that_puts_tokens_first(options, draws, rows, tokens):
+    config = XLNetConfig(vocab_size=9, d_model=8, n_layer=2, n_head=2, d_inner=8)
+    blora = sp.bayesian_lora(AutoModelForCausalLM.from_config(config), r=2, **options)
+    ids = torch.arange(rows * tokens).reshape(rows, tokens) % 9
+    with pytest.raises(ValueError, match=r"received \d rows, but the batch has .* tokens before rows as in XLNet"):
+        blora(ids, s=torch.zeros(*draws, blora.subspace.dim))
+    assert blora(ids, s=torch.zeros(blora.subspace.dim)).logits.shape[:2] == (rows, tokens)
+
+
+def test_a_model_with_rows_first_takes_as_many_tokens_as_rows():
+    blora = sp.bayesian_lora(tiny.causal_lm(), r=2)
+    ids, s = torch.arange(2, 18).reshape(4, 4), torch.randn(4, blora.subspace.dim)
+    together = blora(ids, s=s).logits
+    alone = torch.cat([blora(row[None], s=draw).logits for row, draw in zip(ids, s, strict=True)])
+    torch.testing.assert_close(together, alone)

@@ -222,6 +222,49 @@ def test_another_configuration_of_the_base_model_is_found(tmp_path):
         sp.Posterior.from_pretrained(biased, tmp_path / "p")
 
 
+SETTINGS = [{"rms_norm_eps": 0.5}, {"hidden_act": "relu"}]
+
+
+@pytest.mark.parametrize("change", SETTINGS, ids=str)
+def test_a_setting_that_changes_the_function_alone_is_named(change, tmp_path):
+    posterior = learn(tiny.causal_lm(), sp.MultipleChoice(tiny.tokenizer()), QUESTIONS)
+    posterior.save_pretrained(tmp_path / "p")
+    ((name, value),) = change.items()
+    with pytest.warns(sp.ScalaBLWarning, match=rf"{name}={value!r} \(in training"):
+        sp.Posterior.from_pretrained(tiny.causal_lm(**change), tmp_path / "p")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", sp.ScalaBLWarning)
+        same = tiny.causal_lm(attention_dropout=0.5, use_cache=False, eos_token_id=1)  # no matter for predictions
+        sp.Posterior.from_pretrained(same, tmp_path / "p")
+
+
+class OddHead(nn.Module):
+    """A head with buffers, one of which no state dict holds."""
+
+    def __init__(self, seed: int, *, shift: float) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.norm, self.out = nn.LayerNorm(16), nn.Linear(16, 3)
+        nn.init.normal_(self.out.weight, generator=generator)
+        self.register_buffer("saved", torch.randn(3, generator=generator))
+        self.register_buffer("unsaved", torch.full((3,), shift), persistent=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(hidden)) + self.saved + self.unsaved
+
+
+def test_buffers_of_a_head_are_saved_or_compared(tmp_path):
+    def model(seed: int, shift: float) -> nn.Module:
+        llm = session("llama", seed)
+        llm.score = OddHead(seed, shift=shift)
+        return llm
+
+    posterior = learn(model(1, 0.0), classify(), TEXTS)
+    assert_same_predictions(posterior, model(2, 0.0), TEXTS, tmp_path / "p")
+    with pytest.raises(ValueError, match=r"score\.unsaved' differs"):
+        sp.Posterior.from_pretrained(model(2, 1.0), tmp_path / "p")
+
+
 def test_a_plain_checkpoint_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", sp.ScalaBLWarning)
