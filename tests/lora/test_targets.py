@@ -296,6 +296,12 @@ WRONG_CALLS = {
     "rank cut in words": ({"cut_rank": "no"}, TypeError, "cut_rank='no': expected True or False"),
     "half a block": ({"layers_to_transform": 0.5}, TypeError, "layers_to_transform=0.5: expected the index"),
     "a block as a switch": ({"layers_to_transform": True}, TypeError, "layers_to_transform=True: expected the index"),
+    "the model itself": ({"modules_to_save": [""]}, ValueError, "the module has no ''"),
+    "a head in a head": (
+        {"modules_to_save": ["model.layers.0.mlp", "model.layers.0"], "layers_to_transform": 1},
+        ValueError,
+        r"'model\.layers\.0\.mlp' is a part of 'model\.layers\.0'",
+    ),
     "a number to save": ({"modules_to_save": 3}, TypeError, "modules_to_save=3: expected a list of names"),
     "numbers to save": ({"modules_to_save": [3]}, TypeError, r"modules_to_save=\[3\]: expected a list of names"),
     "a prior as a switch": ({"prior": True}, TypeError, "prior"),
