@@ -36,5 +36,6 @@ class GlobalState:
         set_generator_states(self.random)
         settings.set(module_local_params=self.local_params)
         _PYRO_STACK[:] = self.handlers
+        LOCK.open_gate()
         while not self.holds_lock and LOCK.is_held():
             LOCK.release()

@@ -17,7 +17,7 @@ class FairLock:
     """
 
     def __init__(self) -> None:
-        self._gate = threading.Lock()
+        self._gate = threading.RLock()  # knows its owner, see open_gate
         self._lock = threading.RLock()
         # What threading.Condition uses.
         self._is_owned = self._lock._is_owned  # type: ignore[attr-defined]
@@ -34,6 +34,11 @@ class FairLock:
     def release(self) -> None:
         """Give the lock back."""
         self._lock.release()
+
+    def open_gate(self) -> None:
+        """Open the gate if Ctrl-C inside ``acquire`` left it closed by the present thread."""
+        while self._gate._is_owned():  # type: ignore[attr-defined]
+            self._gate.release()
 
     def is_held(self) -> bool:
         """Tell whether the present thread holds the lock."""

@@ -99,8 +99,8 @@ class SubspaceVariant(LoraVariant):
             raise ValueError(
                 f"Layer {name!r} received {hidden.shape[0]} rows, but the batch has {s.shape[0]} rows. The model mixes "
                 "or flattens rows before this layer (mixture of experts, packed sequences, tokens before rows as in "
-                "XLNet), so each row cannot have its own draw. Train with draws='shared' and predict with draws_per_pass=1, or remove this layer from "
-                "target_modules."
+                "XLNet), so each row cannot have its own draw. Train with draws='shared' and predict with "
+                "draws_per_pass=1, or remove this layer from target_modules."
             )
         return s.view(s.shape[0], *([1] * (hidden.dim() - 2)), s.shape[1])
 

@@ -9,9 +9,9 @@ from torch import nn
 from .._errors import ScalaBLWarning
 
 #: Parts of the names of settings that do not change predictions, or that users set after loading.
-_LEFT_OUT = ("name_or_path", "architectures", "transformers_version", "dtype", "cache", "id2label", "label2id", "return")
-_LEFT_OUT += ("output_", "token_id", "pad_index", "drop", "initializer", "init_", "problem_type", "quantization_config")
-_LEFT_OUT += ("attn_implementation", "experts_implementation", "num_labels", "chunk_size", "auto_map", "pretraining_tp")
+_LEFT_OUT = ("name_or_path", "architectures", "transformers_version", "dtype", "cache", "id2label", "label2id")
+_LEFT_OUT += ("return", "output_", "token_id", "pad_index", "drop", "initializer", "init_", "problem_type")
+_LEFT_OUT += ("quantization_config", "attn_implementation", "experts_implementation", "num_labels", "chunk_size")
 
 
 def settings(module: nn.Module) -> dict[str, Any]:

@@ -26,6 +26,7 @@ GUIDE = {"family": str, "class": str, "options": dict}
 PRIOR = {"family": str, "class": str, "parameters": list, "options": dict}
 TASK = {"class": str, "options": dict}
 BASE_MODEL = ("class", "model_type", "embedding_shape", "probes", "layer_probes", "tensor_probes", "quantized")
+BASE_MODEL += ("settings",)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import families
@@ -155,6 +156,26 @@ def test_an_exception_at_any_line_of_wrapping_leaves_the_module_as_it_was(case):
     outcomes = inject_everywhere(make(), wrap, stride=STRIDES[case])
     assert outcomes["raised"] > 10
     assert not outcomes["passed"]
+
+
+def is_free(lock):
+    taken = lock.acquire(timeout=0.5)
+    if taken:
+        lock.release()
+    return taken
+
+
+def test_an_exception_at_any_line_of_the_lock_leaves_it_to_other_threads():
+    net, file = plain_net(), (str(Path(PACKAGE) / "_process" / "lock.py"),)
+    with InjectAt(folders=file) as recorder:
+        sp.bayesian_lora(net, r=2).unload()
+    assert len(recorder.events) > 5
+    for number in range(len(recorder.events)):
+        with pytest.raises(Injected), InjectAt(number, file):
+            sp.bayesian_lora(net, r=2)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(is_free, LOCK._gate).result(), recorder.events[number]
+        assert not LOCK.is_held()
 
 
 @pytest.mark.slow
