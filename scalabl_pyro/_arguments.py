@@ -180,11 +180,16 @@ def known_arguments(function: Function, *, name: str | None = None) -> Function:
             return function(*args, **kwargs)
         known, shown = allowed, name or function.__qualname__
         if is_constructor:  # the caller has called the class, which may pass arguments on to its ancestors
-            known = {key for ancestor in type(args[0]).__mro__ for key in _keywords(vars(ancestor).get("__init__"))}
+            known = {key for ancestor in _own(type(args[0])) for key in _keywords(vars(ancestor).get("__init__"))}
             shown = type(args[0]).__name__
         raise TypeError(f"{shown}() has no argument {unknown!r}. {suggest(unknown, known)}")
 
     return call  # type: ignore[return-value]
+
+
+def _own(cls: type) -> list[type]:
+    """A class and its ancestors, without those of Pyro and torch, whose arguments are not passed on."""
+    return [ancestor for ancestor in cls.__mro__ if ancestor.__module__.partition(".")[0] not in ("pyro", "torch")]
 
 
 def _keywords(function: object) -> set[str]:

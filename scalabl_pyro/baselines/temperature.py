@@ -83,7 +83,7 @@ def temperature_scaling(
     assert isinstance(seen, Prediction)
     if isinstance(predictor, Prediction | NumericPrediction):
         return apply_temperature(predictor, temperature)
-    return TemperatureScaled(predictor, temperature, {"num_validation": seen.log_probs.shape[1]})
+    return TemperatureScaled(predictor, temperature, {"num_validation": int(seen.is_answered.sum())})
 
 
 def fit_temperature(prediction: Prediction | NumericPrediction) -> float:

@@ -11,6 +11,7 @@ from .._values import plain
 from .batch import Batch
 from .labels import ClassIndex
 
+TABLES = (("pandas", "DataFrame"), ("polars", "DataFrame"), ("pyarrow", "Table"))
 EXPECTED = "Expected rows (a list of dicts, a Dataset, the path of a .jsonl file)"
 
 
@@ -87,7 +88,9 @@ def _checked(rows: list[Any]) -> list[Mapping[str, Any]]:
 
 def _from_columns(columns: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the rows of a dict of columns."""
-    if any(_is_a(value, "datasets", "Dataset", "IterableDataset") for value in columns.values()):
+    if any(_is_a(value, "datasets", "Dataset", "IterableDataset") for value in columns.values()) or (
+        columns and all(map(_is_split, columns.values()))
+    ):
         splits = list(columns)
         raise TypeError(f"The data set holds the splits {splits}: choose one of them, data[{splits[0]!r}].")
     if not columns or not all(map(_is_column, columns.values())):
@@ -107,6 +110,15 @@ def _from_frame(frame: Any) -> list[Mapping[str, Any]]:
             f"The DataFrame has several columns named {sorted(twice)[0]!r}: give each column its own name."
         )
     return [dict(zip(names, row, strict=True)) for row in frame.itertuples(index=False)]
+
+
+def _is_split(value: Any) -> bool:
+    """Whether a value of a dict holds rows rather than the values of one column."""
+    if isinstance(value, list | tuple):
+        return len(value) > 0 and all(isinstance(row, Mapping) for row in value)
+    return (
+        _is_a(value, "pandas", "DataFrame") or _is_a(value, "polars", "DataFrame") or _is_a(value, "pyarrow", "Table")
+    )
 
 
 def _is_column(value: Any) -> bool:

@@ -5,7 +5,7 @@ from a data set whose column has names (:class:`ClassIndex`) is matched by name.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from numbers import Real
@@ -62,12 +62,14 @@ def as_classes(classes: Any) -> tuple[ClassName, ...]:
         The names as Python values.
 
     Raises:
-        ValueError: There are fewer than two, two are equal, or they are of several types.
+        ValueError: There are fewer than two, two are equal, they are of several types, or they are a set or a dict.
 
     Example:
         >>> as_classes(["spam", "ham"]), as_classes([True, False])
         (('spam', 'ham'), (True, False))
     """
+    if isinstance(classes, set | frozenset | Mapping):
+        raise ValueError(_no_order(classes))
     if isinstance(classes, str | bytes) or not isinstance(classes, Iterable):
         raise ValueError(f"classes={classes!r}: name at least two classes, such as ['no', 'yes'].")
     names = tuple(str(name) if isinstance(name := plain(given), str) else name for given in classes)
@@ -210,6 +212,21 @@ def check_order(classes: Sequence[Any], others: Sequence[Any], *, whose: str, ad
             f"different orders. {advice}"
         )
     return bool(shared)
+
+
+def _no_order(classes: Any) -> str:
+    """Say that a set or a dict does not give the order of the classes, and give the list where a dict holds indices."""
+    if not isinstance(classes, Mapping):
+        return f"classes={classes!r} is a set, which has no order. Give a list in the order of the model's outputs."
+    names = next(
+        (
+            [by_index[i] for i in range(len(classes))]
+            for by_index in (dict(classes), {index: name for name, index in classes.items()})
+            if set(by_index) == set(range(len(classes)))
+        ),
+        "['no', 'yes']",
+    )
+    return f"classes={classes!r} is a dict. Give a list in the order of the model's outputs, such as classes={names}."
 
 
 def _from_data_set(label: ClassIndex, classes: Sequence[ClassName], what: str) -> int | None:

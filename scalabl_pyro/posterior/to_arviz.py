@@ -34,12 +34,15 @@ def as_arviz(
         arrays = {name: value.unsqueeze(0).numpy() for name, value in sites.items()}
         groups["prior"] = arviz_data.posterior_group(arrays, posterior.subspace)
     if prior_prediction is not None:
-        groups["prior_predictive"] = arviz_data.per_row_group("label", _replicate(prior_prediction, seed))
+        check_role("prior_prediction", prior_prediction, "prediction")
+        rows = _compared(prior_prediction)
+        groups["prior_predictive"] = arviz_data.per_row_group(
+            "label", _replicate(prior_prediction, seed)[:, rows], rows
+        )
     if prediction is not None:
         check_role("prediction", prediction, "prediction")
         known = prediction.is_answered
-        # ArviZ compares these groups row by row. So where only some rows have answers, all groups hold these rows.
-        rows = np.flatnonzero(known) if known.any() else np.arange(len(known))
+        rows = _compared(prediction)
         replicates = _replicate(prediction, seed)[:, rows]
         groups["posterior_predictive"] = arviz_data.per_row_group("label", replicates, rows)
         if known.any():
@@ -78,6 +81,15 @@ def _posterior_group(posterior: PosteriorState, num_draws: int, seed: int) -> xr
     else:
         sites = {k: v.unsqueeze(0).numpy() for k, v in posterior.sample(num_draws, seed=seed).sites.items()}
     return arviz_data.posterior_group(sites, posterior.subspace)
+
+
+def _compared(prediction: Prediction | NumericPrediction) -> np.ndarray:
+    """Rows of a prediction that the groups hold: where only some rows have answers, these rows.
+
+    ArviZ compares predicted with observed answers row by row.
+    """
+    known = prediction.is_answered
+    return np.flatnonzero(known) if known.any() else np.arange(len(known))
 
 
 def _replicate(prediction: Prediction | NumericPrediction, seed: int) -> np.ndarray:

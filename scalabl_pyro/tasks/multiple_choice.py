@@ -1,5 +1,6 @@
 """Multiple-choice questions, which the LLM answers with the label of a choice."""
 
+import logging
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from .base import Task, at_least_float32, text_of, texts_of
 from .chat import ChatPrompt, check_chat_options
 from .label_tokens import check_end, find_label_tokens, separator
 
+logger = logging.getLogger(__name__)
+
 #: Labels where none are given: as many of these letters as the tokenizer knows as one token.
 LETTERS = tuple(string.ascii_uppercase)
 
@@ -35,7 +38,7 @@ class MultipleChoice(Task):
         tokenizer: A Hugging Face tokenizer with a pad token.
         labels: One label per choice. Each label must be a single token after the prompt. By default, the labels are the
             letters from A on that the tokenizer knows as single tokens, at most 26.
-        template: The prompt, with ``{question}`` and, optionally, ``{choices}``.
+        template: The prompt, with ``{question}`` and, optionally, ``{choices}``. Other fields are not filled.
         chat: Whether to apply the tokenizer's chat template to the prompt. By default, it is applied if it exists.
         chat_options: Options of the chat template, such as ``{"enable_thinking": False}``. They are passed to the
             tokenizer's ``apply_chat_template``, and saved with the task.
@@ -73,6 +76,7 @@ class MultipleChoice(Task):
             raise ValueError(f"labels={labels!r}: expected two or more texts, such as ('A', 'B', 'C', 'D').")
         if not isinstance(template, str) or "{question}" not in template:
             raise ValueError(f"template={template!r} must contain '{{question}}'.")
+        _warn_of_fields(template)
         if chat is not None and not isinstance(chat, bool):
             raise TypeError(
                 f"chat={chat!r} must be True, False or None. Pass options of the chat template as chat_options=."
@@ -234,6 +238,17 @@ class MultipleChoice(Task):
                 "Increase max_length."
             )
         return ids
+
+
+def _warn_of_fields(template: str) -> None:
+    """Warn of a field that a template names, but that a prompt does not fill."""
+    others = set(re.findall(r"\{[A-Za-z_]\w*\}", template)) - {"{question}", "{choices}"}
+    if others:
+        logger.warning(
+            "The template contains %s, which stands in each prompt as it is. Only {question} and {choices} are filled: "
+            "write other fields into the question of each row.",
+            ", ".join(sorted(others)),
+        )
 
 
 def _check_kind(llm: nn.Module) -> None:

@@ -85,6 +85,11 @@ def test_a_user_s_own_transformation_of_a_data_set_is_kept():
     assert [row["text"] for row in read_rows(data)] == ["new", "new"]
 
 
+def test_a_single_column_of_dicts_is_a_column():
+    rows = read_rows({"choices": [{"text": ["a"]}, {"text": ["b"]}], "label": [1, 0]})
+    assert rows == [{"choices": {"text": ["a"]}, "label": 1}, {"choices": {"text": ["b"]}, "label": 0}]
+
+
 def test_gaps_of_a_data_frame_are_missing_values(posterior):
     frame = pd.DataFrame([{"text": "the sky", "label": None}, ROWS[1]])
     frame["other"] = frame["label"].astype("Int64")
@@ -98,6 +103,8 @@ REFUSED = {
     "single row": (ROWS[0], r"fields 'text', 'label'\. A single row goes into a list: \[row\]"),
     "question": (tiny.question_rows(1)[0], r"A single row"),
     "splits": (DatasetDict(train=Dataset.from_list(ROWS)), r"splits \['train'\].*data\['train'\]"),
+    "splits as lists": ({"train": ROWS, "test": ROWS}, r"splits \['train', 'test'\].*data\['train'\]"),
+    "splits as tables": ({"train": pd.DataFrame(ROWS)}, r"splits \['train'\].*data\['train'\]"),
     "list of texts": (["the sky", "grass"], r"Row 0 is a str .*; expected a dict.*pass \[\{'text': text\}"),
     "column of texts": (pd.Series(["the sky"]), r"got a Series, which has no named fields"),
     "column of a Dataset": (Dataset.from_list(ROWS)["text"], r"Row 0 is a str"),

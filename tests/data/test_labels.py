@@ -72,6 +72,22 @@ def test_names_of_several_types_are_refused(classes):
         classifying(classes)
 
 
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({"only"}, r"is a set, which has no order.*Give a list"),
+        (frozenset(["no", "yes"]), r"is a set, which has no order"),
+        ({0: "no", 1: "yes"}, r"is a dict.*classes=\['no', 'yes'\]"),
+        ({"yes": 1, "no": 0}, r"is a dict.*classes=\['no', 'yes'\]"),
+        ({"a": "b", "c": "d"}, r"is a dict.*Give a list"),
+    ],
+    ids=["set", "frozenset", "id2label", "label2id", "other dict"],
+)
+def test_classes_without_an_order_are_refused(classes, message):
+    with pytest.raises(ValueError, match=message):
+        classifying(classes)
+
+
 @pytest.mark.parametrize("classes", [[1, 2, 3], [True, False], ["a", "b"]], ids=repr)
 def test_classes_keep_their_type_when_they_are_saved(classes, tmp_path):
     llm = tiny.classifier(num_labels=len(classes))

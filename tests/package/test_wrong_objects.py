@@ -251,6 +251,10 @@ def test_an_unknown_argument_is_refused_with_the_nearest_name(name, call, world)
         (lambda w: sp.Posterior.from_pretrained(w.llm, w.path, tsk=w.task), r"from_pretrained\(\).*'task'"),
         (lambda w: sp.OptimizerOptions(warm_up=0.1), r"OptimizerOptions\(\) has no argument 'warm_up'.*'warmup'"),
         (lambda w: sp.MultipleChoice(w.tokenizer, label="AB"), r"MultipleChoice\(\).*'labels'"),
+        (
+            lambda w: sp.SequenceClassification(w.tokenizer, num_labels=2),
+            r"SequenceClassification\(\) has no argument 'num_labels'. Known names: 'classes', 'max_length', 'target'",
+        ),
         (lambda w: sp.Regression(w.tokenizer, targt="y"), r"Regression\(\) has no argument 'targt'.*'target'"),
         (lambda w: sp.Regression(w.tokenizer, noise=1.0), r"Regression\(\) has no argument 'noise'.*'noise_scale'"),
         (lambda w: sp.priors.EmpiricalBayesPrior(pr="layer"), r"EmpiricalBayesPrior\(\).*'per'"),

@@ -66,10 +66,14 @@ def test_what_reads_a_prediction_reads_the_rows_with_answers(posterior, half, kn
     )
     scaled, expected = (temperature_scaling(half, validation) for validation in (half, known))
     np.testing.assert_array_equal(scaled.log_probs, expected.log_probs)
-    groups = posterior.to_arviz(num_draws=5, prediction=half)
-    for name in ("posterior_predictive", "log_likelihood", "observed_data"):
+    groups = posterior.to_arviz(num_draws=5, prediction=half, prior_prediction=half)
+    for name in ("posterior_predictive", "prior_predictive", "log_likelihood", "observed_data"):
         assert groups[name]["row"].values.tolist() == KNOWN
     np.testing.assert_array_equal(groups["observed_data"]["label"].values, known.target)
+
+
+def test_temperature_scaling_records_the_number_of_rows_with_answers(posterior, half):
+    assert temperature_scaling(posterior, half).provenance["num_validation"] == len(KNOWN)
 
 
 def test_rows_without_any_answer_are_predicted_and_not_scored(posterior):

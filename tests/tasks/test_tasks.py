@@ -228,6 +228,13 @@ def test_a_template_without_the_question_is_refused(tokenizer, template):
         sp.MultipleChoice(tokenizer, template=template)
 
 
+def test_a_field_that_is_not_filled_is_named_in_the_log(tokenizer, caplog):
+    sp.MultipleChoice(tokenizer, template='{"a": {}} {question} {choices} :')
+    assert not caplog.records
+    sp.MultipleChoice(tokenizer, template="{context} {question} {choices} :")
+    assert "The template contains {context}, which stands in each prompt as it is" in caplog.text
+
+
 def test_a_chat_without_a_template_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"chat=True, but the tokenizer has no chat template: use chat=False"):
         sp.MultipleChoice(tokenizer, chat=True)
