@@ -101,7 +101,9 @@ def check_width(log_joint: Array, log_q: Array) -> list[Finding]:
     if is_wide or is_narrow:
         extreme = ratio > far or ratio < 1 / far
         what = "wide: its uncertainties are too large" if is_wide else "narrow: it is overconfident"
-        cause = f"on average over the latents the guide is {ratio:.2g} times as wide as the exact posterior, too {what}."
+        cause = (
+            f"on average over the latents the guide is {ratio:.2g} times as wide as the exact posterior, too {what}."
+        )
         advice = (
             "The scales have not arrived: train longer, or raise lr_scale. laplace() sets them in one pass. A "
             "kl_weight other than 1 moves them on purpose."
