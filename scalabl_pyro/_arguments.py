@@ -134,6 +134,10 @@ SYNONYMS = {
 }
 
 
+#: Names that trainers of other libraries use for rows that are not trained on.
+EVALUATION = ("eval_data", "eval_dataset", "val_data", "valid_data", "validation_data", "dev_data", "test_data")
+
+
 def suggest(name: str, allowed: Iterable[str]) -> str:
     """Suggest the argument that was meant: what other libraries call so, or names near it.
 
@@ -148,6 +152,8 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     if not allowed:
         return "It takes none."
+    if name in EVALUATION and "train_data" in allowed:
+        return "It takes training rows only. Predict other rows afterwards: result.posterior.predict(rows)."
     for synonym in SYNONYMS.get(name, ()):
         if synonym in allowed:
             return f"Did you mean {synonym!r}?"

@@ -1,11 +1,12 @@
 """Checks of q against the posterior, from densities of draws of q: tails, width, location, and the ELBO."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ..metrics import Array
-from .finding import Finding, grade
+from .finding import Finding, as_diagnosis, grade
 from .psis import ROUNDING, pareto_k
 
 #: q counts as too wide or too narrow from this factor on, and as far too wide or narrow from the second one on.
@@ -21,14 +22,21 @@ SHARES = (0.5, 0.1)
 def against_posterior(log_joint: Array, log_q: Array, draws: Array, labels: Sequence[str]) -> list[Finding]:
     """Check the tails, the width and the location of q.
 
+    A wrong width or location also gives bad weights: they then state it as their cause. The weights alone cannot tell,
+    because a q that is too wide in many latents has a large k-hat, too.
+
     Args:
         log_joint: (S,) log p(y, s) of draws of q, nats.
         log_q: (S,) log q(s) of the same draws.
         draws: (S, D) draws.
         labels: Names of the D latents.
     """
-    found = [*check_weights(log_joint - log_q), *check_width(log_joint, log_q)]
-    return [*found, *check_shift(log_joint, log_q, draws, labels)]
+    reasons = [*check_width(log_joint, log_q), *check_shift(log_joint, log_q, draws, labels)]
+    found = check_weights(log_joint - log_q)
+    known = as_diagnosis(reasons).findings[:1]
+    if known and known[0].severity in ("warning", "error") and np.isfinite(found[0].value):
+        found = [f if f.severity == "ok" else replace(f, cause=known[0].cause) for f in found]
+    return [*found, *reasons]
 
 
 def check_weights(log_weights: Array) -> list[Finding]:
@@ -36,7 +44,8 @@ def check_weights(log_weights: Array) -> list[Finding]:
 
     k-hat is the tail index of the weights p / q. It is large where q misses a part of the posterior: where q is too
     narrow, elsewhere, or without its correlations. The weights of a q that is too wide are bounded, so k-hat is small
-    there. The share of draws that carry the weights is small in both cases, and :func:`check_width` tells them apart.
+    there for a few latents. It is large for many latents, because none of the draws comes near the bound. The share of
+    draws that carry the weights is small in all of these cases, and :func:`check_width` tells them apart.
     """
     k, threshold, share = pareto_k(log_weights)
     severity = grade(k, warning=threshold, error=1.0)
@@ -46,8 +55,8 @@ def check_weights(log_weights: Array) -> list[Finding]:
         advice = "Look for rows that the likelihood gives no probability, and for draws far outside the prior."
     elif severity != "ok":
         cause = (
-            "the guide misses a part of the exact posterior: in some direction it is too narrow, elsewhere, or lacks a "
-            "correlation."
+            "the guide is not close to the exact posterior: in some direction it is too narrow, too wide or elsewhere, "
+            "or it lacks a correlation. Small errors of many latents add up."
         )
         advice = "Train longer, try guide='full_covariance' or laplace(), and compare with mcmc() on a small model."
     elif not share >= SHARES[0]:
@@ -92,7 +101,9 @@ def check_width(log_joint: Array, log_q: Array) -> list[Finding]:
     if is_wide or is_narrow:
         extreme = ratio > far or ratio < 1 / far
         what = "wide: its uncertainties are too large" if is_wide else "narrow: it is overconfident"
-        cause = f"the guide is {ratio:.2g} times as wide as the exact posterior, which is too {what}."
+        cause = (
+            f"on average over the latents the guide is {ratio:.2g} times as wide as the exact posterior, too {what}."
+        )
         advice = (
             "The scales have not arrived: train longer, or raise lr_scale. laplace() sets them in one pass. A "
             "kl_weight other than 1 moves them on purpose."

@@ -138,10 +138,13 @@ def _far_draws(q: Any, like: Tensor) -> Iterator[Tensor]:
 
 
 def _base_and_transforms(fn: Any) -> tuple[Any, list[Any]]:
-    """Return the innermost distribution and the transforms of its draws, in their order."""
+    """Return the innermost distribution and the transforms of its draws, in their order.
+
+    A class that states its own support, such as Gumbel, counts as innermost: nothing has to be derived from transforms.
+    """
     transforms: list[Any] = []
     fn = _base(fn)
-    while isinstance(fn, TransformedDistribution):
+    while isinstance(fn, TransformedDistribution) and type(fn).support is TransformedDistribution.support:
         transforms = [*fn.transforms, *transforms]
         fn = _base(fn.base_dist)
     return fn, transforms

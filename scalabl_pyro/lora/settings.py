@@ -9,7 +9,15 @@ from torch import nn
 from .._errors import ScalaBLWarning
 
 #: Parts of the names of settings that do not change predictions, or that users set after loading.
-_LEFT_OUT = ("name_or_path", "architectures", "transformers_version", "dtype", "cache", "id2label", "label2id")
+_LEFT_OUT: tuple[str, ...] = (
+    "name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "cache",
+    "id2label",
+    "label2id",
+)
 _LEFT_OUT += ("return", "output_", "token_id", "pad_index", "drop", "initializer", "init_", "problem_type")
 _LEFT_OUT += ("quantization_config", "attn_implementation", "experts_implementation", "num_labels", "chunk_size")
 

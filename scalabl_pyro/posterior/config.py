@@ -25,8 +25,10 @@ LAYER = {"name": str, "rank": int, "in_features": int, "out_features": int, "sca
 GUIDE = {"family": str, "class": str, "options": dict}
 PRIOR = {"family": str, "class": str, "parameters": list, "options": dict}
 TASK = {"class": str, "options": dict}
-BASE_MODEL = ("class", "model_type", "embedding_shape", "settings", "quantized")
-BASE_MODEL += ("probes", "layer_probes", "tensor_probes")
+BASE_MODEL = (
+    *("class", "model_type", "embedding_shape", "settings", "quantized"),
+    *("probes", "layer_probes", "tensor_probes"),
+)
 
 
 @dataclass(frozen=True)

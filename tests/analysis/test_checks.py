@@ -424,6 +424,27 @@ def test_each_kind_of_wrong_posterior_is_called_by_its_name(kind, dim, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dim", [5, 40, 200])
+@pytest.mark.parametrize(("kind", "words"), [("wide", "too wide"), ("narrow", "too narrow")])
+def test_the_verdict_on_a_wrong_width_names_it_in_any_number_of_latents(kind, words, dim, seed):
+    """In many latents even a guide that is too wide has a large k-hat, which is worse than the width."""
+    found = judge(kind, dim, seed)
+    verdict = diag.as_diagnosis([*found.values()]).verdict
+    assert words in verdict and ("too wide" in verdict) != ("too narrow" in verdict)
+    assert dim < 40 or found["pareto_k"].severity == "error"
+    assert all(words in f.cause for f in found.values() if f.severity in ("warning", "error"))
+
+
+@pytest.mark.parametrize("dim", [5, 40])
+def test_a_guide_with_small_errors_in_its_scales_has_a_clean_verdict(dim):
+    rng = np.random.default_rng(11)
+    scale, draws = np.exp(0.05 * rng.normal(size=dim)), rng.normal(size=(1000, dim))
+    log_joint, log_q = -0.5 * ((scale * draws) ** 2).sum(1), -0.5 * (draws**2).sum(1)
+    found = diag.against_posterior(log_joint, log_q, draws, [str(d) for d in range(dim)])
+    assert {f.severity for f in found} == {"ok"}
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_width_and_shift_are_measured_where_q_and_posterior_are_normal(seed):
     for kind, width in (("narrow", 0.5), ("wide", 2.0), ("exact", 1.0)):
         found = judge(kind, 6, seed)

@@ -240,6 +240,10 @@ def test_an_unknown_argument_is_refused_with_the_nearest_name(name, call, world)
     ("call", "message"),
     [
         (lambda w: sp.fit(w.blora, w.task, ROWS, learning_rate=1e-3), r"fit\(\) has no argument 'learning_rate'.*'lr'"),
+        (
+            lambda w: sp.fit(w.blora, w.task, ROWS, eval_dataset=ROWS),
+            r"training rows only. Predict other rows afterwards",
+        ),
         (lambda w: sp.fit(w.blora, w.task, ROWS, epochs=3), "'num_steps'"),
         (lambda w: sp.fit(w.blora, w.task, ROWS, optimizer={"warm_up": 1}), "'warmup'"),
         (lambda w: sp.refit(w.posterior, ROWS, learning_rate=1e-3), "'lr'"),

@@ -62,8 +62,14 @@ REAL = {
     "normal": dist.Normal(0.0, 1.0),
     "student_t": dist.StudentT(4.0, 0.0, 1.0),
     "stable": dist.Stable(1.5, 0.0),
+    "transformed inside": dist.Gumbel(0.0, 1.0),  # states its support, and cannot go far down by its transforms
     "multivariate": dist.MultivariateNormal(torch.zeros(D), torch.eye(D) + 0.5),
     "spike and slab": Program(spike_and_slab(RealMixture)),
+    "affine of one": Program(
+        lambda: dist.TransformedDistribution(
+            dist.Gumbel(torch.zeros(D), 1.0), [dist.transforms.AffineTransform(1.0, 2.0)]
+        )
+    ),
     "affine": Program(transformed(dist.transforms.AffineTransform(0.5, 2.0))),
 }
 BOUNDED = {
