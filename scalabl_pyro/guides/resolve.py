@@ -90,8 +90,8 @@ def as_guide(guide: GuideLike, blora: BayesianLoRA, *, init_scale: float = INIT_
 
     Example:
         >>> guide = scalabl_pyro.guides.as_guide("lowrank", blora, init_scale=0.1)
-        >>> guide
-        LowRankGuide()
+        >>> guide.family
+        'lowrank'
     """
     check_role("blora", blora, "blora", call="as_guide(guide, blora)")
     if isinstance(guide, str):
