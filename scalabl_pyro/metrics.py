@@ -82,13 +82,13 @@ def adaptive_ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> f
     """Compute the expected calibration error over bins of equal counts, none of them empty (Nixon et al., 2019).
 
     Rows of equal confidence share their accuracy: each counts as right by the share of right rows among them. So the
-    result does not depend on which of them fall into which bin.
+    result does not depend on which of them fall into which bin. Confidences that agree to 6 digits count as equal.
     """
     confidence, correct = _confidence(probs, labels)
-    values, tie = np.unique(confidence, return_inverse=True)
-    right = (np.bincount(tie, correct) / np.bincount(tie))[np.sort(tie)]
+    _, tie = np.unique(confidence.round(6), return_inverse=True)  # float32 rounds equal probabilities apart
+    count, order = np.bincount(tie), np.sort(tie)
+    confidence, right = (np.bincount(tie, value)[order] / count[order] for value in (confidence, correct))
     bins = np.array_split(np.arange(len(tie)), min(num_bins, len(tie)))
-    confidence = values[np.sort(tie)]
     return float(sum(len(b) * abs(confidence[b].mean() - right[b].mean()) for b in bins) / len(tie))
 
 

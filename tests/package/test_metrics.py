@@ -70,6 +70,13 @@ def test_adaptive_ece_by_hand():
     assert metrics.adaptive_ece(PROBS, LABELS, num_bins=2) == pytest.approx(0.5 * 0.03 + 0.5 * 0.15)
 
 
+def test_rounding_of_float32_does_not_part_rows_that_tie():
+    rng = np.random.default_rng(0)
+    confidence = np.float32(0.7) + np.float32(1e-7) * rng.standard_normal(1000).astype(np.float32)
+    labels = (np.arange(1000) % 10 >= 7).astype(int)  # right in 7 of 10 rows
+    assert metrics.adaptive_ece(np.stack([confidence, 1 - confidence], 1), labels) < 1e-6
+
+
 @pytest.mark.parametrize("num_bins", [1, 2, 15, 40])
 @pytest.mark.parametrize("right", [0.7, 0.4])
 def test_adaptive_ece_of_rows_that_tie_is_their_gap(right, num_bins):

@@ -3,11 +3,15 @@
 import copy
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,6 +122,32 @@ def test_a_classifier_predicts_the_same_with_another_random_head(family, tmp_pat
     for path, head in posterior.heads.items():
         changed = [not torch.equal(p, before[f"{path}.{name}"]) for name, p in head.named_parameters()]
         assert any(changed), path
+
+
+def reload(folder: Path) -> None:
+    """Load each saved posterior into its checkpoint with another random head; write what it predicts."""
+    for family, path in json.loads((folder / "checkpoints.json").read_text()).items():
+        torch.manual_seed(2)
+        llm = tf.AutoModelForSequenceClassification.from_pretrained(path, num_labels=3).eval()
+        loaded = sp.Posterior.from_pretrained(llm, folder / family)
+        np.save(folder / f"{family}.npy", loaded.predict(TEXTS, num_draws=2, seed=1, draws_per_pass=1).log_probs)
+
+
+@pytest.mark.slow  # a process that imports everything
+def test_every_family_predicts_the_same_in_a_new_process(tmp_path):
+    expected = {}
+    for family in CONFIGS:
+        posterior = learn(session(family, seed=1), classify(), TEXTS)
+        posterior.save_pretrained(tmp_path / family)
+        expected[family] = posterior.predict(TEXTS, num_draws=2, seed=1, draws_per_pass=1).log_probs
+    (tmp_path / "checkpoints.json").write_text(json.dumps({family: checkpoint(family) for family in CONFIGS}))
+    code = f"from test_new_session import Path, reload; reload(Path({str(tmp_path)!r}))"
+    here = Path(__file__)
+    paths = [str(p) for p in (here.parent, here.parents[1] / "helpers", here.parents[2])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=200)
+    for family, log_probs in expected.items():
+        np.testing.assert_array_equal(np.load(tmp_path / f"{family}.npy"), log_probs, err_msg=family)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
