@@ -110,8 +110,8 @@ for ax, prior in zip(axes, args.priors, strict=True):
 axes[0].set(ylabel="loss, nats per row (mean of 10 steps)", yscale="log")
 axes[0].legend(frameon=False)
 plt.show()
-slopes = {name: [check_history(outcome.result.history)[0].value] for name, outcome in outcomes.items()}
-display(pd.DataFrame.from_dict(slopes, orient="index").rename(columns={0: "loss_slope"}).round(1))
+slopes = {name: {f.check: f.value for f in check_history(o.result.history)} for name, o in outcomes.items()}
+display(pd.DataFrame.from_dict(slopes, orient="index").round(1))
 
 # %% [markdown]
 """## What is a difference?
