@@ -24,9 +24,11 @@ def check_usefulness(prediction: Prediction | NumericPrediction) -> list[Finding
     if isinstance(prediction, NumericPrediction):
         answers = np.asarray(prediction.target, dtype=np.float64)
         error = (answers - prediction.mean) ** 2
-        return [_skill(error, (answers - answers.mean()) ** 2, "the mean answer")]
+        return [_skill(error, (answers - answers.mean()) ** 2, "the mean answer", ignores="which ignores the input")]
     loss = -log_mean_exp(prediction.log_likelihood)
-    return [_skill(loss, _loss_of_frequencies(prediction), "the class frequencies"), _one_class(prediction)]
+    frequencies = _loss_of_frequencies(prediction)
+    skill = _skill(loss, frequencies, "the class frequencies", ignores="which ignore the input")
+    return [skill, _one_class(prediction)]
 
 
 def _loss_of_frequencies(prediction: Prediction) -> Array:
@@ -38,7 +40,7 @@ def _loss_of_frequencies(prediction: Prediction) -> Array:
     return np.log((has_choice * frequencies).sum(1)) - np.log(frequencies[target])
 
 
-def _skill(loss: Array, baseline: Array, name: str) -> Finding:
+def _skill(loss: Array, baseline: Array, name: str, *, ignores: str) -> Finding:
     level = float(baseline.mean())
     if level <= 0:
         cause = "these rows have the same answer throughout, so no prediction can be better than it."
@@ -49,8 +51,7 @@ def _skill(loss: Array, baseline: Array, name: str) -> Finding:
         is_better = gain.mean() > NOISE * gain.std() / np.sqrt(len(gain))
     if is_better:
         return Finding("skill", "ok", value, 0.0, f"the predictions are better than {name} of these rows.", "")
-    cause = f"the predictions of these rows are not clearly better than {name}, which ignore the input."
-    cause = cause.replace("ignore the", "ignores the") if name == "the mean answer" else cause
+    cause = f"the predictions of these rows are not clearly better than {name}, {ignores}."
     advice = "Check the prompts, the answers and the learning rates, and train longer."
     return Finding("skill", "warning", value, 0.0, cause, advice)
 

@@ -15,11 +15,12 @@ from typing import Any, ClassVar, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax
 from torch import Tensor
 
 from .._arguments import check_role, known_arguments_of_methods
 from .._errors import ScalaBLWarning, check_positive
+from ..prediction.mixture import log_mean_exp
 from ..prediction.result import NumericPrediction, Prediction
 from . import saving
 from .predictor import DerivedPredictor, Predictor
@@ -129,7 +130,7 @@ def mixture_nll(log_probs: NDArray[np.floating], target: NDArray[np.integer], te
     """Return the mean of -log 1/S sum_s softmax(log_probs[s] / temperature)[target], in nats per row."""
     scaled = log_softmax(log_probs / temperature, axis=-1)
     chosen = np.take_along_axis(scaled, target[None, :, None], axis=2)[..., 0]
-    return float(-(logsumexp(chosen, axis=0) - np.log(len(log_probs))).mean())
+    return float(-log_mean_exp(chosen).mean())
 
 
 @known_arguments_of_methods

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from scipy.special import logsumexp
 from torch import Generator, Tensor
 
 from .._arguments import check_role, known_arguments
@@ -21,6 +19,7 @@ from .._errors import ScalaBLWarning, check_count, check_positive
 from ..data.rows import read_rows
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
+from ..prediction.mixture import log_mean_exp
 from ..prediction.result import NumericPrediction, Prediction
 from .factor_posterior import FactorPosterior, WeightNoise
 
@@ -155,5 +154,4 @@ def largest_passing(passes: Callable[[float], bool], limit: float, num_bisection
 
 def mixture_nll(prediction: Prediction | NumericPrediction) -> float:
     """Return the NLL of the mixture of the draws, in nats per row."""
-    log_likelihood = prediction.with_answers().log_likelihood.astype(np.float64)
-    return float(-(logsumexp(log_likelihood, axis=0) - np.log(len(log_likelihood))).mean())
+    return float(-log_mean_exp(prediction.with_answers().log_likelihood).mean())

@@ -12,7 +12,7 @@ from typing import Any
 
 from .._errors import describe
 from ..storage import json_reader
-from .containers import as_rows
+from .containers import EXPECTED, as_rows
 
 Row = Mapping[str, Any]
 
@@ -90,10 +90,7 @@ def _refusal(text: str, path: Path) -> str:
             "it yourself and pass the rows: a list of dicts, or a datasets.Dataset."
         )
     hub = f" For a data set of the hub write 'hf://{text}'." if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
-    return (
-        f"Expected rows (a list of dicts, a Dataset, the path of a .jsonl file), got {describe(text)}.{hub} A text "
-        "goes into a row, such as [{'text': ...}]."
-    )
+    return f"{EXPECTED}, got {describe(text)}.{hub} A text goes into a row, such as [{{'text': ...}}]."
 
 
 def _exists(check: Callable[[], bool]) -> bool:

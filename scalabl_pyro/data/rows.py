@@ -10,7 +10,7 @@ from typing import Any
 from .._arguments import kind_of, known_arguments
 from .._errors import describe
 from .._values import integer, number, plain
-from .containers import as_rows
+from .containers import EXPECTED, as_rows
 from .named_rows import Row, read_named, refuse_load_options
 
 #: Kinds of objects that hold no rows, and what to pass instead.
@@ -74,8 +74,7 @@ def read_rows(
 def _refuse_other_objects(source: Any) -> None:
     """Raise TypeError if an object that users mix up with rows was given."""
     if way := NO_ROWS.get(kind_of(source)):
-        expected = "Expected rows (a list of dicts, a Dataset, the path of a .jsonl file)"
-        raise TypeError(f"{expected}, got {describe(source)}. {way}")
+        raise TypeError(f"{EXPECTED}, got {describe(source)}. {way}")
 
 
 @known_arguments

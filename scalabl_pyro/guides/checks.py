@@ -14,7 +14,7 @@ from torch.distributions.transforms import AffineTransform
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from ..priors import Prior
-from ..priors.supports import base_support, describe, is_joint, is_real, to_support
+from ..priors.supports import base_support, describe_support, is_joint, is_real, to_support
 from .base import Guide
 
 #: A point far out on the real line, in float32 still away from the border after exp or sigmoid.
@@ -62,8 +62,8 @@ def check_sites(guide: Guide, prior: Prior) -> tuple[Trace, Trace]:
         _check_density(name, site["fn"], site["value"])
         if _may_leave(covered[name], site["fn"]):
             raise ValueError(
-                f"The guide puts {name!r} outside the support of its prior ({describe(site['fn'])}), or can do so: "
-                "choose a guide with that support, such as guide='normal' or a Pyro AutoGuide."
+                f"The guide puts {name!r} outside the support of its prior ({describe_support(site['fn'])}), or can do "
+                "so: choose a guide with that support, such as guide='normal' or a Pyro AutoGuide."
             )
     _check_mean(guide, sites["s"]["value"].shape)
     return q, p

@@ -4,10 +4,13 @@ torch registers no such KL. Registering one for torch's own classes would change
 subclasses.
 """
 
+from typing import Any
+
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Independent, Normal, register_kl
+from torch.distributions import Independent, Normal, kl_divergence, register_kl
 
 
 class FullNormal(dist.MultivariateNormal):
@@ -39,6 +42,20 @@ def _kl_from_factorized(loc: Tensor, variance: Tensor, log_det: Tensor, p: Indep
         raise NotImplementedError
     ratio = (variance + (loc - base.loc).square()) / base.variance
     return 0.5 * ((ratio - 1 + base.variance.log()).sum(-1) - log_det)
+
+
+def closed_kl(of_q: dict[str, Any], of_p: dict[str, Any]) -> Tensor | None:
+    """Return KL(q || p) of a site with its scale and mask; None if no closed form is known.
+
+    Args:
+        of_q: Site in the trace of the guide.
+        of_p: The same site in the trace of the model.
+    """
+    try:
+        divergence = kl_divergence(of_q["fn"], of_p["fn"])
+    except NotImplementedError:
+        return None
+    return scale_and_mask(divergence, scale=of_q["scale"], mask=of_q["mask"])
 
 
 def strict_lower_indices(ranks: list[int] | None, dim: int) -> Tensor:

@@ -13,7 +13,7 @@ from .._arguments import check_role, known_arguments
 from .._errors import check_choice
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors.sites import check_continuous, prior_sites
-from ..priors.supports import describe, is_real
+from ..priors.supports import describe_support, is_real
 from .auto import AutoFamily, AutoInstance, check_not_messenger
 from .base import Guide
 from .covariance import CovarianceGuide, LowRankGuide
@@ -187,8 +187,8 @@ def _build_bounded(name: GuideName, fn: Distribution, blora: BayesianLoRA, init_
         other = FOR_ANY_SUPPORT.get(name)
         advice = f", or the class pyro.infer.autoguide.{other}" if other else ""
         raise ValueError(
-            f"guide={name!r} needs latents on the real line; this prior's are {describe(fn)}: use 'normal'{advice}, "
-            "which stays in the support."
+            f"guide={name!r} needs latents on the real line; this prior's are {describe_support(fn)}: use "
+            f"'normal'{advice}, which stays in the support."
         )
     return MeanFieldGuide(blora.prior, start={"s": blora.adapter.loc.to(blora.device)}, scale=init_scale)
 

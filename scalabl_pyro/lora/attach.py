@@ -17,7 +17,6 @@ from .inject import inject
 from .layer_checks import check_heads, check_rank, ranks_of
 from .layers import SubspaceVariant
 from .module_paths import lies_in
-from .module_snapshot import ModuleSnapshot
 from .targets import ExcludedModules, TargetModules, new_heads, resolve_targets
 
 DEFAULT_RANK = 8
@@ -40,50 +39,45 @@ def attach(
 ) -> Adapter:
     """Give ``module`` LoRA layers with latents; the options are those of :func:`scalabl_pyro.bayesian_lora`.
 
-    Nothing is changed when an error is raised.
+    After an error the module may be changed in part: :func:`scalabl_pyro.bayesian_lora` puts it back.
     """
-    snapshot = ModuleSnapshot(module)
-    try:
-        check_choice("gauge", gauge, GAUGES)
-        _check_module(module)
-        r, lora_alpha, lora_dropout, seed = map(plain, (r, lora_alpha, lora_dropout, seed))
-        _check_numbers(lora_alpha, lora_dropout)
-        _check_names(modules_to_save)
-        check_flag(cut_rank=cut_rank)
-        inner = base_module(module)
-        check_placement(inner)
-        heads = _default_heads(inner) if modules_to_save is None else list(modules_to_save)
-        check_heads(inner, heads)
-        if found := {name: m for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)}:
-            _check_left_out(
-                r=r,
-                lora_alpha=lora_alpha,
-                target_modules=target_modules,
-                exclude_modules=exclude_modules,
-                layers_to_transform=layers_to_transform,
-                cut_rank=cut_rank or None,
-            )
-            return adopt(inner, found, gauge=gauge, heads=heads, original=module)
-        r = DEFAULT_RANK if r is None else r
-        check_rank(r)
-        names = resolve_targets(
-            inner,
-            target_modules,
+    check_choice("gauge", gauge, GAUGES)
+    _check_module(module)
+    r, lora_alpha, lora_dropout, seed = map(plain, (r, lora_alpha, lora_dropout, seed))
+    _check_numbers(lora_alpha, lora_dropout)
+    _check_names(modules_to_save)
+    check_flag(cut_rank=cut_rank)
+    inner = base_module(module)
+    check_placement(inner)
+    heads = _default_heads(inner) if modules_to_save is None else list(modules_to_save)
+    check_heads(inner, heads)
+    if found := {name: m for name, m in inner.named_modules() if isinstance(m, BaseTunerLayer)}:
+        _check_left_out(
+            r=r,
+            lora_alpha=lora_alpha,
+            target_modules=target_modules,
             exclude_modules=exclude_modules,
             layers_to_transform=layers_to_transform,
-            r=None if cut_rank else r,
+            cut_rank=cut_rank or None,
         )
-        _check_heads_apart(names, heads)
-        ranks = dict(zip(names, ranks_of(inner, names, r, cut_rank=cut_rank), strict=True))
-        config = LoraConfig(
-            lora_alpha=DEFAULT_ALPHA if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
-            lora_dropout=lora_dropout,
-        )
-        unsaved = unsaved_tensors(inner, heads=heads, warn=modules_to_save is None)
-        return inject(inner, ranks, config, gauge=gauge, heads=heads, base_tensors=unsaved, seed=seed, original=module)
-    except BaseException:
-        snapshot.restore()
-        raise
+        return adopt(inner, found, gauge=gauge, heads=heads, original=module)
+    r = DEFAULT_RANK if r is None else r
+    check_rank(r)
+    names = resolve_targets(
+        inner,
+        target_modules,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        r=None if cut_rank else r,
+    )
+    _check_heads_apart(names, heads)
+    ranks = dict(zip(names, ranks_of(inner, names, r, cut_rank=cut_rank), strict=True))
+    config = LoraConfig(
+        lora_alpha=DEFAULT_ALPHA if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=lora_dropout,
+    )
+    unsaved = unsaved_tensors(inner, heads=heads, warn=modules_to_save is None)
+    return inject(inner, ranks, config, gauge=gauge, heads=heads, base_tensors=unsaved, seed=seed, original=module)
 
 
 def _default_heads(module: nn.Module) -> list[str]:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: Types of tensors that hold plain numbers. Quantized weights have other types.
 ORDINARY = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+#: Types of tensors that are saved and compared. Others are quantized weights, whose numbers depend on the library.
+COMPARED = (*ORDINARY, torch.int64, torch.bool)
 #: Names of ``init_lora_weights`` that leave the base weight as it is. Others, such as ``"pissa"``, subtract from it.
 KEEP_BASE = ("gaussian", "eva", "mica", "orthogonal")
 
@@ -200,7 +202,7 @@ def _is_marked(parameter: Tensor) -> bool:
 
 def _is_ordinary(tensor: Tensor) -> bool:
     """Tell whether a tensor holds plain numbers; the tensors of quantization libraries are subclasses or integers."""
-    return (is_piece(tensor) or type(tensor.data) is Tensor) and tensor.dtype in (*ORDINARY, torch.int64, torch.bool)
+    return (is_piece(tensor) or type(tensor.data) is Tensor) and tensor.dtype in COMPARED
 
 
 def _changes_base(init_lora_weights: object) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .base_tensors import ORDINARY, PlainTensor, plain_tensors
+from .base_tensors import COMPARED, ORDINARY, PlainTensor, plain_tensors
 from .module_paths import lies_in
 from .settings import settings, warn_of_other_settings
 from .sharding import is_piece, is_sharded
@@ -17,8 +17,6 @@ from .targets import input_embeddings
 EMBEDDING_PROBES = 64
 LAYER_PROBES = 4
 TENSOR_PROBES = 4
-#: Types of tensors that are compared. Others are quantized weights, whose numbers depend on the library.
-COMPARED = (*ORDINARY, torch.int64, torch.bool)
 
 
 def fingerprint(adapter: Adapter) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .binding import RowNoise
 from .factors import Factors
-from .pass_checks import EffectCheck, RowCheck, apart
+from .outputs import first_of, map_tensors
+from .pass_checks import EffectCheck, RowCheck
 from .shared_prefix import first_row, repeat_rows
+from .train_mode import apart
 
 
 class LatentLLM(Protocol):
@@ -123,7 +125,7 @@ class AdaptedLLM:
         positions = repeat_rows(positions, batch_shape, rows)
         if self.adapter.shares_prefix and not self._repeats_inputs and batch_shape.numel() > rows:
             output = self._run(args, kwargs, s, positions, fan_out=(batch_shape, rows))
-            if _leading(output) == batch_shape.numel():
+            if len(first_of(output)) == batch_shape.numel():
                 return output
             self._repeats_inputs = True  # after its blocks, this module takes the number of rows from its input
         return self._run(repeat_rows(args, batch_shape, rows), repeat_rows(kwargs, batch_shape, rows), s, positions)
@@ -193,36 +195,6 @@ def _broadcast(s: Tensor, rows: int) -> torch.Size:
             f"(one draw for all rows) or {rows} (one draw per row). For P draws of all rows, give s the shape "
             "(P, 1, D)."
         ) from None
-
-
-def _leading(output: Any) -> int:
-    """Count the rows of an output's first tensor. For a Hugging Face output this is the tensor of logits."""
-    if isinstance(output, Mapping):
-        output = output.get("logits", next(iter(output.values())))
-    while isinstance(output, tuple | list):
-        output = output[0]
-    return output.shape[0]
-
-
-def map_tensors(x: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to each tensor in an output: a tensor, tuples, lists, or a Hugging Face output.
-
-    Args:
-        x: Output. Mappings are changed in place, because a Hugging Face output is one.
-        function: Function of one tensor.
-
-    Returns:
-        The output with the new values; anything that is not a tensor stays as it is.
-    """
-    if torch.is_tensor(x):
-        return function(x)
-    if isinstance(x, Mapping):
-        for key, value in x.items():
-            x[key] = map_tensors(value, function)  # type: ignore[index]  # ModelOutput is a mutable mapping
-        return x
-    if isinstance(x, tuple | list):
-        return type(x)(map_tensors(v, function) for v in x)
-    return x
 
 
 def _unfold_rows(x: Any, batch_shape: torch.Size) -> Any:

@@ -13,8 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .._process.cuda_capture import is_capturing
 from .sharding import is_sharded
-from .train_mode import eval_mode
+from .train_mode import apart
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def needs_mask(module: nn.Module, input_ids: Tensor) -> bool:
     known = _KNOWN.get(module)
     if known is None and is_sharded(module):  # a pass of one process alone would wait for the others
         return _takes_mask(module)
-    if known is None and not (input_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if known is None and not is_capturing():
         # Latents and hidden states of the present pass are context variables. The probe uses and changes none of them.
         known = contextvars.Context().run(_probe, module, input_ids)
         if known is not None:
@@ -64,7 +65,7 @@ def _probe(module: nn.Module, input_ids: Tensor) -> bool | None:
     row = tokens[:READ].repeat(READ)[:READ]
     ends = [torch.cat([row, token.expand(TAIL)]).unsqueeze(0) for token in (tokens[0], tokens[-1])]
     run = getattr(module, "_orig_mod", module)  # a compiled module would be compiled again for another shape
-    with eval_mode(module):
+    with apart(module):
         plain = [_logits(run, ids) for ids in ends]
         scale = None if plain[0] is None else plain[0].abs().max()
         if len(tokens) == 1 or scale is None or not bool((scale > 0) & (scale < torch.inf)):

@@ -7,18 +7,18 @@ draws would then mix.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._errors import ScalaBLWarning
-from .._process.random_state import scoped_seed
+from .._process.cuda_capture import is_capturing
 from .adapter import Adapter
+from .outputs import tensors_in
 from .sharding import is_sharded
-from .train_mode import eval_mode
+from .train_mode import apart
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class EffectCheck:
 
     def begin(self) -> set[int] | None:
         """Return an empty set for the indices of called layers, or None if this pass need not be checked."""
-        if self._is_over or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        if self._is_over or is_capturing():
             return None
         return set()
 
@@ -129,12 +129,11 @@ class RowCheck:
         Raises:
             ValueError: A layer gets another number of rows than the one of the pass.
         """
-        if self._has_rows_first or is_sharded(module) or torch.jit.is_tracing():
-            return
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if self._has_rows_first or torch.jit.is_tracing():
             return
         counts = {n for n in rows if n > 1}
-        if any(t.dim() > 1 and t.shape[1] in counts for t in tensors_in(inputs)):
+        is_ambiguous = any(t.dim() > 1 and t.shape[1] in counts for t in tensors_in(inputs))
+        if is_ambiguous and not is_capturing() and not is_sharded(module):
             run_one_row()
             self._has_rows_first = True
 
@@ -152,7 +151,7 @@ class RowCheck:
         if rows in self._fixed:
             return
         square = [i for i, t in enumerate(tensors_in(output)) if t.shape == (rows, rows)]
-        if not square or rows == 1 or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        if not square or rows == 1 or is_capturing():
             return
         single = tensors_in(run_one_row())
         if any(i >= len(single) or single[i].shape[-1] != rows for i in square):
@@ -162,24 +161,6 @@ class RowCheck:
                 "(D,)."
             )
         self._fixed.add(rows)
-
-
-@contextmanager
-def apart(module: nn.Module) -> Iterator[None]:
-    """Run a module aside: in eval mode, and without a change of the global random states."""
-    with scoped_seed(0), eval_mode(module):
-        yield
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """Return all tensors in an output, also those inside of nested tuples, lists and mappings."""
-    if torch.is_tensor(output):
-        return [output]
-    if isinstance(output, Mapping):
-        return [tensor for value in output.values() for tensor in tensors_in(value)]
-    if isinstance(output, tuple | list):
-        return [tensor for value in output for tensor in tensors_in(value)]
-    return []
 
 
 def _leaves(outputs: list[Tensor]) -> set[int]:

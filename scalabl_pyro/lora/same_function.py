@@ -1,15 +1,15 @@
 """Compare the function of a language model before and after a change: one short forward pass each."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._process.random_state import scoped_seed
+from .outputs import first_of
 from .sharding import is_sharded
-from .train_mode import eval_mode
+from .targets import input_embeddings
+from .train_mode import apart
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,9 @@ def probe_output(module: nn.Module, base: nn.Module, *, strict: bool = False) ->
         inputs = _inputs(base)
         if inputs is None:
             return None
-        with torch.no_grad(), eval_mode(module), scoped_seed(0):
-            return _first_tensor(module(**inputs))
+        with torch.no_grad(), apart(module):
+            output = first_of(module(**inputs))
+        return output if torch.is_tensor(output) and output.is_floating_point() else None
     except Exception:
         if strict:
             raise
@@ -54,9 +55,7 @@ def check_same_output(before: Tensor | None, after: Tensor | None) -> None:
 
 def _inputs(base: nn.Module) -> dict[str, Tensor] | None:
     """Return a row of different tokens that ends as a text ends; None for modules without token embeddings."""
-    get = getattr(base, "get_input_embeddings", None)
-    embeddings = get() if callable(get) else None
-    weight = getattr(embeddings, "weight", None)
+    weight = getattr(input_embeddings(base), "weight", None)
     if weight is None or weight.is_meta or weight.dim() != 2 or is_sharded(base):
         return None
     config: Any = getattr(base, "config", None)
@@ -68,11 +67,3 @@ def _inputs(base: nn.Module) -> dict[str, Tensor] | None:
     row = torch.tensor([ids], device=weight.device)
     names = ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
     return dict.fromkeys(names, row)
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Mapping):
-        output = output.get("logits", next(iter(output.values()), None))
-    while isinstance(output, tuple | list):
-        output = output[0]
-    return output if torch.is_tensor(output) and output.is_floating_point() else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .._process.lock import IDLE, LOCK
+from .._process.random_state import scoped_seed
 
 
 @dataclass
@@ -53,6 +54,13 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
                 del _IN_USE[id(module)]
                 _restore(use.modes)
                 IDLE.notify_all()
+
+
+@contextmanager
+def apart(module: nn.Module) -> Iterator[None]:
+    """Run a module aside: in eval mode, and without a change of the global random states."""
+    with eval_mode(module), scoped_seed(0):
+        yield
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from pyro.ops.provenance import ProvenanceTensor, extract_provenance
 
-from ..lora.forward import map_tensors
+from ..lora.outputs import map_tensors
 
 
 def run_with_provenance(

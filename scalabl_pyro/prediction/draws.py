@@ -74,13 +74,12 @@ def sample(guide: Guide, num_draws: int, *, seed: int) -> Draws:
 
 def sample_prior(prior: Prior, num_draws: int, *, seed: int) -> Tensor:
     """Draw s (S, D) from the prior."""
-    with torch.no_grad(), local_params(), full_precision(), scoped_seed(seed):
-        return torch.stack([prior() for _ in range(num_draws)])
+    return sample_prior_sites(prior, num_draws, seed=seed)["s"]
 
 
 def sample_prior_sites(prior: Prior, num_draws: int, *, seed: int) -> dict[str, Tensor]:
-    """Draw all latent sites from the prior, each (S, ...); ``"s"`` is the same as in :func:`sample_prior`."""
-    with torch.no_grad(), local_params(), scoped_seed(seed):
+    """Draw all latent sites from the prior, each (S, ...)."""
+    with torch.no_grad(), local_params(), full_precision(), scoped_seed(seed):
         traces: list[Any] = [poutine.trace(prior).get_trace() for _ in range(num_draws)]
     return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in traces[0].stochastic_nodes}
 

@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal
 
 from ..lora.subspace import Layer, Subspace
 from .base import Prior
-from .supports import describe, is_joint
+from .supports import describe_support, is_joint
 
 
 class FixedPrior(Prior):
@@ -174,7 +174,7 @@ def _check_possible(d: Distribution) -> None:
         raise ValueError(f"A {name} is discrete, but s is real.")
     if is_joint(d):
         raise ValueError(
-            f"A {name} constrains its numbers jointly ({describe(d)}), but each latent must move alone. Use a "
+            f"A {name} constrains its numbers jointly ({describe_support(d)}), but each latent must move alone. Use a "
             "univariate family such as dist.Gamma(2.0, 2.0) or dist.Beta(2.0, 2.0), or a multivariate normal."
         )
 

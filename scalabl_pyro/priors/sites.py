@@ -10,10 +10,7 @@ from torch.distributions import biject_to
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from .base import Prior
-from .supports import describe
-
-#: Number of draws behind the median of a site. It is odd, so that the median is a draw, within the support.
-MEDIAN_DRAWS = 101
+from .supports import NUM_DRAWS, describe_support
 
 
 def prior_sites(prior: Prior) -> dict[str, dict[str, Any]]:
@@ -23,7 +20,7 @@ def prior_sites(prior: Prior) -> dict[str, dict[str, Any]]:
         Sites by name, each with its distribution ``fn`` and its ``median``, which is estimated from 101 draws.
     """
     with torch.no_grad(), scoped_seed(0), local_params():
-        traces = [poutine.trace(prior).get_trace() for _ in range(MEDIAN_DRAWS)]
+        traces = [poutine.trace(prior).get_trace() for _ in range(NUM_DRAWS)]
     sites: dict[str, dict[str, Any]] = {}
     for name in traces[0].stochastic_nodes:
         nodes: list[Any] = [trace.nodes[name] for trace in traces]
@@ -62,6 +59,7 @@ def check_transforms(what: str, sites: Mapping[str, Mapping[str, Any]]) -> None:
             biject_to(site["fn"].support)
         except NotImplementedError:
             raise ValueError(
-                f"{what} has no transform from the real line to the support of {name!r}, {describe(site['fn'])}. "
-                "Sample a subclass of the distribution that states its support, such as support = constraints.real."
+                f"{what} has no transform from the real line to the support of {name!r}, "
+                f"{describe_support(site['fn'])}. Sample a subclass of the distribution that states its support, such "
+                "as support = constraints.real."
             ) from None

@@ -41,8 +41,8 @@ def to_support(fn: Distribution) -> Any:
         return biject_to(base_support(fn))
     except NotImplementedError:
         raise ValueError(
-            f"The support {describe(fn)} has no transform from the real line, which a guide of it needs. Write a guide "
-            "whose draws lie in the support."
+            f"The support {describe_support(fn)} has no transform from the real line, which a guide of it needs. Write "
+            "a guide whose draws lie in the support."
         ) from None
 
 
@@ -69,19 +69,19 @@ def start_inside(fn: Distribution, value: Tensor) -> Tensor:
     start = torch.where(outside, median, value)
     if _is_outside(fn, transform, start).any():
         raise ValueError(
-            f"The support {describe(fn)} cannot be reached from the real line: Pyro's transform gives numbers that are "
-            "not finite. Use a prior with finite bounds, or with one bound such as dist.HalfNormal."
+            f"The support {describe_support(fn)} cannot be reached from the real line: Pyro's transform gives numbers "
+            "that are not finite. Use a prior with finite bounds, or with one bound such as dist.HalfNormal."
         )
     logger.warning(
         "%d of %d latents would start outside of the support of the prior, %s: they start at its median",
         int(outside.sum()),
         outside.numel(),
-        describe(fn),
+        describe_support(fn),
     )
     return start
 
 
-def describe(fn: Distribution) -> str:
+def describe_support(fn: Distribution) -> str:
     """Return the support in one short line, such as ``Interval(lower_bound=-3, upper_bound=3)``."""
     support = base_support(fn)
     names = [name for name in ("lower_bound", "upper_bound") if hasattr(support, name)]

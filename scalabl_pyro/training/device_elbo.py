@@ -3,11 +3,11 @@
 from typing import Any, cast
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import kl_divergence
+
+from ..guides.closed_form_kl import closed_kl
 
 
 def stays_on_device(elbo: ELBO) -> bool:
@@ -41,19 +41,12 @@ def _particle(p: Trace, q: Trace, *, closed: bool) -> Tensor | float:
             elbo = elbo + site["log_prob_sum"]
             continue
         of_q = covered.pop(name)
-        divergence = _closed_kl(of_q, site) if closed else None
-        if divergence is None:
-            divergence = _sum(of_q["score_parts"].entropy_term) - site["log_prob_sum"]
-        elbo = elbo - divergence
+        known = closed_kl(of_q, site) if closed else None
+        if known is None:
+            elbo = elbo - (_sum(of_q["score_parts"].entropy_term) - site["log_prob_sum"])
+        else:
+            elbo = elbo - known.sum()
     return elbo - sum(_sum(site["score_parts"].entropy_term) for site in covered.values())  # auxiliary sites
-
-
-def _closed_kl(of_q: dict[str, Any], of_p: dict[str, Any]) -> Tensor | float | None:
-    try:
-        divergence = kl_divergence(of_q["fn"], of_p["fn"])
-    except NotImplementedError:
-        return None
-    return _sum(scale_and_mask(divergence, scale=of_q["scale"], mask=of_q["mask"]))
 
 
 def _samples(trace: Trace) -> dict[str, dict[str, Any]]:

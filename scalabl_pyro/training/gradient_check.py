@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._process.cuda_capture import is_capturing
 from ..lora.adapter import Adapter
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors.sites import prior_sites
@@ -55,7 +56,7 @@ class GradientCheck:
         Raises:
             RuntimeError: No gradient reaches some layers; the message names them.
         """
-        if not self._hooks or _is_captured() or not torch.isfinite(loss):
+        if not self._hooks or is_capturing() or not torch.isfinite(loss):
             return
         self.steps += 1
         factors = self.adapter.factors()
@@ -90,11 +91,6 @@ class GradientCheck:
     def _masks(self) -> bool:
         """Whether latents can be exactly 0."""
         return any(site["fn"].support.is_discrete for site in prior_sites(self.blora.prior).values())
-
-
-def _is_captured() -> bool:
-    """Whether a CUDA graph is being captured. Nothing can be read then."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_moved(parameter: Tensor) -> bool:

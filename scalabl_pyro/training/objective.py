@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -23,13 +22,14 @@ from pyro.infer import (
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
 from .._errors import describe
 from .._process.full_precision import full_precision
+from .._values import number
 from ..data.batch import Batch
 from ..guides import Guide
 from ..guides.checks import check_sites
+from ..guides.closed_form_kl import closed_kl
 from ..model.joint import TaskModel, latent_scope
 from ..priors import Prior
 from .device_elbo import device_loss, stays_on_device
@@ -221,8 +221,8 @@ def default_elbo(guide: Guide, prior: Prior) -> ELBO:
         return Trace_ELBO()
     if len(sites) > 1 and not guide.factorized:
         return Trace_ELBO()
-    closed = [name for name in sites if _has_closed_kl(_site(q, name)["fn"], _site(p, name)["fn"])]
-    return TraceMeanField_ELBO() if closed else Trace_ELBO()
+    are_closed = any(closed_kl(_site(q, name), _site(p, name)) is not None for name in sites)
+    return TraceMeanField_ELBO() if are_closed else Trace_ELBO()
 
 
 def elbo_for(elbo: ELBO | None, guide: Guide, prior: Prior) -> ELBO:
@@ -248,26 +248,16 @@ def weight_at(kl_weight: float | Callable[[int], float], step: int) -> float:
         ValueError: The weight is negative or not finite.
     """
     value = kl_weight(step) if callable(kl_weight) else kl_weight
-    if (
-        isinstance(value, bool) or not hasattr(value, "__float__") or np.ndim(value)
-    ):  # 0-d arrays and tensors are numbers
+    weight = number(value)
+    if weight is None:
         given = f"kl_weight={value!r}" if value is kl_weight else f"kl_weight({step}) gives {describe(value)}"
         raise TypeError(
             f"{given}: expected a number, 0 or more, or a function from the step to it, such as "
             "lambda step: min(1, step / 100)."
         )
-    weight = float(value)
     if not 0 <= weight < float("inf"):
         raise ValueError(f"kl_weight={weight} at step {step}: expected a finite number, 0 or more. Use 1 for the ELBO.")
     return weight
-
-
-def _has_closed_kl(q: Any, p: Any) -> bool:
-    try:
-        kl_divergence(q, p)
-    except NotImplementedError:
-        return False
-    return True
 
 
 @torch.no_grad()

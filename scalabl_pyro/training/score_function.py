@@ -7,13 +7,12 @@ baseline. Its gradient has many times the noise.
 from typing import Any, cast
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from .._errors import check_count
+from ..guides.closed_form_kl import closed_kl
 
 
 class LeaveOneOutELBO(Trace_ELBO):
@@ -66,7 +65,7 @@ def _particle(p: Trace, q: Trace) -> tuple[Tensor, Tensor | None, Tensor | None]
     latents = [name for name in p.stochastic_nodes if name in covered]
     terms = [_site(p, name)["log_prob"] for name in p.observation_nodes]
     fixed: Tensor | float = 0.0
-    closed = _closed_kl(covered[latents[0]], _site(p, latents[0])) if len(covered) == len(latents) == 1 else None
+    closed = closed_kl(covered[latents[0]], _site(p, latents[0])) if len(covered) == len(latents) == 1 else None
     if closed is not None:
         fixed = closed.sum()
     else:
@@ -84,14 +83,6 @@ def _particle(p: Trace, q: Trace) -> tuple[Tensor, Tensor | None, Tensor | None]
 def _pathwise(site: dict[str, Any]) -> Tensor:
     """Return log q of a site; without gradient where its draws have none, because its expected score is 0."""
     return site["log_prob"] if site["fn"].has_rsample else site["log_prob"].detach()
-
-
-def _closed_kl(of_q: dict[str, Any], of_p: dict[str, Any]) -> Tensor | None:
-    try:
-        divergence = kl_divergence(of_q["fn"], of_p["fn"])
-    except NotImplementedError:
-        return None
-    return scale_and_mask(divergence, scale=of_q["scale"], mask=of_q["mask"])
 
 
 def _per_draw(term: Tensor, shape: torch.Size) -> Tensor:
