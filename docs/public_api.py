@@ -1,4 +1,4 @@
-"""Writes the tables of ``api/index.md``: every public name with its signature and its number of parameters.
+"""Writes the tables of ``reference/index.md``: every public name with its signature and its number of parameters.
 
 Run ``python docs/public_api.py`` after a public name or signature was changed. The numbers of release 0.1.0 (commit
 caa642a) stand in the page; the script keeps them, and a new name has none.
@@ -11,7 +11,7 @@ from pathlib import Path
 import scalabl_pyro
 from scalabl_pyro import data
 
-PAGE = Path(__file__).resolve().parent / "api" / "index.md"
+PAGE = Path(__file__).resolve().parent / "reference" / "index.md"
 TABLES = re.compile(r"(<!-- tables of docs/public_api.py -->\n).*?(<!-- end of tables -->)", re.DOTALL)
 ROW = re.compile(r"^\| `(?P<name>[\w.]+)` \|.*\| (?P<now>\d+|-) \| (?P<before>\d+|-) \|$", re.MULTILINE)
 

@@ -22,7 +22,7 @@ class Guide(Summarized, Program):
     Subclasses define two methods: ``forward`` samples every latent site (at least ``"s"``, with event shape (D,)),
     and ``mean`` gives the center of each site. All other methods have a default that traces ``forward``. In
     :func:`scalabl_pyro.fit`, parameters whose name contains ``scale`` get the learning rate ``lr_scale``; the others
-    get ``lr_loc``. See the how-to page *Own guide*.
+    get ``lr_loc``. See the page *Own guide*.
 
     Attributes:
         family: Name under which a posterior of this family is saved. None means that the caller must pass ``guide=``

@@ -14,7 +14,7 @@ class Prior(Program):
 
     Subclass it for a prior with latents or parameters of its own, and define ``forward``. The event shape of the site
     must be (D,): ``pyro.sample("s", dist.Normal(...).to_event(1))``. Draws may be in a plate, so batch dimensions come
-    on the left of all shapes. See the how-to page *Own prior*.
+    on the left of all shapes. See the page *Own prior*.
 
     Attributes:
         family: Name under which a prior of this family is saved. None means that the caller must pass ``prior=`` to

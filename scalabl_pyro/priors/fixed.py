@@ -152,7 +152,7 @@ def _decompose(d: Distribution) -> tuple[type, dict[str, Tensor]]:
     if family is None or not _rebuilds(family, parameters):
         raise ValueError(
             f"A {type(d).__name__} cannot be rebuilt from its parameters, so it cannot be saved. Write a subclass of "
-            "scalabl_pyro.priors.Prior whose forward() samples it. The how-to page 'Own prior' shows one for mixtures "
+            "scalabl_pyro.priors.Prior whose forward() samples it. The page 'Own prior' shows one for mixtures "
             "and transformed distributions."
         )
     return family, parameters

@@ -1,7 +1,7 @@
 """Tasks: how a row becomes tokens, and how the LLM's output becomes a distribution over the answer.
 
 A task is the likelihood half of the Pyro program. To write one, subclass :class:`Task` and define ``encode``
-(row -> :class:`~scalabl_pyro.data.Example`) and ``likelihood`` (outputs -> distribution); see the how-to page
+(row -> :class:`~scalabl_pyro.data.Example`) and ``likelihood`` (outputs -> distribution); see the page
 *Own task*.
 """
 

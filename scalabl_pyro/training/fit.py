@@ -82,7 +82,7 @@ def fit(
             :class:`~scalabl_pyro.data.Batch` that can be restarted, such as a DataLoader.
         guide: Posterior family, see :func:`scalabl_pyro.guides.as_guide`.
         num_steps: Number of optimizer steps.
-        batch_size: Rows per step, of all processes together; see the how-to page *Several processes*.
+        batch_size: Rows per step, of all processes together; see the page *Several GPUs*.
         lr: Learning rate of B and of the task's parameters (AdamW). Tune it first, see the page *Quality*.
         lr_A: Learning rate of A and of new heads. Their inputs are as many as the model is wide, so they need smaller
             steps (LoRA+, Hayou et al., 2024). With an A as fast as B, runs on hard data overfitted, ended at chance or
@@ -97,7 +97,7 @@ def fit(
             and stops if it happens again within 50 steps.
         optimizer: Further options of AdamW: :class:`scalabl_pyro.OptimizerOptions`, or a dict of them.
         hardware: Options that trade memory for time: :class:`scalabl_pyro.HardwareOptions`, or a dict of them.
-        checkpoint_dir: Directory of the checkpoints of this run, see the how-to page *Resume*. With it, SIGTERM ends
+        checkpoint_dir: Directory of the checkpoints of this run, see the page *Resume*. With it, SIGTERM ends
             the training after the running step, with a checkpoint and status 143.
         checkpoint: When to write checkpoints and whether to resume: :class:`scalabl_pyro.CheckpointOptions`, or a dict
             of its options.

@@ -102,7 +102,7 @@ def test_the_code_of_a_page_runs(page):
 
 
 def test_a_task_of_the_how_to_takes_at_most_15_lines():
-    page = ROOT / "docs" / "howto" / "own-task.md"
+    page = ROOT / "docs" / "extend" / "own-task.md"
     classes = [part for _, code in blocks(page) for part in re.findall(r"^class .*?(?=^\S|\Z)", code, re.M | re.S)]
     assert classes
     for source in classes:
@@ -183,11 +183,11 @@ def test_every_public_name_is_documented(site):
     inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
     shown = {line.split()[0] for line in inventory.splitlines()}
     missing = sorted(name for name in public_names() if not {name, home(name)} & shown)
-    assert not missing, f"docs/api/ does not show {missing}"
+    assert not missing, f"docs/reference/ does not show {missing}"
 
 
 def test_no_sphinx_role_is_left_in_the_site(site):
-    for page in (site / "api").glob("*.html"):
+    for page in (site / "reference").glob("*.html"):
         assert not re.search(r":(?:attr|class|func|meth|mod):", page.read_text("utf-8")), page.name
 
 
@@ -203,8 +203,8 @@ def test_tables_of_public_names_show_the_code():
     public_api = script("public_api")
     page = public_api.PAGE.read_text("utf-8")
     missing = sorted(name for name in public_api.public_names() if f"| `{name}` |" not in page)
-    assert not missing, f"docs/api/index.md lacks {missing}: run python docs/public_api.py"
-    assert public_api.updated(page) == page, "docs/api/index.md is old: run python docs/public_api.py"
+    assert not missing, f"docs/reference/index.md lacks {missing}: run python docs/public_api.py"
+    assert public_api.updated(page) == page, "docs/reference/index.md is old: run python docs/public_api.py"
     assert {f"scalabl_pyro.{name}" for name in public_api.public_names()} >= public_names()
 
 
@@ -212,7 +212,7 @@ def test_every_public_name_has_an_example_that_runs():
     public_api = script("public_api")
     code = "\n".join(code for _, code in blocks(public_api.PAGE))
     missing = [name for name in public_api.public_names() if not re.search(rf"\b{name.rpartition('.')[2]}\b", code)]
-    assert not missing, f"no example on docs/api/index.md uses {missing}"
+    assert not missing, f"no example on docs/reference/index.md uses {missing}"
 
 
 def test_the_picture_of_the_packages_shows_the_code():

@@ -6,7 +6,7 @@
 
 Each run appends one line to a table in --out. You can stop the script at any time: the same command continues where it
 stopped. Several processes share the work with --shard 0/3, 1/3, 2/3. The protocol and the columns are described in
-docs/howto/benchmark.md.
+docs/benchmark.md.
 
 Options of a method are JSON. --set 'blob={"prior_scale": 0.1}' changes the options of a method everywhere, and
 --variant 'cold=scalabl:{"kl_weight": 0.3}' adds a variant as a line of its own.
