@@ -116,7 +116,7 @@ def draw_nll(runs: dict[str, list[Run]], ax: plt.Axes) -> None:
             [[run.predictions[source].metrics().loc["value", "nll"] for run in found] for source in sources]
         )
         x = offsets + (k - (len(runs) - 1) / 2) * width
-        color, hatch = (plots.WARM, "///") if k == 0 else (plots.MARK, None)
+        color, hatch = (plots.MARK, "///") if k == 0 else (plots.WARM, None)
         ax.bar(
             x,
             values.mean(1),

@@ -1,4 +1,4 @@
-"""Sentences with an opinion, rated by people (Hutto and Gilbert, ICWSM 2014); from the source archive of vaderSentiment.
+"""Sentences with an opinion, rated by people (Hutto and Gilbert, ICWSM 2014), from the archive of vaderSentiment.
 
 ``make install`` downloads the archive (MIT license). It holds sentences of movie reviews, product reviews and newspaper
 editorials; 15 to 20 people rated each from -4 (extremely negative) to 4 (extremely positive).
