@@ -26,16 +26,14 @@ from _support.datasets import NEWS, newsgroups, reuters_r8, word_task
 from _support.models import demo_llm, upper_blocks
 from _support.opinions import OPINION, movie_reviews, neutral_sentences, product_reviews
 
-DATA, ROWS, STEPS, SEEDS, BLOCKS = ("reviews",), (100, 200, 400), (100, 200, 300), (1, 2, 3), (10,)
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 MAX_LENGTH = 48
 VALIDATION_ROWS, OOD_ROWS = 600, 400
 SETTING = ["data", "rows", "steps", "blocks"]
 
 
-def jobs() -> list[dict]:
+def jobs(args: argparse.Namespace) -> list[dict]:
     """List the runs; ``lr`` is None for ScalaBL, which runs with the defaults of ``fit``."""
-    lines = product(DATA, ROWS, STEPS, BLOCKS, SEEDS, (None, *RATES))
+    lines = product(args.data, args.rows, args.steps, args.blocks, args.seeds, (None, *args.rates))
     return [dict(zip((*SETTING, "seed", "lr"), line, strict=True)) for line in lines]
 
 
@@ -102,6 +100,12 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=0)
     parser.add_argument("--of", type=int, default=1, help="number of shards")
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--data", nargs="+", choices=("news", "reviews"), default=["reviews"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[100, 200, 400], help="numbers of training rows")
+    parser.add_argument("--steps", nargs="+", type=int, default=[100, 200, 300])
+    parser.add_argument("--blocks", nargs="+", type=int, default=[10], help="numbers of upper blocks to adapt")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--rates", nargs="+", type=float, default=[2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3], help="of LoRA")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.report:
@@ -111,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(1)
     llm, tokenizer = demo_llm(tiny=False)
     with (args.out / f"shard{args.shard:02d}.jsonl").open("a", encoding="utf-8") as file:
-        for job in jobs()[args.shard :: args.of]:
+        for job in jobs(args)[args.shard :: args.of]:
             for line in run(llm, tokenizer, job):
                 file.write(json.dumps(line) + "\n")
                 file.flush()
