@@ -42,14 +42,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test-split", default="test", help="name of the test split on the hub")
     parser.add_argument("--ood-data", help="rows from another source, for out-of-distribution detection")
     parser.add_argument("--train-rows", type=int, default=100, help="number of training rows")
-    parser.add_argument("--test-rows", type=int, default=400, help="number of test rows")
-    parser.add_argument("--other-rows", type=int, default=200, help="number of rows of each other source")
-    parser.add_argument("--steps", type=int, default=300, help="training steps")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
-    parser.add_argument("--draws", type=int, default=10, help="posterior draws per prediction")
-    parser.add_argument("--blocks", type=int, default=10, help="number of upper blocks to adapt (0: all)")
-    parser.add_argument("--max-length", type=int, default=48, help="tokens per prompt; longer texts are cut")
-    parser.add_argument("--loo-rows", type=int, default=40, help="training rows whose likelihood is stored for LOO")
+    parser.add_argument("--test-rows", type=int, default=240, help="number of test rows")
+    parser.add_argument("--other-rows", type=int, default=100, help="number of rows of each other source")
+    parser.add_argument("--steps", type=int, default=200, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows per step")
+    parser.add_argument("--draws", type=int, default=4, help="posterior draws per prediction, in mirrored pairs")
+    parser.add_argument("--blocks", type=int, default=0, help="number of upper blocks to adapt (0: all)")
+    parser.add_argument("--max-length", type=int, default=40, help="tokens per prompt; longer texts are cut")
+    parser.add_argument("--loo-rows", type=int, default=24, help="training rows whose likelihood is stored for LOO")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows and of the training")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the results")
     parser.add_argument("--tiny", action="store_true", help="use a random model and few rows, to test the script")
@@ -94,7 +94,7 @@ def make_task(args: argparse.Namespace, tokenizer, train: list[dict]) -> sp.Mult
 
 def predict(result: sp.FitResult, sources: dict[str, list[dict]], *, num_draws: int, prefix: bool) -> Run:
     """Predict the rows of all sources with the result of a fit."""
-    options = {"num_draws": num_draws, "seed": 0, "cache_prefix": prefix, "progress": True}
+    options = {"num_draws": num_draws, "design": "antithetic", "seed": 0, "cache_prefix": prefix, "progress": True}
     found = {name: result.posterior.predict(rows, **options) for name, rows in sources.items()}
     return Run(found, float(result.history["seconds"].iloc[-1]))
 
@@ -148,7 +148,7 @@ def main() -> None:
     save(plots.posterior_by_layer(result.posterior), args.out / "posterior_by_layer.png")
 
     result.history.to_csv(args.out / "history.csv", index=False)
-    seen = result.posterior.predict(train[: args.loo_rows], num_draws=30, seed=0)  # LOO needs training rows
+    seen = result.posterior.predict(train[: args.loo_rows], num_draws=20, seed=0)  # LOO needs training rows
     result.posterior.to_arviz(num_draws=500, prediction=seen).to_netcdf(args.out / "posterior.nc")
     result.posterior.save_pretrained(args.out / "posterior")
     print(f"Pictures, posterior.nc and the saved posterior are in {args.out}/.")
