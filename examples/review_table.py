@@ -99,7 +99,7 @@ display(pd.Series({"training": len(train), "validation": len(validation), "new":
 The model is SmolLM2, a small language model with 135 million weights. It reads a *prompt*, the text that we give it,
 and continues the text. So we write a prompt that ends before the topic. The probability of each topic is the
 probability that the model continues with this word. Each class must be one *token*, one entry of the vocabulary of the
-model. Texts are cut after 48 tokens to save time.
+model. Texts are cut after 32 tokens to save time.
 
 A *task* describes this. It reads the fields `question`, `choices` and `answer`, so we rename the columns.
 """
@@ -113,7 +113,7 @@ def for_task(part: pd.DataFrame) -> pd.DataFrame:
 
 llm, tokenizer = models.demo_llm(tiny=TOY)
 task = scalabl_pyro.MultipleChoice(
-    tokenizer, labels=CLASSES, template="News: {question}\nTopic:", chat=False, max_length=48
+    tokenizer, labels=CLASSES, template="News: {question}\nTopic:", chat=False, max_length=32
 )
 display(task)
 print(task.prompt({"question": "opec ministers agreed to cut output", "choices": CLASSES}))
