@@ -145,8 +145,8 @@ display(result)
 # %% [markdown]
 """The *loss* is what training makes small. It is the sum of two parts in *nats*, the unit of natural logarithms. The
 *NLL* (negative log likelihood) is small if the right topics get a high probability. The *KL* is the distance of the
-posterior from the *prior*, which is the distribution of the latents before training. If the loss still falls steeply
-at the end, train for more steps.
+posterior from the *prior*, which is the distribution of the latents before training. If the loss still falls steeply at
+the end, train for more steps.
 """
 
 # %%
@@ -316,8 +316,8 @@ plt.show()
 """## Labels to check
 
 A human should look at another kind of row, too: the model is sure, but the label in the table says something else.
-Either the model is wrong, and its uncertainty does not show it, or the label in the table is wrong. The table lists
-the validation rows with a probability above 0.9 and another label. It is empty if there are none.
+Either the model is wrong, and its uncertainty does not show it, or the label in the table is wrong. The table lists the
+validation rows with a probability above 0.9 and another label. It is empty if there are none.
 """
 
 # %%
