@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from .. import metrics
 from .._arguments import known_arguments
@@ -112,8 +113,6 @@ def _legend(ax: Axes) -> None:
     """Draw a legend with one entry per method, and one for each kind of bound."""
     handles, texts = ax.get_legend_handles_labels()
     for line, name in {":": RANDOM, (0, (8, 3)): IDEAL}.items():
-        (proxy,) = ax.plot([], [], color=QUIET, linewidth=0.9, linestyle=line)
-        handles.append(proxy)
+        handles.append(Line2D([], [], color=QUIET, linewidth=0.9, linestyle=line))
         texts.append(name)
-        proxy.remove()
     ax.legend(handles, texts, frameon=False, fontsize="small")
