@@ -112,7 +112,8 @@ def _bounds(ax: Axes, probs: metrics.Array, labels: metrics.Labels, style: Style
 def _legend(ax: Axes) -> None:
     """Draw a legend with one entry per method, and one for each kind of bound."""
     handles, texts = ax.get_legend_handles_labels()
-    for line, name in {":": RANDOM, (0, (8, 3)): IDEAL}.items():
+    bounds: dict[Any, str] = {":": RANDOM, (0, (8, 3)): IDEAL}
+    for line, name in bounds.items():
         handles.append(Line2D([], [], color=QUIET, linewidth=0.9, linestyle=line))
         texts.append(name)
     ax.legend(handles, texts, frameon=False, fontsize="small")
