@@ -26,8 +26,9 @@ effect. Here SmolLM2-135M learns the topic of Reuters news eight times: with two
 - Which numbers of a comparison you can rely on, and how Pareto k tells you.
 - How the latents differ between priors, and what a guide with correlations can show that the other one cannot.
 
-The notebook needs no network and no GPU. It takes TIME. It is built from `ablation_notebook.py` by `make notebook`. The
-script `ablation.py` compares any priors and guides on any data.
+The notebook needs no network and no GPU. It takes a few minutes: the last line says how long this run took, and the
+first output says on which machine. It is built from `ablation_notebook.py` by `make notebook`. The script `ablation.py`
+compares any priors and guides on any data.
 """
 
 # %%
@@ -52,7 +53,9 @@ from scalabl_pyro import plots
 from scalabl_pyro.analysis.checks import check_history
 
 # %% [markdown]
-"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing."""
+"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing. The
+line below says which size this run has, and which versions made its numbers.
+"""
 
 # %%
 TOY = notebooks.TOY
@@ -61,6 +64,7 @@ NUM_STEPS, NUM_BLOCKS, NUM_WEIGHTS = (3, 1, 25) if TOY else (120, 2, 100)
 PRIORS = ("normal", "horseshoe")
 GUIDES = ("normal", "full_covariance")
 SEEDS = (0, 1)
+print(notebooks.machine())
 
 # %% [markdown]
 """## The choices
@@ -294,3 +298,6 @@ take more seeds for a difference that matters to you.
 - Guides next to samples from the exact posterior: `examples/benchmarks/guides_vs_nuts.py`.
 - A closer look at one posterior: the notebook `posterior_analysis.ipynb`.
 """
+
+# %%
+print(notebooks.duration())

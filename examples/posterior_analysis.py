@@ -25,7 +25,8 @@ analyst would.
 - What `diagnose` checks, and what a large Pareto k means.
 - What the ArviZ file of a posterior holds.
 
-Run `make demo` first. The notebook then takes TIME. It is built from `posterior_analysis.py` by `make notebook`.
+Run `make demo` first. The notebook then takes a few minutes: the last line says how long this run took, and the first
+output says on which machine. It is built from `posterior_analysis.py` by `make notebook`.
 """
 
 # %%
@@ -54,7 +55,9 @@ from scalabl_pyro.analysis.checks import check_history
 TOPICS = list(datasets.R8_TOPICS.values())
 
 # %% [markdown]
-"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing."""
+"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing. The
+line below says which size this run has, and which versions made its numbers.
+"""
 
 # %%
 TOY = notebooks.TOY
@@ -66,6 +69,7 @@ if TOY:
     toy_run.toy_run(RUN, llm, tokenizer)
 if not (RUN / "posterior").exists():
     raise FileNotFoundError(f"{RUN} does not hold the files of the demo. Run `make demo` first.")
+print(notebooks.machine())
 
 # %% [markdown]
 """## The run
@@ -152,9 +156,9 @@ the picture the dots are medians, and the lines hold half of the draws and nearl
 
 # %%
 idata = posterior.to_arviz(num_draws=500)
-layers = [posterior.subspace.names[i] for i in (0, -1)]
-display(az.summary(idata, var_names=["s"], coords={"layer": layers[-1:]}, kind="stats"))
-az.plot_forest(idata, var_names=["s"], coords={"layer": layers}, combined=True)
+last = {"layer": posterior.subspace.names[-1:]}
+display(az.summary(idata, var_names=["s"], coords=last, kind="stats"))
+az.plot_forest(idata, var_names=["s"], coords=last, combined=True)
 plt.show()
 
 # %% [markdown]
@@ -357,3 +361,6 @@ display(share.round(3))
 - More of ArviZ: `docs/guide/arviz.md`. All terms: `docs/glossary.md`.
 - All checks of `diagnose`: `docs/reference/posterior.md`.
 """
+
+# %%
+print(notebooks.duration())

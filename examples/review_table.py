@@ -24,7 +24,8 @@ its labels will be wrong. This notebook finds the rows that a human should look 
 - What this threshold promises, and what it does not promise.
 - How to save the list and the model, and how to load the model again.
 
-The notebook needs no network and no GPU. It takes TIME. It is built from `review_table.py` by `make notebook`.
+The notebook needs no network and no GPU. It takes a few minutes: the last line says how long this run took, and the
+first output says on which machine. It is built from `review_table.py` by `make notebook`.
 """
 
 # %%
@@ -49,7 +50,9 @@ import scalabl_pyro
 from scalabl_pyro import metrics, plots
 
 # %% [markdown]
-"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing."""
+"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing. The
+line below says which size this run has, and which versions made its numbers.
+"""
 
 # %%
 TOY = notebooks.TOY
@@ -57,6 +60,7 @@ NUM_TRAIN, NUM_VALIDATION, NUM_NEW = (16, 12, 12) if TOY else (200, 200, 200)
 NUM_STEPS, NUM_BLOCKS = (4, 1) if TOY else (100, 2)
 OUT = Path(tempfile.mkdtemp()) if TOY else notebooks.RUNS / "review_table"
 OUT.mkdir(parents=True, exist_ok=True)
+print(notebooks.machine())
 
 # %% [markdown]
 """## The table
@@ -195,7 +199,8 @@ display(checked.drop(columns="target").head().round(3))
 
 The validation rows tell. We sort them into groups by the probability of the prediction, and count how often the
 prediction is right. A *calibrated* model is on the dashed line: of the predictions with a probability of 0.8, 80 % are
-right. *ECE* (expected calibration error) is the mean distance from the line; lower is better.
+right. The bars are 95 % intervals, and the strip below shows how many rows each group has. *ECE* (expected calibration
+error) is the mean distance from the line; lower is better.
 """
 
 # %%
@@ -211,19 +216,18 @@ differ by about this much. `nll` and `brier` measure the probabilities as a whol
 
 Accept the most certain row first, then the next one, and so on. *Coverage* is the share of rows that are accepted.
 *Risk* is the share of wrong labels among them. If the uncertainty finds the mistakes, the risk stays low until the
-coverage is high. The *area* under the curve is the mean risk over all coverages; lower is better. In random order, the
-risk would be the error of all rows at every coverage.
+coverage is high. *AURC*, the area under the curve, is the mean risk over all coverages; lower is better. In random
+order, the risk would be the error of all rows at every coverage. In the ideal order, all right labels come first.
 """
 
 # %%
 wrong = on_validation.labels != on_validation.target
-scores = {"total": on_validation.total, "epistemic": on_validation.epistemic}
-ax = None
-for (name, score), color in zip(scores.items(), (plots.MARK, plots.WARM), strict=True):
-    ax = plots.risk_coverage(on_validation, uncertainty=score, ax=ax, label=name, color=color)
+ax = plots.risk_coverage(on_validation, uncertainty="total")
+plots.risk_coverage(on_validation, uncertainty="epistemic", ax=ax)
 plt.show()
+scores = {"total": on_validation.total, "epistemic": on_validation.epistemic}
 areas = {name: metrics.aurc(on_validation.probs, on_validation.target, uncertainty=u) for name, u in scores.items()}
-display(pd.Series(areas | {"random order": wrong.mean()}, name="area").to_frame().round(3))
+display(pd.Series(areas | {"random order": wrong.mean()}, name="AURC").to_frame().round(3))
 
 # %% [markdown]
 """We use `total`. It is large for both reasons of a mistake: the text is open, or the networks disagree. We chose it
@@ -305,11 +309,13 @@ display(pd.DataFrame.from_dict(found, orient="index").round(3))
 
 # %%
 known = predict(posterior, new.assign(label=hidden))  # the same draws, so the same probabilities
-ax = plots.risk_coverage(known, uncertainty=known.total, label="new rows")
-for (rule, limit), style in zip(limits.items(), ("--", "-"), strict=True):
-    ax.axvline((known.total <= limit).mean(), color=plots.WARM, linestyle=style, linewidth=1, label=rule)
-ax.axhline(WANTED_ERROR, color=plots.QUIET, linewidth=1, linestyle=":", label="wanted error")
-ax.legend(frameon=False)
+ax = plots.risk_coverage(known, uncertainty="total", label="new rows")
+ax.axhline(WANTED_ERROR, color="black", linewidth=0.8)
+ax.text(0.02, WANTED_ERROR, "wanted error", va="bottom", fontsize=8)
+for rule, limit in limits.items():
+    coverage = (known.total <= limit).mean()
+    ax.axvline(coverage, color="black", linewidth=0.8)
+    ax.text(coverage, 0.5 * ax.get_ylim()[1], f"{rule} ", rotation=90, ha="right", va="center", fontsize=8)
 plt.show()
 
 # %% [markdown]
@@ -353,3 +359,6 @@ print(f"The same labels: {(repeated['prediction'] == in_file['prediction']).all(
 - What the posterior has learned: the notebook `posterior_analysis.ipynb`.
 - Another prior, another family of posteriors: the notebook `ablation.ipynb`.
 """
+
+# %%
+print(notebooks.duration())

@@ -5,6 +5,8 @@ Import it, and call :func:`set_up`, before everything else: a progress bar reads
 
 import logging
 import os
+import platform
+import time
 import warnings
 from pathlib import Path
 
@@ -17,11 +19,14 @@ from IPython import get_ipython
 
 with warnings.catch_warnings(action="ignore"):  # ArviZ 0.x warns about ArviZ 1.x at its import.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns about kernels that some CPUs lack.
-    import arviz  # noqa: F401
+    import arviz
     import transformers
 
 #: Whether a notebook runs on a random model and few rows, in seconds. Its numbers mean nothing then.
 TOY = os.environ.get("SCALABL_TOY") == "1"
+
+#: Time at which the notebook began.
+START = time.perf_counter()
 
 #: Folder of the results of all examples, at the top of the repository.
 RUNS = Path(__file__).resolve().parents[2] / "runs"
@@ -39,3 +44,15 @@ def set_up() -> None:
         set_matplotlib_formats("retina")  # twice the resolution at the same size
     if TOY:
         torch.set_num_threads(1)
+
+
+def machine() -> str:
+    """Describe the size of the run, the versions behind its numbers, and the machine."""
+    libraries = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, arviz))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{'Toy' if TOY else 'Full'} size. Python {platform.python_version()}, {libraries}, {device}."
+
+
+def duration() -> str:
+    """Say how long the notebook has taken so far."""
+    return f"The notebook took {(time.perf_counter() - START) / 60:.1f} minutes."
