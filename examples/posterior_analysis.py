@@ -81,7 +81,8 @@ together. The table is the one that the demo printed.
 # %%
 posterior = scalabl_pyro.Posterior.from_pretrained(llm, RUN / "posterior")
 display(posterior)
-display(pd.Series(posterior.provenance, name="how it was fitted").to_frame())
+facts = ("num_data", "num_steps", "batch_size", "seed", "method", "seconds")
+display(pd.Series({name: posterior.provenance[name] for name in facts}, name="how it was fitted").to_frame())
 display(pd.read_csv(RUN / "table.csv", index_col=0).round(3))
 
 # %% [markdown]
@@ -143,9 +144,9 @@ print(f"{kl.sum():.1f} nats in all, {kl.sum() / posterior.provenance['num_data']
 display(by_layer.sort_values("signal / noise", ascending=False).round(3))
 
 # %%
-ax = by_layer["KL"][::-1].plot.barh(figsize=(7, 1 + 0.22 * len(by_layer)), color=plots.MARK)
-ax.set(xlabel="KL, nats per layer", ylabel="", title="How far each layer is from the prior")
-ax.figure.tight_layout()
+figure, ax = plt.subplots(figsize=(7, 1 + 0.22 * len(by_layer)), layout="constrained")
+ax.barh(by_layer.index[::-1], by_layer["KL"][::-1], color=plots.MARK)
+ax.set(xlabel="KL, nats per layer", title="How far each layer is from the prior")
 plt.show()
 
 # %% [markdown]
@@ -291,7 +292,8 @@ num_data = posterior.provenance["num_data"]
 train = datasets.reuters_r8("train", count=num_data, seed=0)[:NUM_TRAIN]
 diagnosis = posterior.diagnose(train, history=history, num_draws=100, num_data=num_data)
 display(diagnosis)
-display(diagnosis.to_frame()[["severity", "value", "threshold", "cause"]].round(3))
+with pd.option_context("display.max_colwidth", None):
+    display(diagnosis.to_frame()[["severity", "value", "threshold", "cause"]].round(3))
 
 # %% [markdown]
 """The numbers rest on 100 draws and on a part of the training rows, to save time. With more of both they are more
@@ -346,10 +348,10 @@ answers = {
 }
 share = {name: np.bincount(value, minlength=len(TOPICS)) / len(value) for name, value in answers.items()}
 share = pd.DataFrame(share, index=TOPICS)
-ax = share.plot.bar(figsize=(6, 3.2), color=[plots.MARK, plots.QUIET], rot=30)
+figure, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
+share.plot.bar(ax=ax, color=[plots.MARK, plots.QUIET], rot=30)
 ax.set(ylabel="share of the answers")
 ax.legend(frameon=False)
-ax.figure.tight_layout()
 plt.show()
 display(share.round(3))
 
