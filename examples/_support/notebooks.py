@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars in the file
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # The first import on a machine collects fonts.
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -35,6 +36,7 @@ RUNS = Path(__file__).resolve().parents[2] / "runs"
 def set_up() -> None:
     """Silence what is not a result, show wide tables, and draw pictures sharp enough for print."""
     logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # no warning about articles that are cut
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     pd.options.display.max_columns, pd.options.display.max_colwidth = 20, 90
     plt.rcParams |= {"font.size": 10, "axes.titlesize": 11, "savefig.facecolor": "white"}

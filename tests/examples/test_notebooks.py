@@ -30,7 +30,7 @@ def faults(source, notebook):
         images = [output for output in cell.outputs if "image/png" in output.get("data", {})]
         if re.search(r"^\s*(display|print)\(", cell.source, re.MULTILINE) and not kinds:
             found.append(f"code cell {i} has no output")
-        if len(images) < len(re.findall(r"^plt\.show\(\)", cell.source, re.MULTILINE)):
+        if len(images) < len(re.findall(r"^\s*plt\.show\(\)", cell.source, re.MULTILINE)):
             found.append(f"code cell {i} lacks a picture")
         if "error" in kinds:
             found.append(f"code cell {i} ended in an error")
@@ -44,6 +44,7 @@ def faults(source, notebook):
 
 
 def read(name):
+    assert (EXAMPLES / name).exists(), f"examples/{name} is not built: make notebook"
     return jupytext.read(EXAMPLES / name)
 
 
