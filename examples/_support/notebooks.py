@@ -10,24 +10,22 @@ import time
 import warnings
 from pathlib import Path
 
+#: Time at which the notebook began.
+START = time.perf_counter()
+
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars in the file
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # The first import on a machine collects fonts.
-
-import matplotlib.pyplot as plt
-import pandas as pd
-import torch
-from IPython import get_ipython
-
 with warnings.catch_warnings(action="ignore"):  # ArviZ 0.x warns about ArviZ 1.x at its import.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # The first import collects fonts.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns about kernels that some CPUs lack.
     import arviz
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    import torch
     import transformers
+    from IPython import get_ipython
 
 #: Whether a notebook runs on a random model and few rows, in seconds. Its numbers mean nothing then.
 TOY = os.environ.get("SCALABL_TOY") == "1"
-
-#: Time at which the notebook began.
-START = time.perf_counter()
 
 #: Folder of the results of all examples, at the top of the repository.
 RUNS = Path(__file__).resolve().parents[2] / "runs"
