@@ -76,8 +76,9 @@ print(notebooks.machine())
 - Guide `full_covariance`: a normal distribution with a correlation for each pair of latents.
 
 All fits read the same rows and have the same number of steps. Fits with the same seed also have the same start and the
-same order of the rows. So their difference comes from the prior or from the guide. The fits with another seed show how
-large differences by chance are. Only the upper blocks of the model and its last layer are adapted, to save time.
+same order of the rows. So their difference comes from the prior, from the guide, or from the random draws during
+training. The fits with another seed show how large differences by chance are. Only the upper blocks of the model and
+its last layer are adapted, to save time.
 """
 
 # %%
@@ -169,8 +170,9 @@ print(f"Pareto k is good for {reliable.sum()} of {len(table)} fits. Do not use e
 
 All fits answer the same test rows. So we subtract the log probability of the right topic row by row, and average. This
 is more exact than the difference of two averages, because easy and hard rows cancel. The *standard error* says how much
-the average would change with other test rows. Each point below changes one choice and keeps the other two. Points right
-of zero have a higher NLL, which is worse. The bars are two standard errors long on each side.
+the average would change with other test rows. Each point below changes one choice and keeps the other two: the guide
+from `normal` to `full_covariance`, the prior from `normal` to `horseshoe`, or the seed from 0 to 1. Points right of
+zero have a higher NLL, which is worse. The bars are two standard errors long on each side.
 """
 
 # %%
@@ -200,7 +202,7 @@ for i, row in changes.iterrows():
     ax.errorbar(row["difference"], -i, xerr=2 * row["se"], fmt="o", color=colors[row["of"]], capsize=3)
 ax.axvline(0, color=plots.QUIET, linewidth=0.8)
 ax.set_yticks(-np.arange(len(changes)), changes["of"] + " changes; " + changes["kept"])
-ax.set(xlabel="change of the NLL, nats per test row", title=f"{GUIDES[0]} to {GUIDES[1]}, {PRIORS[0]} to {PRIORS[1]}")
+ax.set(xlabel="change of the NLL, nats per test row", title="What changes the NLL?")
 plt.show()
 
 # %% [markdown]

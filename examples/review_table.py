@@ -241,7 +241,7 @@ are two ways to choose the threshold on the validation rows:
 
 - `seen`: the largest threshold at which at most 10 % of the accepted *validation* rows are wrong. On new rows the error
   can well be larger, because this threshold looked good on these rows by chance, too.
-- `promised`: the threshold is smaller, so that at most 10 % of the accepted *new* rows are wrong in the long run. This
+- `promised`: a stricter threshold, at which at most 10 % of the accepted *new* rows are wrong in the long run. This
   promise fails with a probability of at most 5 % (`DELTA`). It is valid for new rows of the same kind only. The method
   is that of [Geifman and El-Yaniv (2017)](https://arxiv.org/abs/1705.08500).
 """
