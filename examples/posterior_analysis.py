@@ -236,7 +236,7 @@ before you call one of the two better.
 plots.confident_mistakes(predictions)
 plt.show()
 reports = {name: prediction.metrics(bootstrap=200) for name, prediction in predictions.items()}
-display(pd.concat(reports)[["accuracy", "nll", "ece", "brier", "aurc"]].round(3))
+display(pd.concat(reports)[["accuracy", "nll", "brier", "aurc"]].round(3))
 
 # %% [markdown]
 """## What is the model unsure of?

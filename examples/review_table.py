@@ -56,8 +56,8 @@ line below says which size this run has, and which versions made its numbers.
 
 # %%
 TOY = notebooks.TOY
-NUM_TRAIN, NUM_VALIDATION, NUM_NEW = (16, 12, 12) if TOY else (200, 200, 200)
-NUM_STEPS, NUM_BLOCKS = (4, 1) if TOY else (100, 2)
+NUM_TRAIN, NUM_VALIDATION, NUM_NEW = (16, 12, 12) if TOY else (300, 200, 200)
+NUM_STEPS, NUM_BLOCKS = (4, 1) if TOY else (250, 2)
 OUT = Path(tempfile.mkdtemp()) if TOY else notebooks.RUNS / "review_table"
 OUT.mkdir(parents=True, exist_ok=True)
 print(notebooks.machine())
@@ -149,8 +149,9 @@ display(result)
 # %% [markdown]
 """The *loss* is what training makes small. It is the sum of two parts in *nats*, the unit of natural logarithms. The
 *NLL* (negative log likelihood) is small if the right topics get a high probability. The *KL* is the distance of the
-posterior from the *prior*, which is the distribution of the latents before training. If the loss still falls steeply at
-the end, train for more steps.
+posterior from the *prior*, which is the distribution of the latents before training. The table shows the KL of all rows
+together, and the picture divides it by the number of rows. If the loss still falls steeply at the end, train for more
+steps.
 """
 
 # %%
@@ -206,7 +207,7 @@ error) is the mean distance from the line; lower is better.
 # %%
 plots.reliability(on_validation, label="validation rows")
 plt.show()
-display(on_validation.metrics(bootstrap=200)[["accuracy", "nll", "ece", "brier"]].round(3))
+display(on_validation.metrics(bootstrap=200)[["accuracy", "nll", "brier"]].round(3))
 
 # %% [markdown]
 """The lines `low` and `high` are the ends of a 95 % interval: with another sample of validation rows, the numbers would
