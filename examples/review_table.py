@@ -311,12 +311,14 @@ display(pd.DataFrame.from_dict(found, orient="index").round(3))
 # %%
 known = predict(posterior, new.assign(label=hidden))  # the same draws, so the same probabilities
 ax = plots.risk_coverage(known, uncertainty="total", label="new rows")
+top = ax.get_ylim()[1]
+ax.set_ylim(top=1.5 * top)  # room for the legend
 ax.axhline(WANTED_ERROR, color="black", linewidth=0.8)
 ax.text(0.02, WANTED_ERROR, "wanted error", va="bottom", fontsize=8)
 for rule, limit in limits.items():
     coverage = (known.total <= limit).mean()
-    ax.axvline(coverage, color="black", linewidth=0.8)
-    ax.text(coverage, 0.5 * ax.get_ylim()[1], f"{rule} ", rotation=90, ha="right", va="center", fontsize=8)
+    ax.vlines(coverage, 0, top, color="black", linewidth=0.8)
+    ax.text(coverage + 0.01, 0.02 * top, rule, rotation=90, va="bottom", fontsize=8)
 plt.show()
 
 # %% [markdown]
