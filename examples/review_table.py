@@ -101,9 +101,9 @@ display(pd.Series({"training": len(train), "validation": len(validation), "new":
 """## The question to the model
 
 The model is SmolLM2, a small language model with 135 million weights. It reads a *prompt*, the text that we give it,
-and continues the text. So we write a prompt that ends before the topic. The probability of each topic is the
-probability that the model continues with this word. Each class must be one *token*, one entry of the vocabulary of the
-model. Texts are cut after 32 tokens to save time.
+and continues the text. So we write a prompt that ends before the topic. The probability of each topic is how likely the
+model continues with this word, compared with the words of the other topics. Each class must be one *token*, one entry
+of the vocabulary of the model. Texts are cut after 32 tokens to save time.
 
 A *task* describes this. It reads the fields `question`, `choices` and `answer`, so we rename the columns.
 """
