@@ -138,7 +138,7 @@ def test_quickstart_prints_a_table_and_leaves_its_files(tmp_path):
 def test_posterior_analysis_runs_to_its_end(tmp_path):
     output = run("posterior_analysis.py", tmp_path)
     assert "The same draws: True" in output and "Pareto k" in output
-    assert output.rstrip().splitlines()[-2].startswith("trade")  # the last table
+    assert output.rstrip().splitlines()[-2].startswith("positive")  # the last table
     assert output.rstrip().splitlines()[-1].startswith("The notebook took")
 
 
