@@ -61,7 +61,7 @@ line below says which size this run has, and which versions made its numbers.
 
 # %%
 TOY = notebooks.TOY
-NUM_TEST, NUM_OTHER, NUM_TRAIN = (10, 4, 6) if TOY else (300, 150, 40)
+NUM_TEST, NUM_OTHER, NUM_TRAIN = (10, 4, 6) if TOY else (200, 100, 24)
 RUN = Path(tempfile.mkdtemp()) if TOY else notebooks.RUNS / "quickstart"
 
 llm, tokenizer = models.demo_llm(tiny=TOY)
@@ -261,7 +261,7 @@ plt.show()
 # %% [markdown]
 """Does uncertainty tell sentences without an opinion from movie reviews? The AUROC is the probability that a neutral
 sentence has a higher uncertainty than a movie review; 0.5 is chance, 1 is perfect. The three kinds of uncertainty ask
-different questions, and none is best on every data set.
+different questions.
 """
 
 # %%
