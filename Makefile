@@ -49,9 +49,12 @@ types: install
 docs: install  ## into site/; warnings are errors (with --quiet, mkdocs would not count them)
 	$(BIN)/mkdocs build --strict
 
-notebook: install  ## rebuild and execute the notebooks: on the posterior of `make demo`, and the ablation (half an hour)
-	$(BIN)/jupytext --to ipynb --execute --output examples/posterior_analysis.ipynb examples/posterior_analysis.py
-	$(BIN)/jupytext --to ipynb --execute --output examples/ablation.ipynb examples/ablation_notebook.py
+NOTEBOOKS = posterior_analysis.py:posterior_analysis.ipynb ablation_notebook.py:ablation.ipynb review_table.py:review_table.ipynb
+
+notebook: install  ## rebuild and execute the notebooks (after `make demo`, whose posterior one of them reads)
+	for pair in $(NOTEBOOKS); do \
+		$(BIN)/jupytext --to ipynb --execute --output examples/$${pair#*:} examples/$${pair%:*} || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist site runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -6,7 +6,7 @@
 
 Each pair of a prior and a guide is trained from the same start on the same batches. To save time, only upper blocks
 are adapted, and the blocks below them run once per row. The table, a forest plot and a pair plot go to runs/ablation/.
-ablation.ipynb does the same and explains the pictures.
+ablation.ipynb explains such a comparison, with pictures.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def run(llm, task, train: list, test: list, prior: str, guide: str, args: argpar
         )
         seconds = time.perf_counter() - start
         posterior = result.posterior
-        prediction = posterior.predict(test, num_draws=20, seed=0, batch_size=50)
+        prediction = posterior.predict(test, num_draws=20, seed=0, batch_size=50, cache_prefix=True)
         scores = prediction.metrics().loc["value"]
         row = {name: scores[name] for name in ("accuracy", "nll", "ece")}
         table = sp.compare(
@@ -160,7 +160,7 @@ def draws_of(posterior: sp.Posterior, layer: str, num_draws: int = 500) -> xr.Da
 def forest(draws: dict[str, xr.Dataset]) -> plt.Figure:
     """Draw a forest plot of the same latents under every pair: medians, 50 % and 94 % intervals."""
     if arviz_version() >= (1, 0):
-        az.plot_forest(draws, var_names=["s"], combined=True)
+        az.plot_forest(draws, var_names=["s"], combined=True).add_legend("model")
         return plt.gcf()
     size = (7, 1 + 0.16 * sum(part["s"].sizes["rank"] for part in draws.values()))
     options = {"model_names": list(draws), "var_names": ["s"], "combined": True, "figsize": size, "textsize": 10}

@@ -1,5 +1,7 @@
 """The reliability diagram: how often answers of a confidence are right, with the number of rows behind each point."""
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -60,7 +62,7 @@ def reliability(
     ax = axes(ax, height=4.6)
     for name, (table, error_text) in found.items():
         style = next_style(ax, color)
-        if style.index == 0:
+        if style.place == 0:
             ax.plot([0, 1], [0, 1], color=QUIET, linewidth=1.2, linestyle="--", zorder=0)
         _points(ax, table, style, error_text if name is None else f"{name}: {error_text}")
         _strip(ax, table, style, num_bins=num_bins, equal_width=bins == "width")
@@ -90,12 +92,12 @@ def _points(ax: Axes, table: pd.DataFrame, style: Style, label: str) -> None:
 
 def _strip(ax: Axes, table: pd.DataFrame, style: Style, *, num_bins: int, equal_width: bool) -> None:
     """Draw bars of the numbers of rows below the diagram, in a strip of its own for each method."""
-    bottom, count = -STRIP * (style.index + 1), table["count"]
+    bottom, count = -STRIP * (style.place + 1), table["count"]
     x, width = ((table.index + 0.5) / num_bins, 0.9 / num_bins) if equal_width else (table["confidence"], 0.008)
     heights = BAR * count / count.max()
     ax.bar(x, heights, width=width, bottom=bottom, color=style.color, alpha=0.6, linewidth=0)
     ax.plot([0.015], [bottom + BAR / 2], linestyle="", marker=style.marker, markersize=4.5, color=style.color)
-    note = {"fontsize": 6, "va": "bottom", "color": visible("#444444", ax)}
+    note: dict[str, Any] = {"fontsize": 6, "va": "bottom", "color": visible("#444444", ax)}
     if not equal_width:
         low, high = count.min(), count.max()
         text = f"{low} rows per bin" if low == high else f"{low} to {high} rows per bin"
@@ -105,7 +107,7 @@ def _strip(ax: Axes, table: pd.DataFrame, style: Style, *, num_bins: int, equal_
             ax.text(place, bottom + height, _short(number), ha="center", **note)
     ax.axhline(0, color=QUIET, linewidth=0.8, zorder=0)
     ax.set_ylim(bottom - 0.03, 1.02)
-    strips = [-STRIP * (i + 1) + BAR / 2 for i in range(style.index + 1)]
+    strips = [-STRIP * (i + 1) + BAR / 2 for i in range(style.place + 1)]
     ax.set_yticks([*strips, 0, 0.2, 0.4, 0.6, 0.8, 1], [*["rows"] * len(strips), *"0 0.2 0.4 0.6 0.8 1".split()])
 
 

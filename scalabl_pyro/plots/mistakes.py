@@ -109,7 +109,7 @@ def _bars(
     """Draw one bar per method, with its number, and with dots and an interval where it has several predictions."""
     x, ink = np.arange(len(counts)) + shift, visible(color, ax)
     means = [float(found.mean()) for found in counts]
-    face = {"facecolor": "none", "hatch": "///"} if is_pale else {"facecolor": ink}
+    face: dict[str, Any] = {"facecolor": "none", "hatch": "///"} if is_pale else {"facecolor": ink}
     ax.bar(x, means, WIDTH, label=label, edgecolor=ink, linewidth=1.0, **face)
     for place, found, mean, share in zip(x, counts, means, shares, strict=True):
         top = mean

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from .. import metrics
 from .._arguments import known_arguments
@@ -61,13 +62,13 @@ def risk_coverage(
         found[name] = scored(known), _score(given, known, uncertainty, is_single=not isinstance(prediction, Mapping))
     curves = {name: metrics.risk_coverage(*data, uncertainty=score) for name, (data, score) in found.items()}
     ax = axes(ax)
-    by_score = isinstance(uncertainty, str) and uncertainty != "max_probability"
+    score_name = uncertainty if isinstance(uncertainty, str) and uncertainty != "max_probability" else None
     for name, (data, _) in found.items():
         coverage, risk = curves[name]
-        parts = [part for part in (name, uncertainty if by_score else None) if part is not None]
+        parts = [part for part in (name, score_name) if part is not None]
         area = f"AURC {risk.mean():.3f}"
         style = next_style(ax, color)
-        marks = {"marker": style.marker, "markersize": 4, "markevery": (0.07, 0.2)}
+        marks: dict[str, Any] = {"marker": style.marker, "markersize": 4, "markevery": (0.07, 0.2)}
         text = f"{', '.join(parts)}: {area}" if parts else area
         ax.plot(coverage, risk, color=style.color, linestyle=style.line, label=text, gid=METHOD, **marks)
         _bounds(ax, *data, style)
@@ -102,7 +103,7 @@ def _score(given: Prediction, known: Prediction, uncertainty: Any, *, is_single:
 def _bounds(ax: Axes, probs: metrics.Array, labels: metrics.Labels, style: Style) -> None:
     """Draw the curves of a random order and of the ideal order."""
     wrong = probs.argmax(1) != labels
-    thin = {"color": style.color, "linewidth": 0.9, "zorder": 1}
+    thin: dict[str, Any] = {"color": style.color, "linewidth": 0.9, "zorder": 1}
     ax.axhline(wrong.mean(), linestyle=":", **thin)
     coverage, risk = metrics.risk_coverage(probs, labels, uncertainty=wrong.astype(float))
     ax.plot(coverage, risk, linestyle=(0, (8, 3)), alpha=0.6, **thin)
@@ -111,9 +112,8 @@ def _bounds(ax: Axes, probs: metrics.Array, labels: metrics.Labels, style: Style
 def _legend(ax: Axes) -> None:
     """Draw a legend with one entry per method, and one for each kind of bound."""
     handles, texts = ax.get_legend_handles_labels()
-    for line, name in {":": RANDOM, (0, (8, 3)): IDEAL}.items():
-        (proxy,) = ax.plot([], [], color=QUIET, linewidth=0.9, linestyle=line)
-        handles.append(proxy)
+    bounds: dict[Any, str] = {":": RANDOM, (0, (8, 3)): IDEAL}
+    for line, name in bounds.items():
+        handles.append(Line2D([], [], color=QUIET, linewidth=0.9, linestyle=line))
         texts.append(name)
-        proxy.remove()
     ax.legend(handles, texts, frameon=False, fontsize="small")

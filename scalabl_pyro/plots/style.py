@@ -27,13 +27,13 @@ class Style(NamedTuple):
     """How one method is drawn.
 
     Attributes:
-        index: Number of methods that are drawn on the axes already.
+        place: Number of methods that are drawn on the axes already.
         color: Color of line and markers.
         line: Line style.
         marker: Marker.
     """
 
-    index: int
+    place: int
     color: str
     line: Any
     marker: str
@@ -60,7 +60,8 @@ def visible(color: str, ax: Axes) -> str:
     """Return a lighter shade of a color if the axes has a dark face, else the color itself."""
     if not is_dark(ax.get_facecolor()):
         return color
-    return colors.to_hex([0.5 + 0.5 * part for part in colors.to_rgb(color)])
+    red, green, blue = colors.to_rgb(color)
+    return colors.to_hex((0.5 + red / 2, 0.5 + green / 2, 0.5 + blue / 2))
 
 
 def is_dark(color: Any) -> bool:
@@ -83,7 +84,7 @@ def axes(ax: Axes | None, *, width: float = 4.8, height: float = 3.6) -> Axes:
     """
     if ax is not None:
         return ax
-    face, inner = (_opaque(matplotlib.rcParams[f"{part}.facecolor"]) for part in ("figure", "axes"))
+    face, inner = (_opaque(matplotlib.rcParams[key]) for key in ("figure.facecolor", "axes.facecolor"))
     options: dict[str, Any] = {"figsize": (width, height), "layout": "constrained", "facecolor": face}
     return plt.subplots(subplot_kw={"facecolor": inner}, **options)[1]
 

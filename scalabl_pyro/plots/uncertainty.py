@@ -1,6 +1,6 @@
 """Uncertainty of rows like the training data, and of rows from elsewhere."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def uncertainty_histogram(
     bins = np.linspace(0, max(a.max(), b.max(), 1e-9), 31).tolist()
     blue, red = visible(MARK, ax), visible(WARM, ax)
     ax.hist(a, bins=bins, density=True, color=blue, alpha=0.55, label=f"in distribution ({len(a)} rows)")
-    outline = {"facecolor": "none", "edgecolor": red, "hatch": "////", "linewidth": 0.8}
+    outline: dict[str, Any] = {"facecolor": "none", "edgecolor": red, "hatch": "////", "linewidth": 0.8}
     ax.hist(b, bins=bins, density=True, **outline, label=f"out of distribution ({len(b)} rows)")
     unit = "nats" if isinstance(inside, Prediction) else "variance"
     ax.set(
