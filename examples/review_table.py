@@ -71,7 +71,7 @@ own file in place of `articles.csv`.
 
 # %%
 articles = datasets.distinct(datasets.reuters_r8("train", count=10**6, seed=0, balanced=False))
-articles = datasets.pick(articles, NUM_TRAIN + NUM_VALIDATION + NUM_NEW, seed=0)
+articles = datasets.pick(articles, NUM_TRAIN + NUM_VALIDATION + NUM_NEW, seed=1)
 labels = [row["choices"][row["answer"]] for row in articles]
 pd.DataFrame({"text": [row["question"] for row in articles], "label": labels}).to_csv(OUT / "articles.csv", index=False)
 

@@ -91,7 +91,12 @@ def run(llm, tokenizer, job: dict) -> list[dict]:
 
 def report(folder: Path) -> pd.DataFrame:
     """Average over seeds; LoRA has the learning rate with the lowest NLL of each setting."""
-    lines = pd.concat([pd.read_json(path, lines=True) for path in sorted(folder.glob("shard*.jsonl"))])
+    lines = pd.concat(
+        [
+            pd.read_json(path, lines=True)
+            for path in sorted([*folder.glob("shard*.jsonl"), *folder.glob("choice.jsonl")])
+        ]
+    )
     lines["lr"] = lines["lr"].fillna(0.0)
     means = lines.groupby([*SETTING, "method", "lr"]).mean(numeric_only=True).drop(columns="seed").reset_index()
     return means.loc[means.groupby([*SETTING, "method"])["nll"].idxmin()].set_index([*SETTING, "method"])
