@@ -116,7 +116,7 @@ def _bars(
         if len(found) > 1:
             half = student_t.ppf((1 + level) / 2, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found))
             top = max(mean + half, found.max())
-            dark = visible("#222222", ax)
+            dark = ax.title.get_color()
             ax.errorbar(place, mean, yerr=[[min(half, mean)], [half]], color=dark, capsize=3, linewidth=1.0)
             dots = np.linspace(-0.25, 0.25, len(found)) * WIDTH
             ax.plot(place + dots, found, linestyle="", marker="o", markersize=3.5, color="white", markeredgecolor=dark)

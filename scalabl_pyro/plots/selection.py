@@ -17,8 +17,8 @@ from .style import METHOD, QUIET, Style, axes, next_style
 Doubt = Literal["max_probability", "total", "aleatoric", "epistemic"]
 """Words for scores that order rows: 1 - maximum probability, or a kind of uncertainty."""
 
-#: Height of one legend entry, as a share of the highest point.
-ENTRY = 0.09
+#: Height of one legend entry, as a share of the axes.
+ENTRY = 0.07
 RANDOM, IDEAL = "rows in random order", "ideal order: right answers first"
 
 
@@ -122,5 +122,5 @@ def _legend(ax: Axes, *, bounds: bool) -> None:
         handles.append(Line2D([], [], color=QUIET, linewidth=0.9, linestyle=line))
         texts.append(name)
     top = max(float(np.max(line.get_ydata())) for line in ax.lines)
-    ax.set_ylim(0, (top or 1.0) * (1.05 + ENTRY * min(len(texts), 8)))  # the legend hides no curve
+    ax.set_ylim(0, (top or 1.0) / (1 - min(0.04 + ENTRY * len(texts), 0.6)))  # the legend hides no curve
     ax.legend(handles, texts, frameon=False, fontsize="small", loc="upper left")
