@@ -418,15 +418,15 @@ def heights(ax):
 
 def test_confident_mistakes_are_counted_and_written_on_the_bars():
     given = {"a": prediction(concentration=0.3), "b": prediction(1, concentration=0.3)}
-    ax = plots.confident_mistakes(given, threshold=0.7)
-    counts = [metrics.confident_mistakes(p.probs, p.target, threshold=0.7) for p in given.values()]
+    ax = plots.confident_mistakes(given, threshold=0.5)
+    counts = [metrics.confident_mistakes(p.probs, p.target, threshold=0.5) for p in given.values()]
     assert all(0 < count.mistakes < count.confident < count.rows for count in counts), "an empty case proves nothing"
     assert heights(ax) == [[c.confident for c in counts], [c.mistakes for c in counts]]
     texts = [text.get_text() for text in ax.texts]
     assert texts[:2] == [str(c.confident) for c in counts]
     assert texts[2:] == [f"{c.mistakes}\n{100 * c.mistakes / c.confident:.1f} %" for c in counts]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["a", "b"]
-    assert "0.7" in legend(ax)[0] and "60" in ax.get_ylabel()
+    assert "0.5" in legend(ax)[0] and "60" in ax.get_ylabel()
     assert not ax.lines, "one prediction per method has no interval"
 
 
