@@ -90,7 +90,7 @@ def toy_names() -> dict[str, object]:
         "history": result.history,
         "prediction": result.posterior.predict(test_data, num_draws=4),
         "lora": result.posterior.predict(test_data, num_draws=0),  # the prediction of another method
-        "other_data": tiny.question_rows(8, seed=2),
+        "outside": result.posterior.predict(tiny.question_rows(8, seed=2), num_draws=4),
     }
 
 

@@ -56,9 +56,9 @@ def test_the_script_draws_every_picture(draw_gallery, monkeypatch, tmp_path):
     blora, task = sp.bayesian_lora(tiny.causal_lm()), sp.MultipleChoice(tiny.tokenizer())
     rows = tiny.question_rows(16)
     result = sp.fit(blora, task, rows, num_steps=2, progress=False)
-    names = {"result": result, "posterior": result.posterior, "lora": result.posterior.predict(rows, num_draws=0)}
+    found = {name: result.posterior.predict(rows, num_draws=2) for name in ("prediction", "outside", "lora")}
     expected = [tmp_path / picture for _, picture in drawn(draw_gallery)]
     monkeypatch.setattr(draw_gallery, "DOCS", tmp_path)
-    assert draw_gallery.draw({**names, "test_data": rows, "other_data": rows[:8]}) == expected
+    assert draw_gallery.draw({"result": result, "posterior": result.posterior, **found}) == expected
     assert all(path.stat().st_size > 5000 for path in expected)
     assert not plt.get_fignums()
