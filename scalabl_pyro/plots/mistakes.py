@@ -119,6 +119,6 @@ def _bars(
             dark = ax.title.get_color()
             ax.errorbar(place, mean, yerr=[[min(half, mean)], [half]], color=dark, capsize=3, linewidth=1.0)
             dots = np.linspace(-0.25, 0.25, len(found)) * WIDTH
-            ax.plot(place + dots, found, linestyle="", marker="o", markersize=3.5, color="white", markeredgecolor=dark)
+            ax.plot(place + dots, found, linestyle="", marker="o", markersize=3.5, color=dark, markerfacecolor="white")
         number = f"{mean:.0f}" if len(found) == 1 else f"{mean:.1f}"
         ax.annotate(f"{number}{share}", (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=8)
