@@ -17,6 +17,7 @@ import matplotlib
 import pytest
 import tiny
 import torch
+import toy_tables
 from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -65,6 +66,7 @@ def toy_hub(monkeypatch, tmp_path):
     for name, seed in {"train": 0, "test": 1}.items():
         lines = [json.dumps(row) + "\n" for row in tiny.question_rows(16, seed=seed)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    toy_tables.write(tmp_path)
     matplotlib.use("Agg")
     yield
     plt.close("all")
