@@ -21,7 +21,6 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import pandas as pd
 import tutorial_data
 from _support.models import smollm2
 from matplotlib import pyplot as plt
@@ -48,8 +47,9 @@ def run(page: Path) -> str:
         printed, start = io.StringIO(), time.perf_counter()
         with contextlib.redirect_stdout(printed):
             exec(compile(found["code"], page.name, "exec"), names)
-        print(f"{time.perf_counter() - start:6.0f} s  {found['code'].strip().splitlines()[-1]}", flush=True)
-        print(printed.getvalue(), flush=True)
+        seconds = time.perf_counter() - start
+        sys.stdout.write(f"{seconds:6.0f} s  {found['code'].strip().splitlines()[-1]}\n{printed.getvalue()}\n")
+        sys.stdout.flush()
         block = f"```python\n{found['code']}```\n"
         if found["text"]:
             block += f"\n```text\n{printed.getvalue().rstrip()}\n```\n"
@@ -75,7 +75,6 @@ def main() -> None:
     pages = wanted or [page for page in sorted(PAGES.glob("*.md")) if "```python" in page.read_text("utf-8")]
     warnings.filterwarnings("ignore")
     logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)
-    pd.set_option("display.width", 80, "display.max_columns", 12, "display.max_colwidth", 44, "display.precision", 3)
     use_smollm2()
     for page in pages:
         with tempfile.TemporaryDirectory() as folder:

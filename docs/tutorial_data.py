@@ -19,7 +19,7 @@ from _support.datasets import R8_TOPICS, distinct, pick, reuters_r8
 
 #: Notes with a class, notes without one, and how many of the classes are made wrong.
 LABELED, OPEN, WRONG = 300, 100, 15
-#: Topics of the second pair of tables, and the share of notes on ships that the second reader calls oil.
+#: Topics of the second pair of tables, and the share of notes on ships that Bob calls oil.
 TOPICS, MISTAKE = ("crude", "ship", "trade"), 0.8
 
 
@@ -46,8 +46,8 @@ def write_readers(folder: Path) -> None:
     words = [R8_TOPICS[topic] for topic in TOPICS]
     train = reuters_r8("train", count=150, seed=0, topics=TOPICS)
     lines = []
-    for i, row in enumerate(train):
-        reader = "Ann" if i % 3 == 0 else "Bob"
+    for row in train:
+        reader = "Ann" if generator.random() < 1 / 3 else "Bob"
         word = words[row["answer"]]
         if reader == "Bob" and word == "ship" and generator.random() < MISTAKE:
             word = "oil"

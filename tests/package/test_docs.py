@@ -1,8 +1,10 @@
 """The documentation is true: its code runs, it names everything public, and it builds without a warning."""
 
 import ast
+import contextlib
 import importlib.util
 import inspect
+import io
 import json
 import os
 import re
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import datasets
 import matplotlib
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -25,7 +28,10 @@ import scalabl_pyro as sp
 
 ROOT = Path(__file__).resolve().parents[2]
 #: A block is left out when `<!-- no-run -->` stands on the line before it.
-BLOCK = re.compile(r"(?P<no_run><!-- no-run.*?-->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<no_run><!-- no-run.*?-->\n+)?^```python\n(?P<code>.*?)^```$(?:\n\n^```text\n(?P<shown>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
 STEPS = 3
 
 
@@ -92,6 +98,22 @@ def toy_names() -> dict[str, object]:
         "history": result.history,
         "prediction": result.posterior.predict(test_data, num_draws=4),
     }
+
+
+def test_the_output_that_the_guide_shows_is_real():
+    """The blocks with output in the guide stand alone, so that they print the same with any model."""
+    shown = [
+        found
+        for page in sorted((ROOT / "docs" / "guide").rglob("*.md"))
+        for found in BLOCK.finditer(page.read_text("utf-8"))
+    ]
+    shown = [found for found in shown if found["shown"] is not None]
+    assert len(shown) >= 2
+    for found in shown:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(found["code"], {"np": np, "metrics": sp.metrics})
+        assert printed.getvalue() == found["shown"], found["code"]
 
 
 @pytest.mark.filterwarnings("ignore")  # of ArviZ about itself and about few draws
