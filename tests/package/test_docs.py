@@ -125,6 +125,17 @@ def test_the_code_of_a_page_runs(page):
         exec(compile("\n" * line + code, str(page), "exec"), names)  # errors show page and line
 
 
+#: Folders whose code is at most 80 wide, so that a browser cuts none of it.
+NARROW = ("extend", "guide", "tutorials")
+
+
+@pytest.mark.parametrize("folder", NARROW)
+def test_code_and_output_are_at_most_80_wide(folder):
+    for page in (ROOT / "docs" / folder).rglob("*.md"):
+        for found in re.findall(r"^```\w*\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+            assert not [line for line in found.splitlines() if len(line) > 80], page.name
+
+
 def test_a_task_of_the_how_to_takes_at_most_15_lines():
     page = ROOT / "docs" / "extend" / "own-task.md"
     classes = [part for _, code in blocks(page) for part in re.findall(r"^class .*?(?=^\S|\Z)", code, re.M | re.S)]
