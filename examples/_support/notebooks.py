@@ -1,0 +1,41 @@
+"""What the notebooks share: the switch to toy size, output without noise, and pictures that can be printed.
+
+Import it, and call :func:`set_up`, before everything else: a progress bar reads its switch when it is imported.
+"""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars in the file
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from IPython import get_ipython
+
+with warnings.catch_warnings(action="ignore"):  # ArviZ 0.x warns about ArviZ 1.x at its import.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns about kernels that some CPUs lack.
+    import arviz  # noqa: F401
+    import transformers
+
+#: Whether a notebook runs on a random model and few rows, in seconds. Its numbers mean nothing then.
+TOY = os.environ.get("SCALABL_TOY") == "1"
+
+#: Folder of the results of all examples, at the top of the repository.
+RUNS = Path(__file__).resolve().parents[2] / "runs"
+
+
+def set_up() -> None:
+    """Silence what is not a result, show wide tables, and draw pictures sharp enough for print."""
+    logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # no warning about articles that are cut
+    transformers.utils.logging.disable_progress_bar()
+    pd.options.display.max_columns, pd.options.display.max_colwidth = 20, 90
+    plt.rcParams |= {"font.size": 10, "axes.titlesize": 11, "savefig.facecolor": "white"}
+    if get_ipython() is not None:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina")  # twice the resolution at the same size
+    if TOY:
+        torch.set_num_threads(1)
