@@ -1,10 +1,10 @@
-"""Run the code of the tutorials on SmolLM2-135M, and write its real output and pictures into the pages.
+"""Run the code of tutorials and start page on SmolLM2-135M, and write its real output and pictures into the pages.
 
-    python docs/run_tutorials.py table-to-review-list    # names of pages; default: all pages with output
+    python docs/run_tutorials.py table-to-review-list index    # names of pages; default: all pages with output
 
 A ``text`` block that follows a ``python`` block holds what that block prints. A picture that follows a ``python`` block
 is the last figure that the block draws. Names of the hub give SmolLM2 from its Python package. The tables come from
-docs/tutorial_data.py.
+docs/tutorial_data.py. Blocks below the last output or picture of a page are not run.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PAGES = Path(__file__).resolve().parent / "tutorials"
+START = PAGES.with_name("index.md")
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```\n"
     r"(?P<text>\n```text\n(?P<out>.*?)^```\n)?"
@@ -42,8 +43,12 @@ def run(page: Path) -> str:
         The page with its new outputs. Pictures are written where the page expects them.
     """
     names: dict[str, object] = {"__name__": "page"}
+    text = page.read_text("utf-8")
+    last = max((found.start() for found in BLOCK.finditer(text) if found["text"] or found["picture"]), default=-1)
 
     def renew(found: re.Match[str]) -> str:
+        if found.start() > last:
+            return found[0]
         printed, start = io.StringIO(), time.perf_counter()
         with contextlib.redirect_stdout(printed):
             exec(compile(found["code"], page.name, "exec"), names)
@@ -59,7 +64,7 @@ def run(page: Path) -> str:
             block += found["picture"]
         return block
 
-    return BLOCK.sub(renew, page.read_text("utf-8"))
+    return BLOCK.sub(renew, text)
 
 
 def use_smollm2() -> None:
@@ -71,8 +76,8 @@ def use_smollm2() -> None:
 
 def main() -> None:
     """Run the pages that the command line names."""
-    wanted = [PAGES / f"{name}.md" for name in sys.argv[1:]]
-    pages = wanted or [page for page in sorted(PAGES.glob("*.md")) if "```python" in page.read_text("utf-8")]
+    everything = [START, *(page for page in sorted(PAGES.glob("*.md")) if "```python" in page.read_text("utf-8"))]
+    pages = [page for page in everything if page.stem in sys.argv[1:] or not sys.argv[1:]]
     warnings.filterwarnings("ignore")
     logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)
     use_smollm2()
@@ -80,6 +85,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             tutorial_data.write_notes(Path(folder))
             tutorial_data.write_readers(Path(folder))
+            tutorial_data.write_questions(Path(folder))
             os.chdir(folder)
             text = run(page)
             os.chdir(PAGES)

@@ -1,4 +1,4 @@
-"""Write the tables that the tutorials read. They are made from Reuters news, which is part of a Python package.
+"""Write the tables that the tutorials and the start page read. They are made from Reuters news, which is part of a Python package.
 
     python docs/tutorial_data.py [FOLDER]    # default: the present folder
 
@@ -6,8 +6,10 @@
 - ``notes-key.csv``: the right class of each note of ``notes.csv``.
 - ``two-readers.csv``: columns note, reader and class. One of the two readers makes a systematic mistake.
 - ``two-readers-test.csv``: columns note and class, all right.
+- ``train.jsonl`` and ``test.jsonl``: rows of the start page, with question, choices and answer.
 """
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -21,6 +23,8 @@ from _support.datasets import R8_TOPICS, distinct, pick, reuters_r8
 LABELED, OPEN, WRONG = 300, 100, 15
 #: Topics of the second pair of tables, and the share of notes on ships that Bob calls oil.
 TOPICS, MISTAKE = ("crude", "ship", "trade"), 0.8
+#: Rows of the start page, and how many words each question keeps.
+START, WORDS = {"train": 150, "test": 80}, 25
 
 
 def write_notes(folder: Path) -> None:
@@ -58,8 +62,18 @@ def write_readers(folder: Path) -> None:
     pd.DataFrame(right).to_csv(folder / "two-readers-test.csv", index=False)
 
 
+def write_questions(folder: Path) -> None:
+    """Write ``train.jsonl`` and ``test.jsonl``: the first words of Reuters articles, all 8 topics equally often."""
+    for split, count in START.items():
+        rows = reuters_r8(split, count=count, seed=0)
+        lines = [{**row, "question": " ".join(row["question"].split()[:WORDS])} for row in rows]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     target.mkdir(parents=True, exist_ok=True)
     write_notes(target)
     write_readers(target)
+    write_questions(target)
