@@ -18,7 +18,9 @@ def script_of_the_package() -> Path:
     path = Path(str(files("mathjax"))) / "static" / "mathjax" / "es5" / SCRIPT
     if not path.is_file():
         found = version("django-static-mathjax")
-        raise FileNotFoundError(f"django-static-mathjax {found} has no {path}: pip install -c constraints.txt '.[docs]'")
+        raise FileNotFoundError(
+            f"django-static-mathjax {found} has no {path}: pip install -c constraints.txt '.[docs]'"
+        )
     return path
 
 
