@@ -211,10 +211,10 @@ def main() -> int:
     parser.add_argument("--screenshots", type=Path, help="folder for the pictures")
     options = parser.parse_args()
     if chromium() is None:
-        print("Chromium was not found: apt-get install chromium", file=sys.stderr)
+        sys.stderr.write("Chromium was not found: apt-get install chromium\n")
         return 2
     faults = check(options.site, options.screenshots)
-    print(*faults, f"{len(faults)} faults", sep="\n")
+    sys.stdout.write("\n".join([*faults, f"{len(faults)} faults"]) + "\n")
     return int(bool(faults))
 
 

@@ -1,4 +1,4 @@
-"""Write the tables that the tutorials and the start page read. They are made from Reuters news, which is part of a Python package.
+"""Write the tables that tutorials and start page read. They are made from Reuters news, part of a Python package.
 
     python docs/tutorial_data.py [FOLDER]    # default: the present folder
 
