@@ -27,7 +27,8 @@ import websocket
 
 PROBES = Path(__file__).with_name("check_in_browser.js")
 WIDTHS = (1400, 390)
-SCHEMES = ("light", "dark")
+#: What a reader prefers, and what the theme calls it.
+SCHEMES = {"light": "default", "dark": "slate"}
 #: Words that a reader may look for. Each stands on some page.
 QUERIES = ("epistemic", "horseshoe", "save a posterior", "k-hat")
 #: How long a page may take, in seconds.
@@ -158,13 +159,15 @@ def check_page(page: Browser, address: str, name: str, screenshots: Path | None)
     """Faults of one page at every width and in both schemes."""
     faults = []
     for width in WIDTHS:
-        page.look(width, SCHEMES[0])
+        page.look(width, "light")
         page.open(f"{address}/{name}")
         for scheme in SCHEMES:
             page.look(width, scheme)
             page.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 60)))")
             where = f"{name}, {width} px, {scheme}"
             found = [*page.run(PROBES.read_text("utf-8")), *errors(page.events, address)]
+            if page.run("document.body.dataset.mdColorScheme") not in (None, SCHEMES[scheme]):
+                found.append(f"the page does not follow a reader who prefers {scheme}")
             faults += [f"{where}: {fault}" for fault in dict.fromkeys(found)]
             page.events.clear()
             if screenshots is not None:
@@ -176,7 +179,7 @@ def check_search(page: Browser, address: str) -> list[str]:
     """Queries that give no result."""
     faults = []
     for query in QUERIES:
-        page.look(WIDTHS[0], SCHEMES[0])
+        page.look(WIDTHS[0], "light")
         page.open(f"{address}/index.html")
         page.run("document.querySelector('.md-search__input').focus()")
         page.call("Input.insertText", text=query)
