@@ -6,7 +6,7 @@
 
 Each pair of a prior and a guide is trained from the same start on the same batches. To save time, only upper blocks
 are adapted, and the blocks below them run once per row. The table, a forest plot and a pair plot go to runs/ablation/.
-ablation.ipynb does the same and explains the pictures.
+ablation.ipynb explains such a comparison, with pictures.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def run(llm, task, train: list, test: list, prior: str, guide: str, args: argpar
         )
         seconds = time.perf_counter() - start
         posterior = result.posterior
-        prediction = posterior.predict(test, num_draws=20, seed=0, batch_size=50)
+        prediction = posterior.predict(test, num_draws=20, seed=0, batch_size=50, cache_prefix=True)
         scores = prediction.metrics().loc["value"]
         row = {name: scores[name] for name in ("accuracy", "nll", "ece")}
         table = sp.compare(

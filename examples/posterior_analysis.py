@@ -13,127 +13,113 @@
 # %% [markdown]
 """# What a posterior says.
 
-`make demo` fine-tunes SmolLM2-135M on Reuters news and saves a posterior in `runs/quickstart/`. Here we look at it as
-an analyst would. We look at the latents, at the effect of their draws on predictions, and at the texts that the model
-is unsure of.
+`make demo` fine-tunes SmolLM2-135M on Reuters news and saves a *posterior* in `runs/quickstart/`. A posterior is a
+distribution over models: it says which values of some parameters fit the training rows. Here we look at it as an
+analyst would.
 
-This notebook is built from `posterior_analysis.py` by `make notebook`.
+**What you will know at the end**
+
+- Whether the training was long enough, and which layers have learned something.
+- How much the predictions differ between one draw from the posterior and the next.
+- Whether the probabilities can be believed, and which texts the model is unsure of.
+- What `diagnose` checks, and what a large Pareto k means.
+- What the ArviZ file of a posterior holds.
+
+Run `make demo` first. The notebook then takes TIME. It is built from `posterior_analysis.py` by `make notebook`.
 """
 
 # %%
-import os
-
-os.environ["TQDM_DISABLE"] = "1"  # no progress bars in the file; read at the import of tqdm
-
-import logging
 import sys
+
+sys.path.insert(0, "examples")  # makes _support importable from the top of the repository
+from _support import notebooks
+
+notebooks.set_up()  # before the other imports, because some of them print messages
+
 import tempfile
 import warnings
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import arviz as az
 import numpy as np
 import pandas as pd
-import torch
+from _support import datasets, models, toy_run
 from IPython.display import display
+from matplotlib import pyplot as plt
 
-with warnings.catch_warnings(action="ignore"):  # Imports warn about progress bars and the next ArviZ,
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # and about kernels that some CPUs lack.
-    import arviz as az
-    import transformers
-
-import scalabl_pyro as sp
+import scalabl_pyro
 from scalabl_pyro import metrics, plots
+from scalabl_pyro.analysis.checks import check_history
 
-sys.path.insert(0, "examples")  # makes _support importable from the top of the repository
-from _support import datasets, models
-
-logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # no warning about articles that are cut
-transformers.utils.logging.disable_progress_bar()
-pd.options.display.max_columns, pd.options.display.max_colwidth = 20, 90
 TOPICS = list(datasets.R8_TOPICS.values())
 
 # %% [markdown]
 """With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing."""
 
 # %%
-TOY = os.environ.get("SCALABL_TOY") == "1"
-NUM_TEST, NUM_OTHER, NUM_TRAIN = (10, 4, 6) if TOY else (80, 20, 24)
+TOY = notebooks.TOY
+NUM_TEST, NUM_OTHER, NUM_TRAIN = (10, 4, 6) if TOY else (120, 40, 24)
+RUN = Path(tempfile.mkdtemp()) if TOY else notebooks.RUNS / "quickstart"
 
+llm, tokenizer = models.demo_llm(tiny=TOY)
 if TOY:
-    torch.set_num_threads(1)
-    RUN = Path(tempfile.mkdtemp())
-    llm, tokenizer = models.tiny_llm()
-    rows = datasets.reuters_r8("train", count=16, seed=0)
-    task = datasets.word_task(tokenizer, rows, datasets.NEWS, 16)
-    blora = sp.bayesian_lora(llm)
-    toy = sp.fit(blora, task, rows, num_steps=5, lr=1e-2, init_scale=0.3, progress=False)
-    prediction = toy.posterior.predict(rows[:8], num_draws=10)
-    toy.history.to_csv(RUN / "history.csv", index=False)
-    prediction.metrics().to_csv(RUN / "table.csv")
-    toy.posterior.to_arviz(num_draws=500, prediction=prediction).to_netcdf(str(RUN / "posterior.nc"))
-    toy.posterior.save_pretrained(RUN / "posterior")
-    blora.unload()
-else:
-    RUN = Path(models.__file__).resolve().parents[2] / "runs" / "quickstart"
-    llm, tokenizer = models.smollm2()
+    toy_run.toy_run(RUN, llm, tokenizer)
+if not (RUN / "posterior").exists():
+    raise FileNotFoundError(f"{RUN} does not hold the files of the demo. Run `make demo` first.")
 
 # %% [markdown]
 """## The run
 
-The directory holds only what was learned, so we load the base model first. Loading checks that the two belong together.
+The folder holds only what was learned, so we load the language model first. Loading checks that the two belong
+together. The table is the one that the demo printed.
 """
 
 # %%
-posterior = sp.Posterior.from_pretrained(llm, RUN / "posterior")
-display(pd.Series(posterior.provenance, name="provenance").to_frame())
+posterior = scalabl_pyro.Posterior.from_pretrained(llm, RUN / "posterior")
+display(posterior)
+display(pd.Series(posterior.provenance, name="how it was fitted").to_frame())
 display(pd.read_csv(RUN / "table.csv", index_col=0).round(3))
 
 # %% [markdown]
-"""Did training converge? The loss is the negative ELBO in nats per row, the sum of NLL and KL. If the KL still falls at
-the end, the scales of the posterior have not converged, and more steps would change what follows.
+"""## Was the training long enough?
+
+The *loss* is what training makes small, in nats per row. A *nat* is the unit of natural logarithms. The loss is the sum
+of two parts. The *NLL* (negative log likelihood) is small if the right topics get a high probability. The *KL* is the
+distance of the posterior from the *prior*, the distribution before training. The thin lines are single steps, which are
+noisy. If the loss still falls at the end, a longer training would change what follows.
 """
 
 # %%
 history = pd.read_csv(RUN / "history.csv")
 plots.history(history)
 plt.show()
-display(history[["step", "loss", "nll", "kl"]].iloc[[0, len(history) // 2, -1]].round(2))
+found = [(finding.check, finding.value, finding.cause) for finding in check_history(history)]
+display(pd.DataFrame(found, columns=["check", "value", "finding"]).set_index("check").round(2))
 
 # %% [markdown]
-"""## The latents, layer by layer
+"""`loss_slope` is the slope of the loss over the last third of the training, in standard errors. `loss_end` is the loss
+at the end minus the loss at the start.
 
-`s` scales the bottleneck of each LoRA layer. `rms_mean` is the root mean square of the posterior means over the latents
-of a layer, and `rms_sd` that of the posterior standard deviations. The prior is Normal(0, 1).
+## The latents, layer by layer
+
+A LoRA layer adds the product of two small matrices to a weight of the model. In the middle of each LoRA layer stands a
+vector `s` of random numbers, the *latents*. They scale what passes through the layer. The prior of each latent is
+Normal(0, 1). The dots are the means of the posterior, and the lines are one standard deviation (`sd`) long on each
+side.
 """
 
 # %%
-display(posterior.summary(num_draws=500).round(3))
 plots.posterior_by_layer(posterior)
 plt.show()
 
 # %% [markdown]
-"""ArviZ reads the same draws, with module paths as names. Draws of a guide are independent, so effective sample sizes
-and R-hat say nothing about the fit. We ask only for the statistics.
-"""
+"""If the data say nothing about a latent, its posterior is the prior: mean 0, standard deviation 1. Three numbers tell
+how far each layer is from the prior:
 
-# %%
-idata = posterior.to_arviz(num_draws=500)
-layers = [posterior.subspace.names[i] for i in (0, 1, -1)]
-display(az.summary(idata, var_names=["s"], coords={"layer": layers[-1:]}, kind="stats"))
-az.plot_forest(idata, var_names=["s"], coords={"layer": layers}, combined=True)
-plt.show()
-
-# %% [markdown]
-"""## What did the layers learn from the data?
-
-If the data say nothing about a latent, its posterior is the prior: mean 0, sd 1. Three numbers tell how far each layer
-is from the prior:
-
-- `sd / prior sd`: the size of the posterior noise. It starts at 0.3 or below; in a very short run it stays there.
-- `signal / noise`: |mean| / sd. It does not depend on how a layer splits its size between `s` and `B`, so use it to
-  compare layers.
-- `KL`: the cost in nats of leaving the prior, computed from the moments of the draws.
+- `sd / prior sd`: the mean width of the posterior. It starts at 0.3 or below; in a very short run it stays there.
+- `signal / noise`: |mean| / sd, the median over the latents of the layer. It does not depend on how a layer splits its
+  size between `s` and its matrices, so use it to compare layers.
+- `KL`: the cost in nats of leaving the prior, if posterior and prior are normal distributions, as they are here.
 """
 
 # %%
@@ -151,15 +137,33 @@ by_layer = pd.DataFrame(
 )
 print(f"{kl.sum():.1f} nats in all, {kl.sum() / posterior.provenance['num_data']:.3f} for each training row.")
 display(by_layer.sort_values("signal / noise", ascending=False).round(3))
-display(by_layer.groupby(lambda name: name.rsplit(".", 1)[-1]).mean().round(3))
+
+# %%
+ax = by_layer["KL"][::-1].plot.barh(figsize=(7, 1 + 0.22 * len(by_layer)), color=plots.MARK)
+ax.set(xlabel="KL, nats per layer", ylabel="", title="How far each layer is from the prior")
+ax.figure.tight_layout()
+plt.show()
+
+# %% [markdown]
+"""[ArviZ](https://www.arviz.org) reads the same draws. The draws are independent of each other, so effective sample
+sizes and R-hat, which judge chains of dependent draws, say nothing about the fit. We ask only for the statistics. In
+the picture the dots are medians, and the lines hold half of the draws and nearly all of them.
+"""
+
+# %%
+idata = posterior.to_arviz(num_draws=500)
+layers = [posterior.subspace.names[i] for i in (0, -1)]
+display(az.summary(idata, var_names=["s"], coords={"layer": layers[-1:]}, kind="stats"))
+az.plot_forest(idata, var_names=["s"], coords={"layer": layers}, combined=True)
+plt.show()
 
 # %% [markdown]
 """## Draws and mean, on a few sentences
 
-Each draw is one network. `num_draws=0` predicts with the network at the mean; 50 draws average 50 predictions. The
-table shows the probability of the likeliest topic under both, and its spread between draws (5 % to 95 %). It also shows
-the uncertainty in nats: the part that each draw has (aleatoric) and the part that draws disagree on (epistemic). The
-sentences look like the training data: lower case, no digits. The last two belong to no topic.
+Each draw is one network. `num_draws=0` predicts with the network at the mean of the posterior; 50 draws average 50
+predictions. Each thin mark of the picture is one network: its probability for the topic that all of them together find
+likeliest. Long rows of marks mean that the networks disagree. The sentences look like the training data: lower case, no
+digits. The last two belong to no topic.
 """
 
 # %%
@@ -175,25 +179,70 @@ asked = [{"question": text, "choices": TOPICS} for text in SENTENCES]
 at_mean, over_draws = posterior.predict(asked, num_draws=0), posterior.predict(asked, num_draws=50, seed=0)
 each = np.arange(len(asked))
 by_draw = np.exp(over_draws.log_probs[:, each, over_draws.labels])
+figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+for i in each:
+    ax.plot(by_draw[:, i], np.full(len(by_draw), -i), "|", color=plots.MARK, alpha=0.5, markersize=12)
+ax.plot(by_draw.mean(0), -each, "o", color=plots.WARM, label="mean of 50 draws")
+ax.plot(at_mean.probs[each, over_draws.labels], -each, "x", color="black", label="network at the mean")
+names = [f"{text[:28]} ...: {TOPICS[label]}" for text, label in zip(SENTENCES, over_draws.labels, strict=True)]
+ax.set_yticks(-each, names)
+ax.set(xlabel="probability of this topic", xlim=(0, 1))
+figure.legend(loc="outside upper right", ncols=2, frameon=False)
+plt.show()
+
+# %% [markdown]
+"""The table has the same numbers. `total` is the uncertainty in nats: the entropy of the averaged probabilities. It is
+0 if one topic has probability 1, and 2.08 if all eight are equally likely. It is the sum of two parts. `aleatoric` is
+the mean entropy of the single networks. `epistemic` is the part that comes from networks that disagree.
+"""
+
+# %%
 frame = over_draws.to_frame().rename(columns={"probability": "draws"})
 frame.insert(0, "sentence", SENTENCES)
 frame.insert(2, "mean", at_mean.probs[each, over_draws.labels])
-frame.insert(4, "5 %", np.quantile(by_draw, 0.05, axis=0))
-frame.insert(5, "95 %", np.quantile(by_draw, 0.95, axis=0))
 display(frame.round(3))
 
 # %% [markdown]
-"""## What is the model unsure of?
+"""## Can you believe the probabilities?
 
-Held-out Reuters articles, and posts of 20 Newsgroups, which have none of the topics. We rank all of them by epistemic
-uncertainty. The draws disagree most on the texts at the top. Read them, and ask whether a person would hesitate too.
+Now articles that were not used for training. We sort them into groups by the probability of the answer, and count how
+often the answer is right. A *calibrated* model is on the dashed line: of the answers with a probability of 0.8, 80 %
+are right. The bars are 95 % intervals, and the strips below show how many articles each group has. *ECE* (expected
+calibration error) is the mean distance from the line; lower is better.
 """
 
 # %%
 test = datasets.reuters_r8("test", count=NUM_TEST, seed=0)
+predictions = {
+    "mean": posterior.predict(test, num_draws=0),
+    "20 draws": posterior.predict(test, num_draws=20, seed=0),
+}
+display(predictions["20 draws"])
+plots.reliability(predictions)
+plt.show()
+
+# %% [markdown]
+"""The worst answers are those that are wrong and look sure. The next picture counts answers with a probability above
+0.9. The table has the usual scores with 95 % intervals (`low`, `high`) from resampled articles. Compare the intervals
+before you call one of the two better.
+"""
+
+# %%
+plots.confident_mistakes(predictions)
+plt.show()
+reports = {name: prediction.metrics(bootstrap=200) for name, prediction in predictions.items()}
+display(pd.concat(reports)[["accuracy", "nll", "ece", "brier", "aurc"]].round(3))
+
+# %% [markdown]
+"""## What is the model unsure of?
+
+We add posts of 20 Newsgroups, which have none of the topics, and rank all texts by epistemic uncertainty. The networks
+disagree most on the texts at the top. Read them, and ask whether a person would hesitate too.
+"""
+
+# %%
 other = datasets.newsgroups(count=NUM_OTHER, seed=0)
-inside = posterior.predict(test, num_draws=20, seed=0)
-outside = posterior.predict(other, num_draws=20, seed=0)
+inside, outside = predictions["20 draws"], posterior.predict(other, num_draws=20, seed=0)
 frames = {"Reuters": inside.to_frame(), "Newsgroups": outside.to_frame()}
 ranked = pd.concat([frame.assign(source=name) for name, frame in frames.items()], ignore_index=True)
 ranked["text"] = [row["question"][:200] for row in (*test, *other)]
@@ -201,8 +250,8 @@ columns = ["source", "target", "prediction", "probability", "total", "epistemic"
 display(ranked.sort_values("epistemic", ascending=False)[columns].head(8).round(3))
 
 # %% [markdown]
-"""Does uncertainty tell the two sources apart? The AUROC is the probability that a post scores above an article; 0.5 is
-chance. The three kinds ask different questions, and none is best on every data set.
+"""Does uncertainty tell the two sources apart? The AUROC is the probability that a post has a higher uncertainty than
+an article; 0.5 is chance, 1 is perfect. The three kinds ask different questions, and none is best on every data set.
 """
 
 # %%
@@ -213,33 +262,47 @@ plots.uncertainty_histogram(inside, outside)
 plt.show()
 
 # %% [markdown]
-"""## Selective prediction
+"""## If the model answers only what it is sure of
 
-If the model answers only the articles that it is most sure of, how fast does the error fall? A good ranking keeps the
-curve low until the coverage is high. With so few rows the steps are coarse; the bootstrap intervals show how coarse.
+The most certain articles are answered first. *Coverage* is the share of articles that are answered. If the uncertainty
+finds the mistakes, the error stays low until the coverage is high. In random order it would be the same at every
+coverage. *AURC* is the area under the curve, the mean error over all coverages; lower is better.
 """
 
 # %%
-inside_at_mean = posterior.predict(test, num_draws=0)
-ax = plots.risk_coverage(inside_at_mean, label="mean", color=plots.WARM)
-plots.risk_coverage(inside, ax=ax, label="20 draws")
+plots.risk_coverage(predictions)
 plt.show()
-reports = {"mean": inside_at_mean.metrics(bootstrap=200), "20 draws": inside.metrics(bootstrap=200)}
-display(pd.concat(reports).round(3))
 
 # %% [markdown]
-"""## Leave-one-out
+"""## Is the posterior a good one?
 
-How well would the model predict a training article if it had not been trained on it? PSIS-LOO estimates this by
-reweighting draws. It needs many draws (100 here; `predict` takes 10 by default), and rows of the *training* set,
-because held-out articles were left out anyway. Two cautions: the draws come from the guide, not from the exact
-posterior; and `A` and `B` have seen every row, so LOO is optimistic. A Pareto k above 0.5 marks an article for which
-100 draws are too few.
+`fit` looks for the posterior among distributions of one family, the *guide*. `diagnose` compares the guide with the
+exact posterior, given the LoRA matrices. It weights the draws: a draw that the exact posterior likes better gets a
+larger weight. *Pareto k* grows if few draws have most of the weight, because the guide is not close to the posterior.
+`diagnose` does not compare the model with the world; the held-out articles above do that.
 """
 
 # %%
 num_data = posterior.provenance["num_data"]
 train = datasets.reuters_r8("train", count=num_data, seed=0)[:NUM_TRAIN]
+diagnosis = posterior.diagnose(train, history=history, num_draws=100, num_data=num_data)
+display(diagnosis)
+display(diagnosis.to_frame()[["severity", "value", "threshold", "cause"]].round(3))
+
+# %% [markdown]
+"""The numbers rest on 100 draws and on a part of the training rows, to save time. With more of both they are more
+exact.
+
+## Leave-one-out
+
+How well would the model predict a training article if it had not been trained on it? PSIS-LOO estimates this by
+weighting draws. It needs rows of the *training* set, because held-out articles were left out anyway. Two cautions. The
+draws come from the guide, not from the exact posterior. And the LoRA matrices have seen every row, so LOO is
+optimistic: the last line of the table shows what new articles really get. A Pareto k above 0.5 marks an article for
+which 100 draws are too few.
+"""
+
+# %%
 trained_on = posterior.predict(train, num_draws=100, seed=0)
 with warnings.catch_warnings(action="ignore"):  # about large Pareto k, which we look at below
     loo = az.loo(posterior.to_arviz(num_draws=100, prediction=trained_on), pointwise=True)
@@ -267,7 +330,10 @@ print("The same draws:", np.array_equal(in_file, posterior.sample(500, seed=0).s
 display(pd.Series(dict(stored["posterior"].attrs), name="attribute").to_frame())
 
 # %% [markdown]
-"""A posterior predictive check from the file alone: how often each topic is simulated, and how often it is observed."""
+"""A *posterior predictive check* from the file alone: each draw gives each training article in the file a topic at
+random, with its probabilities. How often does each topic come up, and how often is it observed? Large differences would
+mean that the model prefers some topics.
+"""
 
 # %%
 answers = {
@@ -275,4 +341,19 @@ answers = {
     "observed": stored["observed_data"]["label"].values,
 }
 share = {name: np.bincount(value, minlength=len(TOPICS)) / len(value) for name, value in answers.items()}
-display(pd.DataFrame(share, index=TOPICS).round(3))
+share = pd.DataFrame(share, index=TOPICS)
+ax = share.plot.bar(figsize=(6, 3.2), color=[plots.MARK, plots.QUIET], rot=30)
+ax.set(ylabel="share of the answers")
+ax.legend(frameon=False)
+ax.figure.tight_layout()
+plt.show()
+display(share.round(3))
+
+# %% [markdown]
+"""## Where to go next
+
+- From a table of texts to a list that a human should look at: the notebook `review_table.ipynb`.
+- Other priors and guides on the same rows: the notebook `ablation.ipynb`.
+- More of ArviZ: `docs/guide/arviz.md`. All terms: `docs/glossary.md`.
+- All checks of `diagnose`: `docs/reference/posterior.md`.
+"""

@@ -99,7 +99,7 @@ display(pd.Series({"training": len(train), "validation": len(validation), "new":
 The model is SmolLM2, a small language model with 135 million weights. It reads a *prompt*, the text that we give it,
 and continues the text. So we write a prompt that ends before the topic. The probability of each topic is the
 probability that the model continues with this word. Each class must be one *token*, one entry of the vocabulary of the
-model. Texts are cut after 48 tokens to save time.
+model. Texts are cut after 32 tokens to save time.
 
 A *task* describes this. It reads the fields `question`, `choices` and `answer`, so we rename the columns.
 """
@@ -113,7 +113,7 @@ def for_task(part: pd.DataFrame) -> pd.DataFrame:
 
 llm, tokenizer = models.demo_llm(tiny=TOY)
 task = scalabl_pyro.MultipleChoice(
-    tokenizer, labels=CLASSES, template="News: {question}\nTopic:", chat=False, max_length=48
+    tokenizer, labels=CLASSES, template="News: {question}\nTopic:", chat=False, max_length=32
 )
 display(task)
 print(task.prompt({"question": "opec ministers agreed to cut output", "choices": CLASSES}))
@@ -145,8 +145,8 @@ display(result)
 # %% [markdown]
 """The *loss* is what training makes small. It is the sum of two parts in *nats*, the unit of natural logarithms. The
 *NLL* (negative log likelihood) is small if the right topics get a high probability. The *KL* is the distance of the
-posterior from the *prior*, which is the distribution of the latents before training. If the loss still falls steeply
-at the end, train for more steps.
+posterior from the *prior*, which is the distribution of the latents before training. If the loss still falls steeply at
+the end, train for more steps.
 """
 
 # %%
@@ -316,8 +316,8 @@ plt.show()
 """## Labels to check
 
 A human should look at another kind of row, too: the model is sure, but the label in the table says something else.
-Either the model is wrong, and its uncertainty does not show it, or the label in the table is wrong. The table lists
-the validation rows with a probability above 0.9 and another label. It is empty if there are none.
+Either the model is wrong, and its uncertainty does not show it, or the label in the table is wrong. The table lists the
+validation rows with a probability above 0.9 and another label. It is empty if there are none.
 """
 
 # %%

@@ -336,6 +336,10 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
         [lambda w: w.numbers.with_answers()],
     ),
     "plots.reliability": ([lambda w: sp.plots.reliability(w.prediction)], [lambda w: sp.plots.reliability(None)]),
+    "plots.confident_mistakes": (
+        [lambda w: sp.plots.confident_mistakes({"a": w.prediction, "b": [w.prediction] * 2})],
+        [lambda w: sp.plots.confident_mistakes({"a": None})],
+    ),
     "plots.history": (
         [lambda w: sp.plots.history(sp.fit(w.blora, w.task, ROWS, **FEW).history)],
         [lambda w: sp.plots.history(None)],

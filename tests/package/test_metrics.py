@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import stats
 
 from scalabl_pyro import metrics
 from scalabl_pyro.metrics import CLASSIFICATION, classification_report
@@ -153,6 +154,58 @@ def test_reliability_by_hand():
     assert table["count"].tolist() == [1, 1, 2]
 
 
+def test_reliability_of_equal_numbers_by_hand():
+    table = metrics.reliability(PROBS, LABELS, num_bins=2, bins="mass")
+    np.testing.assert_allclose(table["confidence"], [0.53, 0.85])
+    np.testing.assert_allclose(table["accuracy"], [0.5, 1])
+    assert table["count"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("level", [0.5, 0.95])
+def test_intervals_of_the_reliability_table_are_those_of_scipy(level):
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(3), 200)
+    labels = rng.integers(3, size=200)
+    table = metrics.reliability(probs, labels, level=level)
+    for _, line in table.iterrows():
+        right = round(line["accuracy"] * line["count"])
+        expected = stats.binomtest(right, int(line["count"])).proportion_ci(level, method="wilson")
+        assert (line["low"], line["high"]) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_a_bin_without_mistakes_still_has_an_interval():
+    table = metrics.reliability(np.tile([0.9, 0.1], (5, 1)), np.zeros(5, dtype=int))
+    assert table["high"].item() == 1.0 and 0.5 < table["low"].item() < 0.6  # 1 / (1 + 1.96^2 / 5) = 0.566
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_bins": 0}, "num_bins=0 must be a whole number"),
+        ({"bins": "count"}, "bins='count' is unknown"),
+        ({"level": 0}, "level=0 must lie between 0 and 1"),
+    ],
+    ids=str,
+)
+def test_options_of_the_reliability_table_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.reliability(PROBS, LABELS, **options)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "mistakes", "confident"), [(0, 1, 4), (0.45, 1, 4), (0.46, 0, 3), (0.8, 0, 1), (0.9, 0, 0)]
+)
+def test_confident_mistakes_by_hand(threshold, mistakes, confident):
+    """A probability must exceed the threshold: 0.8 does not count above 0.8."""
+    assert metrics.confident_mistakes(PROBS, LABELS, threshold=threshold) == (mistakes, confident, 4)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1, 90, math.nan, "0.9", True])
+def test_a_threshold_is_a_probability_below_one(threshold):
+    with pytest.raises(ValueError, match=r"threshold=.* must be a probability"):
+        metrics.confident_mistakes(PROBS, LABELS, threshold=threshold)
+
+
 # laws ---------------------------------------------------------------------------------------------------------
 
 BOUNDS = {
@@ -233,7 +286,8 @@ def test_the_reliability_table_gives_the_ece(data, num_bins):
 def test_the_reliability_table_accounts_for_every_row(data, num_bins):
     probs, labels = data
     table = metrics.reliability(probs, labels, num_bins=num_bins)
-    assert list(table.columns) == ["confidence", "accuracy", "count"]
+    assert list(table.columns) == ["confidence", "accuracy", "count", "low", "high"]
+    assert ((table["low"] <= table["accuracy"]) & (table["accuracy"] <= table["high"])).all()
     assert table["count"].sum() == len(labels) and (table["count"] >= 1).all()
     assert np.average(table["accuracy"], weights=table["count"]) == pytest.approx(metrics.accuracy(probs, labels))
     assert np.average(table["confidence"], weights=table["count"]) == pytest.approx(probs.max(1).mean())
@@ -437,6 +491,7 @@ SINGLE = {
     **CLASSIFICATION,
     "reliability": metrics.reliability,
     "risk_coverage": metrics.risk_coverage,
+    "confident_mistakes": metrics.confident_mistakes,
     "classification_report": classification_report,
 }
 WRONG = {

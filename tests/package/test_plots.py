@@ -4,6 +4,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,11 +14,13 @@ from matplotlib import colors
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import scalabl_pyro as sp
 from scalabl_pyro import metrics, plots
+from scalabl_pyro.plots.style import METHOD
 
 
 def prediction(seed=0, rows=60, *, answered=True, concentration=1.0):
@@ -68,6 +72,7 @@ def no_window_no_file(monkeypatch):
 PLOTS = {
     "reliability": lambda posterior, **kw: plots.reliability(prediction(), **kw),
     "risk_coverage": lambda posterior, **kw: plots.risk_coverage(prediction(), **kw),
+    "confident_mistakes": lambda posterior, **kw: plots.confident_mistakes({"a": prediction()}, threshold=0.6, **kw),
     "history": lambda posterior, **kw: plots.history(history(), **kw),
     "posterior_by_layer": lambda posterior, **kw: plots.posterior_by_layer(posterior, num_draws=20, **kw),
     "uncertainty_histogram": lambda posterior, **kw: plots.uncertainty_histogram(prediction(), prediction(1), **kw),
@@ -87,8 +92,7 @@ def labeled(ax):
 
 
 def test_every_plot_is_tested_here():
-    public = {name for name, f in vars(plots).items() if getattr(f, "__module__", "") == plots.__name__}
-    assert {name for name in public if not name.startswith("_")} == set(PLOTS)
+    assert set(plots.__all__) == set(PLOTS)
 
 
 @pytest.mark.parametrize("name", PLOTS)
@@ -126,6 +130,81 @@ def test_a_plot_leaves_matplotlib_settings_and_random_states_alone(name, posteri
     assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
 
 
+def contrast(one, other):
+    """Contrast ratio of two colors, 1 to 21 (WCAG 2.1)."""
+
+    def luminance(color):
+        parts = np.array(colors.to_rgb(color))
+        return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+DARK = {"figure.facecolor": "#111111", "axes.facecolor": "#111111", "text.color": "white", "axes.labelcolor": "white"}
+FACES = {
+    "default": {},
+    "dark": DARK,
+    "transparent": {"figure.facecolor": (1, 1, 1, 0), "axes.facecolor": "none"},
+    "transparent under light text": DARK | {"figure.facecolor": "none", "axes.facecolor": (0, 0, 0, 0)},
+}
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("name", PLOTS)
+def test_text_can_be_read_whatever_lies_behind_the_figure(name, face, posterior):
+    """A notebook with a dark theme shows through a transparent figure."""
+    with matplotlib.rc_context(FACES[face]):
+        ax = PLOTS[name](posterior)
+        for part in (ax.figure, ax):
+            behind = part.get_facecolor()
+            assert behind[3] == 1, "the face lets the page through"
+            texts = [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts, *ax.get_legend().get_texts()]
+            assert min(contrast(text.get_color(), behind) for text in texts) >= 4.5
+            assert all(contrast(line.get_color(), behind) >= 2 for line in ax.lines)
+
+
+def look(line):
+    """What is left of a line in a print without color."""
+    return line.get_linestyle(), line.get_marker(), tuple(np.round(line._unscaled_dash_pattern[1] or (), 3))
+
+
+@pytest.mark.parametrize("plot", [plots.reliability, plots.risk_coverage], ids=lambda f: f.__name__)
+def test_five_methods_differ_without_color(plot):
+    names = ["a", "b", "c", "d", "e"]
+    together = plot({name: prediction(i) for i, name in enumerate(names)})
+    one_by_one = None
+    for i, name in enumerate(names):
+        one_by_one = plot(prediction(i), label=name, ax=one_by_one)
+    for ax in (together, one_by_one):
+        methods = [line for line in ax.lines if line.get_gid() == METHOD]
+        assert len({look(line) for line in methods}) == 5
+        assert len({line.get_color() for line in methods}) == 5
+        assert [text[:3] for text in legend(ax) if ": " in text[:3]] == [f"{name}: " for name in names]
+    assert [line.get_xydata().tolist() for line in together.lines] == [
+        line.get_xydata().tolist() for line in one_by_one.lines
+    ]
+
+
+@pytest.mark.parametrize("plot", [plots.reliability, plots.risk_coverage], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("given", "options", "error", "message"),
+    [
+        ({}, {}, ValueError, r"No prediction is given.*\{'ScalaBL': prediction\}"),
+        ({"a": None}, {}, TypeError, r"prediction 'a' is None, expected a prediction"),
+        ({1: prediction()}, {}, TypeError, r"name of the predictions is an int \(1\)"),
+        ({"a": prediction()}, {"label": "b"}, ValueError, r"label='b' is for one prediction.*Leave label out"),
+        ({"a": prediction()}, {"color": "red"}, ValueError, r"color='red' is for one prediction.*Leave color out"),
+        ({"a": prediction(answered=False)}, {}, ValueError, "no answers"),
+    ],
+    ids=["empty", "None", "number as name", "label", "color", "no answers"],
+)
+def test_predictions_by_name_are_checked_before_anything_is_drawn(plot, given, options, error, message):
+    with pytest.raises(error, match=message):
+        plot(given, **options)
+    assert not plt.get_fignums(), "an empty figure was left behind"
+
+
 @pytest.mark.parametrize("name", PLOTS)
 def test_an_axes_is_given_by_name_only(name, posterior):
     ax = plt.figure().add_subplot()
@@ -149,25 +228,71 @@ def test_numbers_have_no_confidence_to_plot(plot):
 # reliability --------------------------------------------------------------------------------------------------
 
 
-def test_reliability_is_the_table_over_the_diagonal():
+def points(ax):
+    """(line of the points, segments of the intervals) of each method of a reliability diagram."""
+    drawn = [container.lines for container in ax.containers if hasattr(container, "lines")]
+    return [(line, np.array(bars.get_segments())) for line, _, (bars,) in drawn]
+
+
+def strips(ax):
+    """Bars of the numbers of rows of each method."""
+    return [c.patches for c in ax.containers if hasattr(c, "patches")]
+
+
+@pytest.mark.parametrize(("bins", "error"), [("width", metrics.ece), ("mass", metrics.adaptive_ece)])
+def test_reliability_is_the_table_over_the_diagonal(bins, error):
     given = prediction()
-    ax = plots.reliability(given)
-    table = metrics.reliability(given.probs, given.target)
-    diagonal, _ = ax.lines
-    np.testing.assert_array_equal(diagonal.get_xydata(), [[0, 0], [1, 1]])
-    (marks,) = ax.collections
-    np.testing.assert_allclose(marks.get_offsets(), table[["confidence", "accuracy"]])
-    np.testing.assert_allclose(marks.get_sizes() / marks.get_sizes().sum(), table["count"] / 60)
-    assert legend(ax) == [f"ECE {100 * metrics.ece(given.probs, given.target):.1f} %"]
+    ax = plots.reliability(given, bins=bins, num_bins=8, level=0.8)
+    table = metrics.reliability(given.probs, given.target, bins=bins, num_bins=8, level=0.8)
+    np.testing.assert_array_equal(ax.lines[0].get_xydata(), [[0, 0], [1, 1]])
+    ((line, intervals),) = points(ax)
+    np.testing.assert_allclose(line.get_xydata(), table[["confidence", "accuracy"]])
+    np.testing.assert_allclose(intervals[:, :, 1], table[["low", "high"]])
+    np.testing.assert_allclose(intervals[:, 0, 0], table["confidence"])
+    assert legend(ax) == [f"ECE {100 * error(given.probs, given.target, num_bins=8):.1f} %"]
+    assert "80 % intervals" in ax.get_title()
 
 
-def test_reliabilities_share_axes_and_one_diagonal():
+def test_the_strip_has_a_bar_per_bin_with_its_number_of_rows():
+    given = prediction()
+    ax = plots.reliability(given, num_bins=10)
+    table = metrics.reliability(given.probs, given.target, num_bins=10)
+    (bars_,) = strips(ax)
+    assert [bar.get_x() + bar.get_width() / 2 for bar in bars_] == pytest.approx((table.index + 0.5) / 10)
+    heights = np.array([bar.get_height() for bar in bars_])
+    np.testing.assert_allclose(heights / heights.max(), table["count"] / table["count"].max())
+    assert [int(text.get_text()) for text in ax.texts] == table["count"].tolist()
+    assert all(bar.get_y() + bar.get_height() < 0 for bar in bars_), "the strip lies in the diagram"
+
+
+def test_the_strip_of_equal_numbers_says_the_number_once():
+    (text,) = plots.reliability(prediction(rows=61), bins="mass", num_bins=10).texts
+    assert text.get_text() == "6 to 7 rows per bin"
+    (text,) = plots.reliability(prediction(), bins="mass", num_bins=10).texts
+    assert text.get_text() == "6 rows per bin"
+
+
+def test_many_bins_have_no_numbers():
+    assert not plots.reliability(prediction(), num_bins=16).texts
+
+
+@pytest.mark.parametrize(("count", "text"), [(999, "999"), (1000, "1.0k"), (9949, "9.9k"), (12_400, "12k")])
+def test_large_numbers_of_rows_are_short(count, text):
+    probs = np.tile([0.8, 0.2], (1, count, 1))
+    ax = plots.reliability(sp.Prediction(np.log(probs), np.zeros(count, dtype=int), ("a", "b")))
+    assert [found.get_text() for found in ax.texts] == [text]
+
+
+def test_reliabilities_share_axes_and_one_diagonal_and_have_a_strip_each():
     ax = plots.reliability(prediction(), label="mean field", color="black")
     assert plots.reliability(prediction(1), ax=ax, label="MAP", color="red") is ax
-    assert len(ax.lines) == 3
+    assert sum(line.get_xydata().tolist() == [[0, 0], [1, 1]] for line in ax.lines) == 1
     first, second = legend(ax)
     assert first.startswith("mean field: ECE ") and second.startswith("MAP: ECE ")
-    assert [line.get_color() for line in labeled(ax).values()] == ["black", "red"]
+    assert [line.get_color() for line, _ in points(ax)] == ["black", "red"]
+    upper, lower = ([(bar.get_y(), bar.get_y() + bar.get_height()) for bar in found] for found in strips(ax))
+    assert max(top for _, top in lower) < min(bottom for bottom, _ in upper)
+    assert [text.get_text() for text in ax.get_yticklabels()].count("rows") == 2
 
 
 def test_reliability_shows_all_of_the_unit_square():
@@ -176,25 +301,78 @@ def test_reliability_shows_all_of_the_unit_square():
     assert ax.get_ylim()[0] <= 0 and ax.get_ylim()[1] >= 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bins": "equal"}, "bins='equal' is unknown"),
+        ({"num_bins": 0}, "num_bins=0 must be a whole number"),
+        ({"level": 95}, "level=95 must lie between 0 and 1"),
+    ],
+    ids=str,
+)
+def test_reliability_refuses_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        plots.reliability(prediction(), **options)
+    assert not plt.get_fignums()
+
+
 # risk and coverage --------------------------------------------------------------------------------------------
 
+BOUNDS = ["rows in random order", "ideal order: right answers first"]
 
-@pytest.mark.parametrize(("label", "prefix"), [(None, "area "), ("MAP", "MAP: area ")])
+
+@pytest.mark.parametrize(("label", "prefix"), [(None, ""), ("MAP", "MAP: ")])
 def test_risk_coverage_is_the_curve_with_its_area(label, prefix):
     given = prediction()
     ax = plots.risk_coverage(given, label=label, color="black")
-    (curve,) = ax.lines
+    curve = ax.lines[0]
     np.testing.assert_allclose(curve.get_xydata().T, metrics.risk_coverage(given.probs, given.target))
     assert curve.get_color() == "black"
-    assert legend(ax) == [f"{prefix}{metrics.aurc(given.probs, given.target):.3f}"]
+    assert legend(ax) == [f"{prefix}AURC {metrics.aurc(given.probs, given.target):.3f}", *BOUNDS]
     assert ax.get_xlim() == (0, 1) and ax.get_ylim()[0] == 0
 
 
-def test_risk_coverage_takes_rows_in_the_order_of_a_score():
+def test_risk_coverage_shows_what_a_random_and_an_ideal_order_would_do():
     given = prediction()
-    (curve,) = plots.risk_coverage(given, uncertainty=given.epistemic).lines
-    expected = metrics.risk_coverage(given.probs, given.target, uncertainty=given.epistemic)
-    np.testing.assert_allclose(curve.get_xydata().T, expected)
+    curve, random, ideal = plots.risk_coverage(given).lines
+    error = 1 - metrics.accuracy(given.probs, given.target)
+    assert random.get_ydata() == pytest.approx([error, error])
+    coverage, risk = ideal.get_xydata().T
+    np.testing.assert_allclose(risk, np.maximum(0, (coverage - (1 - error)) / coverage), atol=1e-9)  # Geifman, 2019
+    assert curve.get_ydata()[-1] == pytest.approx(error) == risk[-1]
+    assert (curve.get_ydata() >= risk - 1e-9).all()
+
+
+@pytest.mark.parametrize("word", ["total", "aleatoric", "epistemic"])
+def test_risk_coverage_takes_rows_in_the_order_of_a_score(word):
+    given = prediction()
+    expected = metrics.risk_coverage(given.probs, given.target, uncertainty=getattr(given, word))
+    for score in (word, getattr(given, word)):
+        np.testing.assert_allclose(plots.risk_coverage(given, uncertainty=score).lines[0].get_xydata().T, expected)
+    by_name = plots.risk_coverage({"a": given}, uncertainty=word)
+    np.testing.assert_allclose(by_name.lines[0].get_xydata().T, expected)
+    assert legend(by_name)[0] == f"a, {word}: AURC {expected[1].mean():.3f}"
+
+
+def test_no_score_means_the_maximum_probability():
+    curves = [plots.risk_coverage(prediction(), uncertainty=u).lines[0] for u in ("max_probability", None)]
+    np.testing.assert_array_equal(*(curve.get_xydata() for curve in curves))
+
+
+@pytest.mark.parametrize(
+    ("given", "score", "message"),
+    [
+        (prediction(), "entropy", r"uncertainty='entropy' is unknown"),
+        (prediction(), np.zeros(3), r"uncertainty has shape \(3,\)"),
+        ({"a": prediction()}, np.zeros(60), r"uncertainty is an array, which belongs to one prediction"),
+        (replace(prediction(), log_probs=prediction().log_probs[:1]), "epistemic", r"0 for every row.*num_draws=2"),
+    ],
+    ids=["unknown", "shape", "array for several", "one draw"],
+)
+def test_a_score_that_does_not_order_the_rows_is_refused(given, score, message):
+    with pytest.raises(ValueError, match=message):
+        plots.risk_coverage(given, uncertainty=score)
+    assert not plt.get_fignums()
 
 
 def test_a_higher_curve_that_comes_later_is_not_cut():
@@ -207,7 +385,69 @@ def test_a_higher_curve_that_comes_later_is_not_cut():
 def test_risk_coverages_share_axes():
     ax = plots.risk_coverage(prediction(), label="a")
     plots.risk_coverage(prediction(1), ax=ax, label="b", color="red")
-    assert [text[:2] for text in legend(ax)] == ["a:", "b:"]
+    assert [text[:2] for text in legend(ax)[:2]] == ["a:", "b:"]
+    assert legend(ax)[2:] == BOUNDS, "the bounds are explained once"
+
+
+# confident mistakes -------------------------------------------------------------------------------------------
+
+
+def heights(ax):
+    """Heights of the bars: confident answers, and wrong ones."""
+    return [
+        [bar.get_height() for bar in container.patches] for container in ax.containers if hasattr(container, "patches")
+    ]
+
+
+def test_confident_mistakes_are_counted_and_written_on_the_bars():
+    given = {"a": prediction(concentration=0.3), "b": prediction(1, concentration=0.3)}
+    ax = plots.confident_mistakes(given, threshold=0.7)
+    counts = [metrics.confident_mistakes(p.probs, p.target, threshold=0.7) for p in given.values()]
+    assert all(0 < count.mistakes < count.confident < count.rows for count in counts), "an empty case proves nothing"
+    assert heights(ax) == [[c.confident for c in counts], [c.mistakes for c in counts]]
+    texts = [text.get_text() for text in ax.texts]
+    assert texts[:2] == [str(c.confident) for c in counts]
+    assert texts[2:] == [f"{c.mistakes}\n{100 * c.mistakes / c.confident:.1f} %" for c in counts]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["a", "b"]
+    assert "0.7" in legend(ax)[0] and "60" in ax.get_ylabel()
+    assert not ax.lines, "one prediction per method has no interval"
+
+
+def test_several_predictions_give_a_mean_its_interval_and_a_dot_each():
+    several = [prediction(i, concentration=0.3) for i in range(3)]
+    ax = plots.confident_mistakes({"a": several}, threshold=0.7, level=0.9)
+    found = np.array([metrics.confident_mistakes(p.probs, p.target, threshold=0.7)[:2] for p in several])
+    mean, half = found.mean(0), stats.t.ppf(0.95, 2) * stats.sem(found)
+    assert [h for (h,) in heights(ax)] == pytest.approx(mean[::-1])
+    bars_ = [c.lines[2][0].get_segments()[0] for c in ax.containers if hasattr(c, "lines")]
+    expected = np.stack([np.maximum(mean - half, 0), mean + half], axis=1)[::-1]
+    np.testing.assert_allclose([segment[:, 1] for segment in bars_], expected)
+    dots = [line.get_ydata().tolist() for line in ax.lines if line.get_marker() == "o"]
+    assert dots == found.T[::-1].tolist()
+
+
+def test_no_confident_answer_is_a_bar_of_height_zero():
+    ax = plots.confident_mistakes({"a": prediction()}, threshold=0.999)
+    assert heights(ax) == [[0], [0]] and [text.get_text() for text in ax.texts] == ["0", "0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "error", "message"),
+    [
+        (prediction(), {}, TypeError, r"expected predictions by the name of their method"),
+        ({}, {}, ValueError, "No prediction is given"),
+        ({"a": []}, {}, ValueError, "list of predictions of 'a' is empty"),
+        ({"a": numbers()}, {}, TypeError, "prediction 'a' is a NumericPrediction"),
+        ({"a": prediction(answered=False)}, {}, ValueError, "no answers"),
+        ({"a": prediction(), "b": prediction(rows=50)}, {}, ValueError, "50 to 60 rows.*Predict the same rows"),
+        ({"a": prediction()}, {"threshold": 90}, ValueError, "threshold=90 must be a probability"),
+        ({"a": prediction()}, {"level": 1}, ValueError, "level=1 must lie between"),
+    ],
+)
+def test_confident_mistakes_refuses_what_cannot_be_compared(given, options, error, message):
+    with pytest.raises(error, match=message):
+        plots.confident_mistakes(given, **options)
+    assert not plt.get_fignums()
 
 
 # history ------------------------------------------------------------------------------------------------------
@@ -334,7 +574,7 @@ def test_uncertainty_is_two_densities_over_the_same_bins_with_their_auroc(kind):
     inside, outside = prediction(concentration=0.3), prediction(1, rows=30, concentration=3.0)
     ax = plots.uncertainty_histogram(inside, outside, kind=kind)
     a, b = getattr(inside, kind), getattr(outside, kind)
-    assert legend(ax) == ["in distribution", "out of distribution"]
+    assert legend(ax) == ["in distribution (60 rows)", "out of distribution (30 rows)"]
     assert ax.get_title() == f"OOD AUROC {metrics.ood_auroc(a, b):.3f}"
     assert ax.get_xlabel() == f"{kind} uncertainty (nats)"
     left, right = ([p.get_x() for p in bars.patches] for bars in ax.containers)

@@ -75,6 +75,7 @@ def calls() -> dict[str, tuple[tuple[str, ...], object]]:
         "plots.reliability": lambda w, p: sp.plots.reliability(p),
         "plots.risk_coverage": lambda w, p: sp.plots.risk_coverage(p),
         "plots.uncertainty_histogram": lambda w, p: sp.plots.uncertainty_histogram(p, p),
+        "plots.confident_mistakes": lambda w, p: sp.plots.confident_mistakes({"a": p}),
         "Posterior.to_arviz": lambda w, p: w.posterior.to_arviz(num_draws=2, prediction=p),
     }
     return {
