@@ -111,8 +111,7 @@ def picture(test: sp.Prediction, ood: sp.Prediction, args: argparse.Namespace) -
         plots.risk_coverage(test, uncertainty=doubt(test, score), ax=axes[0], label=name, color=COLORS[score])
     plots.uncertainty_histogram(test, ood, ax=axes[1])
     axes[1].set_title(f"Entropy: {axes[1].get_title()}")
-    for ax in axes:
-        ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # makes room for the legends
+    axes[1].set_ylim(top=1.3 * axes[1].get_ylim()[1])  # makes room for the legend
     plt.gcf().savefig(args.out / "selective.png", dpi=150)
     plt.close("all")
 

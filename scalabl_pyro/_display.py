@@ -1,10 +1,10 @@
 """Short text and a small table for objects that hold large arrays."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-#: Longest value that is shown, in characters.
-MAX_CHARS = 80
+#: Longest value that is shown, in characters, in text and in a table, whose cells can have several lines.
+MAX_CHARS, MAX_CELL = 80, 400
 
 
 class Summarized:
@@ -27,11 +27,28 @@ class Summarized:
 
     def _repr_html_(self) -> str:
         """The facts as a table, for notebooks."""
-        facts = _shown(self._summary()).items()
-        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts)
-        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+        return html_table(type(self).__name__, self._summary().items())
+
+
+def html_table(caption: str, facts: Iterable[tuple[str, object]]) -> str:
+    """Make a table of facts for notebooks.
+
+    It holds no color and no script, so that it has the colors of the notebook's theme, light or dark.
+
+    Args:
+        caption: Text above the table.
+        facts: Name and value of each row. Names may repeat.
+    """
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(_text(value, MAX_CELL))}</td></tr>" for name, value in facts
+    )
+    return f"<table><caption>{html.escape(caption)}</caption>{rows}</table>"
 
 
 def _shown(facts: Mapping[str, object]) -> dict[str, str]:
-    texts = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in facts.items()}
-    return {k: text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 3] + "..." for k, text in texts.items()}
+    return {name: _text(value, MAX_CHARS) for name, value in facts.items()}
+
+
+def _text(value: object, limit: int) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

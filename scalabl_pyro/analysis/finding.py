@@ -1,6 +1,5 @@
 """Findings of checks, and the diagnosis that sorts them and sums them up in a sentence."""
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -8,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from .._display import Summarized
+from .._display import Summarized, html_table
 from ..metrics import Array
 
 Severity = Literal["error", "warning", "note", "ok"]
@@ -19,7 +18,7 @@ OF_PREDICTIONS = ("skill", "one_class", "loss_end")
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Summarized):
     """One thing that was checked.
 
     Attributes:
@@ -43,8 +42,15 @@ class Finding:
     advice: str
 
     def __str__(self) -> str:
-        cause, figure = self.cause.removesuffix("."), f"({self.check} = {self.value:.3g})"
-        return f"{self.severity.upper():>7}  {cause} {figure}. {self.advice}".rstrip()
+        return f"{self.severity.upper():>7}  {self.sentence}"
+
+    @property
+    def sentence(self) -> str:
+        """What was found, the figure, and the next step."""
+        return f"{self.cause.removesuffix('.')} ({self.check} = {self.value:.3g}). {self.advice}".rstrip()
+
+    def _summary(self) -> Mapping[str, object]:
+        return {name: value for name, value in vars(self).items() if value != ""}
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,9 +95,8 @@ class Diagnosis(Summarized):
         return {severity: ", ".join(checks) for severity, checks in found.items() if checks}
 
     def _repr_html_(self) -> str:
-        """The verdict above the findings, for notebooks."""
-        name = type(self).__name__
-        return super()._repr_html_().replace(name, f"{name}. {html.escape(self.verdict)}", 1)
+        """The verdict above the findings, one row each, for notebooks."""
+        return html_table(f"Diagnosis. {self.verdict}", [(f.severity, f.sentence) for f in self.findings])
 
 
 def as_diagnosis(findings: Sequence[Finding]) -> Diagnosis:

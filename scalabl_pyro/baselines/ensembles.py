@@ -79,7 +79,7 @@ def deep_ensemble(
 
 
 @known_arguments_of_methods
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EnsemblePosterior(DerivedPredictor):
     """A mixture of predictors with equal weights that share one adapted LLM.
 
@@ -110,8 +110,8 @@ class EnsemblePosterior(DerivedPredictor):
         """First member, which gives adapter and task."""
         return self.members[0]
 
-    def __repr__(self) -> str:
-        return self._describe(members=f"{len(self.members)} x {type(self.members[0]).__name__}")
+    def _own_facts(self) -> dict[str, object]:
+        return {"members": f"{len(self.members)} x {type(self.members[0]).__name__}"}
 
     def predict(
         self, data: Any, *, num_draws: int = 10, seed: int = 0, batch_size: int = 16, progress: bool = False

@@ -72,7 +72,7 @@ NOISES: dict[str, type[WeightNoise]] = {}
 
 
 @known_arguments_of_methods
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FactorPosterior(DerivedPredictor):
     """A posterior of A and B: a center, and noise around it.
 
@@ -97,8 +97,8 @@ class FactorPosterior(DerivedPredictor):
         """Center, which gives adapter and task."""
         return self.center
 
-    def __repr__(self) -> str:
-        return self._describe(method=repr(self.provenance.get("method", "")), noise=self.noise)
+    def _own_facts(self) -> dict[str, object]:
+        return {"method": repr(self.provenance.get("method", "")), "noise": self.noise}
 
     def sample(self, num_draws: int, *, seed: int = 0) -> list[Factors]:
         """Draw factors on the CPU, with y = W0 x + gamma B A x. Draw i does not depend on ``num_draws``."""

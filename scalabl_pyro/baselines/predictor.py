@@ -1,7 +1,7 @@
 """The interface of every trained method, and prediction under functions that each have factors of their own."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import known_arguments_of_methods
+from .._display import Summarized, html_table
 from ..data.batch import Batch
 from ..data.encoding import encode
 from ..data.rows import read_rows
@@ -23,6 +24,7 @@ from ..model.passes import Passes
 from ..prediction.collect import predict_batches
 from ..prediction.result import NumericPrediction, Prediction
 from ..tasks import Task
+from ..training.result import last_step
 
 Function = tuple[AdaptedLLM, Tensor]
 """An LLM with its own factors, and the latents s (D,) that it is called with."""
@@ -58,7 +60,7 @@ class Predictor(Protocol):
 
 
 @known_arguments_of_methods
-class DerivedPredictor(ABC):
+class DerivedPredictor(Summarized, ABC):
     """A predictor that is built on another one, and shares its adapted LLM and task."""
 
     @property
@@ -80,10 +82,12 @@ class DerivedPredictor(ABC):
         """Return the adapted LLM, for example to unload it."""
         return self.source.blora()
 
-    def _describe(self, **fields: object) -> str:
-        """One line for ``repr``: the given fields, the number of adapted layers, and the task."""
-        fields |= {"layers": len(self.adapter.layers), "task": type(self.task).__name__}
-        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in fields.items())})"
+    @abstractmethod
+    def _own_facts(self) -> dict[str, object]:
+        """Facts of this kind of predictor, by name."""
+
+    def _summary(self) -> Mapping[str, object]:
+        return self._own_facts() | {"layers": len(self.adapter.layers), "task": type(self.task).__name__}
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,10 @@ class BaselineResult:
 
     def __repr__(self) -> str:
         return f"BaselineResult(\n  posterior={self.posterior!r},\n  history={len(self.history)} steps,\n)"
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks."""
+        return html_table("BaselineResult", (last_step(self.history) | {"posterior": self.posterior}).items())
 
 
 def predict_functions(

@@ -134,7 +134,7 @@ def mixture_nll(log_probs: NDArray[np.floating], target: NDArray[np.integer], te
 
 
 @known_arguments_of_methods
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TemperatureScaled(DerivedPredictor):
     """A predictor whose logits are divided by a temperature.
 
@@ -162,8 +162,8 @@ class TemperatureScaled(DerivedPredictor):
         """Base, which gives adapter and task."""
         return self.base
 
-    def __repr__(self) -> str:
-        return self._describe(temperature=f"{self.temperature:.4g}", base=type(self.base).__name__)
+    def _own_facts(self) -> dict[str, object]:
+        return {"temperature": f"{self.temperature:.4g}", "base": type(self.base).__name__}
 
     def predict(
         self, data: Any, *, num_draws: int = 10, seed: int = 0, batch_size: int = 16, progress: bool = False

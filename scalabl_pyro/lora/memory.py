@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._display import Summarized
 from .adapter import Adapter
 from .forward import AdaptedLLM
 from .gradient_checkpointing import recompute
@@ -17,7 +18,7 @@ BYTES_PER_PARAMETER = 16
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
+class MemoryEstimate(Summarized):
     """Estimated bytes at the peak of a training step.
 
     Attributes:
@@ -36,8 +37,11 @@ class MemoryEstimate:
         return self.weights + self.trained + self.activations
 
     def __str__(self) -> str:
-        parts = {name: getattr(self, name) for name in ("weights", "trained", "activations", "total")}
-        return ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in parts.items())
+        return ", ".join(f"{name} {value}" for name, value in self._summary().items())
+
+    def _summary(self) -> Mapping[str, object]:
+        names = ("weights", "trained", "activations", "total")
+        return {name: f"{getattr(self, name) / 2**30:.2f} GiB" for name in names}
 
 
 def estimate_memory(

@@ -1,4 +1,4 @@
-"""Intervals: of a share of rows, and of resampled metrics."""
+"""Intervals of a share of rows, and of resampled metrics."""
 
 import numpy as np
 from scipy.special import ndtri

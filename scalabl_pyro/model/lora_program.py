@@ -13,6 +13,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
 from .._arguments import known_arguments
+from .._display import html_table
 from .._process.pyro_modes import KeepPlates, Program, check_particle_dimension
 from ..data.batch import Batch
 from ..lora.adapter import Adapter
@@ -197,6 +198,12 @@ class BayesianLoRA(Program):
         inputs = batch.inputs if isinstance(batch, Batch) else batch
         positions = batch.last if isinstance(batch, Batch) and output_head(self.llm) is not None else None
         return estimate_memory(self.adapter, inputs, positions=positions, gradient_checkpointing=gradient_checkpointing)
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks."""
+        n = self.num_parameters()
+        facts = {"LLM": type(self.llm).__name__, "layers": len(self.subspace), "latents": n["latents"]}
+        return html_table("BayesianLoRA", [*facts.items(), ("LoRA parameters", n["lora"]), ("prior", self.prior)])
 
     def __repr__(self) -> str:
         n = self.num_parameters()

@@ -62,7 +62,7 @@ def confident_mistakes(
     shares = [_share(mistakes, of) for mistakes, of in zip(wrong, confident, strict=True)]
     sure = f"answered with a probability above {threshold:g}"
     _bars(ax, -WIDTH / 2, confident, [""] * len(counts), level, label=sure, color=MARK, is_pale=True)
-    _bars(ax, WIDTH / 2, wrong, shares, level, label="answered so, and wrong", color=WARM, is_pale=False)
+    _bars(ax, WIDTH / 2, wrong, shares, level, label="of these, wrong (number and share)", color=WARM, is_pale=False)
     ax.set_xticks(range(len(counts)), list(counts))
     ax.set(ylabel=f"number of rows, out of {rows[0]}", xlim=(-0.6, len(counts) - 0.4))
     ax.set_ylim(0, 1.35 * ax.get_ylim()[1])  # room for the legend
@@ -116,8 +116,9 @@ def _bars(
         if len(found) > 1:
             half = student_t.ppf((1 + level) / 2, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found))
             top = max(mean + half, found.max())
-            dark = visible("#222222", ax)
+            dark = ax.title.get_color()
             ax.errorbar(place, mean, yerr=[[min(half, mean)], [half]], color=dark, capsize=3, linewidth=1.0)
             dots = np.linspace(-0.25, 0.25, len(found)) * WIDTH
-            ax.plot(place + dots, found, linestyle="", marker="o", markersize=3.5, color="white", markeredgecolor=dark)
-        ax.annotate(f"{mean:.3g}{share}", (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+            ax.plot(place + dots, found, linestyle="", marker="o", markersize=3.5, color=dark, markerfacecolor="white")
+        number = f"{mean:.0f}" if len(found) == 1 else f"{mean:.1f}"
+        ax.annotate(f"{number}{share}", (place, top), (0, 2), textcoords="offset points", ha="center", fontsize=8)

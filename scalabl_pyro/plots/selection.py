@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from .. import metrics
 from .._arguments import known_arguments
-from .._errors import check_choice
+from .._errors import check_choice, check_flag
 from ..prediction.result import Prediction
 from .inputs import Predictions, answered, by_name, name_of, scored
 from .style import METHOD, QUIET, Style, axes, next_style
@@ -17,6 +17,8 @@ from .style import METHOD, QUIET, Style, axes, next_style
 Doubt = Literal["max_probability", "total", "aleatoric", "epistemic"]
 """Words for scores that order rows: 1 - maximum probability, or a kind of uncertainty."""
 
+#: Height of one legend entry, as a share of the axes.
+ENTRY = 0.07
 RANDOM, IDEAL = "rows in random order", "ideal order: right answers first"
 
 
@@ -25,6 +27,7 @@ def risk_coverage(
     prediction: Predictions,
     *,
     uncertainty: Doubt | metrics.Array | None = "max_probability",
+    bounds: bool = True,
     ax: Axes | None = None,
     label: str | None = None,
     color: str | None = None,
@@ -40,6 +43,7 @@ def risk_coverage(
         uncertainty: Score that orders the rows: ``"max_probability"`` for 1 - maximum probability, ``"total"``,
             ``"aleatoric"`` or ``"epistemic"``; or for one prediction an array (N,), higher = less certain. None means
             ``"max_probability"``.
+        bounds: Whether to draw the two thin lines. Leave them out where many methods share one axes.
         ax: Axes to draw on; None for new ones.
         label: Legend entry of a single prediction. The area under the curve (AURC; Geifman and El-Yaniv, 2017) is
             added.
@@ -49,13 +53,14 @@ def risk_coverage(
         The axes.
 
     Raises:
-        TypeError: If something else than a prediction of classes is given.
+        TypeError: If something else than a prediction of classes is given, or if ``bounds`` is not True or False.
         ValueError: If no row has an answer, if the score is unknown or has another shape, or if the epistemic
             uncertainty of less than two draws is asked for: it is 0 for every row.
 
     Example:
         >>> scalabl_pyro.plots.risk_coverage(prediction, uncertainty="epistemic")
     """
+    check_flag(bounds=bounds)
     found = {}
     for name, given in by_name(prediction, label=label, color=color).items():
         known = answered(given, name=name_of(name))
@@ -71,11 +76,11 @@ def risk_coverage(
         marks: dict[str, Any] = {"marker": style.marker, "markersize": 4, "markevery": (0.07, 0.2)}
         text = f"{', '.join(parts)}: {area}" if parts else area
         ax.plot(coverage, risk, color=style.color, linestyle=style.line, label=text, gid=METHOD, **marks)
-        _bounds(ax, *data, style)
+        if bounds:
+            _bounds(ax, *data, style)
     ax.set(xlabel="coverage (share of rows answered)", ylabel="error among answered rows", xlim=(0, 1))
     ax.set_title("Selective prediction")
-    ax.set_ylim(bottom=0, auto=True)  # a higher curve that is added later still fits
-    _legend(ax)
+    _legend(ax, bounds=bounds)
     return ax
 
 
@@ -109,11 +114,13 @@ def _bounds(ax: Axes, probs: metrics.Array, labels: metrics.Labels, style: Style
     ax.plot(coverage, risk, linestyle=(0, (8, 3)), alpha=0.6, **thin)
 
 
-def _legend(ax: Axes) -> None:
-    """Draw a legend with one entry per method, and one for each kind of bound."""
+def _legend(ax: Axes, *, bounds: bool) -> None:
+    """Draw a legend above the curves with one entry per method, and one for each kind of bound."""
     handles, texts = ax.get_legend_handles_labels()
-    bounds: dict[Any, str] = {":": RANDOM, (0, (8, 3)): IDEAL}
-    for line, name in bounds.items():
+    explained: dict[Any, str] = {":": RANDOM, (0, (8, 3)): IDEAL} if bounds else {}
+    for line, name in explained.items():
         handles.append(Line2D([], [], color=QUIET, linewidth=0.9, linestyle=line))
         texts.append(name)
-    ax.legend(handles, texts, frameon=False, fontsize="small")
+    top = max(float(np.max(line.get_ydata())) for line in ax.lines)
+    ax.set_ylim(0, (top or 1.0) / (1 - min(0.04 + ENTRY * len(texts), 0.6)))  # the legend hides no curve
+    ax.legend(handles, texts, frameon=False, fontsize="small", loc="upper left")

@@ -1,6 +1,5 @@
 """What a training returns: the frozen posterior and its history, or an error that holds them."""
 
-import html
 import textwrap
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .._display import html_table
 from ..guides import Guide
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
@@ -47,10 +47,8 @@ class FitResult:
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
-        shown = {"warnings": " ".join(self.warnings)} if self.warnings else {}
-        cells = self._summary() | shown | {"posterior": self._describe_posterior()}
-        rows = "".join(f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in cells.items())
-        return f"<table><caption>FitResult</caption>{rows}</table>"
+        facts = [*self._summary().items(), *(("warning", text) for text in self.warnings)]
+        return html_table("FitResult", [*facts, ("posterior", self._describe_posterior())])
 
     def _describe_posterior(self) -> str:
         """The posterior's repr if it is short, else its guide, task and number of latents."""
@@ -62,9 +60,14 @@ class FitResult:
 
     def _summary(self) -> dict[str, str]:
         """Steps, and loss, NLL, KL and seconds of the last one."""
-        last = {} if self.history.empty else self.history.iloc[-1].to_dict()
-        names = [name for name in ("loss", "nll", "kl", "seconds") if name in last]
-        return {"steps": str(len(self.history))} | {name: f"{last[name]:.4g}" for name in names}
+        return last_step(self.history)
+
+
+def last_step(history: pd.DataFrame) -> dict[str, str]:
+    """Return the number of steps of a history, and loss, NLL, KL and seconds of the last one, as texts."""
+    last = {} if history.empty else history.iloc[-1].to_dict()
+    names = [name for name in ("loss", "nll", "kl", "seconds") if name in last]
+    return {"steps": str(len(history))} | {name: f"{last[name]:.4g}" for name in names}
 
 
 class TrainingError(FloatingPointError):

@@ -95,6 +95,8 @@ def toy_names() -> dict[str, object]:
         "posterior": result.posterior,
         "history": result.history,
         "prediction": result.posterior.predict(test_data, num_draws=4),
+        "lora": result.posterior.predict(test_data, num_draws=0),  # the prediction of another method
+        "outside": result.posterior.predict(tiny.question_rows(8, seed=2), num_draws=4),
     }
 
 

@@ -335,7 +335,7 @@ def test_risk_coverage_is_the_curve_with_its_area(label, prefix):
 def test_risk_coverage_shows_what_a_random_and_an_ideal_order_would_do():
     given = prediction()
     curve, random, ideal = plots.risk_coverage(given).lines
-    error = 1 - metrics.accuracy(given.probs, given.target)
+    error = (given.labels != given.target).mean()
     assert random.get_ydata() == pytest.approx([error, error])
     coverage, risk = ideal.get_xydata().T
     np.testing.assert_allclose(risk, np.maximum(0, (coverage - (1 - error)) / coverage), atol=1e-9)  # Geifman, 2019
@@ -375,6 +375,23 @@ def test_a_score_that_does_not_order_the_rows_is_refused(given, score, message):
     assert not plt.get_fignums()
 
 
+def test_bounds_can_be_left_out():
+    ax = plots.risk_coverage({"a": prediction(), "b": prediction(1)}, bounds=False)
+    assert len(ax.lines) == 2 == len(legend(ax))
+    with pytest.raises(TypeError, match="bounds='no'"):
+        plots.risk_coverage(prediction(), bounds="no")
+
+
+def test_the_legend_stands_above_the_highest_point():
+    ax = plots.risk_coverage({name: prediction(i) for i, name in enumerate("abc")})
+    ax.figure.canvas.draw()
+    box = ax.get_legend().get_window_extent().transformed(ax.transData.inverted())
+    assert box.y0 > max(np.max(line.get_ydata()) for line in ax.lines)
+    ax = plots.reliability({name: prediction(i) for i, name in enumerate("abc")})
+    ax.figure.canvas.draw()
+    assert ax.get_legend().get_window_extent().transformed(ax.transData.inverted()).y0 > 1
+
+
 def test_a_higher_curve_that_comes_later_is_not_cut():
     ax = plots.risk_coverage(prediction(concentration=0.1))
     bad = prediction(concentration=0.1)
@@ -401,15 +418,15 @@ def heights(ax):
 
 def test_confident_mistakes_are_counted_and_written_on_the_bars():
     given = {"a": prediction(concentration=0.3), "b": prediction(1, concentration=0.3)}
-    ax = plots.confident_mistakes(given, threshold=0.7)
-    counts = [metrics.confident_mistakes(p.probs, p.target, threshold=0.7) for p in given.values()]
+    ax = plots.confident_mistakes(given, threshold=0.5)
+    counts = [metrics.confident_mistakes(p.probs, p.target, threshold=0.5) for p in given.values()]
     assert all(0 < count.mistakes < count.confident < count.rows for count in counts), "an empty case proves nothing"
     assert heights(ax) == [[c.confident for c in counts], [c.mistakes for c in counts]]
     texts = [text.get_text() for text in ax.texts]
     assert texts[:2] == [str(c.confident) for c in counts]
     assert texts[2:] == [f"{c.mistakes}\n{100 * c.mistakes / c.confident:.1f} %" for c in counts]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["a", "b"]
-    assert "0.7" in legend(ax)[0] and "60" in ax.get_ylabel()
+    assert "0.5" in legend(ax)[0] and "60" in ax.get_ylabel()
     assert not ax.lines, "one prediction per method has no interval"
 
 

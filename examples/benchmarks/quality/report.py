@@ -172,7 +172,7 @@ def draw(frame: pd.DataFrame, folder: Path, split: str) -> None:
             for j, line in enumerate(lines):
                 if (prediction := predictions.get((name, line))) is not None:
                     plots.reliability(prediction, ax=axes[i, j]).set_title(f"{name}, {line}", fontsize=8)
-                    plots.risk_coverage(prediction, ax=risk_axes[0, i], label=line, color=colors[line])
+                    plots.risk_coverage(prediction, bounds=False, ax=risk_axes[0, i], label=line, color=colors[line])
             risk_axes[0, i].set_title(name)
         save(figure, folder / f"reliability-{split}.png")
         save(risk_figure, folder / f"risk_coverage-{split}.png")

