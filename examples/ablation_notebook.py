@@ -26,8 +26,9 @@ effect. Here SmolLM2-135M learns the topic of Reuters news eight times: with two
 - Which numbers of a comparison you can rely on, and how Pareto k tells you.
 - How the latents differ between priors, and what a guide with correlations can show that the other one cannot.
 
-The notebook needs no network and no GPU. It takes TIME. It is built from `ablation_notebook.py` by `make notebook`. The
-script `ablation.py` compares any priors and guides on any data.
+The notebook needs no network and no GPU. It takes a few minutes: the last line says how long this run took, and the
+first output says on which machine. It is built from `ablation_notebook.py` by `make notebook`. The script `ablation.py`
+compares any priors and guides on any data.
 """
 
 # %%
@@ -52,7 +53,9 @@ from scalabl_pyro import plots
 from scalabl_pyro.analysis.checks import check_history
 
 # %% [markdown]
-"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing."""
+"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing. The
+line below says which size this run has, and which versions made its numbers.
+"""
 
 # %%
 TOY = notebooks.TOY
@@ -61,6 +64,7 @@ NUM_STEPS, NUM_BLOCKS, NUM_WEIGHTS = (3, 1, 25) if TOY else (120, 2, 100)
 PRIORS = ("normal", "horseshoe")
 GUIDES = ("normal", "full_covariance")
 SEEDS = (0, 1)
+print(notebooks.machine())
 
 # %% [markdown]
 """## The choices
@@ -72,8 +76,9 @@ SEEDS = (0, 1)
 - Guide `full_covariance`: a normal distribution with a correlation for each pair of latents.
 
 All fits read the same rows and have the same number of steps. Fits with the same seed also have the same start and the
-same order of the rows. So their difference comes from the prior or from the guide. The fits with another seed show how
-large differences by chance are. Only the upper blocks of the model and its last layer are adapted, to save time.
+same order of the rows. So their difference comes from the prior, from the guide, or from the random draws during
+training. The fits with another seed show how large differences by chance are. Only the upper blocks of the model and
+its last layer are adapted, to save time.
 """
 
 # %%
@@ -165,8 +170,9 @@ print(f"Pareto k is good for {reliable.sum()} of {len(table)} fits. Do not use e
 
 All fits answer the same test rows. So we subtract the log probability of the right topic row by row, and average. This
 is more exact than the difference of two averages, because easy and hard rows cancel. The *standard error* says how much
-the average would change with other test rows. Each point below changes one choice and keeps the other two. Points right
-of zero have a higher NLL, which is worse. The bars are two standard errors long on each side.
+the average would change with other test rows. Each point below changes one choice and keeps the other two: the guide
+from `normal` to `full_covariance`, the prior from `normal` to `horseshoe`, or the seed from 0 to 1. Points right of
+zero have a higher NLL, which is worse. The bars are two standard errors long on each side.
 """
 
 # %%
@@ -196,7 +202,7 @@ for i, row in changes.iterrows():
     ax.errorbar(row["difference"], -i, xerr=2 * row["se"], fmt="o", color=colors[row["of"]], capsize=3)
 ax.axvline(0, color=plots.QUIET, linewidth=0.8)
 ax.set_yticks(-np.arange(len(changes)), changes["of"] + " changes; " + changes["kept"])
-ax.set(xlabel="change of the NLL, nats per test row", title=f"{GUIDES[0]} to {GUIDES[1]}, {PRIORS[0]} to {PRIORS[1]}")
+ax.set(xlabel="change of the NLL, nats per test row", title="What changes the NLL?")
 plt.show()
 
 # %% [markdown]
@@ -294,3 +300,6 @@ take more seeds for a difference that matters to you.
 - Guides next to samples from the exact posterior: `examples/benchmarks/guides_vs_nuts.py`.
 - A closer look at one posterior: the notebook `posterior_analysis.ipynb`.
 """
+
+# %%
+print(notebooks.duration())

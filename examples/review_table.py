@@ -24,7 +24,8 @@ its labels will be wrong. This notebook finds the rows that a human should look 
 - What this threshold promises, and what it does not promise.
 - How to save the list and the model, and how to load the model again.
 
-The notebook needs no network and no GPU. It takes TIME. It is built from `review_table.py` by `make notebook`.
+The notebook needs no network and no GPU. It takes a few minutes: the last line says how long this run took, and the
+first output says on which machine. It is built from `review_table.py` by `make notebook`.
 """
 
 # %%
@@ -49,14 +50,17 @@ import scalabl_pyro
 from scalabl_pyro import metrics, plots
 
 # %% [markdown]
-"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing."""
+"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing. The
+line below says which size this run has, and which versions made its numbers.
+"""
 
 # %%
 TOY = notebooks.TOY
-NUM_TRAIN, NUM_VALIDATION, NUM_NEW = (16, 12, 12) if TOY else (200, 200, 200)
-NUM_STEPS, NUM_BLOCKS = (4, 1) if TOY else (100, 2)
+NUM_TRAIN, NUM_VALIDATION, NUM_NEW = (16, 12, 12) if TOY else (300, 200, 200)
+NUM_STEPS, NUM_BLOCKS = (4, 1) if TOY else (250, 2)
 OUT = Path(tempfile.mkdtemp()) if TOY else notebooks.RUNS / "review_table"
 OUT.mkdir(parents=True, exist_ok=True)
+print(notebooks.machine())
 
 # %% [markdown]
 """## The table
@@ -97,9 +101,9 @@ display(pd.Series({"training": len(train), "validation": len(validation), "new":
 """## The question to the model
 
 The model is SmolLM2, a small language model with 135 million weights. It reads a *prompt*, the text that we give it,
-and continues the text. So we write a prompt that ends before the topic. The probability of each topic is the
-probability that the model continues with this word. Each class must be one *token*, one entry of the vocabulary of the
-model. Texts are cut after 32 tokens to save time.
+and continues the text. So we write a prompt that ends before the topic. The probability of each topic is how likely the
+model continues with this word, compared with the words of the other topics. Each class must be one *token*, one entry
+of the vocabulary of the model. Texts are cut after 32 tokens to save time.
 
 A *task* describes this. It reads the fields `question`, `choices` and `answer`, so we rename the columns.
 """
@@ -145,8 +149,9 @@ display(result)
 # %% [markdown]
 """The *loss* is what training makes small. It is the sum of two parts in *nats*, the unit of natural logarithms. The
 *NLL* (negative log likelihood) is small if the right topics get a high probability. The *KL* is the distance of the
-posterior from the *prior*, which is the distribution of the latents before training. If the loss still falls steeply at
-the end, train for more steps.
+posterior from the *prior*, which is the distribution of the latents before training. The table shows the KL of all rows
+together, and the picture divides it by the number of rows. If the loss still falls steeply at the end, train for more
+steps.
 """
 
 # %%
@@ -195,13 +200,14 @@ display(checked.drop(columns="target").head().round(3))
 
 The validation rows tell. We sort them into groups by the probability of the prediction, and count how often the
 prediction is right. A *calibrated* model is on the dashed line: of the predictions with a probability of 0.8, 80 % are
-right. *ECE* (expected calibration error) is the mean distance from the line; lower is better.
+right. The bars are 95 % intervals, and the strip below shows how many rows each group has. *ECE* (expected calibration
+error) is the mean distance from the line; lower is better.
 """
 
 # %%
 plots.reliability(on_validation, label="validation rows")
 plt.show()
-display(on_validation.metrics(bootstrap=200)[["accuracy", "nll", "ece", "brier"]].round(3))
+display(on_validation.metrics(bootstrap=200)[["accuracy", "nll", "brier"]].round(3))
 
 # %% [markdown]
 """The lines `low` and `high` are the ends of a 95 % interval: with another sample of validation rows, the numbers would
@@ -211,19 +217,18 @@ differ by about this much. `nll` and `brier` measure the probabilities as a whol
 
 Accept the most certain row first, then the next one, and so on. *Coverage* is the share of rows that are accepted.
 *Risk* is the share of wrong labels among them. If the uncertainty finds the mistakes, the risk stays low until the
-coverage is high. The *area* under the curve is the mean risk over all coverages; lower is better. In random order, the
-risk would be the error of all rows at every coverage.
+coverage is high. *AURC*, the area under the curve, is the mean risk over all coverages; lower is better. In random
+order, the risk would be the error of all rows at every coverage. In the ideal order, all right labels come first.
 """
 
 # %%
 wrong = on_validation.labels != on_validation.target
-scores = {"total": on_validation.total, "epistemic": on_validation.epistemic}
-ax = None
-for (name, score), color in zip(scores.items(), (plots.MARK, plots.WARM), strict=True):
-    ax = plots.risk_coverage(on_validation, uncertainty=score, ax=ax, label=name, color=color)
+ax = plots.risk_coverage(on_validation, uncertainty="total")
+plots.risk_coverage(on_validation, uncertainty="epistemic", ax=ax)
 plt.show()
+scores = {"total": on_validation.total, "epistemic": on_validation.epistemic}
 areas = {name: metrics.aurc(on_validation.probs, on_validation.target, uncertainty=u) for name, u in scores.items()}
-display(pd.Series(areas | {"random order": wrong.mean()}, name="area").to_frame().round(3))
+display(pd.Series(areas | {"random order": wrong.mean()}, name="AURC").to_frame().round(3))
 
 # %% [markdown]
 """We use `total`. It is large for both reasons of a mistake: the text is open, or the networks disagree. We chose it
@@ -237,7 +242,7 @@ are two ways to choose the threshold on the validation rows:
 
 - `seen`: the largest threshold at which at most 10 % of the accepted *validation* rows are wrong. On new rows the error
   can well be larger, because this threshold looked good on these rows by chance, too.
-- `promised`: the threshold is smaller, so that at most 10 % of the accepted *new* rows are wrong in the long run. This
+- `promised`: a stricter threshold, at which at most 10 % of the accepted *new* rows are wrong in the long run. This
   promise fails with a probability of at most 5 % (`DELTA`). It is valid for new rows of the same kind only. The method
   is that of [Geifman and El-Yaniv (2017)](https://arxiv.org/abs/1705.08500).
 """
@@ -305,11 +310,15 @@ display(pd.DataFrame.from_dict(found, orient="index").round(3))
 
 # %%
 known = predict(posterior, new.assign(label=hidden))  # the same draws, so the same probabilities
-ax = plots.risk_coverage(known, uncertainty=known.total, label="new rows")
-for (rule, limit), style in zip(limits.items(), ("--", "-"), strict=True):
-    ax.axvline((known.total <= limit).mean(), color=plots.WARM, linestyle=style, linewidth=1, label=rule)
-ax.axhline(WANTED_ERROR, color=plots.QUIET, linewidth=1, linestyle=":", label="wanted error")
-ax.legend(frameon=False)
+ax = plots.risk_coverage(known, uncertainty="total", label="new rows")
+top = ax.get_ylim()[1]
+ax.set_ylim(top=1.5 * top)  # room for the legend
+ax.axhline(WANTED_ERROR, color="black", linewidth=0.8)
+ax.text(0.02, WANTED_ERROR, "wanted error", va="bottom", fontsize=8)
+for rule, limit in limits.items():
+    coverage = (known.total <= limit).mean()
+    ax.vlines(coverage, 0, top, color="black", linewidth=0.8)
+    ax.text(coverage + 0.01, 0.02 * top, rule, rotation=90, va="bottom", fontsize=8)
 plt.show()
 
 # %% [markdown]
@@ -353,3 +362,6 @@ print(f"The same labels: {(repeated['prediction'] == in_file['prediction']).all(
 - What the posterior has learned: the notebook `posterior_analysis.ipynb`.
 - Another prior, another family of posteriors: the notebook `ablation.ipynb`.
 """
+
+# %%
+print(notebooks.duration())
