@@ -36,35 +36,27 @@ BLOCK = re.compile(
 )
 
 
-def run(page: Path) -> str:
-    """Run the blocks of a page in order.
-
-    Returns:
-        The page with its new outputs. Pictures are written where the page expects them.
-    """
+def run(page: Path) -> None:
+    """Run the blocks of a page in order, and write its new outputs and pictures as soon as they are there."""
     names: dict[str, object] = {"__name__": "page"}
-    text = page.read_text("utf-8")
-    last = max((found.start() for found in BLOCK.finditer(text) if found["text"] or found["picture"]), default=-1)
-
-    def renew(found: re.Match[str]) -> str:
-        if found.start() > last:
-            return found[0]
+    rest, done = page.read_text("utf-8"), ""
+    while any(block["text"] or block["picture"] for block in BLOCK.finditer(rest)):
+        found = BLOCK.search(rest)
         printed, start = io.StringIO(), time.perf_counter()
         with contextlib.redirect_stdout(printed):
             exec(compile(found["code"], page.name, "exec"), names)
         seconds = time.perf_counter() - start
         sys.stdout.write(f"{seconds:6.0f} s  {found['code'].strip().splitlines()[-1]}\n{printed.getvalue()}\n")
         sys.stdout.flush()
-        block = f"```python\n{found['code']}```\n"
+        done += rest[: found.start()] + f"```python\n{found['code']}```\n"
         if found["text"]:
-            block += f"\n```text\n{printed.getvalue().rstrip()}\n```\n"
+            done += f"\n```text\n{printed.getvalue().rstrip()}\n```\n"
         if found["picture"]:
             plt.gcf().savefig(page.parent / found["path"], dpi=100)
             plt.close("all")
-            block += found["picture"]
-        return block
-
-    return BLOCK.sub(renew, text)
+            done += found["picture"]
+        rest = rest[found.end() :]
+        page.write_text(done + rest, "utf-8")
 
 
 def use_smollm2() -> None:
@@ -87,9 +79,8 @@ def main() -> None:
             tutorial_data.write_readers(Path(folder))
             tutorial_data.write_questions(Path(folder))
             os.chdir(folder)
-            text = run(page)
+            run(page)
             os.chdir(PAGES)
-        page.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

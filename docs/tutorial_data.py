@@ -48,7 +48,7 @@ def write_readers(folder: Path) -> None:
     """Write ``two-readers.csv`` and ``two-readers-test.csv``."""
     generator = random.Random(0)
     words = [R8_TOPICS[topic] for topic in TOPICS]
-    train = reuters_r8("train", count=150, seed=0, topics=TOPICS)
+    train = reuters_r8("train", count=300, seed=0, topics=TOPICS)
     lines = []
     for row in train:
         reader = "Ann" if generator.random() < 1 / 3 else "Bob"
@@ -57,7 +57,7 @@ def write_readers(folder: Path) -> None:
             word = "oil"
         lines.append({"note": row["question"].strip(), "reader": reader, "class": word})
     pd.DataFrame(lines).sample(frac=1, random_state=0).to_csv(folder / "two-readers.csv", index=False)
-    test = reuters_r8("test", count=90, seed=0, topics=TOPICS)
+    test = reuters_r8("test", count=60, seed=0, topics=TOPICS)
     right = [{"note": row["question"].strip(), "class": words[row["answer"]]} for row in test]
     pd.DataFrame(right).to_csv(folder / "two-readers-test.csv", index=False)
 
