@@ -37,6 +37,13 @@
     if (!node.querySelector("mjx-container")) faults.push(`formula not set: ${name(node)}`);
   }
 
+  // MathJax draws 1000 units per em.
+  for (const drawing of document.querySelectorAll("mjx-container > svg[viewBox]")) {
+    const size = parseFloat(getComputedStyle(drawing.parentElement).fontSize);
+    const drawn = (1000 * drawing.getBoundingClientRect().width) / drawing.viewBox.baseVal.width;
+    if (visible(drawing) && drawn < 0.8 * size) faults.push(`formula at ${drawn.toFixed(1)} of ${size.toFixed(1)} px`);
+  }
+
   // Contrast of text, as WCAG computes it.
   const channels = (color) => (color.match(/[\d.]+/g) ?? []).map(Number);
   const luminance = ([r, g, b]) => {

@@ -202,6 +202,7 @@ FAULTS = {
     "picture not loaded": '<img src="missing.png" alt="a picture">',
     "formula not set": r'<span class="arithmatex">\(x\)</span>',
     "formula with an error": "<mjx-container><mjx-merror>bad</mjx-merror></mjx-container>",
+    "formula at 1.0 of": '<mjx-container><svg width="9" height="9" viewBox="0 0 9000 9000"></svg></mjx-container>',
     "formula not marked": "<p>The sum $a + b$ of two.</p>",
     "error in a script": "<script>throw new Error('broken')</script>",
     "error in the console": "<script>console.error('broken')</script>",
