@@ -12,8 +12,8 @@ from .style import METHOD, QUIET, Style, axes, next_style, visible
 
 #: Height of the strip of counts of one method, in units of accuracy, and the part of it that bars may fill.
 STRIP, BAR = 0.17, 0.09
-#: Height of one legend entry. The legend stands above the diagram, where it hides nothing.
-ENTRY = 0.09
+#: Height of one legend entry, as a share of the axes. The legend stands above the diagram, where it hides nothing.
+ENTRY = 0.055
 #: Largest number of bins whose counts are written out.
 MAX_NUMBERS = 15
 
@@ -108,7 +108,8 @@ def _strip(ax: Axes, table: pd.DataFrame, style: Style, *, num_bins: int, equal_
         for place, height, number in zip(x, heights, count, strict=True):
             ax.text(place, bottom + height, _short(number), ha="center", **note)
     ax.axhline(0, color=QUIET, linewidth=0.8, zorder=0)
-    ax.set_ylim(bottom - 0.03, 1.04 + ENTRY * (style.place + 1))
+    legend = min(0.02 + ENTRY * (style.place + 1), 0.6)
+    ax.set_ylim(bottom - 0.03, 1 + (1.03 - bottom) * legend / (1 - legend))
     strips = [-STRIP * (i + 1) + BAR / 2 for i in range(style.place + 1)]
     ax.set_yticks([*strips, 0, 0.2, 0.4, 0.6, 0.8, 1], [*["rows"] * len(strips), *"0 0.2 0.4 0.6 0.8 1".split()])
 

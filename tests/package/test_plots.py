@@ -387,7 +387,7 @@ def test_the_legend_stands_above_the_highest_point():
     ax.figure.canvas.draw()
     box = ax.get_legend().get_window_extent().transformed(ax.transData.inverted())
     assert box.y0 > max(np.max(line.get_ydata()) for line in ax.lines)
-    ax = plots.reliability({name: prediction(i) for i, name in enumerate("abc")})
+    ax = plots.reliability({name: prediction(i) for i, name in enumerate("abcde")})
     ax.figure.canvas.draw()
     assert ax.get_legend().get_window_extent().transformed(ax.transData.inverted()).y0 > 1
 
