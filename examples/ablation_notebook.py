@@ -59,7 +59,7 @@ line below says which size this run has, and which versions made its numbers.
 
 # %%
 TOY = notebooks.TOY
-NUM_TRAIN, NUM_TEST, NUM_LOO = (12, 8, 4) if TOY else (120, 150, 24)
+NUM_TRAIN, NUM_TEST, NUM_LOO = (12, 8, 4) if TOY else (120, 150, 16)
 NUM_STEPS, NUM_BLOCKS, NUM_WEIGHTS = (3, 1, 25) if TOY else (120, 2, 100)
 PRIORS = ("normal", "horseshoe")
 GUIDES = ("normal", "full_covariance")
@@ -130,13 +130,16 @@ the loss over the last third of the way, in standard errors. It is negative if t
 # %%
 figure, axes = plt.subplots(1, len(PRIORS), figsize=(9, 3.4), layout="constrained", sharey=True)
 for ax, prior in zip(axes, PRIORS, strict=True):
-    for guide, color in zip(GUIDES, (plots.MARK, plots.WARM), strict=True):
+    for guide, color, width in zip(GUIDES, (plots.QUIET, plots.WARM), (5, 1.2), strict=True):
         for seed, style in zip(SEEDS, ("-", ":"), strict=True):
             history = fits[prior, guide, seed]["result"].history
             smooth = history["loss"].rolling(10, min_periods=1).mean()
-            ax.plot(history["step"], smooth, color=color, linestyle=style, label=f"{guide}, seed {seed}")
+            label = f"{guide}, seed {seed}"
+            ax.plot(history["step"], smooth, color=color, linestyle=style, linewidth=width, label=label)
     ax.set(title=f"prior {prior}", xlabel="step")
 axes[0].set(ylabel="loss, nats per row (mean of 10 steps)", yscale="log")
+for axis in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+    axis("{x:g}")
 axes[0].legend(frameon=False)
 plt.show()
 NAMES = ["prior", "guide", "seed"]
@@ -187,8 +190,8 @@ def log_scores(key: tuple) -> np.ndarray:
 def change(of: str, before: tuple, after: tuple) -> dict:
     """Measure the change of the NLL between two fits."""
     gap = log_scores(before) - log_scores(after)
-    kept = [str(a) for a, b in zip(before, after, strict=True) if a == b]
-    return {"of": of, "kept": " / ".join(kept), "difference": gap.mean(), "se": gap.std(ddof=1) / len(gap) ** 0.5}
+    kept = ", ".join(f"{name} {a}" for name, a, b in zip(NAMES, before, after, strict=True) if a == b)
+    return {"of": of, "kept": kept, "difference": gap.mean(), "se": gap.std(ddof=1) / len(gap) ** 0.5}
 
 
 changes = pd.DataFrame(
@@ -201,7 +204,8 @@ colors = {"guide": plots.MARK, "prior": plots.WARM, "seed": plots.QUIET}
 for i, row in changes.iterrows():
     ax.errorbar(row["difference"], -i, xerr=2 * row["se"], fmt="o", color=colors[row["of"]], capsize=3)
 ax.axvline(0, color=plots.QUIET, linewidth=0.8)
-ax.set_yticks(-np.arange(len(changes)), changes["of"] + " changes; " + changes["kept"])
+ax.set_yticks(-np.arange(len(changes)), changes["of"] + " changes; " + changes["kept"], fontsize=8)
+ax.locator_params(axis="x", nbins=5)
 ax.set(xlabel="change of the NLL, nats per test row", title="What changes the NLL?")
 plt.show()
 
@@ -215,7 +219,7 @@ chance = changes.loc[changes["of"] == "seed", "difference"].abs().max()
 verdicts = []
 for of, others in (("guide", PRIORS), ("prior", GUIDES)):
     for other in others:
-        found = changes[(changes["of"] == of) & changes["kept"].str.startswith(f"{other} / ")]
+        found = changes[(changes["of"] == of) & changes["kept"].str.contains(f" {other}, seed")]
         same_sign = found["difference"].gt(0).nunique() == 1
         is_large = (found["difference"].abs() > np.maximum(2 * found["se"], chance)).all()
         by_seed = {f"seed {seed}": value for seed, value in zip(SEEDS, found["difference"], strict=True)}
@@ -254,13 +258,13 @@ deviation of 1. After enough steps, a latent that the data say nothing about has
 ## Correlations
 
 Each square of the picture is one pair of latents, under the guide `full_covariance` and the prior `normal`. The lines
-separate the layers. A strong color would mean that the data fix a combination of two latents, but not each of them.
+separate the layers. A strong color means that the data fix a combination of two latents, but not each of them. White
+squares mean that the two latents have nothing to do with each other.
 """
 
 # %%
-limit = max(float(np.abs(correlation).max()), 1e-3)
 figure, ax = plt.subplots(figsize=(5, 4), layout="constrained")
-image = ax.imshow(correlation, cmap="RdBu", vmin=-limit, vmax=limit)
+image = ax.imshow(correlation, cmap="RdBu", vmin=-1, vmax=1)
 for edge in edges[1:-1]:
     ax.axhline(edge - 0.5, color="black", linewidth=0.6)
     ax.axvline(edge - 0.5, color="black", linewidth=0.6)
