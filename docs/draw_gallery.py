@@ -22,7 +22,7 @@ PAGE = DOCS / "gallery.md"
 #: A block of code, and the picture that follows it, if there is one.
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n+(?:!\[[^\]]*\]\((?P<picture>images/[^)]+)\))?", re.M | re.S)
 
-ROWS, TOKENS, BLOCKS, STEPS = {"train": 100, "test": 150, "other": 100}, 48, 4, 60
+ROWS, TOKENS, BLOCKS, STEPS = {"train": 100, "test": 200, "other": 200}, 48, 4, 60
 
 
 def trained() -> dict[str, object]:
