@@ -89,10 +89,11 @@ def test_a_package_without_mathjax_is_named(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_code_of_a_page_is_at_most_80_wide(page):
+def test_code_of_a_page_is_there_and_at_most_80_wide(page):
     for language, code in re.findall(r"^[ \t]*```(\w*)\n(.*?)^[ \t]*```", page.read_text("utf-8"), re.M | re.S):
         wide = [line for line in code.splitlines() if len(line) > 80]
         assert not wide, f"a block of {language or 'text'}: {wide}"
+        assert code.strip(), "a block is empty: its output is missing"
 
 
 def test_signatures_wrap_at_80(site):
