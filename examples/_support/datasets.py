@@ -50,9 +50,10 @@ def reuters_r8(
     return pick(rows, count, seed, balance="answer" if balanced else None)
 
 
-def newsgroups(*, count: int, seed: int) -> list[dict]:
+def newsgroups(*, count: int, seed: int, split: str = "test") -> list[dict]:
     """Read 20 Newsgroups posts (Lang, 1995). Each asks for a Reuters topic, and no post has one of these topics."""
-    rows = [{"question": text, "choices": list(R8_TOPICS.values())} for _, text in _tab_file("20newsgroups-test.tab")]
+    texts = [text for _, text in _tab_file(f"20newsgroups-{split}.tab")]
+    rows = [{"question": text, "choices": list(R8_TOPICS.values())} for text in texts]
     return pick(rows, count, seed)
 
 

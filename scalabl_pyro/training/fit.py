@@ -201,7 +201,8 @@ def _train(
             with explained(lambda: trainer.next_step), checkpoints.ending(trainer):
                 for row in trainer.run(range(trainer.next_step, num_steps)):
                     bar.update(int(row["step"]) + 1 - bar.n)
-                    bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "nll", "kl")}, refresh=False)
+                    shown = [name for name in ("loss", "nll", "kl") if row[name] == row[name]]  # a point has no KL
+                    bar.set_postfix({name: f"{row[name]:.4g}" for name in shown}, refresh=False)
                     if stop is not None and stop(row):
                         logger.info("a callback stopped the training at step %d", row["step"])
                         break

@@ -1,0 +1,64 @@
+"""Uncertainty of rows like the training data, and of rows from elsewhere."""
+
+from typing import Literal, get_args
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from .. import metrics
+from .._arguments import check_role, known_arguments
+from ..prediction.result import NumericPrediction, Prediction
+from .style import MARK, WARM, axes, visible
+
+Kind = Literal["total", "aleatoric", "epistemic"]
+"""Kinds of uncertainty."""
+
+
+@known_arguments
+def uncertainty_histogram(
+    inside: Prediction | NumericPrediction,
+    outside: Prediction | NumericPrediction,
+    *,
+    kind: Kind = "total",
+    ax: Axes | None = None,
+) -> Axes:
+    """Plot histograms of the uncertainty of in-distribution and out-of-distribution rows.
+
+    The title gives the AUROC of the uncertainty as a score that separates the two groups.
+
+    Args:
+        inside: Prediction of in-distribution rows.
+        outside: Prediction of out-of-distribution rows.
+        kind: Kind of uncertainty: ``"total"``, ``"aleatoric"`` or ``"epistemic"``.
+        ax: Axes to draw on; None for new ones.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> scalabl_pyro.plots.uncertainty_histogram(inside, outside, kind="epistemic")
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind={kind!r} is unknown: use 'total', 'aleatoric' or 'epistemic'.")
+    check_role("inside", inside, "prediction")
+    check_role("outside", outside, "prediction")
+    if type(inside) is not type(outside):
+        raise TypeError(
+            f"inside is a {type(inside).__name__} and outside is a {type(outside).__name__}: their uncertainties have "
+            "different units. Pass two predictions of the same type."
+        )
+    ax = axes(ax)
+    a, b = getattr(inside, kind), getattr(outside, kind)
+    bins = np.linspace(0, max(a.max(), b.max(), 1e-9), 31).tolist()
+    blue, red = visible(MARK, ax), visible(WARM, ax)
+    ax.hist(a, bins=bins, density=True, color=blue, alpha=0.55, label=f"in distribution ({len(a)} rows)")
+    outline = {"facecolor": "none", "edgecolor": red, "hatch": "////", "linewidth": 0.8}
+    ax.hist(b, bins=bins, density=True, **outline, label=f"out of distribution ({len(b)} rows)")
+    unit = "nats" if isinstance(inside, Prediction) else "variance"
+    ax.set(
+        xlabel=f"{kind} uncertainty ({unit})",
+        ylabel="density of rows",
+        title=f"OOD AUROC {metrics.ood_auroc(a, b):.3f}",
+    )
+    ax.legend(frameon=False)
+    return ax
