@@ -26,14 +26,14 @@ from _support.datasets import NEWS, newsgroups, reuters_r8, word_task
 from _support.models import demo_llm, upper_blocks
 from _support.opinions import OPINION, movie_reviews, neutral_sentences, product_reviews
 
-MAX_LENGTH = 48
+MAX_LENGTH = 40
 VALIDATION_ROWS, OOD_ROWS = 600, 400
-SETTING = ["data", "rows", "steps", "blocks"]
+SETTING = ["data", "rows", "steps", "batch_size", "blocks"]
 
 
 def jobs(args: argparse.Namespace) -> list[dict]:
     """List the runs; ``lr`` is None for ScalaBL, which runs with the defaults of ``fit``."""
-    lines = product(args.data, args.rows, args.steps, args.blocks, args.seeds, (None, *args.rates))
+    lines = product(args.data, args.rows, args.steps, args.batch_size, args.blocks, args.seeds, (None, *args.rates))
     return [dict(zip((*SETTING, "seed", "lr"), line, strict=True)) for line in lines]
 
 
@@ -47,12 +47,15 @@ def load(data: str, rows: int, seed: int) -> tuple[list, list, dict[str, list]]:
     return pool[:rows], pool[rows:], other
 
 
-def scores(posterior: sp.Posterior, rows: list, other: dict[str, list], num_draws: int) -> dict:
+def scores(
+    posterior: sp.Posterior, rows: list, other: dict[str, list], num_draws: int, design: str = "independent"
+) -> dict:
     """Compute the metrics of a posterior on validation rows, and how well it tells the other rows apart."""
-    inside = posterior.predict(rows, num_draws=num_draws, seed=0, batch_size=64)
+    options = {"num_draws": num_draws, "design": design, "seed": 0, "batch_size": 64}
+    inside = posterior.predict(rows, **options)
     found = quality(inside)
     for name, elsewhere in other.items():
-        outside = posterior.predict(elsewhere, num_draws=num_draws, seed=0, batch_size=64)
+        outside = posterior.predict(elsewhere, **options)
         found[f"{name}_auroc"] = float(metrics.ood_auroc(inside.total, outside.total))
         if outside.target is not None and (outside.target >= 0).all():
             found |= {f"{name}_{key}": value for key, value in quality(outside).items()}
@@ -67,16 +70,17 @@ def quality(prediction: sp.Prediction) -> dict:
 
 
 def run(llm, tokenizer, job: dict) -> list[dict]:
-    """Train once and score; ScalaBL gives two lines, for the posterior mean and for ten draws."""
+    """Train once and score; ScalaBL gives three lines: posterior mean, ten draws, four mirrored draws."""
     train, rows, other = load(job["data"], job["rows"], job["seed"])
     task = word_task(tokenizer, train, NEWS if job["data"] == "news" else OPINION, MAX_LENGTH)
     lora = {"layers_to_transform": upper_blocks(llm, job["blocks"])}
-    budget = {"num_steps": job["steps"], "batch_size": 8, "seed": job["seed"], "progress": False}
+    budget = {"num_steps": job["steps"], "batch_size": job["batch_size"], "seed": job["seed"], "progress": False}
     if job["lr"] is None:
         blora = sp.bayesian_lora(llm, **lora)
         result = sp.fit(blora, task, train, **budget)
         found = [{"method": "mean", **scores(result.posterior, rows, other, 0)}]
         found.append({"method": "draws", **scores(result.posterior, rows, other, 10)})
+        found.append({"method": "mirrored", **scores(result.posterior, rows, other, 4, "antithetic")})
     else:
         result = sp.baselines.mle(llm, task, train, lr=job["lr"], lora=lora, **budget)
         found = [{"method": "lora", **scores(result.posterior, rows, other, 0)}]
@@ -103,6 +107,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=("news", "reviews"), default=["reviews"])
     parser.add_argument("--rows", nargs="+", type=int, default=[100, 200, 400], help="numbers of training rows")
     parser.add_argument("--steps", nargs="+", type=int, default=[100, 200, 300])
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[8])
     parser.add_argument("--blocks", nargs="+", type=int, default=[10], help="numbers of upper blocks to adapt")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--rates", nargs="+", type=float, default=[2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3], help="of LoRA")
