@@ -83,7 +83,8 @@ posterior = scalabl_pyro.Posterior.from_pretrained(llm, RUN / "posterior")
 display(posterior)
 facts = ("num_data", "num_steps", "batch_size", "seed", "method", "seconds")
 display(pd.Series({name: posterior.provenance[name] for name in facts}, name="how it was fitted").to_frame())
-display(pd.read_csv(RUN / "tables.csv").fillna(""))
+scores = pd.read_csv(RUN / "tables.csv", index_col=[0, 1]).rename_axis(["source", "method"]).astype(object)
+display(scores.where(scores.notna(), ""))
 
 # %% [markdown]
 """## Was the training long enough?

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pandas as pd
+
 import scalabl_pyro as sp
 
 from . import models, opinions
@@ -16,7 +18,7 @@ def toy_run(folder: Path, llm, tokenizer) -> None:
     result = sp.fit(blora, task, rows, num_steps=5, lr=1e-2, init_scale=0.3, progress=False)
     prediction = result.posterior.predict(rows[:8], num_draws=10)
     result.history.to_csv(folder / "history.csv", index=False)
-    prediction.metrics().to_csv(folder / "tables.csv")
+    pd.concat({"movie reviews": prediction.metrics()}).to_csv(folder / "tables.csv")
     result.posterior.to_arviz(num_draws=500, prediction=prediction).to_netcdf(str(folder / "posterior.nc"))
     result.posterior.save_pretrained(folder / "posterior")
     blora.unload()
