@@ -37,6 +37,11 @@
     if (!node.querySelector("mjx-container")) faults.push(`formula not set: ${name(node)}`);
   }
 
+  for (const formula of document.querySelectorAll("td mjx-container")) {
+    const cell = formula.closest("td").getBoundingClientRect();
+    if (formula.getBoundingClientRect().right > cell.right + 1) faults.push(`formula leaves its cell: ${name(formula)}`);
+  }
+
   // MathJax draws 1000 units per em.
   for (const drawing of document.querySelectorAll("mjx-container > svg[viewBox]")) {
     const size = parseFloat(getComputedStyle(drawing.parentElement).fontSize);

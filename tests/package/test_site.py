@@ -204,6 +204,10 @@ FAULTS = {
     "formula not set": r'<span class="arithmatex">\(x\)</span>',
     "formula with an error": "<mjx-container><mjx-merror>bad</mjx-merror></mjx-container>",
     "formula at 1.0 of": '<mjx-container><svg width="9" height="9" viewBox="0 0 9000 9000"></svg></mjx-container>',
+    "formula leaves its cell": (
+        '<table style="width: 50px; table-layout: fixed"><td><mjx-container style="display: inline-block; width: 90px">'
+        "</mjx-container></td></table>"
+    ),
     "formula not marked": "<p>The sum $a + b$ of two.</p>",
     "error in a script": "<script>throw new Error('broken')</script>",
     "error in the console": "<script>console.error('broken')</script>",
