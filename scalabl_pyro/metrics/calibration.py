@@ -55,10 +55,9 @@ def reliability(
         ValueError: If the shapes, the probabilities or the labels are wrong, or if an option is out of range.
 
     Example:
-        >>> reliability(np.array([[0.8, 0.2], [0.7, 0.3]]), np.array([0, 1]), num_bins=1).round(2)
-             confidence  accuracy  count   low  high
-        bin
-        0          0.75       0.5      2  0.09  0.91
+        >>> table = reliability(np.array([[0.8, 0.2], [0.7, 0.3]]), np.array([0, 1]), num_bins=1)
+        >>> table[["accuracy", "count", "low", "high"]].round(2).to_numpy().tolist()
+        [[0.5, 2.0, 0.09, 0.91]]
     """
     check_count(num_bins=num_bins)
     check_choice("bins", bins, get_args(Bins))

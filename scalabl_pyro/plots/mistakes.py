@@ -83,10 +83,13 @@ def _methods(predictions: Any) -> dict[str, Any]:
 
 def _counts(name: str, given: Any, threshold: float) -> list[metrics.ConfidentMistakes]:
     """Count the confident answers and mistakes of each prediction of a method."""
-    several = list(given) if isinstance(given, list | tuple) else [given]
-    if not several:
+    if not isinstance(given, list | tuple):
+        named = {name_of(name): given}
+    elif given:
+        named = {f"prediction {i} in the list of {name!r}": one for i, one in enumerate(given)}
+    else:
         raise ValueError(f"The list of predictions of {name!r} is empty. Pass one prediction or more.")
-    found = [scored(answered(one, name=name_of(name))) for one in several]
+    found = [scored(answered(one, name=text)) for text, one in named.items()]
     return [metrics.confident_mistakes(*data, threshold=threshold) for data in found]
 
 
