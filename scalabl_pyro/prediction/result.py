@@ -36,7 +36,7 @@ class Prediction(Answered):
         array([[0.7, 0.3]])
     """
 
-    PER_DRAW: ClassVar = ("log_probs",)
+    PER_DRAW: ClassVar[tuple[str, ...]] = ("log_probs",)
 
     log_probs: Array
     target: NDArray[np.integer] | None
@@ -155,7 +155,7 @@ class NumericPrediction(Answered):
         array([[-1.645,  1.645]])
     """
 
-    PER_DRAW: ClassVar = ("means", "variances", "replicates", "log_density")
+    PER_DRAW: ClassVar[tuple[str, ...]] = ("means", "variances", "replicates", "log_density")
 
     means: Array
     variances: Array

@@ -38,6 +38,7 @@ SCRIPTS = {
     "benchmarks/quality": (["--tiny", "--datasets", "r8", "--methods", "mle", "scalabl", "--out", "out"], DATA),
     "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
     "benchmarks/designs.py": (["--tiny", "--out", "designs.json"], DATA),
+    "benchmarks/serving.py": (["--tiny", "--out", "serving.json"], DATA),
     "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
     "benchmarks/compare_checkouts.py": (
         [*[str(EXAMPLES.parent)] * 2, "--rounds", "1", "--steps", "3", "--layers", "1"],
@@ -223,6 +224,13 @@ def test_the_benchmark_of_designs_measures_the_error_of_each(tmp_path):
     assert "antithetic" in output and "sobol" in output
     lines = json.loads((tmp_path / "designs.json").read_text())["lines"]
     assert len(lines) == 6 and all(line["error"] >= 0 for line in lines)
+
+
+def test_the_benchmark_of_serving_times_each_kind_of_request(tmp_path):
+    run("benchmarks/serving.py", tmp_path)
+    lines = json.loads((tmp_path / "serving.json").read_text())["lines"]
+    assert [line["draws"] for line in lines] == [0, 3]
+    assert all(line[kind] > 0 for line in lines for kind in line if kind.endswith("_ms"))
 
 
 def test_growth_leaves_lines_and_a_picture(tmp_path):
