@@ -20,10 +20,14 @@ from .shared_prefix import split_blocks
 from .start import Start
 from .subspace import Subspace
 from .targets import output_head
+from .uses import not_in_use
 
 Gauge = Literal["unit_rows", "free"]
 GAUGES: tuple[str, ...] = get_args(Gauge)
 _SERIAL = itertools.count()
+UNLOADED = (
+    "The adapter was unloaded from its module: load the posterior with from_pretrained(), or call bayesian_lora()."
+)
 
 
 class Adapter(Summarized):
@@ -268,10 +272,7 @@ class Adapter(Summarized):
     def check_attached(self) -> None:
         """Raise a RuntimeError if the layers were removed, so that the base model is not used by mistake."""
         if not self._is_attached:
-            raise RuntimeError(
-                "This adapter was unloaded from its module. Load the posterior with from_pretrained(), or call "
-                "bayesian_lora() again."
-            )
+            raise RuntimeError(UNLOADED)
 
     def check_in_place(self) -> None:
         """Raise a RuntimeError if other code, such as ``unload()`` of PEFT, took the layers out of the module."""
@@ -279,9 +280,10 @@ class Adapter(Summarized):
             check_in_place(self.module, self.subspace.names, self.layers)
 
     def unload(self) -> nn.Module:
-        """Restore the original module exactly, bit for bit, and return it."""
-        self._is_attached = False
-        self._changes.revert()
+        """Restore the original module exactly, bit for bit, and return it; RuntimeError while the module is in use."""
+        with not_in_use(self.module):
+            self._is_attached = False
+            self._changes.revert()
         return self._original
 
     def num_parameters(self) -> dict[str, int]:
