@@ -62,7 +62,7 @@ class Stream:
         with LOCK:
             generators = {name: g for name, g in _generators().items() if self.gpus or name == "cpu"}
             before = {name: generator.get_state() for name, generator in generators.items()}
-            undo = partial(torch.default_generator.set_state, before["cpu"])  # a forked child cannot use GPUs
+            undo = partial(torch.set_rng_state, before["cpu"])  # a forked child cannot use GPUs
             try:
                 with undone_in_child(undo):
                     for name, generator in generators.items():

@@ -1,7 +1,7 @@
 """Folders that are written completely or not at all.
 
-A new folder is written inside a hidden one, see :mod:`.unfinished`. When all its files are on the disk, it is renamed. A
-reader therefore finds the old folder or the complete new one, even after a power failure.
+A new folder is written inside a hidden one, see :mod:`.unfinished`. When all its files are on the disk, it is renamed.
+A reader therefore finds the old folder or the complete new one, even after a power failure.
 """
 
 import ctypes

@@ -28,6 +28,9 @@ class UpdateCheck:
         parameters: Parameters that the update changes.
         logarithms: Those of them that are logarithms, see :func:`logarithms_of`.
 
+    Attributes:
+        rejected: Parameters for which the host took the last update back; empty on a GPU, where the device does it.
+
     Example:
         >>> weight = torch.ones(3)
         >>> check = UpdateCheck([weight])
@@ -35,9 +38,6 @@ class UpdateCheck:
         >>> _ = weight.mul_(1e30)  # an update; its square is beyond float32
         >>> check.settle().item(), weight
         (inf, tensor([1., 1., 1.]))
-
-    Attributes:
-        rejected: Parameters for which the host took the last update back; empty on a GPU, where the device does it.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, logarithms: Sequence[Tensor] = ()) -> None:
@@ -97,7 +97,7 @@ def _size(parameters: Sequence[Tensor]) -> Tensor:
     """() Sum of the norms of tensors; infinite if float32 cannot hold a square."""
     if not parameters:
         return torch.zeros(())
-    norms = torch._foreach_norm(parameters)
+    norms = torch._foreach_norm(list(parameters))
     first = norms[0]
     if any(norm.dtype != first.dtype or norm.device != first.device for norm in norms):
         norms = tuple(norm.to(first.device, torch.float64) for norm in norms)

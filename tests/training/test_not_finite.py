@@ -126,7 +126,7 @@ def test_an_update_that_is_too_large_is_taken_back_at_once(name, policy):
     guide = as_guide("normal", blora)
     trained = [*guide.parameters(), *blora.point_estimates.parameters()]
     before = [p.detach().clone() for p in trained]
-    with pytest.raises(sp.TrainingError, match="At step 0: the update was too large: .* was taken back"):
+    with pytest.raises(sp.TrainingError, match=r"At step 0: the update was too large: .* was taken back"):
         fit(blora, guide=guide, on_nonfinite=policy, **TOO_LARGE[name])
     for parameter, value in zip(trained, before, strict=True):
         if parameter is not blora.adapter.factors()[0][0]:
