@@ -121,7 +121,7 @@ def unloaded_on_error(blora: BayesianLoRA, convert: Callable[[Any], Any] | None 
     except BaseException as error:
         partial = getattr(error, "result", None)
         if partial is None:
-            blora.unload()
+            blora.adapter.unload()
         elif convert is not None:
             error.result = convert(partial)  # type: ignore[attr-defined]
         raise

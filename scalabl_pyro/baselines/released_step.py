@@ -56,8 +56,8 @@ class AlternatingStep:
             rate: Factor of both learning rates.
 
         Raises:
-            FloatingPointError: The NLL or the KL is not finite, and the update that belongs to it was not made; or
-                both updates together were too large, and were taken back.
+            FloatingPointError: The NLL or the KL is not finite, and the update that belongs to it was not made; or an
+                update was too large, and was taken back.
         """
         return self.update(self.gradient(nll), weight=weight, rate=rate)
 
@@ -73,16 +73,19 @@ class AlternatingStep:
         set_rates(self.adamw, rate)
         set_rates(self.sgd, rate)
         value = _finite("NLL", loss)
-        self.check.keep()
-        self.adamw.step()
+        self._checked(self.adamw)
         kl = self.latents.kl()
         _finite("KL", weight * kl)
         self.sgd.zero_grad(set_to_none=False)
         (weight * kl).backward()
-        self.sgd.step()
+        self._checked(self.sgd)
+        return value, kl.item()
+
+    def _checked(self, optimizer: torch.optim.Optimizer) -> None:
+        self.check.keep()
+        optimizer.step()
         if not torch.isfinite(self.check.settle()):
             raise FloatingPointError("The update was too large and was taken back.")
-        return value, kl.item()
 
 
 class GradientObjective:

@@ -20,7 +20,6 @@ from .shared_prefix import split_blocks
 from .start import Start
 from .subspace import Subspace
 from .targets import output_head
-from .uses import not_in_use
 
 Gauge = Literal["unit_rows", "free"]
 GAUGES: tuple[str, ...] = get_args(Gauge)
@@ -280,10 +279,9 @@ class Adapter(Summarized):
             check_in_place(self.module, self.subspace.names, self.layers)
 
     def unload(self) -> nn.Module:
-        """Restore the original module exactly, bit for bit, and return it; RuntimeError while the module is in use."""
-        with not_in_use(self.module):
-            self._is_attached = False
-            self._changes.revert()
+        """Restore the original module exactly, bit for bit, and return it. Nothing may use the module meanwhile."""
+        self._is_attached = False
+        self._changes.revert()
         return self._original
 
     def num_parameters(self) -> dict[str, int]:

@@ -621,7 +621,7 @@ def test_alone_there_is_nobody_to_talk_to(tmp_path):
     assert not dist.is_initialized()
 
 
-# interrupted twice, changed, installed otherwise -----------------------------------------------------------------------
+# interrupted twice, changed, installed otherwise -----------------------------------------
 
 
 def interrupted(rank, who, times, folder):

@@ -129,15 +129,7 @@ def test_an_update_that_is_too_large_is_taken_back_at_once(name, policy):
     with pytest.raises(sp.TrainingError, match=r"At step 0: the update was too large: .* was taken back"):
         fit(blora, guide=guide, on_nonfinite=policy, **TOO_LARGE[name])
     for parameter, value in zip(trained, before, strict=True):
-        if parameter is not blora.adapter.factors()[0][0]:
-            torch.testing.assert_close(parameter.detach(), value, rtol=1e-6, atol=1e-6)
-
-
-def test_earlier_steps_are_in_the_error():
-    """A rate that rises over the warm-up is too large at its third step."""
-    with pytest.raises(sp.TrainingError, match=r"At step 2: the update was too large") as caught:
-        fit(num_steps=6, kl_weight=1.0, callbacks=[], optimizer={"warmup": 1.0}, lr=6e19, lr_A=1e-9)
-    assert caught.value.result is None or len(caught.value.result.history) <= 2
+        assert torch.equal(parameter, value)
 
 
 def test_the_parameter_is_named():
@@ -181,13 +173,13 @@ class Latents(torch.nn.Module):
         return self.loc.square().sum()
 
 
-@pytest.mark.parametrize("rates", [{"lr": 1e30, "lr_kl": 0.1}, {"lr": 0.1, "lr_kl": 1e30}])
-def test_the_released_step_takes_its_updates_back_too(rates):
+@pytest.mark.parametrize(("rates", "left"), [({"lr": 1e30, "lr_kl": 0.1}, 1.0), ({"lr": 0.1, "lr_kl": 1e30}, 0.9)])
+def test_the_released_step_takes_back_the_one_of_its_updates_that_was_too_large(rates, left):
     latents = Latents()
     step = AlternatingStep(latents, [], **rates)
     with pytest.raises(FloatingPointError, match="too large and was taken back"):
         step(lambda s: s.sum(), weight=1.0, rate=1.0)
-    assert torch.equal(latents.loc, torch.ones(2))
+    torch.testing.assert_close(latents.loc.detach(), torch.full((2,), left))
 
 
 # a file ---------------------------------------------------------------------------------------------------------------
@@ -269,7 +261,7 @@ def test_a_checkpoint_with_moments_that_are_not_finite_is_not_written(tmp_path, 
     with pytest.raises(sp.TrainingError):
         fit(num_steps=2, checkpoint_dir=tmp_path, callbacks=[spoil], checkpoint={"every": 1})
     assert f"is not saved: optimizer.0.{state}" in caplog.text
-    assert max(tmp_path.iterdir()).name == "step-00000002" or "step 2 is not saved" in caplog.text
+    assert not (tmp_path / "step-00000002").exists()
 
 
 # the same run ---------------------------------------------------------------------------------------------------------
