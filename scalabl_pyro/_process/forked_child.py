@@ -27,11 +27,11 @@ def undone_in_child(undo: Callable[[], None]) -> Iterator[None]:
     Args:
         undo: Puts back what the holder of the lock changes inside the context.
     """
-    _UNDO.append(undo)
     try:
+        _UNDO.append(undo)
         yield
     finally:
-        _UNDO.pop()
+        _UNDO.remove(undo)
 
 
 def at_fork(function: Callable[[], None]) -> None:

@@ -24,7 +24,7 @@ class _Use:
         self.thread = threading.get_ident()
 
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # the garbage collector may end a use anywhere
 _USES: weakref.WeakSet[_Use] = weakref.WeakSet()
 
 
@@ -58,7 +58,7 @@ def not_in_use(module: nn.Module) -> Iterator[None]:
     """
     with _LOCK:
         own = threading.get_ident()
-        for use in _USES:
+        for use in list(_USES):
             if use.module == id(module):
                 who = "an open context of this thread" if use.thread == own else "another thread"
                 raise RuntimeError(
@@ -71,7 +71,7 @@ def not_in_use(module: nn.Module) -> Iterator[None]:
 def _forget_other_threads() -> None:
     """Forget, in a forked child, the uses of threads that the child does not have."""
     global _LOCK
-    _LOCK = threading.Lock()
+    _LOCK = threading.RLock()
     for use in list(_USES):
         if use.thread != threading.get_ident():
             _USES.discard(use)
