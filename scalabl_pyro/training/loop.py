@@ -163,8 +163,9 @@ class Trainer:
 
     def overflown(self) -> list[str]:
         """List the names of parameters and moments that have no finite value."""
-        moments = {n: t for n, t in self.learned.trained().items() if n.startswith("optimizer.")}
-        return overflown(self.execute.objective) + [n for n, t in moments.items() if not torch.isfinite(t).all()]
+        moments = below(self.learned.trained(), "optimizer.")
+        names = [f"optimizer.{name}" for name, moment in moments.items() if not torch.isfinite(moment).all()]
+        return overflown(self.execute.objective) + names
 
     @property
     def has_unread(self) -> bool:
@@ -243,8 +244,7 @@ class Trainer:
         facts = describe_batch(taken.batch, statistics, self._kl(taken, statistics), self.execute.objective.guide)
         self.is_whole = False
         if statistics.had_finite_gradient:  # whatever the policy: the next update would be as large
-            check = self.execute.update_check
-            is_last = self.next_step == taken.step + 1
+            check, is_last = self.execute.update_check, self.next_step == taken.step + 1
             rejected = check.rejected if check is not None and is_last else []
             raise FloatingPointError(too_large(taken.step, names_of(self.execute.objective, rejected), facts))
         stop = self.recovery.reject(taken.step, facts)
