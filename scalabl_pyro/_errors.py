@@ -71,6 +71,20 @@ def check_scale(**values: float) -> None:
             )
 
 
+def check_share(**values: float) -> None:
+    """Check that numbers are shares of the steps, from 0 to 1.
+
+    Args:
+        values: Numbers, named as the options of the caller.
+
+    Raises:
+        ValueError: A number is not.
+    """
+    for name, value in values.items():
+        if not is_number(value) or not 0 <= value <= 1:
+            raise ValueError(f"{name}={value!r} must lie between 0 and 1: it is a share of the steps.")
+
+
 def check_not_negative(**values: float) -> None:
     """Check that numbers are finite, and 0 or more.
 

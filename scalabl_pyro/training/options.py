@@ -15,6 +15,7 @@ from .._errors import (
     check_not_negative,
     check_positive,
     check_scale,
+    check_share,
     describe,
     is_number,
 )
@@ -73,8 +74,7 @@ class OptimizerOptions:
         check_positive(lr_scale=self.lr_scale, **({} if self.lr_loc is None else {"lr_loc": self.lr_loc}))
         check_not_negative(weight_decay=self.weight_decay)
         check_choice("schedule", self.schedule, ("linear", "constant"))
-        if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup={self.warmup!r} must lie between 0 and 1: it is a share of the steps.")
+        check_share(warmup=self.warmup)
         limit = self.max_grad_norm
         if limit is not None and (not is_number(limit) or not limit > 0):
             raise ValueError(f"max_grad_norm={limit!r} must be positive. Leave it out for no limit.")
