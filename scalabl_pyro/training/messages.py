@@ -126,6 +126,8 @@ def short_name(name: str) -> str:
     """Name a parameter as users know it: ``<layer>/B``, or a scale of the guide."""
     if name.endswith("scale_unconstrained") and "guide." in name:
         return "a scale of the guide"
+    if name.removeprefix("module.").startswith("guide."):
+        return f"{name.rpartition('.')[2].removesuffix('_unconstrained')} of the guide"
     return name.split("point_estimates.")[-1].removesuffix("_unconstrained")
 
 
