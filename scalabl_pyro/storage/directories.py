@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .unfinished import NEW, OLD, holder
+from .unfinished import former_content, holder, new_content
 
 
 @contextmanager
@@ -29,11 +29,11 @@ def staged(path: Path) -> Iterator[Path]:
         'hello'
     """
     with holder(path) as folder:
-        staging = folder / NEW
+        staging = new_content(folder)
         os.mkdir(staging)
         yield staging
         sync(staging)
-        _move_into_place(staging, path, old=folder / OLD)
+        _move_into_place(staging, path, old=former_content(folder))
 
 
 def sync(folder: Path) -> None:

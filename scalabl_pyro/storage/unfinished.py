@@ -2,8 +2,8 @@
 
     .NAME-1a2b3c4d/                  holder, beside the folder NAME that is written or deleted
         .scalabl_pyro-unfinished     marker: says that the holder is ours, and is locked while its process lives
-        new/                         new content of NAME
-        old/                         former content of NAME
+        NAME/                        new content
+        NAME.old/                    former content
 
 A holder is removed only if it has the marker, and only if the lock of the marker is free: the system frees it when the
 process ends, however it ends. A folder that only looks alike by its name is left alone, unless it is empty and would be
@@ -30,7 +30,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MARKER = ".scalabl_pyro-unfinished"
-NEW, OLD = "new", "old"
 _NAME = re.compile(r"\.(.+)-[0-9a-f]{8}")
 #: Seconds after which a holder is left behind where its lock says nothing: from another host, or on Windows.
 _OLD = 24 * 3600
@@ -65,7 +64,17 @@ def discard(path: Path) -> None:
         OSError: It cannot be moved. It is complete then.
     """
     with holder(path) as folder:
-        os.replace(path, folder / OLD)
+        os.replace(path, former_content(folder))
+
+
+def new_content(folder: Path) -> Path:
+    """Path of the new content in a holder."""
+    return folder / folder.name[1:-9]
+
+
+def former_content(folder: Path) -> Path:
+    """Path of the former content in a holder."""
+    return folder / f"{folder.name[1:-9]}.old"
 
 
 def remove_left_behind(parent: Path) -> None:
@@ -113,8 +122,8 @@ def _remove_if_left_behind(folder: Path) -> None:
         if locked is False or not (is_old or (locked and _was_written_here(marker))):
             return
         target = folder.with_name(folder.name[1:-9])
-        if (folder / OLD).is_dir() and (folder / NEW).is_dir() and not target.exists():
-            os.replace(folder / OLD, target)  # killed between two renames
+        if former_content(folder).is_dir() and new_content(folder).is_dir() and not target.exists():
+            os.replace(former_content(folder), target)  # killed between two renames
         _remove(folder)
     finally:
         os.close(marker)
@@ -146,8 +155,8 @@ def _was_written_here(marker: int) -> bool:
 def _remove(folder: Path) -> None:
     """Remove a holder, its marker last: what a kill leaves in between is still known as ours."""
     for _ in range(2):  # a second try, in case the first met a temporary error
-        for name in (NEW, OLD):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        for content in (new_content(folder), former_content(folder)):
+            shutil.rmtree(content, ignore_errors=True)
     with contextlib.suppress(OSError):
         if not any(entry.name != MARKER for entry in os.scandir(folder)):
             (folder / MARKER).unlink(missing_ok=True)

@@ -83,7 +83,7 @@ def test_work_of_a_living_process_stays(tmp_path):
     pid = os.fork()
     if pid == 0:
         with holder(tmp_path / "saved") as folder:
-            (folder / "new").mkdir()
+            (folder / "saved").mkdir()
             os.write(writing, b"1")
             time.sleep(60)
         os._exit(0)
@@ -92,7 +92,7 @@ def test_work_of_a_living_process_stays(tmp_path):
         write(tmp_path / "saved")
         write(tmp_path / "another")
         (living,) = [name for name in names(tmp_path) if name.startswith(".")]
-        assert (tmp_path / living / "new").is_dir()
+        assert (tmp_path / living / "saved").is_dir()
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

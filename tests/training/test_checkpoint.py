@@ -153,7 +153,7 @@ def test_files_of_a_user_stay_whatever_their_names(tmp_path, name, kind):
     for step in (10, 20, 30):
         folder.write(step, TENSOR, {})
     folder.set_aside(30)
-    if (name, kind) != ("step-00000001", "empty folder"):  # that is a checkpoint without its files
+    if kind != "empty folder" or "notes" in name:  # these are a checkpoint, and a holder of one, without their files
         assert mine.exists() and (kind != "folder" or (mine / "notes.txt").read_text() == "years of work")
     assert [p.name for p in folder.paths() if p != mine] == ["step-00000030"]
 
