@@ -31,7 +31,8 @@ def undone_in_child(undo: Callable[[], None]) -> Iterator[None]:
         _UNDO.append(undo)
         yield
     finally:
-        _UNDO.remove(undo)
+        if undo in _UNDO:  # Ctrl-C can come before it is
+            _UNDO.remove(undo)
 
 
 def at_fork(function: Callable[[], None]) -> None:
