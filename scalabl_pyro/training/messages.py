@@ -41,13 +41,13 @@ def explained(step: Callable[[], int]) -> Iterator[None]:
 
 
 class StepStatistics(NamedTuple):
-    """What the host reads of a step: terms of the loss (nats per example), norms of gradient and parameters."""
+    """What the host reads of a step: terms of the loss (nats per example), gradient norm, outcome of the update."""
 
     loss: float
     nll: float
     weighted_kl: float
     grad_norm: float
-    size: float
+    outcome: float
 
     @property
     def had_finite_gradient(self) -> bool:
@@ -56,8 +56,8 @@ class StepStatistics(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether the step changed the parameters: loss, gradient and new parameters are finite."""
-        return self.had_finite_gradient and math.isfinite(self.size)
+        """Whether the step changed the parameters: loss and gradient are finite, and the update was not taken back."""
+        return self.had_finite_gradient and math.isfinite(self.outcome)
 
 
 def describe_batch(batch: Batch, statistics: StepStatistics, kl: float, guide: nn.Module) -> str:

@@ -214,7 +214,11 @@ def build_trainer(
         processes=program.processes,
         signals=signals,
         check=GradientCheck(program.model.blora),
-        update_check=UpdateCheck(parameters_of(optimizer), logarithms=_trained_logarithms(program)),
+        update_check=UpdateCheck(
+            parameters_of(optimizer),
+            logarithms=_trained_logarithms(program),
+            largest_rate=max(options.lr, options.lr_A, options.lr_loc, optimizer_options.lr_scale),
+        ),
     )
     return Trainer(
         step,

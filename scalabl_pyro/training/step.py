@@ -27,8 +27,8 @@ class StepResult(NamedTuple):
     """What one step gives.
 
     Attributes:
-        statistics: (5,) Loss, NLL, weighted KL (nats per example), gradient norm, and sum of the norms of the
-            parameters after the update, on the device.
+        statistics: (5,) Loss, NLL, weighted KL (nats per example), gradient norm, and 0, or infinity if the
+            update was taken back, on the device.
         signal: Largest signal that any of several processes has received, or 0. It is always 0 in a single process.
     """
 
@@ -107,16 +107,16 @@ class EagerStep(Generic[Objective]):
         return StepResult(torch.cat([terms, norm.reshape(1), self._update().to(terms).reshape(1)]), signal)
 
     def _update(self) -> Tensor:
-        """Update the parameters; () their norm after it, which is not finite if the update was taken back."""
+        """Update the parameters; () 0, or infinity if the update was taken back."""
         if self.update_check is None:
             self.optimizer.step()
             return torch.zeros_like(self.blocked)
         self.update_check.keep()
         self.optimizer.step()
-        size = self.update_check.settle()
-        if self.update_check.stays_on_device or not torch.isfinite(size):
-            self._block_unless(torch.isfinite(size))
-        return size
+        outcome = self.update_check.settle()
+        if self.update_check.stays_on_device or outcome:
+            self._block_unless(torch.isfinite(outcome))
+        return outcome
 
     def _block_unless(self, finite: Tensor) -> None:
         self.blocked.copy_(torch.maximum(self.blocked, (~finite).to(self.blocked)))

@@ -154,6 +154,22 @@ def test_parameters_are_put_back_by_their_bits():
             assert torch.equal(parameter.view(bits), value.view(bits))
 
 
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_the_quick_check_changes_no_bit(value):
+    start = [torch.randn(5), torch.tensor([0.0, -0.0, 1e-40, 3e38]), torch.empty(0)]
+    check = UpdateCheck([t.clone() for t in start], largest_rate=1e-2)
+    assert check.is_quick
+    check.keep()
+    assert check.settle() == 0
+    for parameter, own in zip(check.parameters, start, strict=True):
+        assert torch.equal(parameter.view(torch.int32), own.view(torch.int32))
+    check.parameters[1][2] = value
+    assert check.settle() == INF and [id(p) for p in check.rejected] == [id(check.parameters[1])]
+    for parameter, own in zip(check.parameters, start, strict=True):
+        assert torch.equal(parameter.view(torch.int32), own.view(torch.int32))
+    assert check.settle() == 0
+
+
 def test_scales_are_known_to_be_logarithms(blora):
     guide = as_guide("normal", blora)
     assert [id(p) for p in logarithms_of(guide)] == [id(guide.scale_unconstrained)]
