@@ -296,5 +296,5 @@ def _rows(saved: Mapping[str, Tensor], columns: Sequence[str]) -> list[dict[str,
     rows = [dict(zip(table, row, strict=True)) for row in zip(*(c.tolist() for c in table.values()), strict=True)]
     counted = ("step", "skipped")
     if not all(((table[name] >= 0) & torch.isfinite(table[name])).all() for name in counted if table):
-        raise ValueError("the saved history has steps that are negative or not finite")
+        raise ValueError("the saved history has steps that are not finite, or negative")
     return [row | {name: int(row[name]) for name in counted} for row in rows]
