@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,4 +43,5 @@ def check_alike(processes: Processes, learned: LearnedState) -> None:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(tensor.detach().cpu().flatten().view(torch.uint8).numpy()).digest()[:16]
+    values: Any = tensor.detach().cpu().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(values).digest()[:16]
