@@ -58,8 +58,8 @@ class UpdateCheck:
         are_alike = {(p.device, p.dtype) for p in self.parameters} <= {(d, torch.float32) for d in devices}
         self.is_quick = largest_rate < QUICK_BELOW and are_alike and len(devices) == 1
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
-        self._one = torch.ones((), device=device)
-        self._found = torch.zeros((), device=device)
+        self._one = torch.ones((), device=device, dtype=torch.float32)  # whatever the default dtype is
+        self._found = torch.zeros((), device=device, dtype=torch.float32)
 
     @torch.no_grad()
     def keep(self) -> None:
