@@ -43,7 +43,7 @@ class OptimizerOptions:
         lr_loc: Learning rate of the guide's locations. Default: ``lr``.
         lr_scale: Learning rate of the guide's scales, which are learned as logarithms.
         weight_decay: Decay of B, and of A if the gauge leaves A free. It is decoupled from the loss: each step shrinks
-            them by learning rate times decay.
+            them by learning rate times decay, which must be 1 at most.
         factor_scale: Standard deviation of a normal MAP prior on B, and on A if the gauge leaves A free. It is a term
             of the loss.
         warmup: Share of the steps in which the learning rates rise from 0.
