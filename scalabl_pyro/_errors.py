@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 #: Longest value that a message shows, in characters. Errors may be logged, and a long text may be confidential.
 MAX_SHOWN = 60
+#: Smallest and largest scale that float32 can square.
+SCALES = (1e-18, 1e18)
 
 
 class ScalaBLWarning(UserWarning):
@@ -49,6 +51,38 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not is_number(value) or not 0 < value < float("inf"):
             raise ValueError(f"{name}={value!r} must be positive and finite.{_about_text(value)}")
+
+
+def check_scale(**values: float) -> None:
+    """Check that numbers are positive, and that float32 can hold their squares and the inverses of these.
+
+    Args:
+        values: Numbers, named as the options of the caller.
+
+    Raises:
+        ValueError: A number is not.
+    """
+    check_positive(**values)
+    for name, value in values.items():
+        if not SCALES[0] <= value <= SCALES[1]:
+            raise ValueError(
+                f"{name}={value!r} must lie between {SCALES[0]:.0e} and {SCALES[1]:.0e}, because float32 must hold "
+                "its square."
+            )
+
+
+def check_share(**values: float) -> None:
+    """Check that numbers are shares of the steps, from 0 to 1.
+
+    Args:
+        values: Numbers, named as the options of the caller.
+
+    Raises:
+        ValueError: A number is not.
+    """
+    for name, value in values.items():
+        if not is_number(value) or not 0 <= value <= 1:
+            raise ValueError(f"{name}={value!r} must lie between 0 and 1: it is a share of the steps.")
 
 
 def check_not_negative(**values: float) -> None:

@@ -3,6 +3,9 @@
 torch's default generators, Pyro's handler stack and settings, and fast tokenizers belong to the process, not to a
 thread. A thread that changes or needs them holds :data:`LOCK` for that time. A training holds it per step. Predictions
 run the LLM without it; :mod:`scalabl_pyro.lora.train_mode` counts them.
+
+A child process that was forked has only the thread that forked. :mod:`.forked_child` gives back there what other
+threads held.
 """
 
 import threading
@@ -39,6 +42,12 @@ class FairLock:
         """Open the gate if Ctrl-C inside ``acquire`` left it closed by the present thread."""
         while self._gate._is_owned():  # type: ignore[attr-defined]
             self._gate.release()
+
+    def _at_fork_reinit(self) -> None:
+        """Give back, in a forked child, what threads held that the child does not have."""
+        for part in (self._gate, self._lock):
+            if not part._is_owned():  # type: ignore[attr-defined]
+                part._at_fork_reinit()  # type: ignore[attr-defined]
 
     def is_held(self) -> bool:
         """Tell whether the present thread holds the lock."""

@@ -1,23 +1,45 @@
 """The base class of all Pyro programs here: it supports both of Pyro's parameter modes, and keeps plates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import get_plates
+from pyro.poutine.runtime import _PYRO_STACK, get_plates
 
 from .._arguments import known_arguments
+from .forked_child import undone_in_child
 from .lock import LOCK
+
+#: Settings of Pyro that the package changes for a time.
+_MODES = (
+    "module_local_params",
+    "validate_distributions_pyro",
+    "validate_distributions_torch",
+    "validate_infer",
+    "validate_poutine",
+)
 
 
 @contextmanager
 def local_params() -> Iterator[None]:
     """Keep parameters in their modules and Pyro's global store empty. One thread at a time: the mode is global."""
-    with LOCK, pyro.settings.context(module_local_params=True):
+    with LOCK, undone_in_child(_restore_pyro()), pyro.settings.context(module_local_params=True):
         yield
+
+
+def _restore_pyro() -> Callable[[], None]:
+    """Return a function that gives Pyro the handlers and modes that it has now."""
+    handlers = list(_PYRO_STACK)
+    modes = {name: pyro.settings.get(name) for name in _MODES}
+
+    def restore() -> None:
+        _PYRO_STACK[:] = handlers
+        pyro.settings.set(**modes)
+
+    return restore
 
 
 class Program(PyroModule):

@@ -3,12 +3,14 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._values import plain
+from .forked_child import undone_in_child
 from .lock import LOCK
 
 
@@ -60,14 +62,16 @@ class Stream:
         with LOCK:
             generators = {name: g for name, g in _generators().items() if self.gpus or name == "cpu"}
             before = {name: generator.get_state() for name, generator in generators.items()}
+            undo = partial(torch.set_rng_state, before["cpu"])  # a forked child cannot use GPUs
             try:
-                for name, generator in generators.items():
-                    if name in self._states:
-                        generator.set_state(self._states[name])
-                    else:
-                        generator.manual_seed(self.seed)
-                yield
-                self._states = {name: generator.get_state() for name, generator in generators.items()}
+                with undone_in_child(undo):
+                    for name, generator in generators.items():
+                        if name in self._states:
+                            generator.set_state(self._states[name])
+                        else:
+                            generator.manual_seed(self.seed)
+                    yield
+                    self._states = {name: generator.get_state() for name, generator in generators.items()}
             finally:
                 for name, generator in generators.items():
                     generator.set_state(before[name])

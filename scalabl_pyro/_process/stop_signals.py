@@ -17,11 +17,14 @@ class StopSignals:
 
     Attributes:
         received: Number of the signal that waits, or None.
+        delivered: Whether a signal took effect between two steps. If several processes work together, it did so in
+            all of them at the same step. A second Ctrl-C takes effect in one process only.
     """
 
     def __init__(self, *, terminate: bool) -> None:
         self.terminate = terminate
         self.received: int | None = None
+        self.delivered = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -51,6 +54,7 @@ class StopSignals:
                 that handler is called instead, and may return.
         """
         signum, self.received = self.received, None
+        self.delivered = signum is not None
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
         if signum == signal.SIGTERM:

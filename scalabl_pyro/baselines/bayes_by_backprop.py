@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Generator, Tensor, nn
 
-from .._errors import check_positive
+from .._errors import check_scale
 from ..guides import DeltaGuide, Guide
 from ..guides.initial_scale import draw_initial_scale
 from ..lora.adapter import Adapter
@@ -80,7 +80,7 @@ def blob(
         >>> result = scalabl_pyro.baselines.blob(llm, task, train_data, num_steps=1000, kl_weight=0.1)
         >>> result.posterior.predict(test_data, num_draws=10).metrics()
     """
-    check_positive(prior_scale=prior_scale, init_root_scale=init_root_scale)
+    check_scale(prior_scale=prior_scale, init_root_scale=init_root_scale)
     adapter = plain_lora(module, lora).adapter
     guide = NoiseGuide(adapter, init_root_scale=init_root_scale, seed=seed)
     blora = FlipoutLoRA(adapter, prior=NoisePrior(adapter, prior_scale))

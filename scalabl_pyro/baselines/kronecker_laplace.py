@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from .._arguments import check_role, known_arguments
-from .._errors import check_count, check_positive
+from .._errors import check_count, check_scale
 from .._process.random_state import scoped_seed
 from ..data.batch import evaluation_batches
 from ..data.encoding import encode
@@ -81,7 +81,7 @@ def laplace_lora(
         if prior_scale != "evidence":
             raise ValueError(f"prior_scale={prior_scale!r}: give a number, or 'evidence' to choose it.")
     else:
-        check_positive(prior_scale=prior_scale)
+        check_scale(prior_scale=prior_scale)
     examples = encode(read_rows(train_data), posterior.task.encode, need_target=True)
     factors = plain_factors(posterior)
     with scoped_seed(seed), torch.enable_grad():

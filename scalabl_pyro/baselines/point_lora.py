@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._errors import check_positive
+from .._errors import check_scale
 from ..guides import DeltaGuide
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..tasks import Task
@@ -88,7 +88,7 @@ def map_lora(
         >>> result = scalabl_pyro.baselines.map_lora(llm, task, train_data, scale=0.5, num_steps=1000)
         >>> result.posterior.predict(test_data).metrics()
     """
-    check_positive(scale=scale)
+    check_scale(scale=scale)
     optimizer = optimizer_with(options.pop("optimizer", None), factor_scale=scale)
     if optimizer.factor_scale != scale:
         raise TypeError(f"map_lora() got factor_scale={optimizer.factor_scale} in optimizer=: give it as scale=.")
@@ -121,7 +121,7 @@ def unloaded_on_error(blora: BayesianLoRA, convert: Callable[[Any], Any] | None 
     except BaseException as error:
         partial = getattr(error, "result", None)
         if partial is None:
-            blora.unload()
+            blora.adapter.unload()
         elif convert is not None:
             error.result = convert(partial)  # type: ignore[attr-defined]
         raise

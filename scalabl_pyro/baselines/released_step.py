@@ -13,6 +13,7 @@ from ..data.batch import Batch
 from ..training.cuda_graphs import GraphedStep
 from ..training.optimizer import parameters_of, set_rates
 from ..training.step import EagerStep
+from ..training.update_check import UpdateCheck
 
 
 class Latents(Protocol):
@@ -42,6 +43,7 @@ class AlternatingStep:
         self.latents = latents
         self.adamw = torch.optim.AdamW([*learned, *latents.parameters()], lr=lr, eps=1e-6, weight_decay=0.0)
         self.sgd = torch.optim.SGD(latents.parameters(), lr=lr_kl)
+        self.check = UpdateCheck(parameters_of(self.adamw), logarithms=list(latents.parameters()))
         for p in parameters_of(self.adamw):
             p.grad = torch.zeros_like(p)  # from then on it keeps its memory, which a CUDA graph captures
 
@@ -54,7 +56,8 @@ class AlternatingStep:
             rate: Factor of both learning rates.
 
         Raises:
-            FloatingPointError: The NLL or the KL is not finite. The update that belongs to it was not made.
+            FloatingPointError: The NLL or the KL is not finite, and the update that belongs to it was not made; or an
+                update was too large, and was taken back.
         """
         return self.update(self.gradient(nll), weight=weight, rate=rate)
 
@@ -70,13 +73,19 @@ class AlternatingStep:
         set_rates(self.adamw, rate)
         set_rates(self.sgd, rate)
         value = _finite("NLL", loss)
-        self.adamw.step()
+        self._checked(self.adamw)
         kl = self.latents.kl()
         _finite("KL", weight * kl)
         self.sgd.zero_grad(set_to_none=False)
         (weight * kl).backward()
-        self.sgd.step()
+        self._checked(self.sgd)
         return value, kl.item()
+
+    def _checked(self, optimizer: torch.optim.Optimizer) -> None:
+        self.check.keep()
+        optimizer.step()
+        if not torch.isfinite(self.check.settle()):
+            raise FloatingPointError("The update was too large and was taken back.")
 
 
 class GradientObjective:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .._arguments import check_role, known_arguments
 from .._deprecated import renamed_arguments
-from .._errors import check_count, check_positive
+from .._errors import check_count, check_positive, check_scale, check_share
 from .._process.random_state import Stream, derive_seed
 from ..data.batch import Batch
 from ..data.training_batches import training_source
@@ -96,9 +96,9 @@ def scalabl_released(
     """
     check_role("task", task, "task", call="scalabl_released(llm, task, train_data)")
     check_count(num_steps=num_steps, batch_size=batch_size)
-    check_positive(lr=lr, lr_kl=lr_kl, init_scale=init_scale, gamma=gamma)
-    if not 0 <= warmup <= 1:
-        raise ValueError(f"warmup={warmup} must lie between 0 and 1: it is a share of the steps.")
+    check_positive(lr=lr, lr_kl=lr_kl, gamma=gamma)
+    check_scale(init_scale=init_scale)
+    check_share(warmup=warmup)
     prior = dist.Normal(PRIOR_LOC, PRIOR_SCALE)
     blora = bayesian_lora(module, **{"seed": seed, **(lora or {}), "gauge": "free", "prior": prior})
     with unloaded_on_error(blora):

@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 from .._arguments import check_role, known_arguments_of_methods
-from .._errors import ScalaBLWarning, check_positive
+from .._errors import ScalaBLWarning, check_scale
 from ..prediction.mixture import log_mean_exp
 from ..prediction.result import NumericPrediction, Prediction
 from . import saving
@@ -119,7 +119,7 @@ def fit_temperature(prediction: Prediction | NumericPrediction) -> float:
 
 def apply_temperature(prediction: Prediction | NumericPrediction, temperature: float) -> Prediction:
     """Divide the logits of each draw by the temperature."""
-    check_positive(temperature=temperature)
+    check_scale(temperature=temperature)
     log_probs = _log_probs(prediction)
     assert isinstance(prediction, Prediction)
     scaled = log_softmax(log_probs / temperature, axis=-1)
@@ -155,7 +155,7 @@ class TemperatureScaled(DerivedPredictor):
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_positive(temperature=self.temperature)
+        check_scale(temperature=self.temperature)
 
     @property
     def source(self) -> Predictor:

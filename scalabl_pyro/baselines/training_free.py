@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from .._arguments import check_role, known_arguments
-from .._errors import ScalaBLWarning, check_count, check_positive
+from .._errors import ScalaBLWarning, check_count, check_positive, check_scale
 from ..data.rows import read_rows
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
@@ -67,7 +67,8 @@ def tfb(
     """
     check_role("posterior", posterior, "posterior", call="tfb(posterior, anchor_data)")
     check_count(num_draws=num_draws, num_bisections=num_bisections)
-    check_positive(tolerance=tolerance, max_scale=max_scale)
+    check_positive(tolerance=tolerance)
+    check_scale(max_scale=max_scale)
     rows = read_rows(anchor_data)
 
     def nll(scale: float) -> float:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from .._process.versions import versions
+from .same_installation import check_versions, hardware
+
 
 class LostProcess(RuntimeError):
     """Error of a process that can no longer reach the others.
@@ -33,21 +36,31 @@ def reaching() -> Iterator[None]:
     except RuntimeError as error:
         raise LostProcess(
             f"Process {dist.get_rank()} of {dist.get_world_size()} cannot reach the others any more. One of them was "
-            "killed, failed (see its own output), or did not call the same function of scalabl_pyro. To call a "
+            "killed, interrupted twice, or failed (see its own output), or did not call the same function of "
+            "scalabl_pyro. To call a "
             "function in one process only, use `with scalabl_pyro.distributed.single_process():`. A run with "
             f"checkpoint_dir= can be resumed. Error of torch: {(str(error).splitlines() or [repr(error)])[0]}"
         ) from error
 
 
 class _Control:
-    """The gloo group that belongs to the present default group; all processes create it together, when first needed."""
+    """The gloo group that belongs to the present default group; all processes create it together, when first needed.
+
+    Attributes:
+        same_hardware: Whether all processes run on the same kind of hardware, so that they round in the same way.
+    """
 
     def __init__(self) -> None:
         self.world: Any = None
         self.group: Any = None
+        self.same_hardware = True
 
     def get(self) -> Any:
-        """The group, for a collective of torch.distributed."""
+        """The group, for a collective of torch.distributed.
+
+        Raises:
+            ValueError: The processes run different versions of the libraries.
+        """
         world = dist.group.WORLD
         if self.group is None or self.world is not world:
             self.world = world
@@ -57,7 +70,20 @@ class _Control:
                 ):  # its connections show at once that a process is gone; the store does not
                     dist.all_reduce(torch.zeros(1))
                 self.group = dist.new_group(backend="gloo", timeout=_timeout(world))
+            self._compare()
         return self.group
+
+    def _compare(self) -> None:
+        """Compare the libraries and the hardware of all processes."""
+        found: list[Any] = [None] * dist.get_world_size()
+        with reaching():
+            dist.all_gather_object(found, {"versions": versions(), "hardware": hardware()}, group=self.group)
+        try:
+            check_versions([told.get("versions", {}) if isinstance(told, dict) else {} for told in found])
+        except ValueError:
+            self.close()
+            raise
+        self.same_hardware = len({told["hardware"] for told in found}) == 1
 
     def close(self) -> None:
         """Close the connections, so that the other processes see that this one will not answer."""

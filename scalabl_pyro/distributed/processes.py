@@ -62,6 +62,11 @@ class Processes:
         return CONTROL.get()
 
     @property
+    def have_same_hardware(self) -> bool:
+        """Tell whether all processes run on the same kind of hardware, so that they round in the same way."""
+        return CONTROL.same_hardware
+
+    @property
     def are_several(self) -> bool:
         """Tell whether there are other processes."""
         return self.size > 1

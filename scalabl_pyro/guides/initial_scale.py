@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._errors import check_positive
+from .._errors import check_scale
 
 #: Default of the largest initial standard deviation. The paper starts at 0.05. From there, scales still rise when the
 #: training ends, and validation likelihood and calibration are worse (docs/quality.md).
@@ -27,6 +27,6 @@ def draw_initial_scale(like: Tensor, init_scale: float, *, seed: int) -> Tensor:
     References:
         Samplawski et al., UAI 2025, section 3 (posterior and initialization).
     """
-    check_positive(init_scale=init_scale)
+    check_scale(init_scale=init_scale)
     uniform = torch.rand(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
     return init_scale * (0.5**0.5 + (1 - 0.5**0.5) * uniform)

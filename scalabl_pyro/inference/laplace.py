@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from .._arguments import check_role, known_arguments
-from .._errors import check_count, check_positive
+from .._errors import check_count, check_scale
 from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..guides import CovarianceGuide
@@ -141,7 +141,7 @@ def _normal_prior(prior: Prior, prior_scale: float | Literal["evidence"] | None)
             raise ValueError(
                 f"prior_scale={prior_scale!r}: give a number, 'evidence', or None for the posterior's own prior."
             )
-        check_positive(prior_scale=prior_scale)
+        check_scale(prior_scale=prior_scale)
         return lambda curvature, mode: (torch.zeros_like(mode), torch.full_like(mode, prior_scale))
     sites = prior_sites(prior)
     own = sites["s"]["fn"] if set(sites) == {"s"} else None

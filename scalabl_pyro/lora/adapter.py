@@ -24,6 +24,9 @@ from .targets import output_head
 Gauge = Literal["unit_rows", "free"]
 GAUGES: tuple[str, ...] = get_args(Gauge)
 _SERIAL = itertools.count()
+UNLOADED = (
+    "The adapter was unloaded from its module: load the posterior with from_pretrained(), or call bayesian_lora()."
+)
 
 
 class Adapter(Summarized):
@@ -268,10 +271,7 @@ class Adapter(Summarized):
     def check_attached(self) -> None:
         """Raise a RuntimeError if the layers were removed, so that the base model is not used by mistake."""
         if not self._is_attached:
-            raise RuntimeError(
-                "This adapter was unloaded from its module. Load the posterior with from_pretrained(), or call "
-                "bayesian_lora() again."
-            )
+            raise RuntimeError(UNLOADED)
 
     def check_in_place(self) -> None:
         """Raise a RuntimeError if other code, such as ``unload()`` of PEFT, took the layers out of the module."""
@@ -279,7 +279,7 @@ class Adapter(Summarized):
             check_in_place(self.module, self.subspace.names, self.layers)
 
     def unload(self) -> nn.Module:
-        """Restore the original module exactly, bit for bit, and return it."""
+        """Restore the original module exactly, bit for bit, and return it. Nothing may use the module meanwhile."""
         self._is_attached = False
         self._changes.revert()
         return self._original

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .._errors import check_choice, check_flag
+from .._errors import check_choice, check_flag, check_scale
 from .._values import number, plain
 from .adapter import GAUGES, Adapter, Gauge
 from .adopt import adopt
@@ -115,6 +115,8 @@ def _check_module(module: object) -> None:
 def _check_numbers(lora_alpha: object, lora_dropout: float) -> None:
     if lora_alpha is not None and not 0 < (number(lora_alpha) or 0.0) < float("inf"):
         raise ValueError(f"lora_alpha={lora_alpha!r}: must be a positive number.")
+    if lora_alpha is not None:
+        check_scale(lora_alpha=float(lora_alpha))  # type: ignore[arg-type]
     if (chance := number(lora_dropout)) is None or not 0 <= chance < 1:
         raise ValueError(f"lora_dropout={lora_dropout!r}: must be at least 0 and below 1.")
 

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .factors import Factors
+from .uses import using
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,28 @@ UNBOUND = Bound()
 _BOUND: ContextVar[Mapping[object, Bound | None]] = ContextVar("scalabl_pyro_bound", default=MappingProxyType({}))
 
 
+class Owner(Protocol):
+    """An adapter, to which latents are bound."""
+
+    module: nn.Module
+
+    def check_attached(self) -> None:
+        """Raise a RuntimeError if the layers were removed."""
+
+
 @contextmanager
-def binding(owner: object, bound: Bound | None) -> Iterator[None]:
-    """Make passes of the adapter ``owner`` use ``bound`` inside the context; None disables the adapter."""
-    token = _BOUND.set({**_BOUND.get(), owner: bound})
-    try:
-        yield
-    finally:
-        _BOUND.reset(token)
+def binding(owner: Owner, bound: Bound | None) -> Iterator[None]:
+    """Make passes of the adapter ``owner`` use ``bound`` inside the context; None disables the adapter.
+
+    The layers of the adapter cannot be taken out of the module meanwhile.
+    """
+    with using(owner.module, "a pass"):
+        owner.check_attached()
+        token = _BOUND.set({**_BOUND.get(), owner: bound})
+        try:
+            yield
+        finally:
+            _BOUND.reset(token)
 
 
 def bound_to(owner: object) -> Bound | None:

@@ -13,8 +13,8 @@ from .forward import AdaptedLLM
 from .gradient_checkpointing import recompute
 from .train_mode import sole_use
 
-#: Bytes per trained parameter: its float32 value, its gradient and the two moments of AdamW.
-BYTES_PER_PARAMETER = 16
+#: Bytes per trained parameter: its float32 value, its value before the update, its gradient, and two moments of AdamW.
+BYTES_PER_PARAMETER = 20
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class MemoryEstimate(Summarized):
 
     Attributes:
         weights: Bytes of the weights that are not trained, mostly the frozen base model.
-        trained: Bytes of the trained parameters, their gradients and AdamW's moments.
+        trained: Bytes of the trained parameters, their copies, their gradients and AdamW's moments.
         activations: Bytes that the forward pass saves for the backward pass, for all rows.
     """
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .._process.forked_child import at_fork
 from .._process.lock import IDLE, LOCK
 from .._process.random_state import scoped_seed
+from .uses import using
 
 
 @dataclass
@@ -20,10 +22,20 @@ class _Use:
     threads: Counter[int] = field(default_factory=Counter)
 
 
+@dataclass
+class _Training:
+    """State of a module that is trained: the thread, the modes to restore, and predictions that it had begun before."""
+
+    thread: int
+    modes: list[tuple[nn.Module, bool]]
+    inside: _Use | None = None
+    outer: "_Training | None" = None
+
+
 #: State of each module in eval mode, by the id of the module.
 _IN_USE: dict[int, _Use] = {}
-#: Thread that trains a module, by the id of the module.
-_TRAINING: dict[int, int] = {}
+#: State of each module that is trained, by the id of the module.
+_TRAINING: dict[int, _Training] = {}
 
 
 @contextmanager
@@ -38,14 +50,15 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     """
     own = threading.get_ident()
     with LOCK:
-        IDLE.wait_for(lambda: _TRAINING.get(id(module), own) == own)
+        IDLE.wait_for(lambda: _trains(module) in (None, own))
         use = _IN_USE.get(id(module))
         if use is None:
             use = _IN_USE[id(module)] = _Use(_modes(module))
             module.eval()
         use.threads[own] += 1
     try:
-        yield
+        with using(module, "a prediction"):
+            yield
     finally:
         with LOCK:
             use.threads[own] -= 1
@@ -76,28 +89,56 @@ def sole_use(module: nn.Module) -> Iterator[None]:
     own = threading.get_ident()
     with LOCK:
         IDLE.wait_for(lambda: not _other_threads(module, own))
-        outer = _TRAINING.get(id(module))
-        _TRAINING[id(module)] = own
-        modes = _modes(module)
-        inside = _IN_USE.pop(id(module), None)  # opened by this thread: predictions in a callback are counted from zero
+        # Predictions in a callback are counted from zero.
+        inside, outer = _IN_USE.pop(id(module), None), _TRAINING.get(id(module))
+        training = _TRAINING[id(module)] = _Training(own, _modes(module), inside, outer)
         module.eval()
     try:
-        yield
+        with using(module, "a training"):
+            yield
     finally:
         with LOCK:
-            _restore(modes)
-            if inside is not None:
-                _IN_USE[id(module)] = inside
-            if outer is None:
-                del _TRAINING[id(module)]
+            _end(id(module), training)
             IDLE.notify_all()
+
+
+def _end(key: int, training: _Training) -> None:
+    """Put a module back as it was before a training."""
+    _restore(training.modes)
+    if training.inside is not None:
+        _IN_USE[key] = training.inside
+    if training.outer is None:
+        del _TRAINING[key]
+    else:
+        _TRAINING[key] = training.outer
+
+
+def _forget_other_threads() -> None:
+    """End, in a forked child, what threads did that the child does not have."""
+    own = threading.get_ident()
+    for key in list(_TRAINING):
+        while key in _TRAINING and _TRAINING[key].thread != own:
+            _end(key, _TRAINING[key])
+    for key, use in list(_IN_USE.items()):
+        use.threads = Counter({own: use.threads[own]} if use.threads[own] else {})
+        if not use.threads:
+            _restore(_IN_USE.pop(key).modes)
+
+
+at_fork(_forget_other_threads)
+
+
+def _trains(module: nn.Module) -> int | None:
+    training = _TRAINING.get(id(module))
+    return None if training is None else training.thread
 
 
 def _other_threads(module: nn.Module, own: int) -> set[int]:
     """Return the threads that predict with the module or train it, except the thread ``own``."""
     use = _IN_USE.get(id(module))
-    trains = {_TRAINING[id(module)]} if id(module) in _TRAINING else set()
-    return (trains | set(() if use is None else use.threads)) - {own}
+    trains = _trains(module)
+    busy = set(() if use is None else use.threads) | (set() if trains is None else {trains})
+    return busy - {own}
 
 
 def _modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:

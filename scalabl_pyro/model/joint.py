@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from .._errors import check_positive
+from .._errors import check_scale
 from .._process.random_state import scoped_seed
 from ..data.batch import Batch
 from ..tasks import Task
@@ -42,7 +42,7 @@ class TaskModel(nn.Module):
     ) -> None:
         super().__init__()
         if factor_scale is not None:
-            check_positive(factor_scale=factor_scale)
+            check_scale(factor_scale=factor_scale)
         self.blora = blora
         self.task = task
         self.num_data = num_data

@@ -22,6 +22,7 @@ from ..lora.memory import MemoryEstimate, estimate_memory
 from ..lora.pass_checks import EffectCheck
 from ..lora.subspace import Subspace
 from ..lora.targets import output_head
+from ..lora.uses import not_in_use
 from ..priors import PriorLike, as_prior
 from ..priors.supports import start_inside
 from .provenance import run_with_provenance
@@ -152,6 +153,9 @@ class BayesianLoRA(Program):
     def unload(self) -> nn.Module:
         """Put the original module back, bit for bit, and return it.
 
+        Raises:
+            RuntimeError: A prediction, a training or an open context uses the module, in this thread or another.
+
         Example:
             >>> import torch, scalabl_pyro
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -159,7 +163,8 @@ class BayesianLoRA(Program):
             >>> blora.unload() is net
             True
         """
-        return self.adapter.unload()
+        with not_in_use(self.llm):
+            return self.adapter.unload()
 
     def num_parameters(self) -> dict[str, int]:
         """Count the parameters added to the base model.

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import guides, priors, tasks
@@ -67,12 +68,13 @@ def save(path: str | Path, posterior: PosteriorState) -> None:
 
     Raises:
         FileExistsError: ``path`` holds something else.
-        ValueError: An option of the guide or the task cannot be written as JSON.
+        ValueError: An option of the guide or the task cannot be written as JSON, or numbers are not finite.
     """
     check_path("path", path)
     path = Path(path).resolve()
     if path.exists() and not (path / CONFIG_FILE).exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and does not hold a posterior: give the path of a new directory.")
+    _check_draws(posterior)
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = {"guide": posterior.guide, "prior": posterior.prior, "task": posterior.task}
     with staged(path) as folder:
@@ -157,6 +159,13 @@ def _load(path: Path, llm: nn.Module, overrides: Overrides) -> dict[str, Any]:
         "heads": heads,
         "provenance": config.provenance,
     }
+
+
+def _check_draws(posterior: PosteriorState) -> None:
+    """Raise ValueError if a draw is not finite, which finite tensors do not rule out: a scale can be exp(1000)."""
+    for num_draws, what in ((0, "mean"), (1, "draw")):
+        if not torch.isfinite(posterior.sample(num_draws).s).all():
+            raise ValueError(f"The posterior is not saved, because a {what} of its guide holds NaN or infinity.")
 
 
 def tensor_limit(llm: nn.Module) -> int:

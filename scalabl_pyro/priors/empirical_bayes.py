@@ -9,7 +9,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from .._errors import check_choice, check_positive
+from .._errors import check_choice, check_scale
 from ..lora.subspace import Subspace
 from .base import Prior, layer_of_latent
 
@@ -37,7 +37,7 @@ class EmpiricalBayesPrior(Prior):
     def __init__(self, per: Literal["layer", "global"] = "layer", scale: float = 1.0) -> None:
         super().__init__()
         check_choice("per", per, ("layer", "global"))
-        check_positive(scale=scale)
+        check_scale(scale=scale)
         self.per = per
         self.initial_scale = float(scale)
 

@@ -155,7 +155,23 @@ def _decompose(d: Distribution) -> tuple[type, dict[str, Tensor]]:
             "scalabl_pyro.priors.Prior whose forward() samples it. The page 'Own prior' shows one for mixtures "
             "and transformed distributions."
         )
+    _check_parameters(family, parameters)
     return family, parameters
+
+
+def _check_parameters(family: type, parameters: dict[str, Tensor]) -> None:
+    """Check that the parameters of a prior are finite in float32, and allowed by its family.
+
+    Raises:
+        ValueError: They are not. A distribution with ``validate_args=False`` did not say so itself.
+    """
+    for name, value in parameters.items():
+        if not torch.isfinite(value.float()).all():
+            raise ValueError(f"prior: the parameter {name!r} of {family.__name__} must be finite in float32.")
+    try:
+        family(**parameters, validate_args=True)
+    except ValueError as error:
+        raise ValueError(f"prior: {family.__name__} does not allow these parameters: {error}") from None
 
 
 def _check_possible(d: Distribution) -> None:

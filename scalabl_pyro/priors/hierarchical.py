@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .._errors import check_positive
+from .._errors import check_scale
 from ..lora.subspace import Subspace
 from .base import Prior, layer_of_latent
 
@@ -36,7 +36,7 @@ class HierarchicalPrior(Prior):
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
-        check_positive(scale=scale)
+        check_scale(scale=scale)
         self.register_buffer("scale", torch.tensor(float(scale)))
 
     def setup(self, subspace: Subspace) -> None:

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .._errors import check_positive
+from .._errors import check_scale
 from ..lora.subspace import Subspace
 from .base import Prior
 
@@ -39,7 +39,7 @@ class HorseshoePrior(Prior):
 
     def __init__(self, global_scale: float = 0.1, slab: float = 1.0, df: float = 4.0) -> None:
         super().__init__()
-        check_positive(global_scale=global_scale, slab=slab, df=df)
+        check_scale(global_scale=global_scale, slab=slab, df=df)
         for name, value in {"global_scale": global_scale, "slab": slab, "df": df}.items():
             self.register_buffer(name, torch.tensor(float(value)))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from .._arguments import known_arguments
-from .._errors import check_choice
+from .._errors import check_choice, check_scale
 from ..lora.subspace import Layer, Subspace
 from .base import Prior
 from .empirical_bayes import EmpiricalBayesPrior
@@ -79,6 +79,7 @@ def as_prior(prior: PriorLike, subspace: Subspace) -> Prior:
     if isinstance(prior, numbers.Real) and not isinstance(prior, bool):
         if not 0 < prior < float("inf"):
             raise ValueError(f"prior={prior}: a scale (standard deviation) must be positive and finite.")
+        check_scale(prior=float(prior))
         scale = torch.tensor(float(prior), dtype=torch.float64)
         prior = dist.Normal(torch.zeros_like(scale), scale)
     if isinstance(prior, Distribution):

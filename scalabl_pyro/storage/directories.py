@@ -1,16 +1,16 @@
 """Folders that are written completely or not at all.
 
-A new folder is written under a temporary name. When all its files are on the disk, it is renamed. A reader therefore
-finds the old folder or the complete new one, even after a power failure.
+A new folder is written inside a hidden one, see :mod:`.unfinished`. When all its files are on the disk, it is renamed.
+A reader therefore finds the old folder or the complete new one, even after a power failure.
 """
 
 import ctypes
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .unfinished import former_content, holder, new_content
 
 
 @contextmanager
@@ -28,15 +28,12 @@ def staged(path: Path) -> Iterator[Path]:
         >>> (path / "a.txt").read_text()
         'hello'
     """
-    staging = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    os.mkdir(staging)
-    try:
+    with holder(path) as folder:
+        staging = new_content(folder)
+        os.mkdir(staging)
         yield staging
         sync(staging)
-        _move_into_place(staging, path)
-    except BaseException:
-        _remove(staging)
-        raise
+        _move_into_place(staging, path, old=former_content(folder))
 
 
 def sync(folder: Path) -> None:
@@ -68,20 +65,16 @@ def write_file(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
-def _move_into_place(staging: Path, path: Path) -> None:
+def _move_into_place(staging: Path, path: Path, *, old: Path) -> None:
     if not path.exists():
         os.replace(staging, path)
-    elif exchange(staging, path):
-        _remove(staging)  # after the exchange, this name belongs to the old folder
-    else:
-        old = staging.with_name(staging.name + "-old")
+    elif not exchange(staging, path):  # after an exchange, the name of the new folder belongs to the old one
         os.replace(path, old)
         try:
             os.replace(staging, path)
         except BaseException:
             os.replace(old, path)
             raise
-        _remove(old)
     _sync_names(path.parent)
 
 
@@ -97,11 +90,6 @@ def exchange(a: Path, b: Path) -> bool:
         return False
     at_fdcwd, rename_exchange = -100, 2  # constants of the Linux headers
     return rename(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), ctypes.c_uint(rename_exchange)) == 0
-
-
-def _remove(folder: Path) -> None:
-    for _ in range(2):  # a second try, in case the first met a temporary error
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_names(folder: Path) -> None:

@@ -28,8 +28,23 @@ def below(values: Mapping[str, Value], prefix: str) -> dict[str, Value]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a new file."""
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, finite: bool = True) -> None:
+    """Write tensors to a new file.
+
+    Args:
+        file: The file.
+        tensors: Tensors by name.
+        finite: Whether all floating-point numbers must be finite.
+
+    Raises:
+        ValueError: A tensor does not hold finite real numbers.
+    """
+    for name, tensor in tensors.items() if finite else ():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{file.name} is not written, because {name!r} holds NaN or infinity. Nothing was saved. Use the "
+                "posterior of an earlier step, or train again with smaller learning rates."
+            )
     # Contiguous copies: safetensors refuses tensors that share memory.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     directories.write_file(file, safe.save(own))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 from transformers import PreTrainedTokenizerBase
 
-from .._errors import ScalaBLWarning
+from .._errors import ScalaBLWarning, check_scale
 from .._values import number, shown
 from ..data.batch import Batch
 from .standardized_normal import StandardizedNormal
@@ -63,6 +63,8 @@ class Regression(TextTask):
         super().__init__(tokenizer, **options)
         if noise_scale is not None and not 0 < (number(noise_scale) or 0.0) < float("inf"):
             raise ValueError(f"noise_scale={noise_scale!r}: a standard deviation must be a positive finite number.")
+        if noise_scale is not None:
+            check_scale(noise_scale=number(noise_scale) or 0.0)
         self.standardize = _as_pair(standardize)
         self._learns_units = self.standardize is True
         self._follows_scale = noise_scale is None

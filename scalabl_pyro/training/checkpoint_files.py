@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..storage import json_reader
 from ..storage.directories import staged, write_file
 from ..storage.manifest import Manifest
 from ..storage.tensor_files import read_tensors, write_tensors
+from ..storage.unfinished import discard, remove_left_behind
 from ..storage.untrusted_files import read_file
 
 logger = logging.getLogger(__name__)
@@ -88,11 +88,14 @@ class CheckpointFolder:
             record: Numbers and strings, as JSON can hold them.
 
         Raises:
-            OSError: Writing failed. The earlier checkpoints are unchanged.
+            OSError: Writing failed, or something else has the name. The earlier checkpoints are unchanged.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with staged(self.path / f"step-{step:08d}") as staging:
-            write_tensors(staging / TENSORS, tensors)
+        path = self.path / f"step-{step:08d}"
+        if os.path.lexists(path) and not _is_ours(path):
+            raise FileExistsError(f"{path} is not a checkpoint: rename it, or give another checkpoint_dir.")
+        with staged(path) as staging:
+            write_tensors(staging / TENSORS, tensors, finite=False)  # the history may hold NaN
             write_file(staging / RECORD, _json(record))
             files = Manifest.of_folder(staging).to_json()
             manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
@@ -121,15 +124,14 @@ class CheckpointFolder:
         if not self.path.is_dir():
             return
         with suppress(OSError):
-            for path in self.path.glob(".step-*"):
-                shutil.rmtree(path, ignore_errors=True)
+            remove_left_behind(self.path)
             for path in self.paths():
                 if _step(path) > above:
                     os.replace(path, path.with_name(f"damaged-{path.name}-{os.urandom(2).hex()}"))
         self._prune()  # a run that was killed before it deleted its oldest checkpoint left one too many
 
     def _prune(self) -> None:
-        for path in self.paths()[: -self.keep]:
+        for path in [path for path in self.paths() if _is_ours(path)][: -self.keep]:
             _delete(path)
 
 
@@ -164,6 +166,11 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, _step(path), tensors, _read_json(path / RECORD))
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a folder holds what a checkpoint holds and nothing else; it may be damaged."""
+    return path.is_dir() and not path.is_symlink() and {f.name for f in path.iterdir()} <= {TENSORS, RECORD, MANIFEST}
+
+
 def _step(path: Path) -> int:
     match = NAME.fullmatch(path.name)
     assert match is not None
@@ -187,10 +194,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that a half-deleted folder does not look like a checkpoint."""
+    """Delete a checkpoint."""
     try:
-        gone = path.with_name(f".{path.name}-gone")
-        os.replace(path, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        discard(path)
     except OSError as error:
         logger.warning("The old checkpoint %s could not be deleted: %s", path, error)

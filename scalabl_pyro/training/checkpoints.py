@@ -13,6 +13,7 @@ from .._arguments import check_path
 from .._errors import ScalaBLWarning
 from ..distributed.processes import Processes
 from ..lora.fingerprint import check_fingerprint
+from .alike import check_alike
 from .checkpoint_files import Checkpoint, CheckpointFolder
 from .loop import COLUMNS, Trainer
 from .options import CheckpointOptions
@@ -99,7 +100,16 @@ class Checkpoints:
         logger.info("resumed from %s, %d of %s steps", found.path, found.step, self.run["num_steps"])
 
     def save_together(self, trainer: Trainer) -> None:
-        """Save the present step, which all processes have reached. The first process writes, the others wait."""
+        """Save the present step, which all processes have reached. The first process writes, the others wait.
+
+        Raises:
+            ValueError: A process holds other parameters.
+        """
+        try:
+            check_alike(self.processes, trainer.learned)
+        except ValueError:
+            self._tried_step = trainer.next_step  # nobody knows which parameters are right
+            raise
         self.processes.from_rank_zero(lambda: self.save(trainer))
 
     def save(self, trainer: Trainer) -> None:
@@ -122,11 +132,15 @@ class Checkpoints:
         try:
             yield
         except FloatingPointError:  # a resumption would meet the same step with the same noise
+            if self.is_on:
+                logger.error("step %d is not saved, because it was not finite", trainer.next_step)
             raise
         except BaseException:
             if self.is_on and trainer.is_whole:
-                list(trainer.read())
-                self.save(trainer)
+                if not self.processes.are_several:  # the others may be gone, and reading may ask them
+                    list(trainer.read())
+                if not trainer.has_unread:
+                    self.save(trainer)
             raise
         if self.is_on:
             self.save_together(trainer)

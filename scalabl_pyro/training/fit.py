@@ -21,6 +21,7 @@ from ..guides import INIT_SCALE, GuideLike
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
 from ..tasks import Task
+from .alike import check_alike
 from .checkpoints import Checkpoints
 from .loop import Callback, Trainer
 from .messages import explained
@@ -111,7 +112,8 @@ def fit(
 
     Returns:
         The posterior and the history. Ctrl-C ends the training after the running step (a second one at once) and
-        returns what was learned so far.
+        returns what was learned so far. In one of several processes, a second Ctrl-C raises KeyboardInterrupt, and the
+        other processes end with LostProcess.
 
     Raises:
         ValueError: Rows do not fit the task, an option is out of its range, ``num_data`` is missing, or the checkpoint
@@ -208,7 +210,13 @@ def _train(
                         break
         except FloatingPointError as failure:
             return TrainingError(str(failure))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            if trainer.execute.processes.are_several and not trainer.signals.delivered:
+                interrupt.add_note(
+                    "fit() was interrupted in this process alone, in the middle of its work. The other processes end "
+                    "with LostProcess. One Ctrl-C ends all processes after the running step, with what was learned."
+                )
+                raise
             list(trainer.read())
             logger.warning(
                 "interrupted after %d of %d steps; the posterior is what was learned so far",
@@ -230,6 +238,8 @@ def _result(program: TrainingProgram, trainer: Trainer, error: TrainingError | N
     Raises:
         TrainingError: ``error``, with what was learned before it.
     """
+    if error is None:
+        check_alike(program.processes, trainer.learned)
     history = program.processes.from_rank_zero(lambda: trainer.history)  # the seconds of one clock
     program.processes.broadcast(list(trainer.learned.tensors().values()))
     provenance = program.provenance(history, trainer.seconds, trainer.start)

@@ -18,7 +18,7 @@ from ..data.training_batches import Cycle
 from ..lora.sharding import is_sharded
 from ..storage.tensor_files import below, check_keys
 from .fresh_start import Start
-from .messages import StepStatistics, describe_batch, overflown, reason, where_not_finite
+from .messages import StepStatistics, describe_batch, names_of, overflown, reason, too_large, where_not_finite
 from .objective import TrainingObjective
 from .optimizer import set_rates
 from .options import OnNonfinite
@@ -162,8 +162,15 @@ class Trainer:
                 yield row
 
     def overflown(self) -> list[str]:
-        """List the names of parameters that the last update left without a finite value."""
-        return overflown(self.execute.objective)
+        """List the names of parameters and moments that have no finite value."""
+        moments = below(self.learned.trained(), "optimizer.")
+        names = [f"optimizer.{name}" for name, moment in moments.items() if not torch.isfinite(moment).all()]
+        return overflown(self.execute.objective) + names
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether steps were taken whose statistics the host has not read."""
+        return bool(self._pending)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Give tensors and record of all that a resumption needs, except for the options of the run."""
@@ -236,6 +243,10 @@ class Trainer:
     def _recover(self, taken: Pending, statistics: StepStatistics) -> None:
         facts = describe_batch(taken.batch, statistics, self._kl(taken, statistics), self.execute.objective.guide)
         self.is_whole = False
+        if statistics.had_finite_gradient:  # whatever the policy: the next update would be as large
+            check, is_last = self.execute.update_check, self.next_step == taken.step + 1
+            rejected = check.rejected if check is not None and is_last else []
+            raise FloatingPointError(too_large(taken.step, names_of(self.execute.objective, rejected), facts))
         stop = self.recovery.reject(taken.step, facts)
         if stop is not None:
             cause = None if math.isfinite(statistics.loss) else self._explain(taken.batch)
@@ -284,6 +295,6 @@ def _rows(saved: Mapping[str, Tensor], columns: Sequence[str]) -> list[dict[str,
         raise ValueError("the columns of the saved history differ in length")
     rows = [dict(zip(table, row, strict=True)) for row in zip(*(c.tolist() for c in table.values()), strict=True)]
     counted = ("step", "skipped")
-    if not all(torch.isfinite(table[name]).all() for name in counted if table):
-        raise ValueError("the saved history has steps that are not finite")
+    if not all(((table[name] >= 0) & torch.isfinite(table[name])).all() for name in counted if table):
+        raise ValueError("the saved history has steps that are not finite, or negative")
     return [row | {name: int(row[name]) for name in counted} for row in rows]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from pyro.nn import PyroModule
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..lora.adapter import Adapter
@@ -41,17 +41,23 @@ def explained(step: Callable[[], int]) -> Iterator[None]:
 
 
 class StepStatistics(NamedTuple):
-    """What the host reads of a step: terms of the loss (nats per example), and the gradient norm."""
+    """What the host reads of a step: terms of the loss (nats per example), gradient norm, outcome of the update."""
 
     loss: float
     nll: float
     weighted_kl: float
     grad_norm: float
+    outcome: float
+
+    @property
+    def had_finite_gradient(self) -> bool:
+        """Whether loss and gradient are finite, so that the step made an update."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     @property
     def is_finite(self) -> bool:
-        """Whether the step changed the parameters: loss and gradient are finite."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        """Whether the step changed the parameters: loss and gradient are finite, and the update was not taken back."""
+        return self.had_finite_gradient and math.isfinite(self.outcome)
 
 
 def describe_batch(batch: Batch, statistics: StepStatistics, kl: float, guide: nn.Module) -> str:
@@ -90,6 +96,39 @@ def reason(step: int, statistics: StepStatistics, facts: str, cause: str | None,
         f"At step {step}: the loss is {statistics.loss}: {cause}. {kept} Lower the learning rates, set max_grad_norm, "
         "or check these examples."
     )
+
+
+def too_large(step: int, names: Sequence[str], facts: str) -> str:
+    """Write the message of an update that was taken back.
+
+    Args:
+        step: Number of the step.
+        names: Parameters that were too large after it, if they are known.
+        facts: Description of its batch.
+    """
+    more = f" and {len(names) - 1} more were" if len(names) > 1 else " was"
+    which = f"{names[0]}{more}" if names else "a parameter was"
+    return (
+        f"At step {step}: the update was too large: {which} not finite any more, or too large to be squared. It was "
+        f"taken back: parameters keep their values from before this step. {facts} Lower the learning rates, or the "
+        "weight decay."
+    )
+
+
+def names_of(objective: TrainingObjective, parameters: Sequence[Tensor]) -> list[str]:
+    """Name trained parameters for a message."""
+    wanted = {id(parameter) for parameter in parameters}
+    named = [(name, p) for name, p in objective.named_parameters() if id(p) in wanted]
+    return [short_name(name) for name, _ in named]
+
+
+def short_name(name: str) -> str:
+    """Name a parameter as users know it: ``<layer>/B``, or a scale of the guide."""
+    if name.endswith("scale_unconstrained") and "guide." in name:
+        return "a scale of the guide"
+    if name.removeprefix("module.").startswith("guide."):
+        return f"{name.rpartition('.')[2].removesuffix('_unconstrained')} of the guide"
+    return name.split("point_estimates.")[-1].removesuffix("_unconstrained")
 
 
 @torch.no_grad()

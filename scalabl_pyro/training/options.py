@@ -14,6 +14,8 @@ from .._errors import (
     check_flag,
     check_not_negative,
     check_positive,
+    check_scale,
+    check_share,
     describe,
     is_number,
 )
@@ -41,7 +43,7 @@ class OptimizerOptions:
         lr_loc: Learning rate of the guide's locations. Default: ``lr``.
         lr_scale: Learning rate of the guide's scales, which are learned as logarithms.
         weight_decay: Decay of B, and of A if the gauge leaves A free. It is decoupled from the loss: each step shrinks
-            them by learning rate times decay.
+            them by learning rate times decay, which must be 1 at most.
         factor_scale: Standard deviation of a normal MAP prior on B, and on A if the gauge leaves A free. It is a term
             of the loss.
         warmup: Share of the steps in which the learning rates rise from 0.
@@ -67,14 +69,12 @@ class OptimizerOptions:
 
     def __post_init__(self) -> None:
         _make_plain(self)
-        for name in ("lr_loc", "factor_scale"):
-            if getattr(self, name) is not None:
-                check_positive(**{name: getattr(self, name)})
-        check_positive(lr_scale=self.lr_scale)
+        if self.factor_scale is not None:
+            check_scale(factor_scale=self.factor_scale)
+        check_positive(lr_scale=self.lr_scale, **({} if self.lr_loc is None else {"lr_loc": self.lr_loc}))
         check_not_negative(weight_decay=self.weight_decay)
         check_choice("schedule", self.schedule, ("linear", "constant"))
-        if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup={self.warmup!r} must lie between 0 and 1: it is a share of the steps.")
+        check_share(warmup=self.warmup)
         limit = self.max_grad_norm
         if limit is not None and (not is_number(limit) or not limit > 0):
             raise ValueError(f"max_grad_norm={limit!r} must be positive. Leave it out for no limit.")
@@ -192,7 +192,8 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         _make_plain(self)
         check_count(num_steps=self.num_steps, batch_size=self.batch_size)
-        check_positive(lr=self.lr, lr_A=self.lr_A, init_scale=self.init_scale)
+        check_positive(lr=self.lr, lr_A=self.lr_A)
+        check_scale(init_scale=self.init_scale)
         check_choice("draws", self.draws, ("per_example", "shared"))
         check_choice("on_nonfinite", self.on_nonfinite, ("raise", "skip", "restore"))
         if self.elbo is not None and not isinstance(self.elbo, ELBO):
@@ -201,6 +202,8 @@ class TrainingOptions:
         for name, kind in GROUPS.items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected scalabl_pyro.{kind.__name__}(...).")
+        if max(self.lr, self.lr_A) * (decay := self.optimizer.weight_decay) > 1:
+            raise ValueError(f"weight_decay={decay!r} must be at most 1 / lr, or a step would do more than erase B.")
         if not callable(self.kl_weight):
             weight_at(self.kl_weight, 0)
 

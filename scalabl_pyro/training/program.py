@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from .._process.random_state import Stream, derive_seed
 from .._process.stop_signals import StopSignals
@@ -25,7 +26,7 @@ from .fresh_start import Start, choose_start
 from .gradient_check import GradientCheck
 from .loop import Trainer
 from .objective import Objective, ScopedGuide, TrainingObjective, allows_row_draws, elbo_for, weight_at
-from .optimizer import build_optimizer, rate_schedule
+from .optimizer import build_optimizer, parameters_of, rate_schedule
 from .options import TrainingOptions
 from .provenance import as_json, describe_data, describe_options, versions
 from .run_identity import describe_run
@@ -33,6 +34,7 @@ from .score_function import LeaveOneOutELBO
 from .shared_batches import check_shareable
 from .step import EagerStep
 from .svgd import SteinObjective
+from .update_check import UpdateCheck, logarithms_of
 
 #: Number of steps after which the host reads the losses of a GPU, because it has to wait for each reading.
 READ_EVERY = 10
@@ -212,6 +214,11 @@ def build_trainer(
         processes=program.processes,
         signals=signals,
         check=GradientCheck(program.model.blora),
+        update_check=UpdateCheck(
+            parameters_of(optimizer),
+            logarithms=_trained_logarithms(program),
+            largest_rate=max(options.lr, options.lr_A, options.lr_loc, optimizer_options.lr_scale),
+        ),
     )
     return Trainer(
         step,
@@ -228,6 +235,11 @@ def build_trainer(
         save=checkpoints.save_together,
         save_every=checkpoints.every,
     )
+
+
+def _trained_logarithms(program: TrainingProgram) -> list[Tensor]:
+    found = [*logarithms_of(program.guide), *logarithms_of(program.model)]
+    return list({id(p): p for p in found if p.requires_grad}.values())
 
 
 def _width_multiple(blora: BayesianLoRA) -> int:

@@ -1,21 +1,17 @@
 """What a posterior stores about its training: options, rates, data and versions, all of it plain JSON."""
 
 import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-import peft
-import pyro
-import torch
-import transformers
-
-from .._version import __version__
+from .._process.versions import versions
 from ..data.batch import Batch
 from ..data.training_batches import TrainingBatches
 from .options import TrainingOptions
 from .run_identity import SCHEDULE_PROBES, option_value, plain
+
+__all__ = ["as_json", "describe_data", "describe_options", "versions"]
 
 
 def describe_options(options: TrainingOptions, history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -51,18 +47,6 @@ def describe_data(batches: Callable[[int], Batch], num_data: int) -> dict[str, A
         whose rows are not known.
     """
     return {"num_rows": num_data, "sha256": batches.digest if isinstance(batches, TrainingBatches) else None}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the numbers."""
-    return {
-        "scalabl_pyro": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "pyro": pyro.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
 
 
 def as_json(value: Any) -> Any:

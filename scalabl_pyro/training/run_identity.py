@@ -14,6 +14,7 @@ from ..data.batch import Batch
 from ..data.training_batches import TrainingBatches
 from ..distributed.processes import Processes
 from ..guides import Guide
+from ..lora.adapter import Adapter
 from ..lora.fingerprint import check_fingerprint, describe_layers, fingerprint
 from ..model.joint import TaskModel
 from .loop import Trainer
@@ -49,6 +50,7 @@ def describe_run(
         "prior": priors.to_config(model.blora.prior),
         "layers": describe_layers(adapter),
         "gauge": adapter.gauge,
+        "lora_dropout": _dropout(adapter),
         FIXED: _digest({**prior, **frozen}),
         "base_model": fingerprint(adapter),
     }
@@ -125,6 +127,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def _dropout(adapter: Adapter) -> float | list[float]:
+    """Dropout probability on the input of A: one number, or one per layer if they differ."""
+    modules = [layer.lora_dropout[adapter.adapter_name] for layer in adapter.layers]
+    chances = [float(getattr(module, "p", 0.0)) for module in modules]
+    return chances[0] if len(set(chances)) == 1 else chances
 
 
 def _data_digest(batches: Callable[[int], Batch]) -> str:

@@ -1,7 +1,8 @@
-"""One optimizer step: the gradient of a batch over micro-batches and processes, a check, an update.
+"""One optimizer step: the gradient of a batch over micro-batches and processes, a check, an update, a check of that.
 
-A step that is not finite changes no parameter. The check stays on the device, so that a GPU need not wait for the
-host: a flag keeps the optimizer from updating from that step on, until the host has read it.
+A step that is not finite changes no parameter. An update that leaves a parameter without a finite value is taken back.
+Both checks stay on the device, so that a GPU need not wait for the host: a flag keeps the optimizer from updating from
+that step on, until the host has read it.
 """
 
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from ..lora.hidden_state_cache import PrefixStore
 from .gradient_check import GradientCheck
 from .objective import StepObjective
 from .optimizer import clip_gradients, parameters_of
+from .update_check import UpdateCheck
 
 Objective = TypeVar("Objective", bound=StepObjective)
 
@@ -25,7 +27,8 @@ class StepResult(NamedTuple):
     """What one step gives.
 
     Attributes:
-        statistics: (4,) Loss, NLL, weighted KL (nats per example) and gradient norm, on the device.
+        statistics: (5,) Loss, NLL, weighted KL (nats per example), gradient norm, and 0, or infinity if the
+            update was taken back, on the device.
         signal: Largest signal that any of several processes has received, or 0. It is always 0 in a single process.
     """
 
@@ -46,6 +49,7 @@ class EagerStep(Generic[Objective]):
         processes: Processes that share each batch.
         signals: Signals that this process has received.
         check: Check that the gradient reaches every layer. It is active inside ``with step.check:`` only.
+        update_check: Check of the parameters after each update; None for a step that makes no update.
 
     Attributes:
         blocked: () 1.0 on the device after a step that was not finite, until the host sets it to 0.
@@ -63,6 +67,7 @@ class EagerStep(Generic[Objective]):
         processes: Processes | None = None,
         signals: StopSignals | None = None,
         check: GradientCheck | None = None,
+        update_check: UpdateCheck | None = None,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -73,6 +78,7 @@ class EagerStep(Generic[Objective]):
         self.processes = processes or Processes()
         self.signals = signals or StopSignals(terminate=False)
         self.check = check
+        self.update_check = update_check
         self.blocked = torch.zeros((), device=device, dtype=torch.float32)  # whatever the default dtype is
         # What a GradScaler sets on a fused optimizer: no update while ``found_inf`` is 1.
         optimizer.grad_scale, optimizer.found_inf = None, self.blocked
@@ -97,9 +103,23 @@ class EagerStep(Generic[Objective]):
             self.check(terms[0])
         norm = clip_gradients(self.optimizer, self.max_grad_norm).to(terms)
         finite = torch.isfinite(terms[0]) & torch.isfinite(norm)
-        self.blocked.copy_(torch.maximum(self.blocked, (~finite).to(self.blocked)))
+        self._block_unless(finite)
+        return StepResult(torch.cat([terms, norm.reshape(1), self._update().to(terms).reshape(1)]), signal)
+
+    def _update(self) -> Tensor:
+        """Update the parameters; () 0, or infinity if the update was taken back."""
+        if self.update_check is None:
+            self.optimizer.step()
+            return torch.zeros_like(self.blocked)
+        self.update_check.keep()
         self.optimizer.step()
-        return StepResult(torch.cat([terms, norm.reshape(1)]), signal)
+        outcome = self.update_check.settle()
+        if self.update_check.stays_on_device or outcome:
+            self._block_unless(torch.isfinite(outcome))
+        return outcome
+
+    def _block_unless(self, finite: Tensor) -> None:
+        self.blocked.copy_(torch.maximum(self.blocked, (~finite).to(self.blocked)))
 
     def gradient(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
         """Put the gradient of the loss of a batch into ``.grad``.

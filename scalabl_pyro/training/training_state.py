@@ -35,6 +35,11 @@ class LearnedState:
         }
         return self._modules() | moments
 
+    def trained(self) -> dict[str, Tensor]:
+        """Give the live tensors that updates change: trained parameters, and their moments."""
+        own = {f"module.{name}" for name, p in self.objective.named_parameters() if p.requires_grad}
+        return {name: t for name, t in self.tensors().items() if name in own or name.startswith("optimizer.")}
+
     def snapshot(self) -> dict[str, Tensor]:
         """Copy all tensors on their own devices."""
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
@@ -57,11 +62,16 @@ class LearnedState:
             for name, tensor in own.items():
                 shape, dtype = (torch.Size(), torch.float32) if name == "step" else (parameter.shape, parameter.dtype)
                 _check(prefix + name, tensor, shape, dtype)
+                if name != "exp_avg" and bool((tensor < 0).any()):
+                    raise ValueError(
+                        f"{prefix + name!r} was saved with negative numbers, but it counts or sums squares."
+                    )
         learned = {f"module.{name}" for name, _ in self.objective.named_parameters()}
         fixed = {f"module.{name}" for name, p in self.objective.named_parameters() if not p.requires_grad}
         fixed |= {f"module.model.blora.prior.{name}" for name, _ in self.objective.model.blora.prior.named_buffers()}
         for name, live in modules.items():
-            _check(name, saved[name], live.shape, live.dtype, finite=name in learned)
+            is_finite = name in learned or bool(torch.isfinite(live).all())
+            _check(name, saved[name], live.shape, live.dtype, finite=is_finite)
             if name in fixed and not torch.equal(saved[name].to(live.device), live):
                 raise ValueError(f"{name!r} is held fixed in a run, but was saved with other numbers.")
         for name, live in modules.items():

@@ -619,3 +619,111 @@ def test_alone_there_is_nobody_to_talk_to(tmp_path):
     batch = object()
     assert own.shard(batch) == (batch, 1.0) and own.all_gather(lambda: 3) == [3] and own.from_rank_zero(lambda: 3) == 3
     assert not dist.is_initialized()
+
+
+# interrupted twice, changed, installed otherwise -----------------------------------------
+
+
+def interrupted(rank, who, times, folder):
+    """Sends itself Ctrl-C after each of the first steps; the second one takes effect at once."""
+    sent = []
+
+    def call(row):
+        if rank in who and len(sent) < times:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+
+    started = time.monotonic()
+    try:
+        ended = len(train(num_steps=50, checkpoint_dir=folder, callbacks=[call]).history)
+    except (KeyboardInterrupt, distributed.LostProcess) as error:
+        notes = " ".join(getattr(error, "__notes__", []))
+        ended = f"{type(error).__name__} {error} {notes}"
+    return ended, time.monotonic() - started
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["", "with checkpoints"])
+@pytest.mark.parametrize("who", [(0,), (1,), (0, 1)], ids=str)
+def test_a_second_interrupt_in_one_process_is_not_waited_for(tmp_path, who, keeps):
+    folder = tmp_path / "run" if keeps else None
+    found = results(run_together(interrupted, tmp_path, who, 9, folder))
+    for rank, (ended, seconds) in enumerate(found):
+        assert seconds < 15  # the group waits for 40
+        if rank in who:
+            assert ended.startswith("KeyboardInterrupt") and "in this process alone" in ended
+        else:
+            assert ended.startswith("LostProcess") and "interrupted twice" in ended
+
+
+@pytest.mark.parametrize("who", [(0,), (1,), (0, 1)], ids=str)
+def test_one_interrupt_ends_both_processes_with_what_was_learned(tmp_path, who):
+    first, second = (ended for ended, _ in results(run_together(interrupted, tmp_path, who, 1, None)))
+    assert first == second and first < 5
+
+
+def interrupted_by_its_own_code(rank):
+    """A KeyboardInterrupt that no signal of fit brought: only this process knows of it."""
+
+    def call(row):
+        if rank == 1 and row["step"] == 1:
+            raise KeyboardInterrupt
+
+    try:
+        train(num_steps=50, callbacks=[call])
+    except (KeyboardInterrupt, distributed.LostProcess) as error:
+        return type(error).__name__
+
+
+def test_an_interrupt_that_one_process_makes_itself_is_not_waited_for(tmp_path):
+    assert results(run_together(interrupted_by_its_own_code, tmp_path)) == ["LostProcess", "KeyboardInterrupt"]
+
+
+def changed(rank, who, what, folder):
+    """One process changes its copy of a parameter, by as little as float64 can tell."""
+    blora = sp.bayesian_lora(tiny.causal_lm(dtype=torch.float64))
+    guide = as_guide("normal", blora)
+    tensor = {"A": blora.adapter.factors()[1][0], "loc": guide.loc}[what]
+
+    def call(row):
+        if rank == who and row["step"] == 2:
+            with torch.no_grad():
+                tensor.view(-1)[0] *= 1 + 1e-12
+
+    try:
+        options = {"checkpoint_dir": folder, "checkpoint": {"every": 4}} if folder else {}
+        train(num_steps=20, blora=blora, guide=guide, callbacks=[call], **options)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("what", ["A", "loc"])
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_parameter_that_one_process_changes_is_noticed_at_the_next_checkpoint(tmp_path, who, what):
+    name = {"A": "v_proj/A", "loc": "loc"}[what]
+    for said in results(run_together(changed, tmp_path, who, what, tmp_path / "run")):
+        assert said is not None and "Process 1 holds other numbers than process 0 in" in said and name in said
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["step-00000000"]
+
+
+def test_a_parameter_that_one_process_changes_is_noticed_at_the_end_without_checkpoints(tmp_path):
+    for said in results(run_together(changed, tmp_path, 1, "A", None)):
+        assert said is not None and "Process 1 holds other numbers than process 0" in said
+
+
+def installed_otherwise(rank, library, call):
+    if rank == 2:
+        module = {"torch": torch, "pyro": pyro, "scalabl_pyro": sp._version}[library]
+        module.__version__ = "0.0.7"
+    with distributed.single_process():
+        posterior = train(num_steps=1).posterior
+    try:
+        train() if call == "fit" else posterior.predict(TEST)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("call", ["fit", "predict"])
+@pytest.mark.parametrize("library", ["torch", "pyro", "scalabl_pyro"])
+def test_another_version_in_one_process_is_refused_by_all(tmp_path, library, call):
+    version = {"torch": torch.__version__, "pyro": pyro.__version__, "scalabl_pyro": sp.__version__}[library]
+    for said in results(run_together(installed_otherwise, tmp_path, library, call, size=3)):
+        assert f"{library} {version} in processes 0, 1, {library} 0.0.7 in process 2" in said

@@ -192,6 +192,56 @@ def test_prediction_that_ends_first_leaves_the_modes_of_one_that_still_runs(choi
     assert all(m.training for m in choice.adapter.module.modules())
 
 
+def test_unload_is_refused_while_a_thread_predicts():
+    llm = tiny.causal_lm()
+    posterior = learned(llm, sp.MultipleChoice(tiny.tokenizer()), ROWS)
+    expected = shown(posterior.predict(ROWS))
+    blora, task = posterior.blora(), Stops(tiny.tokenizer())
+    thread, result = started(lambda: shown(with_task(posterior, task).predict(ROWS)))
+    assert task.inside.wait(SECONDS)
+    with pytest.raises(RuntimeError, match="another thread uses it for a prediction"):
+        blora.unload()
+    task.go_on.set()
+    thread.join(SECONDS)
+    assert_equal(result[0], expected)
+    assert_equal(shown(posterior.predict(ROWS)), expected)
+    posterior.blora().unload()
+    with pytest.raises(RuntimeError, match="was unloaded"):
+        posterior.predict(ROWS)
+
+
+def test_unload_is_refused_while_a_thread_trains():
+    posterior = learned(tiny.causal_lm(), sp.MultipleChoice(tiny.tokenizer()), ROWS)
+    blora, task = posterior.blora(), Stops(tiny.tokenizer())
+    thread, result = started(lambda: sp.fit(blora, task, ROWS, num_steps=1, progress=False))
+    assert task.inside.wait(SECONDS)
+    with pytest.raises(RuntimeError, match="another thread uses it for a training"):
+        blora.unload()
+    task.go_on.set()
+    thread.join(SECONDS)
+    assert result
+
+
+@pytest.mark.parametrize("context", ["a draw", "a disabled adapter", "a callback"])
+def test_unload_is_refused_inside_a_context_of_its_own_thread(context):
+    posterior = learned(tiny.causal_lm(), sp.MultipleChoice(tiny.tokenizer()), ROWS)
+    message = "an open context of this thread uses it"
+
+    def unload(row=None):
+        with pytest.raises(RuntimeError, match=message):
+            posterior.blora().unload()
+
+    if context == "a draw":
+        with posterior.draw(0):
+            unload()
+    elif context == "a disabled adapter":
+        with posterior.blora().disabled():
+            unload()
+    else:
+        sp.fit(posterior.blora(), posterior.task, ROWS, num_steps=1, callbacks=[unload], progress=False)
+    posterior.blora().unload()
+
+
 def test_training_waits_for_a_prediction_on_its_module_and_the_next_prediction_for_it():
     def start() -> tuple[sp.Posterior, sp.BayesianLoRA]:
         posterior = learned(dropping(tiny.causal_lm()), sp.MultipleChoice(tiny.tokenizer()), ROWS)

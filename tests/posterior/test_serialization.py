@@ -1143,8 +1143,8 @@ def fail_at(call: int, original: Callable[..., Any]) -> Callable[..., Any]:
 #: Where a save touches the disk, and how often when it replaces a posterior.
 FAULTS = {
     "write": (storage, "write_file", 3),  # two tensor files and the configuration
-    "create": (os, "mkdir", 3),  # the parent, the new directory, and that of the tokenizer
-    "open": (os, "open", 13),  # three files to write, five and three directories to sync, two directories to remove
+    "create": (os, "mkdir", 4),  # the parent, the hidden and the new directory, and that of the tokenizer
+    "open": (os, "open", 14),  # a marker, three files to write, five and three directories to sync, two to remove
     "sync": (os, "fsync", 11),  # three files written, five files and two directories, and the parent
     "exchange": (storage, "exchange", 1),
 }

@@ -136,6 +136,37 @@ def test_no_pickle_is_read(folder, monkeypatch):
     assert folder.newest().step == 20
 
 
+# what is not ours -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [".step-notes", ".step-00000010-0123abcd", ".step-00000010-gone", "step-00000001"])
+@pytest.mark.parametrize("kind", ["file", "folder", "empty folder"])
+def test_files_of_a_user_stay_whatever_their_names(tmp_path, name, kind):
+    mine = tmp_path / name
+    if kind == "file":
+        mine.write_text("years of work")
+    else:
+        mine.mkdir()
+        if kind == "folder":
+            (mine / "notes.txt").write_text("years of work")
+    folder = CheckpointFolder(tmp_path, keep=1)
+    for step in (10, 20, 30):
+        folder.write(step, TENSOR, {})
+    folder.set_aside(30)
+    if kind != "empty folder" or "notes" in name:  # these are a checkpoint, and a holder of one, without their files
+        assert mine.exists() and (kind != "folder" or (mine / "notes.txt").read_text() == "years of work")
+    assert [p.name for p in folder.paths() if p != mine] == ["step-00000030"]
+
+
+def test_a_folder_of_a_user_is_not_replaced_by_a_checkpoint(tmp_path):
+    mine = tmp_path / "step-00000010"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"step-00000010 is not a checkpoint: rename it"):
+        CheckpointFolder(tmp_path, keep=2).write(10, TENSOR, {})
+    assert (mine / "notes.txt").read_text() == "years of work"
+
+
 # a disk that fails at the n-th call -----------------------------------------------------------------------------------
 
 CALLS = ("mkdir", "open", "write", "fsync", "replace")
