@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 #: Longest value that a message shows, in characters. Errors may be logged, and a long text may be confidential.
 MAX_SHOWN = 60
+#: Longest name that is compared with the valid names, in characters.
+MAX_COMPARED = 300
 
 
 class ScalaBLWarning(UserWarning):
@@ -30,7 +32,8 @@ def nearest(name: str, allowed: Iterable[str], *, limit: int = 3) -> str:
         "Did you mean 'normal'?"
     """
     allowed = sorted(set(allowed))
-    hits = difflib.get_close_matches(name, allowed, n=limit, cutoff=0.5)
+    # A very long text, as in a file of a stranger, is near no name, and comparing it would take long.
+    hits = difflib.get_close_matches(name, allowed, n=limit, cutoff=0.5) if len(name) <= MAX_COMPARED else []
     if hits:
         return "Did you mean " + ", ".join(map(repr, hits)) + "?"
     shown = ", ".join(map(repr, allowed[:10])) + (", ..." if len(allowed) > 10 else "")
