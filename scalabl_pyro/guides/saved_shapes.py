@@ -4,6 +4,7 @@ The options of a guide in a file may ask for any rank, width, depth or number of
 and shapes with those of the file's tensors. So a guide is built only if the file holds all its numbers.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -236,7 +237,7 @@ def _is_shape(shape: object) -> bool:
 
 
 def _default(guide: type, option: str) -> Any:
-    return guide.__init__.__kwdefaults__[option]  # type: ignore[misc]
+    return inspect.signature(guide.__init__).parameters[option].default
 
 
 def _under(prefix: str, shapes: Shapes) -> Shapes:
