@@ -10,8 +10,8 @@ MAX_SHOWN = 600
 class Finding:
     """Result of one check.
 
-    Texts may come from the files of a stranger. So the line shows control characters, also ends of lines, as escapes such
-    as ``\\n``, and cuts long texts: a file cannot write lines of its own into the output.
+    Texts may come from the files of a stranger. So the line shows control characters, also ends of lines, as escapes,
+    and cuts long texts: a file cannot write lines of its own into the output.
 
     Attributes:
         ok: Whether the check passed.
@@ -33,11 +33,11 @@ class Finding:
 
 
 def escaped(text: str, *, limit: int = MAX_SHOWN) -> str:
-    """Return a text as one line of printable characters.
+    r"""Return a text as one line of printable characters.
 
     Example:
-        >>> print(escaped("a\\nok  b"))
-        a\\nok  b
+        >>> print(escaped("a\nok  b"))
+        a\nok  b
     """
     text = text if len(text) <= limit else text[:limit] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

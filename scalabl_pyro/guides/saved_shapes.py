@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -193,7 +194,7 @@ def _network(dim: int, hidden: list[int]) -> Shapes:
     """An autoregressive network of Pyro with a shift and a log scale per latent."""
     shapes: Shapes = {"permutation": (dim,)}
     widths = [dim, *hidden, 2 * dim]
-    for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (before, after) in enumerate(pairwise(widths)):
         layer: Shapes = {"weight": (after, before), "bias": (after,), "mask": (after, before)}
         shapes |= _under(f"layers.{i}", layer)
     return shapes
@@ -237,7 +238,7 @@ def _is_shape(shape: object) -> bool:
 
 
 def _default(guide: type, option: str) -> Any:
-    return inspect.signature(guide.__init__).parameters[option].default
+    return inspect.signature(guide).parameters[option].default
 
 
 def _under(prefix: str, shapes: Shapes) -> Shapes:

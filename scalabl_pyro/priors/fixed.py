@@ -1,8 +1,8 @@
 """Fixed priors: one Pyro distribution for all latents, or one per layer."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist

@@ -1,9 +1,7 @@
 """Multiple-choice questions, which the LLM answers with the label of a choice."""
 
-import logging
 import re
 import string
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -22,9 +20,8 @@ from ..lora.look_ahead import needs_mask
 from ..storage.budget import Budget
 from .base import Task, at_least_float32, text_of, texts_of
 from .chat import ChatPrompt, check_chat_options
+from .choice_options import check_labels, check_template
 from .label_tokens import check_end, find_label_tokens, separator
-
-logger = logging.getLogger(__name__)
 
 #: Labels where none are given: as many of these letters as the tokenizer knows as one token.
 LETTERS = tuple(string.ascii_uppercase)
@@ -101,18 +98,8 @@ class MultipleChoice(Task):
     ) -> None:
         """Check and keep the options; the tokenizer does not run."""
         tokenizer = self.tokenizer
-        given = LETTERS if labels is None else labels
-        if not isinstance(given, Sequence) or len(given) < 2 or not all(isinstance(label, str) for label in given):
-            raise ValueError(f"labels={shown(labels)}: expected two or more texts, such as ('A', 'B', 'C', 'D').")
-        if len(set(given)) < len(given):
-            label, count = Counter(given).most_common(1)[0]
-            raise ValueError(
-                f"labels={shown(tuple(given))}: two labels become the same token, because {shown(label)} stands there "
-                f"{count} times. Give each choice a label of its own."
-            )
-        if not isinstance(template, str) or "{question}" not in template:
-            raise ValueError(f"template={shown(template)} must contain '{{question}}'.")
-        _warn_of_fields(template)
+        given = check_labels(LETTERS if labels is None else labels)
+        check_template(template)
         if chat is not None and not isinstance(chat, bool):
             raise TypeError(
                 f"chat={chat!r} must be True, False or None. Pass options of the chat template as chat_options=."
@@ -124,7 +111,7 @@ class MultipleChoice(Task):
         self.chat_options = check_chat_options(chat_options) or None
         if self.chat_options and not self.chat:
             raise ValueError("chat_options has no effect, because the task uses no chat template: leave it out.")
-        self.labels = tuple(given)
+        self.labels = given
         self._labels_are_given = labels is not None
         self._chat: ChatPrompt | None = None
         self._has_tokens = False
@@ -294,17 +281,6 @@ class MultipleChoice(Task):
                 "Increase max_length."
             )
         return ids
-
-
-def _warn_of_fields(template: str) -> None:
-    """Warn of a field that a template names, but that a prompt does not fill."""
-    others = set(re.findall(r"\{[A-Za-z_]\w*\}", template)) - {"{question}", "{choices}"}
-    if others:
-        logger.warning(
-            "The template contains %s, which stands in each prompt as it is. Only {question} and {choices} are filled: "
-            "write other fields into the question of each row.",
-            ", ".join(sorted(others)),
-        )
 
 
 def _check_kind(llm: nn.Module) -> None:
