@@ -70,7 +70,8 @@ def from_parameters(family: type[Distribution], parameters: dict[str, Tensor], d
     concentration = parameters.get("concentration")
     if family.__name__ == "VonMises" and concentration is not None and (concentration > MAX_CONCENTRATION).any():
         raise ValueError(f"concentration={concentration.max().item():g} must be at most {MAX_CONCENTRATION:g}.")
-    d = build(**parameters, validate_args=True)
+    checked = "validate_args" in inspect.signature(build).parameters  # mixtures of normals check without being asked
+    d = build(**parameters, **({"validate_args": True} if checked else {}))
     if tuple(d.batch_shape + d.event_shape) != (dim,):
         raise ValueError(f"its shape is {tuple(d.batch_shape + d.event_shape)}, expected ({dim},).")
     return FixedPrior(family, parameters)

@@ -15,7 +15,7 @@ from scalabl_pyro.cli import main
 from scalabl_pyro.guides import as_guide
 
 #: Words in the message of an error that show that memory ran out before a check refused the file.
-EXHAUSTED = ("allocate", "MemoryError", "memory", "bad_alloc")
+EXHAUSTED = ("allocate memory", "MemoryError", "enough memory", "bad_alloc", "annot allocate")
 
 
 def places(root: Path) -> dict[str, tuple[Any, Callable[[dict[str, Any]], str]]]:

@@ -52,7 +52,7 @@ def test_files_of_a_folder_are_counted(tmp_path):
         check_tree(tmp_path, limit=10, budget=Budget(files=5))
 
 
-@pytest.mark.parametrize("text", ["[1, 2, 3]", '{"a": 1, "b": [2]}', b"[[], {}, 1]"])
+@pytest.mark.parametrize("text", ["[1, 2, 3]", '{"a": 1, "b": [2]}', b"[[], 1]"])
 def test_values_are_counted_before_they_are_parsed(text):
     json_reader.loads(text, max_values=4)
     with pytest.raises(ValueError, match="values, more than the 2 that are allowed"):
