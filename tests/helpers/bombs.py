@@ -68,7 +68,7 @@ def edit_entries(content: bytes, how: str, where: int, size: int, value: Any) ->
 
     length = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    names = [name for name in header if name != "__metadata__"]
+    names = sorted(name for name in header if name != "__metadata__")
     if names and how == "shape":
         name = names[where % len(names)]
         shape = header[name]["shape"]
@@ -144,13 +144,13 @@ def add_link(folder: Path, how: str, count: int, target: str) -> None:
         os.truncate(folder / "x", count)
         config["files"]["x"] = {"bytes": count, "sha256": "0" * 64}
     elif how == "spellings":
-        file = "posterior.safetensors"
+        file = sorted(path.name for path in folder.iterdir() if path.is_file())[-1]
         content = (folder / file).read_bytes()
         entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for i in range(count):
             config["files"]["./" * (i + 1) + file] = entry
     elif how == "children":  # each of them a link to a folder
-        inner = [p for p in folder.iterdir() if p.is_dir()]
+        inner = sorted(p for p in folder.iterdir() if p.is_dir())
         names = [f"m{i}" for i in range(count)]
         for name in names:
             (folder / name).symlink_to(folder if target == "itself" else inner[0])

@@ -38,6 +38,10 @@ def guide(family, tensors=None, **options):
     return case | ({} if tensors is None else {"tensors": {f"guide.{name}": value for name, value in tensors.items()}})
 
 
+def points(shape):
+    return {"guide": {"family": "empirical", "class": "x", "options": {"num_chains": 2, "shapes": {"s": shape}}}}
+
+
 def prior(family, **tensors):
     entry = {"family": family, "class": "FixedPrior", "parameters": list(tensors), "options": {}}
     edits = [(CONFIG, "part", 0, 0, {"prior": entry})]
@@ -65,6 +69,16 @@ NAMED = {
     "a listed file of 1 TiB": ({"links": [("sparse", 2**40, "")]}, "bytes to read or to hash"),
     "1,000 spellings of a file": ({"links": [("spellings", 1000, "")]}, "write it as 'posterior.safetensors'"),
     "a tensor file of 1 TiB": ({"edits": [(TENSORS, "shape", 0, 1, 2**38)]}, "numbers in tensors"),
+    "32 million points in a sparse file": (
+        {
+            "kind": "points",
+            "edits": [
+                (TENSORS, "shape", 0, 1, [4_000_000, DIM]),
+                (CONFIG, "part", 0, 0, points([4_000_000, DIM])),
+            ],
+        },
+        "has changed since it was saved",  # only its hash is wrong: all of it was read and built
+    ),
     "a sampler that never accepts": (
         prior("VonMises", loc=([DIM], 0), concentration=([DIM], 1e38)),
         "must be at most 1e",
