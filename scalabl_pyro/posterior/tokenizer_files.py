@@ -16,8 +16,11 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_TOKENIZER = 2**27
 #: Largest allowed size of the configuration and of other small files. The largest known ones have about 1 MB.
 MAX_SMALL = 2**23
-#: Largest number of values in the JSON files with a vocabulary. A vocabulary of 262,000 tokens has about 2 million.
-MAX_VOCABULARY = 2**22
+#: Largest number of values in the JSON files with a vocabulary, which bounds the memory of transformers by 1 GB. A
+#: vocabulary of 262,000 tokens with merges has 2 million.
+MAX_VOCABULARY = 2_800_000
+#: Largest number of objects in these files. Each added token is one; 130,000 take 4 seconds.
+MAX_OBJECTS = 2**17
 #: Names of the files with a vocabulary.
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 #: Largest number of lines in a text file, such as a list of merges.
@@ -64,6 +67,8 @@ def _check_file(folder: Path, name: str, budget: Budget) -> None:
     content = read_file(folder.parent, f"{folder.name}/{name}", limit=limit, budget=budget)
     if is_vocabulary:
         json_reader.check_values(content, MAX_VOCABULARY)
+        if (objects := content.count(b"{")) > MAX_OBJECTS:
+            raise ValueError(f"{name} has up to {objects:,} added tokens, more than the {MAX_OBJECTS:,} allowed here")
     elif is_json:
         config = json_reader.loads(content)
         named = [key for key, value in config.items() if _names_a_file(key, value)] if isinstance(config, dict) else []

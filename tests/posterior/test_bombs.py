@@ -115,6 +115,7 @@ NAMED = {
     "8 MB of {} for the tokenizer": (raw(TOKENIZER_CONFIG, "{},", 2_600_000), "values, more than the"),
     "8 MB of {}": (raw(CONFIG, "{},", 2_700_000), "values, more than the"),
     "a vocabulary of {}": (raw(TOKENIZER, "{},", 10_000_000), "values, more than the"),
+    "200,000 added tokens": (raw(TOKENIZER, '{"id":7}', 200_000), "added tokens, more than the"),
     "64 MB of {} in a checkpoint": (
         raw("record.json", "{},", 22_000_000, kind="rows", place="run"),
         "ended",  # the damaged checkpoint is logged and passed over
