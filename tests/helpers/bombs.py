@@ -79,16 +79,21 @@ def edit_entries(content: bytes, how: str, where: int, size: int, value: Any) ->
         header[name]["shape"] = shape
     elif names:
         header = edit_value(header, how, where, size, value)
-    end = 0
-    for entry in header.values() if isinstance(header, dict) and how == "shape" else ():
-        count = DTYPES.get(entry.get("dtype"), 4)
+    if how != "shape" or not names:
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + data, 0
+    end, kept = 0, b""
+    for key in [*(n for n in names if n != name), name]:  # the changed tensor comes last: the others keep their numbers
+        entry = header[key]
+        old = data[slice(*entry["data_offsets"])]
+        count = DTYPES.get(entry["dtype"], 4)
         for n in entry["shape"]:
             count *= n
         entry["data_offsets"] = [end, end + count]
-        end += count
+        end, kept = end + count, kept + old
     text = json.dumps(header).encode()
     begin = len(text).to_bytes(8, "little") + text
-    return begin + data[: max(end, 0)] if how == "shape" else begin + data, len(begin) + end if how == "shape" else 0
+    return begin + kept[: max(end, 0)], len(begin) + end
 
 
 def build(place: Any, case: dict[str, Any]) -> None:
@@ -144,7 +149,8 @@ def add_link(folder: Path, how: str, count: int, target: str) -> None:
         os.truncate(folder / "x", count)
         config["files"]["x"] = {"bytes": count, "sha256": "0" * 64}
     elif how == "spellings":
-        file = sorted(path.name for path in folder.iterdir() if path.is_file())[-1]
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+        file = "posterior.safetensors" if "posterior.safetensors" in names else names[-1]
         content = (folder / file).read_bytes()
         entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for i in range(count):
