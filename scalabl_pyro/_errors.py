@@ -10,6 +10,8 @@ from collections.abc import Iterable
 MAX_SHOWN = 60
 #: Smallest and largest scale that float32 can square.
 SCALES = (1e-18, 1e18)
+#: Longest name that is compared with the valid names, in characters.
+MAX_COMPARED = 300
 
 
 class ScalaBLWarning(UserWarning):
@@ -32,7 +34,8 @@ def nearest(name: str, allowed: Iterable[str], *, limit: int = 3) -> str:
         "Did you mean 'normal'?"
     """
     allowed = sorted(set(allowed))
-    hits = difflib.get_close_matches(name, allowed, n=limit, cutoff=0.5)
+    # A very long text, as in a file of a stranger, is near no name, and comparing it would take long.
+    hits = difflib.get_close_matches(name, allowed, n=limit, cutoff=0.5) if len(name) <= MAX_COMPARED else []
     if hits:
         return "Did you mean " + ", ".join(map(repr, hits)) + "?"
     shown = ", ".join(map(repr, allowed[:10])) + (", ..." if len(allowed) > 10 else "")

@@ -18,10 +18,11 @@ from .._process.lock import LOCK
 from ..lora.module_snapshot import ModuleSnapshot
 from ..posterior.config import CONFIG_FILE
 from ..posterior.posterior import Posterior
-from ..posterior.serialization import path_in_errors, tensor_limit
+from ..posterior.serialization import path_in_errors
 from ..storage import json_reader
+from ..storage.budget import Budget
 from ..storage.directories import staged, write_file
-from ..storage.manifest import Manifest
+from ..storage.manifest import MAX_NAME, Manifest
 from ..storage.tensor_files import read_tensors, write_tensors
 from ..storage.untrusted_files import find_folder, read_file
 from .predictor import Predictor
@@ -33,6 +34,8 @@ FORMAT_VERSION = 1
 MAX_BYTES = 2**20
 #: Allowed levels of nested baselines. A temperature-scaled ensemble has two.
 MAX_DEPTH = 4
+#: The default budget allows as much as this number of posteriors beside the base model.
+POSTERIORS = 4
 
 Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], Mapping[str, Any]], Predictor]
 """Function ``(options, tensors, children) -> baseline``."""
@@ -89,14 +92,16 @@ def load(llm: nn.Module, path: str | Path, **overrides: Any) -> Predictor:
     Args:
         llm: Base model that it was learned on. If loading fails, the model stays as it was.
         path: Directory that ``save_pretrained`` wrote.
-        overrides: ``task=``, ``prior=`` or ``guide=``, to replace a saved part whose class is your own.
+        overrides: ``task=``, ``prior=`` or ``guide=``, to replace a saved part whose class is your own. ``budget=``, a
+            :class:`~scalabl_pyro.storage.budget.Budget`, for files that are larger than the default allows. All parts
+            of the baseline draw from it together.
 
     Returns:
         The posterior or the baseline.
 
     Raises:
         FileNotFoundError: The directory holds neither.
-        ValueError: The base model is another one, or a file is damaged.
+        ValueError: The base model is another one, or a file is damaged or too large.
 
     Example:
         Save what ``mle`` learned, and load it again for the same base model::
@@ -110,13 +115,21 @@ def load(llm: nn.Module, path: str | Path, **overrides: Any) -> Predictor:
     path, snapshot = Path(path), ModuleSnapshot(llm)
     try:
         with LOCK, path_in_errors(path):
-            return _load(llm, path, overrides, depth=0)
+            if overrides.get("budget") is None:
+                parameters = sum(p.numel() for p in llm.parameters())
+                overrides = {**overrides, "budget": Budget.beside(POSTERIORS * parameters)}
+            return _load(llm, path, overrides, seen=set(), depth=0)
     except BaseException:
         snapshot.restore()
         raise
 
 
-def _load(llm: nn.Module, path: Path, overrides: Mapping[str, Any], *, depth: int) -> Predictor:
+def _load(llm: nn.Module, path: Path, overrides: Mapping[str, Any], *, seen: set[Path], depth: int) -> Predictor:
+    budget, real = overrides["budget"], path.resolve()
+    budget.spend("members", 1, path)
+    if real in seen:
+        raise ValueError(f"{path} is the same folder as another part of the baseline: each part has its own folder.")
+    seen.add(real)
     if not (path / CONFIG).exists():
         if (path / CONFIG_FILE).exists():
             return Posterior.from_pretrained(llm, path, **overrides)
@@ -124,15 +137,16 @@ def _load(llm: nn.Module, path: Path, overrides: Mapping[str, Any], *, depth: in
     if depth >= MAX_DEPTH:
         raise ValueError(f"{path}: baselines are nested deeper than {MAX_DEPTH} levels.")
     kind, options, names, files = _read(path)
-    children = {name: _load(llm, find_folder(path, name), overrides, depth=depth + 1) for name in names}
+    folders = {name: find_folder(path, name) for name in names}
+    children = {name: _load(llm, f, overrides, seen=seen, depth=depth + 1) for name, f in folders.items()}
     tensors = {}
     if TENSORS in files.entries:
-        tensors = read_tensors(path, TENSORS, limit=tensor_limit(llm))
+        tensors = read_tensors(path, TENSORS, budget=budget)
     try:
         baseline = KINDS[kind](options, tensors, children)
     except (KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise ValueError(f"{path / CONFIG} is damaged: {type(error).__name__} {error}.") from error
-    files.check(path)
+    files.check(path, budget=budget)
     return baseline
 
 
@@ -162,4 +176,4 @@ def _read(folder: Path) -> tuple[str, dict[str, Any], list[str], Manifest]:
 
 
 def _is_folder_name(name: object) -> bool:
-    return isinstance(name, str) and name.isidentifier() and name.isascii()
+    return isinstance(name, str) and name.isidentifier() and name.isascii() and len(name) <= MAX_NAME

@@ -1,5 +1,7 @@
 """Check a saved posterior: its configuration, files, numbers and tokenizer, and whether it belongs to a base model."""
 
+import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +14,16 @@ from ..posterior.config import CONFIG_FILE, SavedConfig, read_config
 from ..posterior.posterior import Posterior
 from ..posterior.restore import POSTERIOR
 from ..posterior.tokenizer_files import TOKENIZER, read_tokenizer
-from ..storage.tensor_files import read_tensors
+from ..storage.budget import Budget
+from ..storage.tensor_files import scan_tensors
 from ..tasks.registry import TASKS, from_options
 from ..training.checkpoint_files import CheckpointFolder
 from .finding import Finding
 
-#: Largest tensor file that is read, in bytes. The model, which could give a tighter limit, is not loaded yet.
-MAX_TENSORS = 2**33
+#: Bytes that may be read and hashed. The model, which could give a tighter limit, is not loaded yet.
+MAX_BYTES = 2**33
+#: Number of surplus files that are counted.
+MAX_SURPLUS = 1000
 
 
 def examine_posterior(path: Path, model: str | None = None) -> Iterator[Finding]:
@@ -30,12 +35,13 @@ def examine_posterior(path: Path, model: str | None = None) -> Iterator[Finding]
     """
     try:
         config = read_config(path)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         yield Finding(False, str(error), _advice_on_configuration(path))
         return
     yield Finding(True, _describe_posterior(config))
-    healthy = True
-    for finding in (*_files(path, config), *_tensors(path, config), *_tokenizer(path, config)):
+    healthy, budget = True, Budget(bytes=MAX_BYTES)
+    checks = (_files(path, config, budget), _tensors(path, config, budget), _tokenizer(path, config, budget))
+    for finding in itertools.chain(*checks):
         healthy = healthy and finding.ok
         yield finding
     if model is not None and not healthy:
@@ -70,43 +76,44 @@ def _describe_posterior(config: SavedConfig) -> str:
     )
 
 
-def _files(path: Path, config: SavedConfig) -> Iterator[Finding]:
+def _files(path: Path, config: SavedConfig, budget: Budget) -> Iterator[Finding]:
     for name, expected in config.files.entries.items():
         try:
-            config.files.check_file(path, name)
+            config.files.check_file(path, name, budget=budget)
         except (FileNotFoundError, ValueError) as error:
             yield Finding(False, str(error), "copy the file again from the place where the posterior was saved")
         else:
             yield Finding(True, f"{name}: {expected.bytes:,} bytes, SHA-256 as saved")
     known = {CONFIG_FILE, *config.files.entries}
-    surplus = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if not f.is_dir())
+    found = itertools.islice((f for f in path.rglob("*") if not f.is_dir()), len(known) + MAX_SURPLUS)
+    surplus = sorted(f.relative_to(path).as_posix() for f in found)
     if surplus := [name for name in surplus if name not in known]:
         more = "1 more file that was" if len(surplus) == 1 else f"{len(surplus)} more files that were"
         yield Finding(True, f"{more} not saved with the posterior, such as {surplus[0]!r}; ignored on loading")
 
 
-def _tensors(path: Path, config: SavedConfig) -> Iterator[Finding]:
+def _tensors(path: Path, config: SavedConfig, budget: Budget) -> Iterator[Finding]:
     for name in (ADAPTER, POSTERIOR):
         try:
-            tensors = read_tensors(path, name, limit=MAX_TENSORS)
+            tensors = scan_tensors(path, name, budget=budget)
             if name == ADAPTER:
                 check_adapter_keys(config, tensors)
         except (FileNotFoundError, ValueError) as error:
             advice = "copy the file again if its SHA-256 has changed; otherwise train and save the posterior again"
             yield Finding(False, str(error), advice)
         else:
-            numbers = sum(t.numel() for t in tensors.values())
+            numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
             yield Finding(True, f"{name}: {len(tensors)} tensors, {numbers:,} numbers, all finite")
 
 
-def _tokenizer(path: Path, config: SavedConfig) -> Iterator[Finding]:
+def _tokenizer(path: Path, config: SavedConfig, budget: Budget) -> Iterator[Finding]:
     name = config.task["class"]
     if name not in TASKS:
         yield Finding(True, f"the task {name} is a class of your own: pass task={name}(...) to from_pretrained")
         return
     try:
-        tokenizer = read_tokenizer(path / TOKENIZER)
-        from_options(name, tokenizer, config.task["options"])
+        tokenizer = read_tokenizer(path / TOKENIZER, budget=budget)
+        from_options(name, tokenizer, config.task["options"], budget=budget)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         advice = "copy its files again, or pass a task with another tokenizer: from_pretrained(..., task=...)"
         yield Finding(False, f"tokenizer and task: {error}", advice)

@@ -3,12 +3,13 @@
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .._version import __version__
 from .check_installation import examine_installation
 from .check_posterior import examine_posterior
+from .finding import Finding
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,11 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _doctor(path: Path | None, model: str | None) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)  # the findings hold its messages
     problems = 0
-    for finding in examine_installation() if path is None else examine_posterior(path, model):
+    for finding in _whole(examine_installation() if path is None else examine_posterior(path, model)):
         problems += not finding.ok
         say(str(finding))
     say(f"\n{problems} problem{'' if problems == 1 else 's'} found." if problems else "\nNo problems found.")
     return 1 if problems else 0
+
+
+def _whole(findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yield the findings; an error in a check becomes the last one."""
+    try:
+        yield from findings
+    except Exception as error:  # files of strangers may break a check in any way
+        text = f"the check ended with {type(error).__name__}: {error}"
+        yield Finding(False, text, "do not use these files, and report this problem")
 
 
 def say(text: str) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from .._errors import nearest
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
+from .._values import shown
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
 from ..priors.sites import check_continuous, check_transforms, prior_sites
@@ -100,23 +101,7 @@ class AutoFamily(Guide):
         Raises:
             ValueError: The class is not one of Pyro's, or an option is unknown or out of range.
         """
-        name, options = options.get("class"), {k: v for k, v in options.items() if k != "class"}
-        auto_class = getattr(autoguide, name, None) if isinstance(name, str) else None
-        if not (isinstance(auto_class, type) and issubclass(auto_class, autoguide.AutoGuide)):
-            raise ValueError(
-                f"pyro.infer.autoguide has no class {name!r}. If it is your own, pass from_pretrained(..., "
-                f"guide=lambda blora: AutoFamily(blora.prior, {name}, init_loc_fn=blora.init_loc))."
-            )
-        allowed = set(inspect.signature(auto_class).parameters) - {"model", "init_loc_fn", "create_plates", "kwargs"}
-        limit = MAX_SIZE_PER_LATENT * blora.subspace.dim
-        for option, value in options.items():
-            if option not in allowed:
-                raise ValueError(f"{name} has no option {option!r}. {nearest(option, allowed)}")
-            sizes = value if isinstance(value, list) else [value]
-            if not all(isinstance(size, int | float) and 0 <= size <= limit for size in sizes):
-                raise ValueError(
-                    f"{name}: {option}={value!r} must be a number, or a list of numbers, from 0 to {limit}."
-                )
+        auto_class, options = check_saved_options(options, blora.subspace.dim)
         return cls(blora.prior, auto_class, init_loc_fn=blora.init_loc, **options)
 
     def snapshot(self) -> Guide:
@@ -125,6 +110,34 @@ class AutoFamily(Guide):
         other = AutoFamily(prior, auto_class, init_loc_fn=init_loc_fn, **auto_options)
         other.load_state_dict(self.state_dict())
         return other.cpu().requires_grad_(False).eval()
+
+
+def check_saved_options(options: Mapping[str, Any], dim: int) -> tuple[type[autoguide.AutoGuide], dict[str, Any]]:
+    """Return the class of an AutoGuide and its keyword arguments, from the options in a file.
+
+    Raises:
+        ValueError: The class is not one of Pyro's, or an option is unknown or out of range.
+    """
+    name, options = options.get("class"), {k: v for k, v in options.items() if k != "class"}
+    auto_class = getattr(autoguide, name, None) if isinstance(name, str) else None
+    if not (isinstance(auto_class, type) and issubclass(auto_class, autoguide.AutoGuide)):
+        raise ValueError(
+            f"pyro.infer.autoguide has no class {shown(name)}. If it is your own, pass from_pretrained(..., "
+            f"guide=lambda blora: AutoFamily(blora.prior, {shown(name)}, init_loc_fn=blora.init_loc))."
+        )
+    parameters = inspect.signature(auto_class).parameters.values()
+    allowed = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    allowed -= {"model", "init_loc_fn", "create_plates"}
+    limit = MAX_SIZE_PER_LATENT * dim
+    for option, value in options.items():
+        if option not in allowed:
+            raise ValueError(f"{name} has no option {shown(option)}. {nearest(option, allowed)}")
+        sizes = value if isinstance(value, list) else [value]
+        if not all(isinstance(size, int | float) and 0 <= size <= limit for size in sizes):
+            raise ValueError(
+                f"{name}: {option}={shown(value)} must be a number, or a list of numbers, from 0 to {limit}."
+            )
+    return auto_class, options
 
 
 class AutoInstance(Guide):

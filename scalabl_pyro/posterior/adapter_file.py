@@ -4,7 +4,7 @@ Base tensors are those of the base model that its checkpoint does not hold.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def adapter_tensors(posterior: PosteriorState) -> dict[str, Tensor]:
     return tensors
 
 
-def check_adapter_keys(config: SavedConfig, tensors: Mapping[str, Tensor]) -> None:
+def check_adapter_keys(config: SavedConfig, tensors: Collection[str]) -> None:
     """Raise ValueError unless the file holds the base tensors, A and B of each layer and nothing else, except heads.
 
     :func:`check_heads` checks the tensors of heads.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import ScalaBLWarning
+from .._values import shown
 from ..storage import directories, json_reader, untrusted_files
 from ..storage.manifest import Entry, Manifest
 
@@ -160,7 +161,8 @@ def _part(config: Mapping[str, Any], name: str, fields: Mapping[str, type]) -> d
     """Return the entry of the guide or the prior, with all its fields if its class is one of this library."""
     part = get_entry(config, name, dict)
     if part.get("family") is None:  # a user's class, which the user must pass again
-        return part
+        known = {"class": "", "parameters": [], "options": {}, **part}
+        return {"family": None} | {key: get_entry(known, key, fields[key]) for key in fields if key != "family"}
     return {key: get_entry({"class": "", "options": {}, **part}, key, kind) for key, kind in fields.items()}
 
 
@@ -179,7 +181,7 @@ def _layers(layers: list[Any]) -> list[dict[str, Any]]:
 
 def _paths(key: str, paths: list[Any]) -> list[str]:
     if not all(isinstance(name, str) and name for name in paths) or len(set(paths)) < len(paths):
-        raise ValueError(f": {key!r} must be a list of different module paths, found {paths}.")
+        raise ValueError(f": {key!r} must be a list of different module paths, found {shown(paths)}.")
     return paths
 
 

@@ -195,10 +195,12 @@ class Posterior(AnalyzedPosterior):
         Args:
             llm: Base model. It gets the LoRA layers, unless it has the same ones already.
             path: Directory that :meth:`save_pretrained` wrote.
-            overrides: ``task=``, ``prior=`` or ``guide=``, where the saved one is a class of your own.
+            overrides: ``task=``, ``prior=`` or ``guide=``, where the saved one is a class of your own. ``budget=``, a
+                :class:`~scalabl_pyro.storage.budget.Budget`, for files that are larger than the default allows.
 
         Raises:
-            ValueError: If the base model is another one, or if tensors are missing, surplus, damaged or of wrong shape.
+            ValueError: If the base model is another one, or if tensors are missing, surplus, damaged, too large or of
+                wrong shape.
 
         Example:
             >>> posterior = Posterior.from_pretrained(llm, "my-posterior")

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from .. import guides, priors
 from ..guides import Guide
+from ..guides.saved_shapes import check_saved_shapes, saved_shapes
 from ..lora.adapter import Adapter
 from ..model.bayesian_lora import BayesianLoRA
 from ..prediction.draws import sample
 from ..priors import Prior
+from ..storage.budget import Budget
 from ..storage.tensor_files import below, check_keys, load_strict
 from ..tasks import Task, copy_task, registry
 from .config import CONFIG_FILE, SavedConfig
-from .guide_size import check_guide_size
 from .tokenizer_files import TOKENIZER, read_tokenizer
 
 POSTERIOR = "posterior.safetensors"
@@ -60,7 +61,12 @@ def posterior_tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def restore_parts(
-    config: SavedConfig, path: Path, adapter: Adapter, tensors: Mapping[str, Tensor], overrides: Overrides
+    config: SavedConfig,
+    path: Path,
+    adapter: Adapter,
+    tensors: Mapping[str, Tensor],
+    overrides: Overrides,
+    budget: Budget,
 ) -> Parts:
     """Build prior, task and guide and load their tensors.
 
@@ -70,6 +76,7 @@ def restore_parts(
         adapter: Adapter that carries the saved layers.
         tensors: Content of the file ``posterior.safetensors``.
         overrides: Parts that replace the saved ones.
+        budget: Budget that all parts are drawn from.
 
     Raises:
         ValueError: A part cannot be built, or its tensors are not the expected ones.
@@ -79,8 +86,8 @@ def restore_parts(
         if overrides.prior is None
         else priors.as_prior(copy.deepcopy(overrides.prior), adapter.subspace)
     )
-    task = saved_task(config, path) if overrides.task is None else copy_task(overrides.task)
-    guide = saved_guide(config, overrides.guide, prior, adapter, below(tensors, "guide."))
+    task = saved_task(config, path, budget) if overrides.task is None else copy_task(overrides.task)
+    guide = saved_guide(config, overrides.guide, prior, adapter, below(tensors, "guide."), budget)
     parts = Parts(task=task, prior=prior, guide=guide)
     for name in ("guide", "prior", "task"):
         load_strict(f"{POSTERIOR}: {name}", getattr(parts, name), below(tensors, name + "."))
@@ -100,15 +107,15 @@ def saved_prior(config: SavedConfig, tensors: Mapping[str, Tensor], adapter: Ada
     return prior
 
 
-def saved_task(config: SavedConfig, path: Path) -> Task:
-    """Build a task whose class is one of this library, with the saved tokenizer."""
+def saved_task(config: SavedConfig, path: Path, budget: Budget) -> Task:
+    """Build a task whose class is one of this library, with the saved tokenizer, which is not run yet."""
     name = config.task["class"]
     if name not in registry.TASKS:
         raise ValueError(_pass_it_again("task", config.task))
-    tokenizer = read_tokenizer(path / TOKENIZER)
+    tokenizer = read_tokenizer(path / TOKENIZER, budget=budget)
     try:
-        return registry.from_options(name, tokenizer, config.task["options"])
-    except Exception as error:  # a task runs the tokenizer, and the tokenizers library raises bare Exceptions
+        return registry.from_options(name, tokenizer, config.task["options"], budget=budget)
+    except Exception as error:  # a task asks the tokenizer, and the tokenizers library raises bare Exceptions
         raise ValueError(
             f"{path / CONFIG_FILE}: task {name}, with the tokenizer in {path / TOKENIZER}: {error}"
         ) from error
@@ -120,6 +127,7 @@ def saved_guide(
     prior: Prior,
     adapter: Adapter,
     tensors: Mapping[str, Tensor],
+    budget: Budget,
 ) -> Guide:
     """Build a guide on the CPU. Its tensors are not loaded yet.
 
@@ -128,7 +136,8 @@ def saved_guide(
         override: Guide, or function that builds one; None for the saved guide.
         prior: Restored prior.
         adapter: Adapter that carries the saved layers.
-        tensors: Saved tensors of the guide, which bound its size.
+        tensors: Saved tensors of the guide. Their names and shapes must be those that its options ask for.
+        budget: Budget that the guide is drawn from.
     """
     blora = BayesianLoRA(adapter, prior=copy.deepcopy(prior))
     if isinstance(override, Guide):
@@ -140,10 +149,12 @@ def saved_guide(
     family = config.guide.get("family")
     if family is None or not isinstance(family, str):
         raise ValueError(_pass_it_again("guide", config.guide))
+    ranks = adapter.subspace.ranks
     try:
-        check_guide_size(config.guide["options"], tensors, adapter.subspace.dim)
+        expected = saved_shapes(family, config.guide["options"], prior, ranks, budget=budget, file=CONFIG_FILE)
     except ValueError as error:
-        raise ValueError(f"{CONFIG_FILE}: {error}") from None
+        raise ValueError(f"{CONFIG_FILE}: guide: {error}") from None
+    check_saved_shapes(f"{POSTERIOR}: guide", tensors, expected)
     try:
         guide = guides.from_options(family, config.guide["options"], blora).cpu()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -33,6 +33,7 @@ from ..lora.inject import reattach
 from ..lora.targets import new_heads
 from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
+from ..storage.budget import Budget
 from ..storage.directories import staged
 from ..storage.manifest import Manifest
 from ..storage.tensor_files import read_tensors, write_tensors
@@ -53,8 +54,8 @@ from .restore import POSTERIOR, Overrides, checked_mean, posterior_tensors, rest
 from .state import PosteriorState
 from .tokenizer_files import TOKENIZER, write_tokenizer
 
-#: Size that is always allowed for a tensor file, in bytes.
-MIN_LIMIT = 2**30
+#: Longest message of a refused file. Longer ones, which show what a file holds, lose their end.
+MAX_MESSAGE = 1500
 
 
 def save(path: str | Path, posterior: PosteriorState) -> None:
@@ -93,6 +94,7 @@ def load(
     task: Task | None = None,
     prior: Prior | None = None,
     guide: Guide | Callable[[BayesianLoRA], Guide] | None = None,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Load the fields of a saved posterior.
 
@@ -102,13 +104,15 @@ def load(
         task: Replaces the saved task, for a user's class.
         prior: Replaces the saved prior, for a user's class.
         guide: Replaces the saved guide, for a user's class; a guide, or a callable ``blora -> guide``.
+        budget: What the files may cost, for files that you trust; loading spends it. By default, see
+            :meth:`~scalabl_pyro.storage.budget.Budget.beside`.
 
     Returns:
         Fields of :class:`~scalabl_pyro.posterior.state.PosteriorState`, by name.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: The base model is another one, or a file is damaged.
+        ValueError: The base model is another one, or a file is damaged or exceeds the budget.
     """
     check_role("llm", llm, "llm", call="Posterior.from_pretrained(llm, path)")
     check_path("path", path)
@@ -118,12 +122,12 @@ def load(
     check_placement(llm)
     check_has_values(llm)
     with LOCK, path_in_errors(path):
-        return _load(path, llm, overrides)
+        return _load(path, llm, overrides, budget_for(llm, budget))
 
 
-def _load(path: Path, llm: nn.Module, overrides: Overrides) -> dict[str, Any]:
+def _load(path: Path, llm: nn.Module, overrides: Overrides, budget: Budget) -> dict[str, Any]:
     config = read_config(path)
-    of_adapter, of_parts = (read_tensors(path, name, limit=tensor_limit(llm)) for name in (ADAPTER, POSTERIOR))
+    of_adapter, of_parts = (read_tensors(path, name, budget=budget) for name in (ADAPTER, POSTERIOR))
     check_adapter_keys(config, of_adapter)
     check_heads(config.heads, of_adapter, llm)
     carried = find_adapter(llm)
@@ -141,9 +145,9 @@ def _load(path: Path, llm: nn.Module, overrides: Overrides) -> dict[str, Any]:
         check_fingerprint(config.base_model, fingerprint(adapter))
         factors = saved_factors(adapter, of_adapter)
         heads = saved_heads(adapter, config.heads, of_adapter)
-        parts = restore_parts(config, path, adapter, of_parts, overrides)
+        parts = restore_parts(config, path, adapter, of_parts, overrides, budget)
         mean = checked_mean(parts.guide, adapter.subspace.dim)
-        _check_unchanged(path, config, with_tokenizer=overrides.task is None)
+        _check_unchanged(path, config, budget, with_tokenizer=overrides.task is None)
     except BaseException:
         if carried is None:
             adapter.unload()
@@ -168,30 +172,40 @@ def _check_draws(posterior: PosteriorState) -> None:
             raise ValueError(f"The posterior is not saved, because a {what} of its guide holds NaN or infinity.")
 
 
-def tensor_limit(llm: nn.Module) -> int:
-    """Return the largest allowed size of a tensor file: :data:`MIN_LIMIT`, or the size of ``llm`` in float64."""
-    return max(MIN_LIMIT, 8 * sum(p.numel() for p in llm.parameters()))
+def budget_for(llm: nn.Module, budget: Budget | None) -> Budget:
+    """Return the given budget, or the default one beside a model."""
+    if budget is None:
+        return Budget.beside(sum(p.numel() for p in llm.parameters()))
+    if not isinstance(budget, Budget):
+        raise TypeError(f"budget={budget!r}: expected a scalabl_pyro.storage.budget.Budget, or None.")
+    return budget
 
 
 @contextmanager
 def path_in_errors(path: Path) -> Iterator[None]:
-    """Put ``path`` in front of the message of every ValueError that does not name it."""
+    """Turn every error about the content of files into one ValueError that names ``path`` and is not too long.
+
+    Errors of the system about a file, such as one without permission to read it, become ValueErrors too.
+    """
     try:
         yield
-    except ValueError as error:
-        if str(path) in str(error):
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, MemoryError, RecursionError) as error:
+        text = str(error) if str(path) in str(error) else f"{path}: {error or type(error).__name__}"
+        if isinstance(error, ValueError) and text == str(error) and len(text) <= MAX_MESSAGE:
             raise
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "...") from error
 
 
-def _check_unchanged(path: Path, config: SavedConfig, *, with_tokenizer: bool) -> None:
+def _check_unchanged(path: Path, config: SavedConfig, budget: Budget, *, with_tokenizer: bool) -> None:
     """Compare the files with the manifest. This comes last: if another check fails too, its message says more."""
     names = config.files.entries
     if missing := {ADAPTER, POSTERIOR} - set(names):
         raise ValueError(f"{path / CONFIG_FILE}: 'files' does not list {sorted(missing)}. Save the posterior again.")
     for name in names:
         if with_tokenizer or not name.startswith(TOKENIZER + "/"):
-            config.files.check_file(path, name)
+            config.files.check_file(path, name, budget=budget)
 
 
 def _warn_of_lost_heads(config: SavedConfig, llm: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """Fixed priors: one Pyro distribution for all latents, or one per layer."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -69,35 +69,6 @@ def from_distribution(prior: Distribution, dim: int) -> FixedPrior:
     """
     family, parameters = _decompose(prior)
     return FixedPrior(family, {name: _spread(prior, value, dim) for name, value in parameters.items()})
-
-
-def known_family(name: object, parameters: Sequence[str]) -> type[Distribution]:
-    """Return the class ``name`` of ``pyro.distributions``, which must have these parameters.
-
-    Raises:
-        ValueError: The class does not exist, or it has other parameters.
-    """
-    family = getattr(dist, name, None) if isinstance(name, str) else None
-    is_family = isinstance(family, type) and issubclass(family, Distribution)
-    allowed = getattr(family, "arg_constraints", None) if is_family else {}
-    if is_family and not isinstance(allowed, dict):  # a property, as of Uniform, whose constraints depend on its values
-        allowed = set(inspect.signature(cast(Any, family)).parameters) - {"validate_args"}
-    if not allowed or not parameters or not set(parameters) <= set(allowed):
-        raise ValueError(f"{name!r} with parameters {list(parameters)} is not a known prior: see pyro.distributions.")
-    return cast(type[Distribution], family)
-
-
-def from_parameters(family: type[Distribution], parameters: dict[str, Tensor], dim: int) -> FixedPrior:
-    """Rebuild a saved prior; check its parameters against the family and the D latents.
-
-    Raises:
-        ValueError: Parameters violate the family's constraints, or have another shape than (D,).
-    """
-    build: Any = family
-    d = build(**parameters, validate_args=True)
-    if tuple(d.batch_shape + d.event_shape) != (dim,):
-        raise ValueError(f"its shape is {tuple(d.batch_shape + d.event_shape)}, expected ({dim},).")
-    return FixedPrior(family, parameters)
 
 
 def from_layers(prior: Callable[[Layer], Distribution], subspace: Subspace) -> FixedPrior:

@@ -14,10 +14,11 @@ from .._errors import check_choice, check_scale
 from ..lora.subspace import Layer, Subspace
 from .base import Prior
 from .empirical_bayes import EmpiricalBayesPrior
-from .fixed import FixedPrior, from_distribution, from_layers, from_parameters, known_family
+from .fixed import FixedPrior, from_distribution, from_layers
 from .hierarchical import HierarchicalPrior
 from .horseshoe import HorseshoePrior
 from .rank_mask import RankMaskPrior
+from .saved_distribution import from_parameters, known_family
 
 #: Names of priors for ``bayesian_lora(prior=...)``.
 PriorName = Literal[

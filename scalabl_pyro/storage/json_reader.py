@@ -1,26 +1,30 @@
-"""JSON from untrusted files: each key stands once, and the digits of integers and the depth of nesting are limited."""
+"""JSON from untrusted files: each key stands once; the number of values, their digits and their nesting are limited."""
 
 import json
 from typing import Any
 
 MAX_DIGITS = 40
 MAX_DEPTH = 32
+#: Largest number of values. A configuration of a model with 50,000 tensors has about 300,000.
+MAX_VALUES = 2**19
 
 
-def loads(content: bytes | str) -> Any:
+def loads(content: bytes | str, *, max_values: int = MAX_VALUES) -> Any:
     """Parse a JSON text.
 
     Args:
         content: The text, or its UTF-8 bytes.
+        max_values: Largest number of values, see :func:`check_values`.
 
     Raises:
-        ValueError: The content is not UTF-8 or not JSON, repeats a key, or exceeds :data:`MAX_DIGITS` or
-            :data:`MAX_DEPTH`.
+        ValueError: The content is not UTF-8 or not JSON, repeats a key, or exceeds ``max_values``, :data:`MAX_DIGITS`
+            or :data:`MAX_DEPTH`.
 
     Example:
         >>> loads('{"step": 3}')
         {'step': 3}
     """
+    check_values(content, max_values)
     text = content if isinstance(content, str) else content.decode("utf-8")
     try:
         value = json.loads(text, object_pairs_hook=_each_key_once, parse_int=_int)
@@ -28,6 +32,20 @@ def loads(content: bytes | str) -> Any:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
     _check_depth(value)
     return value
+
+
+def check_values(content: bytes | str, max_values: int) -> None:
+    """Check that a JSON text cannot hold more than so many values, before it is parsed.
+
+    Each value of JSON after the first follows one of ``, { [``. These characters are counted, also those in texts.
+
+    Raises:
+        ValueError: There are more of them.
+    """
+    counts = [content.count(m) if isinstance(content, str) else content.count(m.encode()) for m in (",", "{", "[")]
+    found = sum(counts)
+    if found > max_values:
+        raise ValueError(f"it has up to {found:,} values, more than the {max_values:,} that are allowed here")
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from .budget import Budget
 from .untrusted_files import find_file
 
 #: Bytes that are read and hashed at a time.
 CHUNK = 2**20
+#: Longest name of a file that common file systems allow, in bytes.
+MAX_NAME = 255
 
 
 class Entry(NamedTuple):
@@ -68,27 +71,39 @@ class Manifest:
         """Return the JSON form, ``{path: {"bytes": int, "sha256": str}}``."""
         return {name: entry._asdict() for name, entry in self.entries.items()}
 
-    def check(self, folder: Path) -> None:
+    def check(self, folder: Path, *, budget: Budget | None = None) -> None:
         """Compare every file with its entry.
+
+        Args:
+            folder: Folder of the files.
+            budget: Budget that files and their bytes are drawn from.
 
         Raises:
             FileNotFoundError: A file is missing.
-            ValueError: A file has changed since it was recorded.
+            ValueError: A file has changed since it was recorded, or exceeds the budget.
         """
         for name in self.entries:
-            self.check_file(folder, name)
+            self.check_file(folder, name, budget=budget)
 
-    def check_file(self, folder: Path, name: str) -> None:
-        """Compare one file with its entry.
+    def check_file(self, folder: Path, name: str, *, budget: Budget | None = None) -> None:
+        """Compare one file with its entry. Its size is compared before it is read.
+
+        Args:
+            folder: Folder of the file.
+            name: Path of the file in ``folder``.
+            budget: Budget that the file and its bytes are drawn from.
 
         Raises:
             FileNotFoundError: The file is missing.
-            ValueError: The file has changed since it was recorded.
+            ValueError: The file has changed since it was recorded, or exceeds the budget.
         """
         file, expected = find_file(folder, name), self.entries[name]
         size = file.stat().st_size
         if size != expected.bytes:
             raise ValueError(f"{folder / name} has changed since it was saved: {size} bytes, not {expected.bytes}.")
+        if budget is not None:
+            budget.spend("files", 1, folder / name)
+            budget.spend("bytes", size, folder / name)
         if _sha256(file) != expected.sha256:
             raise ValueError(f"{folder / name} has changed since it was saved: its SHA-256 is another.")
 
@@ -97,6 +112,10 @@ def _entry(name: str, value: object, names: Collection[str] | None) -> Entry:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
         raise ValueError(f"'files' names {name!r}, which is not a path inside the directory.")
+    if name != path.as_posix():  # one file would stand under many names
+        raise ValueError(f"'files' names {name!r}; write it as {path.as_posix()!r}.")
+    if max(len(part.encode("utf-8", "replace")) for part in path.parts) > MAX_NAME:
+        raise ValueError(f"'files' names {name[:60]!r}..., a name of more than {MAX_NAME} bytes.")
     if names is not None and name not in names:
         raise ValueError(f"'files' names {name!r}; expected only {sorted(names)}.")
     if not isinstance(value, Mapping):

@@ -1,8 +1,9 @@
 """Tensors in safetensors files: written, read as untrusted input, and compared with what they must be."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -10,10 +11,18 @@ from safetensors import torch as safe
 from torch import Tensor, nn
 
 from . import directories, json_reader, untrusted_files
+from .budget import Budget
 
 #: Bytes of a file's header, which lists the tensors. Models with thousands of layers need less than 1 MiB.
 MAX_HEADER = 4 * 2**20
-DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+#: Allowed types of numbers, with the bytes of a number.
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+#: Types of floating-point numbers, which may be infinite.
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Bytes that are scanned at a time.
+PIECE = 2**24
+#: Largest number of dimensions of a tensor.
+MAX_DIMS = 8
 
 Value = TypeVar("Value")
 
@@ -50,28 +59,29 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, finite: bool = T
     directories.write_file(file, safe.save(own))
 
 
-def read_tensors(folder: Path, name: str, *, limit: int, finite: bool = True) -> dict[str, Tensor]:
+def read_tensors(
+    folder: Path, name: str, *, budget: Budget, limit: int | None = None, finite: bool = True
+) -> dict[str, Tensor]:
     """Read the tensors of a file, as copies that do not depend on the file.
+
+    The size of each tensor is compared with the size of the file, and with the budget, before the tensors are read.
 
     Args:
         folder: Folder of the file.
         name: Name of the file in ``folder``.
-        limit: Largest allowed size of the file, in bytes.
+        budget: Budget that the bytes and the numbers are drawn from.
+        limit: Largest allowed size of the file in bytes, if there is one besides the budget.
         finite: Whether all floating-point numbers must be finite.
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: The file is not a complete safetensors file, or a tensor does not hold finite real numbers.
+        ValueError: The file is not a complete safetensors file, exceeds the budget, or a tensor does not hold finite
+            real numbers.
     """
-    content = untrusted_files.read_file(folder, name, limit=limit)
     file = folder / name
-    try:
-        header = _header(content)
-    except ValueError as error:
-        raise ValueError(_damaged(file, error)) from None
-    for key, entry in header.items():
-        if key != "__metadata__" and entry.get("dtype") not in DTYPES:
-            raise ValueError(f"{file}: tensor {key!r} has the type {entry.get('dtype')!r}; allowed types: {DTYPES}.")
+    entries = read_entries(folder, name)
+    budget.spend("numbers", sum(math.prod(entry.shape) for entry in entries.values()), file)
+    content = untrusted_files.read_file(folder, name, limit=limit, budget=budget)
     try:
         tensors = safe.load(content)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
@@ -80,6 +90,110 @@ def read_tensors(folder: Path, name: str, *, limit: int, finite: bool = True) ->
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: tensor {key!r} holds values that are not finite real numbers.")
     return tensors
+
+
+def scan_tensors(folder: Path, name: str, *, budget: Budget) -> dict[str, "TensorEntry"]:
+    """Check that all numbers of a file are finite, in pieces, so that a large file takes little memory.
+
+    Args:
+        folder: Folder of the file.
+        name: Name of the file in ``folder``.
+        budget: Budget that the bytes are drawn from.
+
+    Returns:
+        Type, shape and place of each tensor.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: The file is not a complete safetensors file, exceeds the budget, or a tensor does not hold finite
+            real numbers.
+    """
+    file, entries = folder / name, read_entries(folder, name)
+    real = untrusted_files.find_file(folder, name)
+    size = real.stat().st_size
+    budget.spend("bytes", size, file)
+    first = size - sum(entry.size for entry in entries.values())
+    with real.open("rb") as content:
+        for key, entry in entries.items():
+            content.seek(first + entry.start)
+            left = entry.size if entry.dtype in FLOATING else 0
+            while left:
+                piece = bytearray(content.read(min(left, PIECE)))
+                if not piece or not torch.isfinite(torch.frombuffer(piece, dtype=FLOATING[entry.dtype])).all():
+                    raise ValueError(f"{file}: tensor {key!r} holds values that are not finite real numbers.")
+                left -= len(piece)
+    return entries
+
+
+class TensorEntry(NamedTuple):
+    """What the list at the beginning of a file says about a tensor.
+
+    Attributes:
+        dtype: Name of the type of numbers, one of :data:`DTYPES`.
+        shape: The shape.
+        start: Position of its first byte after the list.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return DTYPES[self.dtype] * math.prod(self.shape)
+
+
+def read_entries(folder: Path, name: str) -> dict[str, TensorEntry]:
+    """Read only the names, types and shapes of the tensors of a file, and compare their sizes with that of the file.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: The list is damaged, or the file has another size than the tensors in it.
+    """
+    real, file = untrusted_files.find_file(folder, name), folder / name
+    size = real.stat().st_size
+    try:
+        with real.open("rb") as content:
+            start = content.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > size - 8:
+                raise ValueError(f"the header should have {length} bytes, the file has {size}")
+            if length > MAX_HEADER:
+                raise ValueError(f"the header has {length} bytes, more than the allowed {MAX_HEADER}")
+            header = json_reader.loads(content.read(length))
+    except (OSError, ValueError) as error:
+        raise ValueError(_damaged(file, error)) from None
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise ValueError(_damaged(file, "the header does not list tensors"))
+    entries = {key: _entry(file, key, entry) for key, entry in header.items() if key != "__metadata__"}
+    data = sum(entry.size for entry in entries.values())
+    if data != size - 8 - length:
+        raise ValueError(_damaged(file, f"its tensors have {data} bytes, the file has {size - 8 - length} for them"))
+    return entries
+
+
+def _entry(file: Path, key: str, entry: Mapping[str, Any]) -> TensorEntry:
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{file}: tensor {key!r} has the type {dtype!r}; allowed types: {tuple(DTYPES)}.")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_size, shape)):
+        shown = repr(shape)
+        shown = shown if len(shown) <= 60 else shown[:60] + "..."
+        raise ValueError(
+            _damaged(file, f"tensor {key!r} has the shape {shown}; expected up to {MAX_DIMS} whole numbers from 0 on")
+        )
+    offsets = entry.get("data_offsets")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise ValueError(_damaged(file, f"tensor {key!r} has no place in the file"))
+    found = TensorEntry(dtype, tuple(shape), offsets[0])
+    if offsets[1] != found.start + found.size:
+        raise ValueError(_damaged(file, f"tensor {key!r} has another size than its place in the file"))
+    return found
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
 
 
 def check_keys(what: str, found: set[str], expected: set[str]) -> None:
@@ -128,18 +242,5 @@ def load_strict(what: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> 
     module.load_state_dict(tensors, assign=True)
 
 
-def _damaged(file: Path, error: Exception) -> str:
+def _damaged(file: Path, error: object) -> str:
     return f"{file} is damaged: it is not a whole safetensors file ({error})."
-
-
-def _header(content: bytes) -> dict[str, Any]:
-    """Read the list of tensors at the beginning of a file; each name may stand there once."""
-    size = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or size > len(content) - 8:
-        raise ValueError(f"the header should have {size} bytes, the file has {len(content)}")
-    if size > MAX_HEADER:
-        raise ValueError(f"the header has {size} bytes, more than the allowed {MAX_HEADER}")
-    header = json_reader.loads(content[8 : 8 + size])
-    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise ValueError("the header does not list tensors")
-    return header

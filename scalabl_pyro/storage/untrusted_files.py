@@ -1,7 +1,11 @@
 """Untrusted files: found only inside their own folder, and read only up to a size limit."""
 
 import os
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+
+from .budget import Budget
 
 
 def find_file(folder: Path, name: str) -> Path:
@@ -13,7 +17,7 @@ def find_file(folder: Path, name: str) -> Path:
     """
     file = folder / name
     real = _inside(file, folder)
-    if not real.is_file():
+    if not _ask(real.is_file, file):
         raise FileNotFoundError(f"{file} is missing.")
     return real
 
@@ -25,28 +29,49 @@ def find_folder(folder: Path, name: str) -> Path:
         FileNotFoundError: The path does not exist, or is not a directory.
         ValueError: The directory lies outside ``folder``.
     """
-    if not _inside(folder / name, folder).is_dir():
+    if not _ask(_inside(folder / name, folder).is_dir, folder / name):
         raise FileNotFoundError(f"{folder / name} is missing.")
     return folder / name
 
 
-def read_file(folder: Path, name: str, *, limit: int) -> bytes:
+def read_file(folder: Path, name: str, *, limit: int | None = None, budget: Budget | None = None) -> bytes:
     """Read a file of at most ``limit`` bytes.
+
+    Args:
+        folder: Folder of the file.
+        name: Name of the file in ``folder``.
+        limit: Largest allowed size, in bytes; None for no limit but that of the budget.
+        budget: Budget that the bytes are drawn from.
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: The file is larger than ``limit``, or lies outside ``folder``.
+        ValueError: The file is larger than ``limit`` or than the budget allows, cannot be read, or lies outside
+            ``folder``.
     """
     file = find_file(folder, name)
     # A memory map would crash the process if another process shortened the file meanwhile.
-    with file.open("rb") as content:
-        if (size := os.fstat(content.fileno()).st_size) > limit:
-            raise ValueError(f"{folder / name} has {size} bytes, more than the {limit} that are allowed here.")
-        return content.read(size)
+    try:
+        with file.open("rb") as content:
+            size = os.fstat(content.fileno()).st_size
+            if limit is not None and size > limit:
+                raise ValueError(f"{folder / name} has {size} bytes, more than the {limit} that are allowed here.")
+            if budget is not None:
+                budget.spend("bytes", size, folder / name)
+            return content.read(size)
+    except OSError as error:
+        raise ValueError(f"{folder / name} cannot be read ({error}).") from None
 
 
-def check_tree(folder: Path, *, limit: int) -> None:
+def check_tree(folder: Path, *, limit: int, budget: Budget) -> list[Path]:
     """Check that ``folder`` holds only regular files and directories, all inside it, and at most ``limit`` bytes.
+
+    Args:
+        folder: The folder.
+        limit: Largest allowed size of all files together, in bytes.
+        budget: Budget that the files are drawn from.
+
+    Returns:
+        The regular files.
 
     Raises:
         FileNotFoundError: ``folder`` is missing.
@@ -55,16 +80,27 @@ def check_tree(folder: Path, *, limit: int) -> None:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing.")
-    total = 0
-    for entry in [folder, *folder.rglob("*")]:  # rglob does not follow links to directories
+    total, files = 0, []
+    for entry in chain([folder], folder.rglob("*")):  # rglob does not follow links to directories
+        budget.spend("files", 1, folder)
         real = _inside(entry, folder.parent)
         if real.is_dir():
             continue
         if not real.is_file():
             raise ValueError(f"{entry} is not a regular file.")
+        files.append(entry)
         total += real.stat().st_size
     if total > limit:
         raise ValueError(f"{folder} has {total} bytes, more than the {limit} that are allowed here.")
+    return files
+
+
+def _ask(question: Callable[[], bool], file: Path) -> bool:
+    """Answer a question to the system about a path; a name that is too long for it is damage, not an accident."""
+    try:
+        return question()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error}).") from None
 
 
 def _inside(file: Path, folder: Path) -> Path:

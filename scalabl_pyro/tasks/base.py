@@ -22,6 +22,7 @@ from ..data.rows import Row
 from ..data.training_batches import seen_targets
 from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
+from ..storage.budget import Budget
 
 
 class Task(Summarized, Program):
@@ -80,6 +81,19 @@ class Task(Summarized, Program):
             raise ValueError(f"max_length={max_length!r} must be a positive whole number of tokens, or None.")
         self.tokenizer: Any = tokenizer
         self.max_length = length
+
+    @classmethod
+    def from_saved(
+        cls, tokenizer: PreTrainedTokenizerBase | None, options: Mapping[str, Any], *, budget: Budget
+    ) -> "Task":
+        """Build a task from the options in an untrusted file. It does not run the tokenizer.
+
+        Args:
+            tokenizer: Its tokenizer.
+            options: All its options.
+            budget: Budget that the characters to tokenize later are drawn from.
+        """
+        return cls(tokenizer, **options)
 
     @property
     def pad_token_id(self) -> int:

@@ -1,27 +1,27 @@
 """Multiple-choice questions, which the LLM answers with the label of a choice."""
 
-import logging
 import re
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .._values import shown
 from ..data.batch import Batch, Example
 from ..data.labels import choice_index
 from ..data.rows import Row
 from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
 from ..lora.look_ahead import needs_mask
+from ..storage.budget import Budget
 from .base import Task, at_least_float32, text_of, texts_of
 from .chat import ChatPrompt, check_chat_options
+from .choice_options import check_labels, check_template
 from .label_tokens import check_end, find_label_tokens, separator
-
-logger = logging.getLogger(__name__)
 
 #: Labels where none are given: as many of these letters as the tokenizer knows as one token.
 LETTERS = tuple(string.ascii_uppercase)
@@ -71,12 +71,35 @@ class MultipleChoice(Task):
         max_length: int | None = None,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
-        given = LETTERS if labels is None else labels
-        if not isinstance(given, Sequence) or len(given) < 2 or not all(isinstance(label, str) for label in given):
-            raise ValueError(f"labels={labels!r}: expected two or more texts, such as ('A', 'B', 'C', 'D').")
-        if not isinstance(template, str) or "{question}" not in template:
-            raise ValueError(f"template={template!r} must contain '{{question}}'.")
-        _warn_of_fields(template)
+        self._set_options(labels, template, chat, chat_options)
+        self._learn_tokens()
+
+    @classmethod
+    def from_saved(
+        cls, tokenizer: PreTrainedTokenizerBase | None, options: Mapping[str, Any], *, budget: Budget
+    ) -> "MultipleChoice":
+        """Build the task from the options in an untrusted file.
+
+        Tokenizer and chat template may come from the same stranger, and may take any time. So they do not run before
+        the first use of the task, which finds the tokens of the labels then.
+        """
+        labels, template = options.get("labels"), options.get("template")
+        if not isinstance(labels, list) or not isinstance(template, str):
+            raise ValueError(f"expected 'labels', a list, and 'template', a text; found {shown(labels)}.")
+        size = len(template) + max((len(label) for label in labels if isinstance(label, str)), default=0)
+        budget.spend("characters", size * len(labels), "the task, with its labels and its template,")
+        task = cls.__new__(cls)
+        Task.__init__(task, tokenizer, max_length=options.get("max_length"))
+        task._set_options(labels, template, options.get("chat"), options.get("chat_options"))
+        return task
+
+    def _set_options(
+        self, labels: Sequence[str] | None, template: str, chat: bool | None, chat_options: Mapping[str, Any] | None
+    ) -> None:
+        """Check and keep the options; the tokenizer does not run."""
+        tokenizer = self.tokenizer
+        given = check_labels(LETTERS if labels is None else labels)
+        check_template(template)
         if chat is not None and not isinstance(chat, bool):
             raise TypeError(
                 f"chat={chat!r} must be True, False or None. Pass options of the chat template as chat_options=."
@@ -88,15 +111,21 @@ class MultipleChoice(Task):
         self.chat_options = check_chat_options(chat_options) or None
         if self.chat_options and not self.chat:
             raise ValueError("chat_options has no effect, because the task uses no chat template: leave it out.")
-        self._special_tokens = tuple(tokenizer.get_added_vocab())
-        self._chat_prompt = ChatPrompt(tokenizer, self.chat_options or {}) if self.chat else None
-        self.labels = tuple(given)
-        self._set_labels(are_given=labels is not None)
+        self.labels = given
+        self._labels_are_given = labels is not None
+        self._chat: ChatPrompt | None = None
+        self._has_tokens = False
 
     @property
     def classes(self) -> Sequence[str]:  # type: ignore[override]
         """Names of the classes: the labels."""
         return self.labels
+
+    @property
+    def label_ids(self) -> Tensor:
+        """Token of each label."""
+        self._learn_tokens()
+        return cast(Tensor, self._label_ids)
 
     def encode(self, row: Row) -> Example:
         """Tokenize the prompt, and find the index of the answer and the number of choices."""
@@ -116,6 +145,7 @@ class MultipleChoice(Task):
         In a chat, this is all that the chat template writes before the answer. Whitespace at the end that the tokenizer
         joins to the label is left out.
         """
+        self._learn_tokens()
         before = self._text_before_label(row)
         return before[: len(before) - len(self._joined)]
 
@@ -131,6 +161,7 @@ class MultipleChoice(Task):
         """
         _check_kind(adapter.module)
         super().check_llm(adapter, examples)
+        self._label_ids = self.label_ids.to(adapter.device)  # a step that is captured cannot move it
         tokens = [token for example in examples[:8] for token in example.inputs["input_ids"]]
         needs_mask(adapter.module, torch.tensor([tokens], device=adapter.device))
 
@@ -141,6 +172,7 @@ class MultipleChoice(Task):
             ValueError: The model is not a causal LM, lacks the token of a label, or reads padding in spite of a mask.
         """
         _check_kind(llm.llm)
+        self._learn_tokens()
         # Padding stands right of the last token, so a causal LM does not see it. Without a mask, attention uses its
         # fastest kernel, and the host does not wait to read the mask.
         inputs = dict(batch.inputs)
@@ -179,10 +211,19 @@ class MultipleChoice(Task):
         text = self._fill(row)
         if self._chat_prompt is not None:
             return self._chat_prompt(text)
-        return text + separator(text, self._special_tokens)
+        return text + separator(text, tuple(self.tokenizer.get_added_vocab()))
 
-    def _set_labels(self, *, are_given: bool) -> None:
-        """Find the token of each label after a prompt."""
+    @property
+    def _chat_prompt(self) -> ChatPrompt | None:
+        """The chat template, which is rendered for the first time here."""
+        if self.chat and self._chat is None:
+            self._chat = ChatPrompt(self.tokenizer, self.chat_options or {})
+        return self._chat
+
+    def _learn_tokens(self) -> None:
+        """Find the token of each label after a prompt, if it is not known yet."""
+        if self._has_tokens:
+            return
         row = {"question": "?", "choices": ["?", "?"]}
         before = self._text_before_label(row)
         check_end(self.tokenizer, self._tokens, before)
@@ -196,17 +237,19 @@ class MultipleChoice(Task):
         if found.refused:
             first = next(label for label in self.labels if label in found.refused)
             usable = self.labels[: self.labels.index(first)]
-            if are_given or len(usable) < 2:
+            if self._labels_are_given or len(usable) < 2:
                 raise ValueError(found.refused[first])
         ids = list(found.ids[: len(usable)])
         if len(set(ids)) < len(ids) or len(set(usable)) < len(usable):
             raise ValueError(f"labels={self.labels}: two labels become the same token.")
         self.labels = usable
-        self.register_buffer("label_ids", torch.tensor(ids), persistent=False)
+        self.register_buffer("_label_ids", torch.tensor(ids), persistent=False)
         self._first_id, self._largest_id, self._joined = ids[0], max(ids), found.joined
+        self._has_tokens = True
 
     def _prompt_tokens(self, row: Row) -> list[int]:
         """Return the tokens before the label, in the tokenization of prompt and label together."""
+        self._learn_tokens()
         before = self._text_before_label(row)
         tokens = self._tokens(before + self.labels[0])
         if tokens[-1] != self._first_id or not before.endswith(self._joined):
@@ -238,17 +281,6 @@ class MultipleChoice(Task):
                 "Increase max_length."
             )
         return ids
-
-
-def _warn_of_fields(template: str) -> None:
-    """Warn of a field that a template names, but that a prompt does not fill."""
-    others = set(re.findall(r"\{[A-Za-z_]\w*\}", template)) - {"{question}", "{choices}"}
-    if others:
-        logger.warning(
-            "The template contains %s, which stands in each prompt as it is. Only {question} and {choices} are filled: "
-            "write other fields into the question of each row.",
-            ", ".join(sorted(others)),
-        )
 
 
 def _check_kind(llm: nn.Module) -> None:

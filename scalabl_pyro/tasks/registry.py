@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .._errors import nearest
+from ..storage.budget import Budget
 from .base import Task
 from .multiple_choice import MultipleChoice
 from .regression import Regression
@@ -24,13 +25,16 @@ def to_config(task: Task) -> dict[str, Any]:
     return {"class": name, "options": {option: _jsonable(getattr(task, option)) for option in task.options}}
 
 
-def from_options(name: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Task:
-    """Build a saved task again.
+def from_options(
+    name: str, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], *, budget: Budget | None = None
+) -> Task:
+    """Build a saved task again. Neither its tokenizer nor a chat template runs before the first use of the task.
 
     Args:
         name: Name of a class in :data:`TASKS`.
         tokenizer: Its tokenizer.
         options: Its options, as :func:`to_config` gave them.
+        budget: Budget that the characters to tokenize are drawn from.
 
     Raises:
         ValueError: The task does not have an option of this name, or refuses the value.
@@ -38,7 +42,7 @@ def from_options(name: str, tokenizer: PreTrainedTokenizerBase, options: Mapping
     task = TASKS[name]
     if unknown := sorted(set(options) - set(task.options)):
         raise ValueError(f"unknown options of {name}: {unknown}. {nearest(unknown[0], task.options)}")
-    return task(tokenizer, **{**task.added_options, **options})
+    return task.from_saved(tokenizer, {**task.added_options, **options}, budget=budget or Budget())
 
 
 def _jsonable(value: Any) -> Any:

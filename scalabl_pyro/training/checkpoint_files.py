@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..storage import json_reader
+from ..storage.budget import Budget
 from ..storage.directories import staged, write_file
 from ..storage.manifest import Manifest
 from ..storage.tensor_files import read_tensors, write_tensors
@@ -33,9 +34,10 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 TENSORS, RECORD, MANIFEST = "tensors.safetensors", "record.json", "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
-#: Largest allowed size of the JSON files and of the tensor file, in bytes.
-MAX_BYTES = {MANIFEST: 2**16, RECORD: 2**26}
-MAX_TENSORS = 2**40
+#: Largest allowed size of the JSON files, in bytes. The record describes the base model, as a saved posterior does.
+MAX_BYTES = {MANIFEST: 2**16, RECORD: 2**24}
+#: Largest allowed size of the tensor file where the run does not give a limit, in bytes.
+MAX_TENSORS = 2**30
 
 
 class Checkpoint(NamedTuple):
@@ -102,15 +104,18 @@ class CheckpointFolder:
             write_file(staging / MANIFEST, _json(manifest))
         self._prune()
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, *, limit: int = MAX_TENSORS) -> Checkpoint | None:
         """Return the newest usable checkpoint, or None. Each damaged checkpoint that is skipped is logged.
+
+        Args:
+            limit: Largest size of a tensor file that the run can have written, in bytes.
 
         Raises:
             ValueError: The newest checkpoint has another format version.
         """
         for path in reversed(self.paths()):
             try:
-                return read(path)
+                return read(path, limit=limit)
             except (OSError, Damaged) as error:
                 logger.warning("The checkpoint %s cannot be used; the one before it is tried next: %s", path, error)
         return None
@@ -139,8 +144,12 @@ class Damaged(ValueError):
     """Raised for a checkpoint whose files do not match its manifest."""
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, *, limit: int = MAX_TENSORS) -> Checkpoint:
     """Read one checkpoint, and compare its files with its manifest.
+
+    Args:
+        path: Folder of the checkpoint.
+        limit: Largest allowed size of the tensor file, in bytes. It is compared before the file is read.
 
     Raises:
         Damaged: A file is missing, damaged or changed.
@@ -159,8 +168,10 @@ def read(path: Path) -> Checkpoint:
         files = Manifest.from_json(manifest.get("files"), names=[TENSORS, RECORD])
         if len(files.entries) < 2:
             raise Damaged(f"{MANIFEST} must list {TENSORS} and {RECORD}.")
-        files.check(path)
-        tensors = read_tensors(path, TENSORS, limit=MAX_TENSORS, finite=False)  # the history may hold NaN
+        # Each file is read once to hash it, and once more.
+        budget = Budget(bytes=2 * (limit + sum(MAX_BYTES.values())), numbers=limit, files=2)
+        files.check(path, budget=budget)
+        tensors = read_tensors(path, TENSORS, limit=limit, budget=budget, finite=False)  # the history may hold NaN
     except (FileNotFoundError, ValueError) as error:
         raise Damaged(str(error)) from None
     return Checkpoint(path, _step(path), tensors, _read_json(path / RECORD))

@@ -82,7 +82,7 @@ class Checkpoints:
             return
         self.run = run()
         folder, processes = self.folder, self.processes
-        found = processes.from_rank_zero(lambda: self._choose(folder))
+        found = processes.from_rank_zero(lambda: self._choose(folder, _largest_state(trainer, self.run["num_steps"])))
         if found is None:
             processes.from_rank_zero(lambda: folder.set_aside(-1))
             processes.from_rank_zero(lambda: self._write(folder, trainer))
@@ -158,7 +158,7 @@ class Checkpoints:
         self._saved_step = self._tried_step = trainer.next_step
         self._failure = None
 
-    def _choose(self, folder: CheckpointFolder) -> Checkpoint | None:
+    def _choose(self, folder: CheckpointFolder, limit: int) -> Checkpoint | None:
         if self.resume is False:
             if names := [path.name for path in folder.paths()]:
                 raise FileExistsError(
@@ -166,7 +166,7 @@ class Checkpoints:
                     "checkpoint_dir, delete them, or resume."
                 )
             return None
-        found = folder.newest()
+        found = folder.newest(limit=limit)
         if found is None and self.resume is True:
             raise FileNotFoundError(
                 f"resume=True, but {folder.path} holds no valid checkpoint. Give the checkpoint_dir of the earlier "
@@ -193,3 +193,9 @@ class Checkpoints:
             logger.warning(
                 "%s was written under %s, this is torch %s: bits may differ", found.path, before, torch.__version__
             )
+
+
+def _largest_state(trainer: Trainer, num_steps: int) -> int:
+    """Largest size of a tensor file that a run can write, in bytes: parameters with moments, and a history."""
+    learned = sum(tensor.numel() * tensor.element_size() for tensor in trainer.learned.tensors().values())
+    return 4 * learned + 8 * len(COLUMNS) * num_steps + 2**24

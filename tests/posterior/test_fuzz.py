@@ -569,7 +569,7 @@ def test_baseline_that_holds_itself_is_refused(baselines):
     baselines.put("temperature", {})
     shutil.rmtree(baselines.folder / "base")
     (baselines.folder / "base").symlink_to(baselines.folder)
-    with pytest.raises(ValueError, match="baselines are nested deeper than 4"):
+    with pytest.raises(ValueError, match="is the same folder as another part of the baseline"):
         sp.baselines.load(baselines.llm, baselines.folder)
 
 
@@ -870,7 +870,7 @@ def test_options_that_would_only_fill_memory_are_refused_before_they_do(place, o
     config = json.loads(place.valid["normal"][CONFIG])
     place.put("normal", {CONFIG: json.dumps({**config, "guide": {"class": "x", **options}}).encode()})
     start = peak_megabytes()
-    with pytest.raises(ValueError, match="ask for a guide of at least"):
+    with pytest.raises(ValueError, match=r"must be a whole number|does not hold the tensors|asks for .* (lay|post)"):
         sp.Posterior.from_pretrained(place.llm, place.folder)
     assert peak_megabytes() - start < 50
 
@@ -902,7 +902,7 @@ def test_sparse_file_is_refused_unread(place):
     place.put("normal", {})
     with (place.folder / POSTERIOR).open("r+b") as file:
         file.truncate(2**40)
-    with pytest.raises(ValueError, match=rf"{POSTERIOR} has {2**40} bytes, more than"):
+    with pytest.raises(ValueError, match=rf"{POSTERIOR} is damaged: .* the file has 10995"):
         sp.Posterior.from_pretrained(place.llm, place.folder)
 
 

@@ -212,7 +212,7 @@ def test_a_label_that_the_tokenizer_does_not_know_is_refused(tokenizer, labels):
 
 
 def test_labels_of_one_token_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"labels=\('A', 'B', 'A'\): two labels become the same token"):
+    with pytest.raises(ValueError, match=r"labels=\('A', 'B', 'A'\) \(a tuple\): two labels become the same token"):
         sp.MultipleChoice(tokenizer, labels=["A", "B", "A"])
 
 

@@ -1,0 +1,49 @@
+"""Checks of the labels and the template of multiple-choice questions, before any text is tokenized."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from .._values import shown
+
+logger = logging.getLogger(__name__)
+
+
+def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """Return the labels of the choices, which must be two or more different texts.
+
+    Raises:
+        ValueError: They are something else.
+
+    Example:
+        >>> from scalabl_pyro.tasks.choice_options import check_labels
+        >>> check_labels(["A", "B"])
+        ('A', 'B')
+    """
+    if not isinstance(labels, Sequence) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"labels={shown(labels)}: expected two or more texts, such as ('A', 'B', 'C', 'D').")
+    if len(set(labels)) < len(labels):
+        label, count = Counter(labels).most_common(1)[0]
+        raise ValueError(
+            f"labels={shown(tuple(labels))}: two labels become the same token, because {shown(label)} stands there "
+            f"{count} times. Give each choice a label of its own."
+        )
+    return tuple(labels)
+
+
+def check_template(template: str) -> None:
+    """Check that a template has a place for the question. Warn of a field that a prompt does not fill.
+
+    Raises:
+        ValueError: It has no such place.
+    """
+    if not isinstance(template, str) or "{question}" not in template:
+        raise ValueError(f"template={shown(template)} must contain '{{question}}'.")
+    others = set(re.findall(r"\{[A-Za-z_]\w*\}", template)) - {"{question}", "{choices}"}
+    if others:
+        logger.warning(
+            "The template contains %s, which stands in each prompt as it is. Only {question} and {choices} are filled: "
+            "write other fields into the question of each row.",
+            ", ".join(sorted(others)),
+        )
