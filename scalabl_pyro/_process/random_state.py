@@ -140,9 +140,9 @@ def as_seed(seed: Any) -> int:
     """
     value = plain(seed)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"seed={seed!r}: expected an integer.")
+        raise TypeError(f"seed={seed!r}: expected an integer, such as seed=0.")
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"seed={seed!r}: expected an integer of at most 64 bits.")
+        raise ValueError(f"seed={seed!r}: expected an integer of at most 64 bits (-2**63 to 2**63 - 1).")
     return value
 
 

@@ -19,7 +19,7 @@ OF_PREDICTIONS = ("skill", "one_class", "loss_end")
 
 @dataclass(frozen=True)
 class Finding(Summarized):
-    """One thing that was checked.
+    """Result of one check.
 
     Attributes:
         check: Name of the check.

@@ -81,7 +81,10 @@ class LogWeights(Summarized):
     def log_weights(self) -> Array:
         """(S,) log p(y, s) - log q(s), nats."""
         if self.log_q is None:
-            raise ValueError("MCMC draws, particles and points have no density, so they have no importance weights.")
+            raise ValueError(
+                "MCMC draws, particles and points have no density, so they have no importance weights. Use a posterior "
+                "whose guide has a density, such as guide='normal'."
+            )
         return self.log_joint - self.log_q
 
     def elbo(self) -> float:
@@ -121,7 +124,10 @@ def psis_loo(log_likelihood: Array, *, log_p: Array | None, log_q: Array | None)
     """
     check_num_draws("LOO", len(log_likelihood))
     if not np.isfinite(log_likelihood).all():
-        raise ValueError("LOO needs a finite log likelihood of each row under each draw; some of these are not finite.")
+        raise ValueError(
+            "LOO needs a finite log likelihood of each row under each draw, but some are NaN or infinite. Look for "
+            "rows whose answer has the probability 0, and check the fit by diagnose()."
+        )
     if np.ptp(log_likelihood, axis=0).max() < ROUNDING:
         raise ValueError(
             "All draws predict the same, so leaving a row out changes nothing. The guide is a point, or the factors "

@@ -36,8 +36,7 @@ def mc_dropout(
 
     In training each row of a batch has one mask per layer over the input features. All tokens of the row share it. A
     draw of the posterior is one such mask per layer. The loss has no KL term. ``factor_scale`` of the optimizer adds
-    the weight decay
-    that makes dropout an approximate posterior.
+    the weight decay that makes dropout an approximate posterior.
 
     Args:
         module: Base model. It is adapted in place.

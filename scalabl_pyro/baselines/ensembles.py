@@ -43,9 +43,8 @@ def deep_ensemble(
         lr: Learning rate of both factors, the heads, and the task's parameters.
         lora: Options of :func:`scalabl_pyro.bayesian_lora`, such as ``r``. A ``seed`` in it has no effect.
         seed: Seed of the first member. Member i has ``seed + i``.
-        options: Options of :func:`scalabl_pyro.fit`, such as ``num_steps``; with ``factor_scale`` of the optimizer
-            the members are
-            maximum a posteriori estimates. ``lr_A`` is ``lr`` by default.
+        options: Options of :func:`scalabl_pyro.fit`, such as ``num_steps``; with ``factor_scale`` of the
+            optimizer, the members are maximum a posteriori estimates. ``lr_A`` is ``lr`` by default.
 
     Returns:
         A result whose posterior is an :class:`EnsemblePosterior`. The history has a column ``member``.
@@ -62,7 +61,7 @@ def deep_ensemble(
     """
     check_role("task", task, "task", call="deep_ensemble(llm, task, train_data)")
     if num_members < 2:
-        raise ValueError(f"num_members={num_members}: an ensemble needs 2 or more.")
+        raise ValueError(f"num_members={num_members}: an ensemble needs 2 or more members. Use mle() for a single one.")
     blora = plain_lora(module, {**(lora or {}), "seed": seed})
     start = {name: p.detach().clone() for name, p in blora.point_estimates.named_parameters()}
     task_start = copy_task(task).state_dict()
@@ -99,11 +98,17 @@ class EnsemblePosterior(DerivedPredictor):
 
     def __post_init__(self) -> None:
         if not self.members:
-            raise ValueError("An ensemble needs at least one member.")
+            raise ValueError("An ensemble needs at least one member, got none. Pass predictors as members.")
         if any(member.adapter is not self.adapter for member in self.members):
-            raise ValueError("The members of an ensemble must share one adapted LLM, but their adapters differ.")
+            raise ValueError(
+                "The members of an ensemble must share one adapted LLM, but their adapters differ. Train or load all "
+                "members on the same LLM."
+            )
         if len({_is_point(member) for member in self.members}) > 1:
-            raise ValueError("Point posteriors and posteriors with draws cannot be mixed: their weights would differ.")
+            raise ValueError(
+                "Point posteriors and posteriors with draws cannot be mixed, because they would not have equal "
+                "weights. Pass members of one kind."
+            )
 
     @property
     def source(self) -> Predictor:

@@ -158,7 +158,10 @@ def _read(folder: Path) -> tuple[str, dict[str, Any], list[str], Manifest]:
     except ValueError as error:
         raise ValueError(f"{file} is damaged: it is not JSON ({error}).") from None
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{file}: this version of scalabl_pyro reads format_version {FORMAT_VERSION}.")
+        raise ValueError(
+            f"{file}: this version of scalabl_pyro reads format_version {FORMAT_VERSION}. Load it with the version "
+            "that saved it."
+        )
     kind, options, names = (content.get(key) for key in ("kind", "options", "children"))
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{file}: kind={kind!r} is unknown. {nearest(str(kind), KINDS)}")

@@ -58,7 +58,12 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
     if not examples:
         raise ValueError("The data set has no rows.")
     if cut := sum(example.is_cut for example in examples):
-        logger.warning("%d of %d rows were longer than max_length and lost the end of their text.", cut, len(examples))
+        logger.warning(
+            "%d of %d rows were longer than max_length and lost the end of their text. "
+            "To keep it, increase max_length of the task.",
+            cut,
+            len(examples),
+        )
     return examples
 
 
@@ -70,7 +75,7 @@ def _plain(example: Example) -> Example:
 
 def _check_example(example: Example, row: Row, where: str, *, need_target: bool) -> None:
     if len(example) == 0:
-        raise ValueError(f"{where} is empty: its text gives no tokens.")
+        raise ValueError(f"{where} is empty: its text gives no tokens. Give the row a text, or leave it out.")
     if example.target is None:
         if need_target:
             raise ValueError(
@@ -78,9 +83,9 @@ def _check_example(example: Example, row: Row, where: str, *, need_target: bool)
                 "Add the answer in the field that the task reads."
             )
     elif not isinstance(example.target, numbers.Real):
-        raise TypeError(f"{where}: the answer {example.target!r} is not a number.")
+        raise TypeError(f"{where}: the answer {example.target!r} is not a number. The task must encode it as one.")
     elif not math.isfinite(example.target):
-        raise ValueError(f"{where}: the answer {example.target} is not finite.")
+        raise ValueError(f"{where}: the answer {example.target} is not finite. Correct the row, or leave it out.")
 
 
 @known_arguments

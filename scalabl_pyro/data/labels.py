@@ -80,7 +80,7 @@ def as_classes(classes: Any) -> tuple[ClassName, ...]:
     if len({_kind(name) for name in names}) > 1:
         raise ValueError(f"classes={classes!r} mixes texts, numbers and truth values: give names of one type.")
     if len(set(map(str, names))) < len(names) or len(set(names)) < len(names):
-        raise ValueError(f"classes={classes!r}: a name stands twice.")
+        raise ValueError(f"classes={classes!r}: a name occurs twice. Give each class its own name.")
     return names
 
 
@@ -120,7 +120,10 @@ def class_index(label: Any, classes: Sequence[ClassName], *, what: str = "label"
             return [bool(name == given) for name in classes].index(True)
         if whole == UNLABELED:
             return None
-        raise ValueError(f"{what} {shown(label)} is not one of the classes {_listed(classes)}.")
+        raise ValueError(
+            f"{what} {shown(label)} is not one of the classes {_listed(classes)}. Give one of them, or {UNLABELED} for "
+            "an unknown class."
+        )
     if isinstance(given, bool):
         if str(given) in names:
             return names.index(str(given))
@@ -248,7 +251,8 @@ def _from_data_set(label: ClassIndex, classes: Sequence[ClassName], what: str) -
 @lru_cache(maxsize=256)  # once for each pair of lists, not once per row
 def _say_by_position(theirs: str, mine: str) -> None:
     logger.warning(
-        "The data set has the classes %s, the task %s. They share no name, so they are matched by position.",
+        "The data set has the classes %s, the task %s. They share no name, so they are matched by position. "
+        "Check that both lists have the same order.",
         theirs,
         mine,
     )

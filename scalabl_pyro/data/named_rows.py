@@ -120,13 +120,15 @@ def read_jsonl(path: Path) -> list[Row]:
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8 ({error}).") from None
+                raise ValueError(f"{path}, line {number}: not UTF-8 ({error}). Save the file in UTF-8.") from None
             if not line.strip():
                 continue
             try:
                 row = json_reader.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
+                raise ValueError(
+                    f"{path}, line {number}: not JSON ({error}). Expected one JSON object per line."
+                ) from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
             rows.append(row)

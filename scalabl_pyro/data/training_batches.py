@@ -213,7 +213,10 @@ class Cycle:
                 "or a DataLoader."
             )
         if batch.target is None or len(batch) == 0:
-            raise ValueError(f"The batch of step {step} is empty or has no targets.")
+            raise ValueError(
+                f"The batch of step {step} is empty or has no targets. Leave empty batches out, and give each row an "
+                "answer."
+            )
         if self.keeps_digest:
             for tensor in (batch.index, batch.inputs["input_ids"], batch.target):
                 self._digest.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -36,6 +36,8 @@ def scale_of_largest_evidence(eigenvalues: Tensor, sum_of_squares: float, *, num
     best = int(np.argmax(evidence))
     if best in (0, num_scales - 1):
         logger.warning(
-            "the evidence chose the prior scale %.3g, an end of its range: the data do not determine it", scales[best]
+            "the evidence chose the prior scale %.3g, an end of its range, so the data do not determine it; "
+            "pass prior_scale as a number",
+            scales[best],
         )
     return float(scales[best])

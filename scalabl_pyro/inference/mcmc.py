@@ -55,7 +55,7 @@ def mcmc(
 ) -> Posterior:
     """Sample p(s | data, A, B) by Pyro's no-U-turn sampler, for small models and data.
 
-    All guides can be judged against it: it shares factors, prior and likelihood with ``posterior`` and assumes no
+    Every guide can be compared with it: it has the factors, prior and likelihood of ``posterior``, and assumes no
     family. Each gradient is a pass over all of ``data``. The cost is about
     num_chains * (num_samples + warmup_steps) * 10 to 100 such passes.
 
@@ -81,8 +81,7 @@ def mcmc(
 
     Raises:
         ValueError: ``data`` yields batches instead of rows, the prior has a site that is discrete or has an unknown
-            support, or an option is outside its
-            range.
+            support, or an option is outside its range.
 
     Example:
         >>> chains = scalabl_pyro.mcmc(

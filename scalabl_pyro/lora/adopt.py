@@ -78,7 +78,10 @@ def _plain_lora(found: Mapping[str, BaseTunerLayer]) -> tuple[str, dict[str, Lor
     layers = {name: m for name, m in found.items() if isinstance(m, LoraLayer)}
     if len(layers) < len(found):
         name, other = next((n, m) for n, m in found.items() if n not in layers)
-        raise TypeError(f"{name!r} is a {type(other).__name__} of another PEFT method; only LoRA can become Bayesian.")
+        raise TypeError(
+            f"{name!r} is a {type(other).__name__} of another PEFT method; only LoRA can become Bayesian. Pass the "
+            "model without it."
+        )
     if any(layer.disable_adapters for layer in layers.values()):
         raise ValueError("The LoRA adapters are disabled: call enable_adapter_layers() first, or unload them.")
     active = {tuple(layer.active_adapters) for layer in layers.values()}
@@ -89,14 +92,21 @@ def _plain_lora(found: Mapping[str, BaseTunerLayer]) -> tuple[str, dict[str, Lor
         if layer.merged:
             raise ValueError(f"{name!r} is merged into its base layer: call unmerge_adapter() first.")
         if adapter_name in layer.lora_embedding_A and layer.lora_variant.get(adapter_name) is not None:
-            raise ValueError(f"{name!r} uses a LoRA variant (DoRA, ...) on embeddings; only plain LoRA can be saved.")
+            raise ValueError(
+                f"{name!r} uses a LoRA variant (DoRA, ...) on embeddings; only plain LoRA can be saved. Merge the "
+                "adapter, or train it as plain LoRA."
+            )
     layers = {name: m for name, m in layers.items() if adapter_name in m.lora_A}
     if not layers:
-        raise ValueError(f"The LoRA adapter {adapter_name!r} has no linear layer, and only those can become Bayesian.")
+        raise ValueError(
+            f"The LoRA adapter {adapter_name!r} has no linear layer, and only those can become Bayesian. Use an "
+            "adapter that has them, or pass the plain base model."
+        )
     check_layers(layers.keys(), layers.values())
     for name, layer in layers.items():
         if layer.lora_variant.get(adapter_name) is not None or layer.lora_bias.get(adapter_name):
             raise ValueError(
-                f"{name!r} uses a LoRA variant (DoRA, ...) or lora_bias; only plain LoRA can become Bayesian."
+                f"{name!r} uses a LoRA variant (DoRA, ...) or lora_bias; only plain LoRA can become Bayesian. Merge "
+                "the adapter into the model, or train it as plain LoRA."
             )
     return adapter_name, layers

@@ -51,7 +51,8 @@ def _check_method(module: nn.Module) -> None:
         kind: Any = getattr(configs.get(name), "peft_type", "LORA")
         if (kind := getattr(kind, "value", kind)) != "LORA":
             raise TypeError(
-                f"The model carries an adapter of another PEFT method ({kind}); only LoRA can become Bayesian."
+                f"The model carries an adapter of another PEFT method ({kind}); only LoRA can become Bayesian. Pass "
+                "the model without that adapter."
             )
 
 

@@ -132,8 +132,8 @@ def unsaved_tensors(
     new = _new_parameters(module, found)
     if warn and new:
         warnings.warn(
-            f"The checkpoint of the base model did not hold {new[0].name!r}{_and_more(new)}. It is random and stays "
-            "frozen; it is saved with the posterior. To train it, name its module in modules_to_save.",
+            f"The checkpoint of the base model did not hold {new[0].name!r}{_and_more(new)}. It has random values, "
+            "is not trained, and is saved with the posterior. To train it, name its module in modules_to_save.",
             ScalaBLWarning,
             stacklevel=4,
         )

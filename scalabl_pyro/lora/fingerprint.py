@@ -179,8 +179,8 @@ def _check_tensors(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     for name in sorted(probes.keys() ^ own.keys()):
         if _owner(name) not in free:
             raise ValueError(
-                f"Another base model: {name!r} is in only one of this model and the model on which the posterior was "
-                "learned. Build the base model with the same configuration as in training."
+                f"Another base model: {name!r} is in only one of the two models, this one and the one of the training. "
+                "Build the base model with the same configuration as in training."
             )
     for name in sorted(probes.keys() & own.keys()):
         if not _is_numbers(probes[name]):

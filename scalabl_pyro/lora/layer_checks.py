@@ -79,6 +79,6 @@ def check_heads(module: nn.Module, heads: Sequence[str]) -> None:
         if not name or name not in names:
             raise ValueError(f"modules_to_save: the module has no {name!r}. {nearest(name, [n for n in names if n])}")
         if next(names[name].parameters(), None) is None:
-            raise ValueError(f"modules_to_save: {name!r} has no parameters to train.")
+            raise ValueError(f"modules_to_save: {name!r} has no parameters to train. Leave it out.")
         if around := [other for other in heads if other != name and lies_in(name, other)]:
             raise ValueError(f"modules_to_save: {name!r} is a part of {around[0]!r}, which contains it: leave it out.")

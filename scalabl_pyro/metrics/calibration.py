@@ -26,8 +26,8 @@ def ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
 def adaptive_ece(probs: Array, labels: Labels, *, num_bins: int = NUM_BINS) -> float:
     """Compute the expected calibration error over bins of equal counts, none of them empty (Nixon et al., 2019).
 
-    Rows of equal confidence share their accuracy: each counts as right by the share of right rows among them. So the
-    result does not depend on which of them fall into which bin. Confidences that agree to 6 digits count as equal.
+    Rows of equal confidence share their accuracy: each of them has the mean accuracy of all. So the result does not
+    depend on the bins into which they fall. Confidences that agree to 6 digits count as equal.
     """
     return _gap(reliability(probs, labels, num_bins=num_bins, bins="mass"))
 

@@ -35,9 +35,9 @@ def bayesian_lora(
 ) -> BayesianLoRA:
     """Add LoRA adapters with a latent vector s inside each layer: y = W0 x + gamma B (s * A x).
 
-    The module is changed in place: PEFT wraps its linear layers, and its weights are frozen. ``blora.unload()`` puts it
-    back bit for bit. After an error, or Ctrl-C, the module is what it was. While it is wrapped, its ``save_pretrained``
-    raises an error, because it would write A and B without s.
+    The module is changed in place: PEFT wraps its linear layers, and its weights are frozen. ``blora.unload()``
+    restores it bit for bit. After an error, or Ctrl-C, the module is as before. While it is wrapped, its
+    ``save_pretrained`` raises an error, because it would write A and B without s.
 
     A module that already carries a PEFT LoRA adapter keeps the function that it computes: the factors are rewritten as
     B diag(s) A with orthonormal rows of A. What PEFT trained besides these factors stays frozen, and is saved with the
@@ -52,7 +52,8 @@ def bayesian_lora(
             query and value projections and the LM head. Models without such names are adapted in all linear layers.
             A log line (level INFO) says which layers None or ``"all-linear"`` chose. Both leave out gates with one
             output, and layers of Mamba mixers that fused kernels read without calling them.
-        exclude_modules: Layers to leave out of those: a list of path suffixes, one regular expression, or a predicate.
+        exclude_modules: Layers of ``target_modules`` to leave out: a list of path suffixes, one regular expression,
+            or a predicate.
         layers_to_transform: Indices of the blocks to adapt; None means all. Adapting the upper half only is much
             cheaper.
         cut_rank: Whether a layer that is too small for ``r`` gets the largest rank that it allows, which is the smaller
@@ -60,11 +61,12 @@ def bayesian_lora(
         lora_dropout: Dropout probability on the input of A; 0 in the paper.
         prior: Prior of s: the scale of Normal(0, scale), a Pyro distribution, a callable ``layer -> distribution``, or
             a :class:`~scalabl_pyro.priors.Prior`.
-        gauge: ``"unit_rows"`` computes with the rows of A at unit norm, so that s can trade its scale only with B.
-            ``"free"`` lets it trade with A too. The scale of the prior has a meaning of its own only if B has a prior
-            too (``factor_scale`` of :class:`OptimizerOptions`).
+        gauge: ``"unit_rows"`` computes with the rows of A at unit norm, so that the scale of s can move only to B.
+            With ``"free"`` it can move to A too. The scale of the prior has a meaning of its own only if B has a
+            prior too (``factor_scale`` of :class:`OptimizerOptions`).
         modules_to_save: Paths of modules that are trained in full (as point estimates) and saved. None means the new
-            head of a Hugging Face classifier: all modules outside of its backbone.
+            head of a Hugging Face classifier: all modules outside of its backbone (the model without its
+            output layers).
         seed: Seed of the initial factors; the global random state stays as it is.
 
     Returns:

@@ -34,9 +34,9 @@ def risk_coverage(
 ) -> Axes:
     """Plot the error of the answered rows against the share of rows that are answered, most certain rows first.
 
-    Two thin lines per method bound what an order can do. In random order, the error is the overall error at every
-    coverage. In the ideal order, all right answers come before all wrong ones. All three lines end at the same point,
-    the error when every row is answered.
+    Two thin lines per method show a random order and the ideal order. In random order, the error is the overall error
+    at every coverage. In the ideal order, all right answers come before all wrong ones. All three lines end at the same
+    point, which is the error if every row is answered.
 
     Args:
         prediction: Prediction of rows with answers, or predictions of several methods by name.

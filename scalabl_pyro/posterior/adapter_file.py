@@ -61,7 +61,7 @@ def saved_base_tensors(config: SavedConfig, tensors: Mapping[str, Tensor], llm: 
     """
     own = {tensor.name: tensor.base for tensor in plain_tensors(llm)}
     if unknown := sorted(set(config.base_tensors) - set(own)):
-        raise ValueError(f"Another base model: it has no parameter or buffer {unknown[0]!r}.")
+        raise ValueError(f"Another base model: it has no parameter or buffer {unknown[0]!r}. Load the one of training.")
     saved = {name: tensors[_base_name(name)] for name in config.base_tensors}
     for name, tensor in saved.items():
         check_like(f"{ADAPTER}: {name!r}", tensor, own[name])

@@ -114,7 +114,10 @@ def parse_config(content: bytes) -> SavedConfig:
     config = _json_object(content)
     version, minor = config.get("format_version"), config.get("format_minor", 0)
     if version != FORMAT_VERSION or isinstance(version, bool):
-        raise ValueError(f" has format_version {version!r}; this version of scalabl_pyro reads {FORMAT_VERSION}.")
+        raise ValueError(
+            f" has format_version {version!r}; this version of scalabl_pyro reads {FORMAT_VERSION}. Load it with the "
+            "version that saved it."
+        )
     if not isinstance(minor, int) or isinstance(minor, bool) or minor < 0:
         raise ValueError(f": 'format_minor' must be a number from 0, found {minor!r}.")
     parsed = SavedConfig(

@@ -56,7 +56,7 @@ class Posterior(AnalyzedPosterior):
                 ``"hf://owner/name"``, whose test split is read. Answers are optional.
             num_draws: Number S of draws; 0 predicts with the posterior mean.
             seed: Seed of the draws. Simulated answers of a likelihood over numbers use a seed derived from it.
-            design: How draws relate to each other. ``"antithetic"`` draws of a normal guide come in mirrored pairs,
+            design: Relation between the draws. ``"antithetic"`` draws of a normal guide come in mirrored pairs,
                 whose errors cancel where the outputs are nearly linear in s. ``"sobol"`` draws are quasi-random.
             batch_size: Number of rows per forward pass.
             draws_per_pass: Largest number of draws per forward pass; None for all. It is halved when memory runs out.
@@ -158,7 +158,7 @@ class Posterior(AnalyzedPosterior):
     def prior_predictive(
         self, data: Any, *, num_draws: int = 100, seed: int = 0, batch_size: int = 16
     ) -> Prediction | NumericPrediction:
-        """Predict under draws of the *prior* of s, with the learned factors, to see what the prior says of answers.
+        """Predict under draws of the *prior* of s, with the learned factors, to see which answers the prior expects.
 
         Args:
             data: Rows for the task; answers are optional.

@@ -169,7 +169,10 @@ def _check_draws(posterior: PosteriorState) -> None:
     """Raise ValueError if a draw is not finite, which finite tensors do not rule out: a scale can be exp(1000)."""
     for num_draws, what in ((0, "mean"), (1, "draw")):
         if not torch.isfinite(posterior.sample(num_draws).s).all():
-            raise ValueError(f"The posterior is not saved, because a {what} of its guide holds NaN or infinity.")
+            raise ValueError(
+                f"The posterior is not saved, because a {what} of its guide holds NaN or infinity. Use the "
+                f"posterior of an earlier step, or train again with smaller learning rates."
+            )
 
 
 def budget_for(llm: nn.Module, budget: Budget | None) -> Budget:

@@ -96,7 +96,10 @@ def from_layers(prior: Callable[[Layer], Distribution], subspace: Subspace) -> F
     for layer in subspace:
         d = prior(layer)
         if not isinstance(d, Distribution):
-            raise TypeError(f"prior({layer.name!r}) returned {type(d).__name__}, not a Pyro distribution.")
+            raise TypeError(
+                f"prior({layer.name!r}) returned {type(d).__name__}, not a Pyro distribution. Return one, such as "
+                "dist.Normal(0.0, 1.0)."
+            )
         family, parameters = _decompose(d)
         bases.append(_base(d))
         parts.append((family, {k: _spread(d, v, layer.rank) for k, v in parameters.items()}))
@@ -158,7 +161,10 @@ def _check_possible(d: Distribution) -> None:
             "with a fixed s, or a narrow prior such as dist.Normal(1.0, 0.01)."
         )
     if getattr(d.support, "is_discrete", False):
-        raise ValueError(f"A {name} is discrete, but s is real.")
+        raise ValueError(
+            f"A {name} is discrete, but s is real. Use a continuous distribution such as dist.Normal(0.0, 1.0), or "
+            "prior='rank_mask' to switch ranks on and off."
+        )
     if is_joint(d):
         raise ValueError(
             f"A {name} constrains its numbers jointly ({describe_support(d)}), but each latent must move alone. Use a "

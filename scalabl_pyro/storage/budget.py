@@ -77,7 +77,7 @@ class Budget:
         if amount > left:
             raise ValueError(
                 f"{where} asks for {amount:,} {COUNTED[part]}; only {left:,} more are allowed. This protects you from "
-                f"files that only fill memory or time. If you trust the files, load them with budget=Budget({part}=...)"
-                " and a larger number."
+                f"files that only fill memory or time. If you trust the files, load them with a larger limit: "
+                f"budget=Budget({part}=...)."
             )
         setattr(self, part, left - amount)

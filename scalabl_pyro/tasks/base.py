@@ -215,7 +215,7 @@ def field_of(row: Row, name: str) -> Any:
     if name not in row:
         raise ValueError(f"the row has no field {name!r}. {nearest(name, map(str, row))}")
     if is_missing(row[name]):
-        raise ValueError(f"the field {name!r} is missing ({row[name]}).")
+        raise ValueError(f"the field {name!r} has no value ({row[name]}): fill it, or leave the row out.")
     return row[name]
 
 
@@ -243,7 +243,7 @@ def texts_of(row: Row, name: str) -> list[str]:
         raise ValueError(f"{name} must be a list of texts, got a {type(values).__name__}.")
     values = list(values)
     if any(is_missing(value) for value in values):
-        raise ValueError(f"{name}={values} contains a missing text (None or NaN).")
+        raise ValueError(f"{name}={values} contains a missing text (None or NaN): give a str in each place.")
     found = [text(value) for value in values]
     if wrong := [value for value, one in zip(values, found, strict=True) if one is None]:
         raise ValueError(f"{name} must be a list of texts, but it contains {shown(wrong[0])}.")

@@ -241,7 +241,9 @@ class MultipleChoice(Task):
                 raise ValueError(found.refused[first])
         ids = list(found.ids[: len(usable)])
         if len(set(ids)) < len(ids) or len(set(usable)) < len(usable):
-            raise ValueError(f"labels={self.labels}: two labels become the same token.")
+            raise ValueError(
+                f"labels={self.labels}: two labels become the same token. Give each choice a label of its own."
+            )
         self.labels = usable
         self.register_buffer("_label_ids", torch.tensor(ids), persistent=False)
         self._first_id, self._largest_id, self._joined = ids[0], max(ids), found.joined

@@ -80,7 +80,9 @@ class Regression(TextTask):
         """Convert a number, or a text that holds one, to a float."""
         found = number(value, from_text=True)
         if found is None:
-            raise ValueError(f"the answer {shown(value)} is not a number.")
+            raise ValueError(
+                f"the answer {shown(value)} is not a number. Give a number, or leave it out in prediction."
+            )
         return found
 
     @torch.no_grad()
@@ -114,7 +116,10 @@ class Regression(TextTask):
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Normal:
         """Build the normal distribution of y around the single output."""
         if outputs.shape[-1] != 1:
-            raise ValueError(f"The model's head has {outputs.shape[-1]} outputs; regression needs num_labels=1.")
+            raise ValueError(
+                f"The model's head has {outputs.shape[-1]} outputs; regression needs num_labels=1. Load the model with "
+                "num_labels=1."
+            )
         mean, scale = self.mean_and_scale
         # The scale has the precision of the outputs; otherwise a float64 model would get float32 log densities.
         noise = cast(Tensor, self.noise_scale).to(outputs.dtype) / scale

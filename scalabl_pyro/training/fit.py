@@ -85,13 +85,13 @@ def fit(
         num_steps: Number of optimizer steps.
         batch_size: Rows per step, of all processes together; see the page *Several GPUs*.
         lr: Learning rate of B and of the task's parameters (AdamW). Tune it first, see the page *Quality*.
-        lr_A: Learning rate of A and of new heads. Their inputs are as many as the model is wide, so they need smaller
-            steps (LoRA+, Hayou et al., 2024). With an A as fast as B, runs on hard data overfitted, ended at chance or
-            diverged.
+        lr_A: Learning rate of A and of new heads. They have as many inputs as the model is wide, so they need smaller
+            steps (LoRA+, Hayou et al., 2024). If the rates of A and B are equal, runs on hard data overfitted, ended
+            at chance or diverged.
         kl_weight: Weight of KL(q || p); 1 is the ELBO. A function maps the step to a weight.
         elbo: Any Pyro ELBO. Default: the one with closed-form KLs if guide and prior allow it, else ``Trace_ELBO``.
         draws: ``"per_example"`` (each row has its own s, if the family allows it) or ``"shared"``.
-        init_scale: Largest initial standard deviation of the guide (0.05 in the paper).
+        init_scale: Largest initial standard deviation of the guide. The paper has 0.05.
         num_data: Size N of the training set; needed if ``train_data`` yields batches.
         on_nonfinite: What to do after a loss or gradient that is not finite. ``"raise"`` stops. ``"skip"`` leaves the
             step out, and stops after 10 in a row. ``"restore"`` also returns to the parameters of up to 50 steps ago,
