@@ -61,7 +61,7 @@ line below says which size this run has, and which versions made its numbers.
 
 # %%
 TOY = notebooks.TOY
-NUM_TEST, NUM_OTHER, NUM_TRAIN = (10, 4, 6) if TOY else (200, 100, 24)
+NUM_TEST, NUM_OTHER, NUM_TRAIN = (10, 4, 6) if TOY else (120, 60, 16)
 RUN = Path(tempfile.mkdtemp()) if TOY else notebooks.RUNS / "quickstart"
 
 llm, tokenizer = models.demo_llm(tiny=TOY)
@@ -220,9 +220,9 @@ has. *ECE* (expected calibration error) is the mean distance from the line; lowe
 test = opinions.movie_reviews("test", count=NUM_TEST, seed=0)
 predictions = {
     "mean": posterior.predict(test, num_draws=0),
-    "20 draws": posterior.predict(test, num_draws=20, seed=0),
+    "10 draws": posterior.predict(test, num_draws=10, seed=0),
 }
-display(predictions["20 draws"])
+display(predictions["10 draws"])
 plots.reliability(predictions)
 plt.show()
 
@@ -251,8 +251,8 @@ other = {
     "product reviews": opinions.product_reviews(count=NUM_OTHER, seed=0),
     "neutral sentences": opinions.neutral_sentences(count=NUM_OTHER, seed=0),
 }
-inside = predictions["20 draws"]
-outside = {name: posterior.predict(rows, num_draws=20, seed=0) for name, rows in other.items()}
+inside = predictions["10 draws"]
+outside = {name: posterior.predict(rows, num_draws=10, seed=0) for name, rows in other.items()}
 shifted = {"movie reviews": inside, "product reviews": outside["product reviews"]}
 reports = {name: prediction.metrics(bootstrap=200) for name, prediction in shifted.items()}
 display(pd.concat(reports)[["accuracy", "nll", "brier", "aurc"]].round(3))
