@@ -24,7 +24,7 @@ from ..model.bayesian_lora import BayesianLoRA
 from ..model.log_likelihood import LogLikelihood
 from ..prediction.draws import Draws, log_prior, sample, sample_in_parts
 from ..prediction.quasi_monte_carlo import DESIGNS, Design, quasi_monte_carlo_draws, quasi_monte_carlo_parts
-from ..prediction.room import COPIES, MANY, check_room
+from ..prediction.room import COPIES, check_room
 from ..priors import Prior
 from ..tasks import Task, copy_task
 
@@ -209,10 +209,8 @@ class PosteriorState(Summarized):
             >>> elbo = posterior.log_weights(train_data).elbo()  # nats per data set
         """
         check_count(num_draws=num_draws, least=0)
-        if num_draws >= MANY:  # fewer always fit
-            data = read_rows(data)
-            per_draw = COPIES * len(data) * self.mean().element_size()
-            check_room(self.guide, num_draws, per_draw=per_draw, kept=f" and their log likelihoods of {len(data)} rows")
+        data = read_rows(data)
+        check_room_for_densities(self, len(data), num_draws)
         draws = self.sample(num_draws, seed=seed)
         return densities_of(self, draws, data, num_data=num_data, batch_size=batch_size)
 
@@ -235,6 +233,13 @@ class PosteriorState(Summarized):
         """Run a function of guide or prior without touching Pyro's global store."""
         with torch.no_grad(), local_params():
             return function()
+
+
+def check_room_for_densities(posterior: PosteriorState, num_rows: int, num_draws: int) -> None:
+    """Check that draws and their log likelihoods of each row fit into memory; see :func:`densities_of`."""
+    per_draw = COPIES * num_rows * posterior.mean().element_size()
+    kept = f" and their log likelihoods of {num_rows:,} rows"
+    check_room(posterior.guide, num_draws, per_draw=per_draw, kept=kept)
 
 
 def densities_of(

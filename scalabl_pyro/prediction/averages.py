@@ -84,4 +84,5 @@ class NumberAverages:
 
 def _add_densities(total: Array, rows: Array, log_densities: Array) -> None:
     """Add log densities (P, B) of P draws to the log of their sum (N,) so far."""
-    total[rows] = np.logaddexp(total[rows], logsumexp(np.asarray(log_densities, dtype=np.float64), axis=0))
+    with np.errstate(invalid="ignore"):  # NaN where a row has no answer
+        total[rows] = np.logaddexp(total[rows], logsumexp(np.asarray(log_densities, dtype=np.float64), axis=0))

@@ -15,8 +15,9 @@ MANY = 1000
 COPIES = 2
 #: Bytes that a draw takes besides its numbers, per site, until the draws are joined.
 OVERHEAD = 1024
-#: Copies of the predictions that are in memory at once: one per batch, joined, and in the order of the rows.
-COPIES_OF_PREDICTIONS = 3
+#: Copies of the predictions that are in memory at once: one per batch, joined, and in the order of the rows. The
+#: float64 arrays from which uncertainties are computed later take as much.
+COPIES_OF_PREDICTIONS = 6
 #: Numbers that are kept per draw and row if answers are numbers: mean, variance, simulated answer, log density.
 MOMENTS = 4
 
