@@ -19,8 +19,8 @@ from ..lora.module_snapshot import ModuleSnapshot
 from ..prediction.averaged import AveragedNumericPrediction, AveragedPrediction
 from ..prediction.draws import sample_prior
 from ..prediction.linearized import predict_linearized
-from ..prediction.predict import check_draws_per_pass, predict
-from ..prediction.predict_averaged import DRAWS_PER_PART, predict_averaged
+from ..prediction.predict import MANY_DRAWS, check_draws_per_pass, predict
+from ..prediction.predict_averaged import predict_averaged
 from ..prediction.quasi_monte_carlo import Design
 from ..prediction.result import NumericPrediction, Prediction
 from ..prediction.room import FEWER_OR_AVERAGES, check_room, size_of_predictions
@@ -94,8 +94,8 @@ class Posterior(AnalyzedPosterior):
             design: How draws relate to each other. ``"antithetic"`` draws of a normal guide come in mirrored pairs,
                 whose errors cancel where the outputs are nearly linear in s. ``"sobol"`` draws are quasi-random.
             batch_size: Number of rows per forward pass.
-            draws_per_pass: Largest number of draws per forward pass; None for all, or for 64 with ``keep_draws=False``.
-                It is halved when memory runs out.
+            draws_per_pass: Largest number of draws per forward pass; None for all on a GPU, and for 64 on a CPU or with
+                ``keep_draws=False``. On a GPU it is halved when memory runs out.
             cache_prefix: Whether to keep, on the LLM's device, the hidden states at the first adapted block. Later
                 predictions of the same rows with the same ``batch_size`` then skip the blocks below it, also for other
                 posteriors that adapt the same upper blocks of this LLM. The most recent 8 row sets are kept; see
@@ -123,7 +123,7 @@ class Posterior(AnalyzedPosterior):
         check_draws_per_pass(draws_per_pass)
         check_flag(cache_prefix=cache_prefix, progress=progress, keep_draws=keep_draws)
         check_count(num_draws=num_draws, least=0)
-        size = min(draws_per_pass or DRAWS_PER_PART, max(num_draws, 1))
+        size = min(draws_per_pass or MANY_DRAWS, max(num_draws, 1))
         parts = self.sample_in_parts(num_draws, size=size, seed=seed, design=design)
         examples = encode(read_rows(data, split="test"), self.task.encode, need_target=False)
         options: dict[str, Any] = {"batch_size": batch_size, "cache_prefix": cache_prefix, "progress": progress}

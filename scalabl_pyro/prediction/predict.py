@@ -21,6 +21,10 @@ from .result import NumericPrediction, Prediction
 
 logger = logging.getLogger(__name__)
 
+#: Largest number of draws per forward pass on a CPU, where a pass that is too large ends the process, not with an
+#: error that could be caught. It is also the number of draws in memory at once if only averages are kept.
+MANY_DRAWS = 64
+
 
 @collective
 @torch.no_grad()
@@ -48,7 +52,7 @@ def predict(
         s: (S, D) draws.
         examples: Tokenized rows.
         batch_size: Number of rows per forward pass.
-        draws_per_pass: Largest number of draws per forward pass; None for all.
+        draws_per_pass: Largest number of draws per forward pass; None for all on a GPU, and for 64 on a CPU.
         is_mean: Whether the only draw is the posterior mean.
         seed: Seed of the simulated answers of a likelihood over numbers.
         cache_prefix: Whether to keep the hidden states at the first adapted block for later predictions of the same
@@ -70,7 +74,8 @@ def predict(
     check_draws_per_pass(draws_per_pass)
     passes = passes_over(examples, task, llm, batch_size=batch_size, cache_prefix=cache_prefix)
     s = s.to(passes.device)
-    outputs_of = DrawOutputs(llm, task, size=int(min(draws_per_pass or len(s), len(s))))
+    default = MANY_DRAWS if passes.device.type == "cpu" else len(s)
+    outputs_of = DrawOutputs(llm, task, size=int(min(draws_per_pass or default, len(s))))
     joint = current_processes()
     if joint.are_several:
         on_device = shared_outputs(joint, passes, outputs_of, s, progress=progress)

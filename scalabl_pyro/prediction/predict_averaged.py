@@ -17,10 +17,7 @@ from .answered import join_targets
 from .averaged import AveragedNumericPrediction, AveragedPrediction
 from .averages import ClassAverages, Kept, NumberAverages
 from .collect import Collector, used_classes
-from .predict import DrawOutputs, passes_over, shared_outputs
-
-#: Number of draws that are in memory at once, if the caller does not say.
-DRAWS_PER_PART = 64
+from .predict import MANY_DRAWS, DrawOutputs, passes_over, shared_outputs
 
 
 @collective
@@ -33,7 +30,7 @@ def predict_averaged(
     *,
     num_draws: int,
     batch_size: int = 16,
-    draws_per_pass: int = DRAWS_PER_PART,
+    draws_per_pass: int = MANY_DRAWS,
     cache_prefix: bool = False,
     progress: bool = False,
 ) -> AveragedPrediction | AveragedNumericPrediction:

@@ -15,7 +15,7 @@ import toys
 import scalabl_pyro as sp
 from scalabl_pyro.guides import CovarianceGuide, DeltaGuide, EmpiricalGuide, Guide, MixtureGuide, NormalGuide
 from scalabl_pyro.prediction.averages import ClassAverages, NumberAverages
-from scalabl_pyro.prediction.predict_averaged import DRAWS_PER_PART
+from scalabl_pyro.prediction.predict import MANY_DRAWS, DrawOutputs
 
 matplotlib.use("Agg")
 ROWS = tiny.question_rows(7, seed=9)
@@ -65,7 +65,7 @@ def assert_same(averaged, full, names):
         (8, {"batch_size": 2, "draws_per_pass": 4, "design": "antithetic"}),
         (7, {"draws_per_pass": 3, "design": "antithetic"}),  # a part ends between the two of a pair
         (11, {"draws_per_pass": 4, "design": "sobol"}),
-        (DRAWS_PER_PART + 3, {}),
+        (MANY_DRAWS + 3, {}),
         (5, {"draws_per_pass": 100}),
     ],
 )
@@ -204,6 +204,16 @@ def test_draws_beyond_one_part_are_those_of_one_pass_and_have_their_densities():
     expected = torch.distributions.Normal(LOC, SCALE).log_prob(sites["s"]).sum(-1)
     torch.testing.assert_close(log_q, expected)
     assert sites["s"].unique(dim=0).shape[0] == 2500
+
+
+def test_a_pass_on_a_cpu_has_64_draws_at_most_unless_the_caller_asks_for_more(posterior, monkeypatch):
+    sizes = []
+    original = DrawOutputs.__call__
+    monkeypatch.setattr(DrawOutputs, "__call__", lambda self, *given: sizes.append(self.size) or original(self, *given))
+    posterior.predict(ROWS[:1], num_draws=70)
+    posterior.predict(ROWS[:1], num_draws=70, keep_draws=False)
+    posterior.predict(ROWS[:1], num_draws=70, draws_per_pass=66)
+    assert sizes == [64, 64, 64, 66]
 
 
 MEASURE = """
