@@ -58,7 +58,7 @@ def test_a_classifier_of_rows_in_a_dataset_fits():
 
     data = Dataset.from_list(tiny.text_rows(12))
     blora = sp.bayesian_lora(tiny.classifier("bert"), r=2)
-    task = sp.SequenceClassification(tiny.tokenizer(), ["a", "b", "c"])
+    task = sp.SequenceClassification(tiny.tokenizer(), classes=["a", "b", "c"])
     posterior = sp.fit(blora, task, data, num_steps=2, batch_size=8, progress=False).posterior
     assert posterior.predict(data, num_draws=2).probs.shape == (12, 3)
 

@@ -230,14 +230,14 @@ def rise(count, keep):
     assert prediction.num_draws == count
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 rise(400, True), rise(400, False)
-print(rise(20_000, False), rise(20_000, True))
+print(rise(20_000, False), rise(8_000, True))
 """
 
 
 def test_twenty_thousand_draws_take_the_memory_of_four_hundred():
-    """The peak of the process rises with the draws that are kept, and stays where averages are kept."""
+    """The peak of the process stays where averages are kept, and rises with 8,000 draws that are kept."""
     code = MEASURE.format(helpers=str(Path(toys.__file__).parent))
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     averaged, kept = (int(kilobytes) / 1024 for kilobytes in found.stdout.split())
     assert averaged < 8, f"{averaged:.0f} MiB"
-    assert kept > 24, f"{kept:.0f} MiB: the measurement cannot see what it is about"
+    assert kept > 16, f"{kept:.0f} MiB: the measurement cannot see what it is about"

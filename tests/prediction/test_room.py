@@ -87,7 +87,7 @@ def test_many_rows_are_refused_with_few_draws_too(posterior, monkeypatch, no_pas
 def test_averages_need_no_more_memory_for_more_draws(posterior, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 0)
     assert posterior.predict(ROWS, num_draws=2, keep_draws=False).num_draws == 2
-    with pytest.raises(ValueError, match="keep_draws=False, which keeps averages"):
+    with pytest.raises(ValueError, match=r"predict\(..., keep_draws=False\), which keeps averages"):
         posterior.predict(ROWS, num_draws=2)
 
 
