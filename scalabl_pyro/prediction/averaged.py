@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from .._arguments import known_arguments_of_methods
 from ..data.labels import ClassName
 from ..metrics import Array
-from .answered import NO_ANSWERS
 from .scores import ClassScores, NumberScores
 
 
@@ -67,9 +66,6 @@ class AveragedPrediction(WithoutDraws, ClassScores):
     classes: tuple[ClassName, ...]
     num_draws: int
     seconds: float = float("nan")
-
-    def _log_mixture(self) -> Array:
-        return _known(self.log_mixture)
 
 
 @known_arguments_of_methods
@@ -136,15 +132,6 @@ class AveragedNumericPrediction(WithoutDraws, NumberScores):
             frame["target"] = self.target
         return frame
 
-    def _log_mixture(self) -> Array:
-        return _known(self.log_mixture)
-
     def _summary(self) -> Mapping[str, object]:
         facts = {"rows": self._num_rows(), "draws": self.num_draws}
         return {**facts, "answers": self._answers(), "seconds": self.seconds}
-
-
-def _known(log_mixture: Array | None) -> Array:
-    if log_mixture is None:
-        raise ValueError(NO_ANSWERS)
-    return log_mixture

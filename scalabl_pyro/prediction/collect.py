@@ -90,6 +90,9 @@ class Collector:
 
     def __init__(self, task: Task, examples: Sequence[Example], *, seed: int | None) -> None:
         self.task = task
+        self.examples = examples
+        #: Names of the classes that rows use, once outputs were seen.
+        self.classes: tuple[ClassName, ...] = ()
         self.targets = [e.target for e in examples]
         known = [target for target in self.targets if target is not None]
         self.are_all_known = len(known) == len(self.targets)
@@ -107,7 +110,10 @@ class Collector:
             batch = batch.without_target()
         d: Any = self.task.distribution(outputs.to(batch.index.device), batch)
         if isinstance(d, dist.Categorical):
-            kept = {"log_probs": at_least_float32(d.logits).log_softmax(-1)}
+            log_probs = at_least_float32(d.logits).log_softmax(-1)
+            if not self.classes:
+                self.classes = used_classes(self.task, self.examples, log_probs.shape[-1])
+            kept = {"log_probs": log_probs[..., : len(self.classes)]}  # a prompt may have up to 26 choices
         else:
             self.is_normal = isinstance(d, torch.distributions.Normal)
             kept = {"means": d.mean, "variances": d.variance}
@@ -145,9 +151,7 @@ def _as_prediction(
         arrays.setdefault("log_density", None)
         arrays["is_normal"] = collect.is_normal
         return NumericPrediction(target=target, is_mean=is_mean, seconds=seconds, **arrays)
-    log_probs = arrays["log_probs"]
-    classes = used_classes(collect.task, examples, log_probs.shape[-1])
-    return Prediction(log_probs[..., : len(classes)], target, classes, is_mean=is_mean, seconds=seconds)
+    return Prediction(arrays["log_probs"], target, collect.classes, is_mean=is_mean, seconds=seconds)
 
 
 def used_classes(task: Task, examples: Sequence[Example], num_outputs: int) -> tuple[ClassName, ...]:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,7 +15,7 @@ from ..tasks import Task
 from .answered import join_targets
 from .averaged import AveragedNumericPrediction, AveragedPrediction
 from .averages import ClassAverages, Kept, NumberAverages
-from .collect import Collector, used_classes
+from .collect import Collector
 from .predict import MANY_DRAWS, DrawOutputs, passes_over, shared_outputs
 
 
@@ -87,7 +86,6 @@ class _Averages:
     """
 
     def __init__(self, task: Task, examples: Sequence[Example]) -> None:
-        self.task = task
         self.examples = examples
         self.collect = Collector(task, examples, seed=None)
         self.found: ClassAverages | NumberAverages | None = None
@@ -114,6 +112,6 @@ class _Averages:
         target = join_targets([e.target for e in self.examples], are_classes=isinstance(self.found, ClassAverages))
         if isinstance(self.found, NumberAverages):
             return AveragedNumericPrediction(target=target, num_draws=num_draws, seconds=seconds, **arrays)
-        classes = used_classes(self.task, self.examples, self.found.probs.shape[-1])
-        arrays["probs"] = np.ascontiguousarray(arrays["probs"][:, : len(classes)])
-        return AveragedPrediction(target=target, classes=classes, num_draws=num_draws, seconds=seconds, **arrays)
+        return AveragedPrediction(
+            target=target, classes=self.collect.classes, num_draws=num_draws, seconds=seconds, **arrays
+        )

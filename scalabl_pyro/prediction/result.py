@@ -70,9 +70,10 @@ class Prediction(ClassScores):
         """(S, N) log probability of the target under each draw, nats; NaN where a row has no answer."""
         return log_prob_of(self.log_probs, self.target)
 
-    def _log_mixture(self) -> Array:
-        """(N,) log probability of the target under the average over draws."""
-        return log_mean_exp(self.log_likelihood)
+    @property
+    def log_mixture(self) -> Array | None:
+        """(N,) log of the averaged probability of the target, nats, NaN where a row has no answer; None if no row has one."""
+        return None if self.target is None else log_mean_exp(self.log_likelihood)
 
 
 @known_arguments_of_methods
@@ -174,9 +175,10 @@ class NumericPrediction(NumberScores):
             )
         return np.quantile(self.replicates.astype(np.float64), tails, axis=0).T
 
-    def _log_mixture(self) -> Array:
-        """(N,) log density of the target under the mixture of draws."""
-        return log_mean_exp(self.log_likelihood)
+    @property
+    def log_mixture(self) -> Array | None:
+        """(N,) log density of the target under the mixture, nats, NaN where a row has no answer; None if no row has one."""
+        return None if self.target is None else log_mean_exp(self.log_likelihood)
 
     def to_frame(self, *, level: float = 0.9) -> pd.DataFrame:
         """Make a table of one line per row.

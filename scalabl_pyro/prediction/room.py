@@ -65,5 +65,5 @@ def size_of_predictions(task: Task, examples: Sequence[Example], itemsize: int) 
         itemsize: Bytes per number of the outputs.
     """
     choices = max((e.extras.get("num_choices", 0) for e in examples), default=0)
-    per_row = len(task.classes or ()) or choices or MOMENTS
+    per_row = choices or len(task.classes or ()) or MOMENTS
     return COPIES_OF_PREDICTIONS * len(examples) * per_row * max(itemsize, 4)

@@ -51,8 +51,9 @@ class ClassScores(Answered):
             """Time that the prediction took."""
             ...
 
-        def _log_mixture(self) -> Array:
-            """(N,) log density of the target under the average over draws, nats."""
+        @property
+        def log_mixture(self) -> Array | None:
+            """(N,) log density of the target under the average over draws, nats; None if no row has a target."""
             ...
 
     @property
@@ -93,7 +94,7 @@ class ClassScores(Answered):
         """
         scored = self.with_answers()
         options: dict[str, Any] = {"bootstrap": bootstrap, "level": level, "seed": seed}
-        options["log_likelihood"] = scored._log_mixture()
+        options["log_likelihood"] = scored.log_mixture
         return self._with_count(metrics.classification_report(scored.probs, cast(Array, scored.target), **options))
 
     def to_frame(self) -> pd.DataFrame:
@@ -155,8 +156,9 @@ class NumberScores(Answered):
             """Time that the prediction took."""
             ...
 
-        def _log_mixture(self) -> Array:
-            """(N,) log density of the target under the average over draws, nats."""
+        @property
+        def log_mixture(self) -> Array | None:
+            """(N,) log density of the target under the average over draws, nats; None if no row has a target."""
             ...
 
     @property
@@ -181,7 +183,7 @@ class NumberScores(Answered):
             ValueError: If the rows have no answers, or if an option is out of range.
         """
         scored = self.with_answers()
-        log_mixture = scored._log_mixture()
+        log_mixture = cast(Array, scored.log_mixture)
         error = scored.mean - cast(Array, scored.target)
 
         def scores(rows: NDArray[np.integer] | slice) -> dict[str, float]:

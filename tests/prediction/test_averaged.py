@@ -20,8 +20,29 @@ from scalabl_pyro.prediction.predict import MANY_DRAWS, DrawOutputs
 matplotlib.use("Agg")
 ROWS = tiny.question_rows(7, seed=9)
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
-CLASSES = ("probs", "labels", "total", "aleatoric", "epistemic", "target", "is_answered", "classes", "num_draws")
-NUMBERS = ("mean", "total", "aleatoric", "epistemic", "epistemic_corrected", "target", "is_answered", "num_draws")
+CLASSES = (
+    "probs",
+    "labels",
+    "total",
+    "aleatoric",
+    "epistemic",
+    "target",
+    "is_answered",
+    "classes",
+    "num_draws",
+    "log_mixture",
+)
+NUMBERS = (
+    "mean",
+    "total",
+    "aleatoric",
+    "epistemic",
+    "epistemic_corrected",
+    "target",
+    "is_answered",
+    "num_draws",
+    "log_mixture",
+)
 
 
 def fitted(model, task, rows, **options):
