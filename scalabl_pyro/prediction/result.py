@@ -72,7 +72,7 @@ class Prediction(ClassScores):
 
     @property
     def log_mixture(self) -> Array | None:
-        """(N,) log of the averaged probability of the target, nats: NaN where a row has no answer, None if no row has."""
+        """(N,) log of the averaged probability of the target, nats: NaN where a row lacks it, None if all rows do."""
         return None if self.target is None else log_mean_exp(self.log_likelihood)
 
 
@@ -177,7 +177,7 @@ class NumericPrediction(NumberScores):
 
     @property
     def log_mixture(self) -> Array | None:
-        """(N,) log density of the target under the mixture, nats: NaN where a row has no answer, None if no row has."""
+        """(N,) log density of the target under the mixture, nats: NaN where a row lacks it, None if all rows do."""
         return None if self.target is None else log_mean_exp(self.log_likelihood)
 
     def to_frame(self, *, level: float = 0.9) -> pd.DataFrame:
