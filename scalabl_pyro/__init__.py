@@ -10,7 +10,6 @@ from .inference.refit import refit
 from .model.bayesian_lora import BayesianLoRA, bayesian_lora
 from .posterior.comparison import compare
 from .posterior.posterior import Posterior
-from .prediction.averaged import AveragedNumericPrediction, AveragedPrediction
 from .prediction.draws import Draws
 from .prediction.result import NumericPrediction, Prediction
 from .tasks import MultipleChoice, Regression, SequenceClassification, Task
@@ -19,8 +18,6 @@ from .training.options import CheckpointOptions, HardwareOptions, OptimizerOptio
 from .training.result import FitResult, TrainingError
 
 __all__ = [
-    "AveragedNumericPrediction",
-    "AveragedPrediction",
     "BayesianLoRA",
     "CheckpointOptions",
     "Draws",

@@ -108,8 +108,8 @@ class Posterior(AnalyzedPosterior):
         Returns:
             :class:`~scalabl_pyro.prediction.result.Prediction` for classes, else
             :class:`~scalabl_pyro.prediction.result.NumericPrediction`. With ``keep_draws=False``
-            :class:`~scalabl_pyro.AveragedPrediction` for classes, else
-            :class:`~scalabl_pyro.AveragedNumericPrediction`.
+            :class:`~scalabl_pyro.prediction.averaged.AveragedPrediction` for classes, else
+            :class:`~scalabl_pyro.prediction.averaged.AveragedNumericPrediction`.
 
         Raises:
             ValueError: If a number is not a whole number in its range, if the draws and their predictions do not fit
