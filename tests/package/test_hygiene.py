@@ -257,7 +257,7 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
         ],
         [
             lambda w: small_batches(w.fails.predict),
-            lambda w: small_batches(lambda *rows, **given: w.fails_late.predict(*rows, **given, keep_draws=False)),
+            lambda w: small_batches(w.fails_late.predict, keep_draws=False),
             lambda w: w.no_draws.predict(ROWS, keep_draws=False),
             lambda w: w.posterior.predict(ROWS, num_draws=10**12),
             lambda w: small_batches(w.fails_late.predict),
