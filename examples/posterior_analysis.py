@@ -25,8 +25,8 @@ it as an analyst would.
 - What `diagnose` checks, and what a large Pareto k means.
 - What the ArviZ file of a posterior holds.
 
-Run `make demo` first. The notebook then takes a few minutes: the last line says how long this run took, and the first
-output says on which machine. It is built from `posterior_analysis.py` by `make notebook`.
+Run `make demo` first. The notebook then takes 10 to 20 minutes on one CPU core: the last line says how long this run
+took, and the first output says on which machine. It is built from `posterior_analysis.py` by `make notebook`.
 """
 
 # %%

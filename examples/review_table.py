@@ -24,8 +24,8 @@ its labels will be wrong. This notebook finds the rows that a human should look 
 - What this threshold promises, and what it does not promise.
 - How to save the list and the model, and how to load the model again.
 
-The notebook needs no network and no GPU. It takes a few minutes: the last line says how long this run took, and the
-first output says on which machine. It is built from `review_table.py` by `make notebook`.
+The notebook needs no network and no GPU. It takes about 5 minutes on one CPU core: the last line says how long this
+run took, and the first output says on which machine. It is built from `review_table.py` by `make notebook`.
 """
 
 # %%
