@@ -27,8 +27,8 @@ effect. Here SmolLM2-135M learns the topic of Reuters news eight times: with two
 - How the latents differ between priors, and what a guide with correlations can show that the other one cannot.
 
 The notebook needs no network and no GPU. It takes about 10 minutes on one CPU core: the last line says how long this
-run took, and the first output says on which machine. It is built from `ablation_notebook.py` by `make notebook`. The script `ablation.py`
-compares any priors and guides on any data.
+run took, and the first output says on which machine. It is built from `ablation_notebook.py` by `make notebook`. The
+script `ablation.py` compares any priors and guides on any data.
 """
 
 # %%
