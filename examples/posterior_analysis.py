@@ -25,8 +25,8 @@ it as an analyst would.
 - What `diagnose` checks, and what a large Pareto k means.
 - What the ArviZ file of a posterior holds.
 
-Run `make demo` first. The notebook then takes a few minutes: the last line says how long this run took, and the first
-output says on which machine. It is built from `posterior_analysis.py` by `make notebook`.
+Run `make demo` first. The notebook then takes 10 to 20 minutes on one CPU core: the last line says how long this run
+took, and the first output says on which machine. It is built from `posterior_analysis.py` by `make notebook`.
 """
 
 # %%
@@ -125,7 +125,8 @@ how far each layer is from the prior:
 - `sd / prior sd`: the mean width of the posterior. It starts at 0.3 or below; in a very short run it stays there.
 - `signal / noise`: |mean| / sd, the median over the latents of the layer. It does not depend on how a layer splits its
   size between `s` and its matrices, so use it to compare layers.
-- `KL`: the cost in nats of leaving the prior, if posterior and prior are normal distributions, as they are here.
+- `KL`: how far the posterior is from the prior, in nats, if posterior and prior are normal distributions, as they are
+  here.
 """
 
 # %%
@@ -302,9 +303,9 @@ plt.show()
 """## Is the posterior a good one?
 
 `fit` looks for the posterior among distributions of one family, the *guide*. `diagnose` compares the guide with the
-exact posterior, given the LoRA matrices. It weights the draws: a draw that the exact posterior likes better gets a
-larger weight. *Pareto k* grows if few draws have most of the weight, because the guide is not close to the posterior.
-`diagnose` does not compare the model with the world; the held-out sentences above do that.
+exact posterior, given the LoRA matrices. It weights the draws: a draw with a higher probability under the exact
+posterior gets a larger weight. *Pareto k* grows if few draws have most of the weight, because the guide is not close to
+the posterior. `diagnose` does not compare the model with the world; the held-out sentences above do that.
 """
 
 # %%
@@ -322,10 +323,10 @@ exact.
 ## Leave-one-out
 
 How well would the model predict a training sentence if it had not been trained on it? PSIS-LOO estimates this by
-weighting draws. It needs rows of the *training* set, because held-out sentences were left out anyway. Two cautions. The
-draws come from the guide, not from the exact posterior. And the LoRA matrices have seen every row, so LOO is
-optimistic: the last line of the table shows what new sentences really get. A Pareto k above 0.5 marks a sentence for
-which 100 draws are too few.
+weighting draws. It needs rows of the *training* set, because the model has never seen other sentences, so nothing has
+to be left out for them. Two cautions. The draws come from the guide, not from the exact posterior. And the LoRA
+matrices have seen every row, so LOO is optimistic: the last line of the table shows what new sentences really get. A
+Pareto k above 0.5 marks a sentence for which 100 draws are too few.
 """
 
 # %%
@@ -379,7 +380,7 @@ display(share.round(3))
 """## Where to go next
 
 - From a table of texts to a list that a human should look at: the notebook `review_table.ipynb`.
-- Other priors and guides on the same rows: the notebook `ablation.ipynb`.
+- Other priors and guides, on news: the notebook `ablation.ipynb`.
 - More of ArviZ: `docs/guide/arviz.md`. All terms: `docs/glossary.md`.
 - All checks of `diagnose`: `docs/reference/posterior.md`.
 """

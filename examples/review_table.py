@@ -24,8 +24,8 @@ its labels will be wrong. This notebook finds the rows that a human should look 
 - What this threshold promises, and what it does not promise.
 - How to save the list and the model, and how to load the model again.
 
-The notebook needs no network and no GPU. It takes a few minutes: the last line says how long this run took, and the
-first output says on which machine. It is built from `review_table.py` by `make notebook`.
+The notebook needs no network and no GPU. It takes about 5 minutes on one CPU core: the last line says how long this
+run took, and the first output says on which machine. It is built from `review_table.py` by `make notebook`.
 """
 
 # %%
@@ -128,7 +128,8 @@ print(task.prompt({"question": "opec ministers agreed to cut output", "choices":
 `bayesian_lora` adds *LoRA layers* to the model. They are small matrices beside the weights of the model, and only they
 are trained. In the middle of each LoRA layer stands a vector of random numbers, the *latents*. `fit` learns the
 matrices and the *posterior*, the distribution of the latents given the training rows. To save time, we adapt only the
-upper blocks of the model and its last layer. The blocks below then run once per row (`cache_prefix`).
+upper blocks of the model and its last layer. The lower blocks do not change, so they run only once per row
+(`cache_prefix`).
 """
 
 # %%
@@ -198,7 +199,7 @@ display(checked.drop(columns="target").head().round(3))
 # %% [markdown]
 """## Can you believe the probabilities?
 
-The validation rows tell. We sort them into groups by the probability of the prediction, and count how often the
+The validation rows answer this. We sort them into groups by the probability of the prediction, and count how often the
 prediction is right. A *calibrated* model is on the dashed line: of the predictions with a probability of 0.8, 80 % are
 right. The bars are 95 % intervals, and the strip below shows how many rows each group has. *ECE* (expected calibration
 error) is the mean distance from the line; lower is better.
@@ -243,8 +244,8 @@ are two ways to choose the threshold on the validation rows:
 - `seen`: the largest threshold at which at most 10 % of the accepted *validation* rows are wrong. On new rows the error
   can well be larger, because this threshold looked good on these rows by chance, too.
 - `promised`: a stricter threshold, at which at most 10 % of the accepted *new* rows are wrong in the long run. This
-  promise fails with a probability of at most 5 % (`DELTA`). It is valid for new rows of the same kind only. The method
-  is that of [Geifman and El-Yaniv (2017)](https://arxiv.org/abs/1705.08500).
+  promise fails with a probability of at most 5 % (`DELTA`). The promise holds only for new rows that are like the
+  validation rows. The method is that of [Geifman and El-Yaniv (2017)](https://arxiv.org/abs/1705.08500).
 """
 
 # %%
@@ -299,8 +300,8 @@ display(review[columns].head(8).round(3))
 """## Was it right?
 
 We know the labels of the new rows, so we can look. The table has the same columns as the one above, but for rows that
-had no part in the choice of the threshold. `low` and `high` are a 95 % interval for the error of accepted rows: so few
-rows do not tell it more exactly.
+had no part in the choice of the threshold. `low` and `high` are a 95 % interval for the error of accepted rows: with so
+few rows, the interval is wide.
 """
 
 # %%

@@ -21,6 +21,8 @@ KINDS = {
     ("scalabl_pyro", "BaselineResult"): "result",
     ("scalabl_pyro", "Prediction"): "prediction",
     ("scalabl_pyro", "NumericPrediction"): "prediction",
+    ("scalabl_pyro", "AveragedPrediction"): "averages",
+    ("scalabl_pyro", "AveragedNumericPrediction"): "averages",
     ("scalabl_pyro", "Batch"): "batch",
     ("transformers", "PreTrainedTokenizerBase"): "tokenizer",
     ("torch", "Module"): "llm",
@@ -59,6 +61,7 @@ WAYS = {
     ("llm", "blora"): "The model inside it is blora.llm.",
     ("prediction", "posterior"): "Predict first: posterior.predict(rows).",
     ("prediction", "result"): "Predict first: result.posterior.predict(rows).",
+    ("prediction", "averages"): "It holds averages only, and this needs single draws: predict with keep_draws=True.",
 }
 
 

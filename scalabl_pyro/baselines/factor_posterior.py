@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from .._arguments import known_arguments_of_methods
 from .._errors import check_choice, check_count
+from .._process.memory import check_memory
 from .._process.random_state import as_seed
 from ..lora.binding import RowNoise
 from ..lora.factors import Factors
@@ -18,6 +19,7 @@ from ..lora.forward import AdaptedLLM, num_rows
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
 from ..prediction.result import NumericPrediction, Prediction
+from ..prediction.room import FEWER
 from ..storage.tensor_files import check_keys, check_like
 from . import saving
 from .predictor import DerivedPredictor, Function, Predictor, predict_functions
@@ -49,7 +51,9 @@ class WeightNoise:
         self, center: Posterior, data: Any, *, num_draws: int, seed: int, batch_size: int, progress: bool
     ) -> Prediction | NumericPrediction:
         """Predict rows under draws of the factors of ``center``."""
-        draws = self.draws(plain_factors(center), torch.Generator().manual_seed(as_seed(seed)))
+        factors = plain_factors(center)
+        check_room_for_factors(factors, num_draws)
+        draws = self.draws(factors, torch.Generator().manual_seed(as_seed(seed)))
         functions = [as_function(center, next(draws)) for _ in range(num_draws)]
         return predict_functions(functions, center.task, data, seed=seed, batch_size=batch_size, progress=progress)
 
@@ -103,7 +107,9 @@ class FactorPosterior(DerivedPredictor):
     def sample(self, num_draws: int, *, seed: int = 0) -> list[Factors]:
         """Draw factors on the CPU, with y = W0 x + gamma B A x. Draw i does not depend on ``num_draws``."""
         check_count(num_draws=num_draws)
-        draws = self.noise.draws(plain_factors(self.center), torch.Generator().manual_seed(as_seed(seed)))
+        factors = plain_factors(self.center)
+        check_room_for_factors(factors, num_draws)
+        draws = self.noise.draws(factors, torch.Generator().manual_seed(as_seed(seed)))
         return [next(draws) for _ in range(num_draws)]
 
     def predict(
@@ -154,6 +160,20 @@ def _check_draw(noise: WeightNoise, factors: Factors) -> None:
             check_like("A factor drawn with the saved noise", value, like)
             if not torch.isfinite(value).all():
                 raise ValueError("A factor drawn with the saved noise is not finite.")
+
+
+def check_room_for_factors(factors: Factors, num_draws: int) -> None:
+    """Check that draws of A and B fit into memory, before the first of them is made.
+
+    Args:
+        factors: Factors of the center, which have the size of a draw.
+        num_draws: Number of draws that are in memory at once.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    size = sum(value.numel() * value.element_size() for pair in factors for value in pair)
+    check_memory(f"{num_draws:,} draws of A and B", num_draws * size, FEWER)
 
 
 def plain_factors(posterior: Posterior) -> Factors:

@@ -25,7 +25,7 @@ from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
 from ..prediction.collect import predict_from_outputs
 from ..prediction.result import NumericPrediction, Prediction
-from .factor_posterior import FactorPosterior, WeightNoise, as_function, plain_factors
+from .factor_posterior import FactorPosterior, WeightNoise, as_function, check_room_for_factors, plain_factors
 from .kfac import Eigen, kronecker_factors, output_directions, record
 
 #: Number of prior scales that ``prior_scale="evidence"`` tries. Each one sums over all weights, which are many here.
@@ -146,6 +146,7 @@ class KroneckerNoise(WeightNoise):
         if not self.linearized:
             return super().predict(center, data, num_draws=num_draws, **options)
         factors = plain_factors(center)
+        check_room_for_factors(factors, num_draws)
         noise = self.deviations(factors, torch.Generator().manual_seed(seed))
         deltas = [next(noise) for _ in range(num_draws)]
         return predict_linear(center, factors, deltas, data, **options)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .._arguments import check_role, known_arguments_of_methods
 from .._errors import ScalaBLWarning, check_scale
+from ..prediction.averaged import AveragedNumericPrediction, AveragedPrediction
 from ..prediction.mixture import log_mean_exp
 from ..prediction.result import NumericPrediction, Prediction
 from . import saving
@@ -69,6 +70,9 @@ def temperature_scaling(
         >>> scaled = scalabl_pyro.baselines.temperature_scaling(posterior, validation_rows)
         >>> scaled.temperature, scaled.predict(test_data).metrics()
     """
+    for name, given in (("predictor", predictor), ("validation", validation)):
+        if isinstance(given, AveragedPrediction | AveragedNumericPrediction):
+            check_role(name, given, "prediction")
     if not isinstance(predictor, Predictor | Prediction | NumericPrediction):
         check_role("predictor", predictor, "posterior", call="temperature_scaling(posterior, validation)")
     if isinstance(validation, Prediction | NumericPrediction):

@@ -1,7 +1,7 @@
 """The base class of all guides: a Pyro program over the latents, with its draws, densities and mean."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import pyro
@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from .._display import Summarized
 from .._errors import check_count
+from .._process.memory import check_memory
 from .._process.pyro_modes import Program, local_params
-from .._process.random_state import scoped_seed
+from .._process.random_state import Stream
 from ..model.bayesian_lora import BayesianLoRA
+
+#: Largest number of draws whose single tensors are in memory at once, before they are joined.
+PART = 1024
 
 
 class Guide(Summarized, Program):
@@ -93,12 +97,57 @@ class Guide(Summarized, Program):
             Draws by site, each (S, ...), and their log densities (S,), or None where the family has no density.
         """
         check_count(num_draws=num_draws)
-        # Unvalidated: a draw that is NaN gets a density that is NaN, which diagnose() reports.
-        with torch.no_grad(), local_params(), scoped_seed(seed), pyro.validation_enabled(False):
-            traces = [poutine.trace(self).get_trace() for _ in range(num_draws)]
-            draws = [_latent_values(trace) for trace in traces]
+        parts = list(self._traced_parts(num_draws, size=PART, seed=seed, need_density=self.has_density))
+        sites = {name: _join([part[name] for part, _ in parts]) for name in parts[0][0]}
+        if not self.has_density:
+            return sites, None
+        with torch.no_grad(), local_params(), pyro.validation_enabled(False):
+            return sites, self._log_density(_join([own for _, own in parts]), sites)
+
+    def sample_in_parts(self, num_draws: int, *, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Draw as :meth:`sample` does, a part at a time, so that all draws need not be in memory at once.
+
+        Draws of a family with its own :meth:`sample_and_log_prob` are all made before the first part.
+
+        Args:
+            num_draws: Number S of draws, 1 or more.
+            size: Number P of draws per part. The last part may have fewer.
+            seed: Seed of the draws.
+
+        Yields:
+            Draws by site, each (P, ...). Together they are the draws of :meth:`sample`.
+
+        Raises:
+            ValueError: All draws must be made at once, and they do not fit into memory.
+        """
+        check_count(num_draws=num_draws, size=size)
+        if type(self).sample_and_log_prob is Guide.sample_and_log_prob:
+            for sites, _ in self._traced_parts(num_draws, size=size, seed=seed, need_density=False):
+                yield sites
+            return
+        one = self.sample(1, seed=seed)
+        needed = num_draws * sum(value.numel() * value.element_size() for value in one.values())
+        advice = f"Ask for fewer draws, or define {type(self).__name__}.sample_in_parts()."
+        check_memory(f"{num_draws:,} draws of {type(self).__name__}, which makes them all at once,", needed, advice)
+        whole = self.sample(num_draws, seed=seed)
+        for start in range(0, num_draws, size):
+            yield {name: value[start : start + size] for name, value in whole.items()}
+
+    def _traced_parts(
+        self, num_draws: int, *, size: int, seed: int, need_density: bool
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Draws by site, each (P, ...), and their log densities (P,), or (0,) if they are not needed."""
+        noise = Stream(seed)
+        for start in range(0, num_draws, size):
+            draws, own = [], []
+            # Unvalidated: a draw that is NaN gets a density that is NaN, which diagnose() reports.
+            with torch.no_grad(), local_params(), noise.use(), pyro.validation_enabled(False):
+                for _ in range(min(size, num_draws - start)):
+                    trace: Any = poutine.trace(self).get_trace()
+                    draws.append(_latent_values(trace))
+                    own += [_log_prob_sum(trace)] if need_density else []
             sites = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-            return sites, self._log_density(traces, sites) if self.has_density else None
+            yield sites, torch.stack(own) if own else torch.empty(0)
 
     def log_prob(self, sites: Mapping[str, Tensor]) -> Tensor:
         """Give the log density of values of all latent sites.
@@ -173,9 +222,13 @@ class Guide(Summarized, Program):
         loc = self.location()
         return ({} if loc is None else {"dim": loc.numel()}) | self.options()
 
-    def _log_density(self, traces: list[Any], sites: Mapping[str, Tensor]) -> Tensor:
-        """Log densities (S,) of the guide's own draws."""
-        return torch.stack([_log_prob_sum(trace) for trace in traces])
+    def _log_density(self, own: Tensor, sites: Mapping[str, Tensor]) -> Tensor:
+        """Log densities (S,) of the guide's own draws, given those of their traces."""
+        return own
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _log_prob_sum(trace: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """Posterior given by points: MCMC draws, or particles."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -110,9 +110,15 @@ class EmpiricalGuide(Guide):
     def sample_and_log_prob(self, num_draws: int, *, seed: int) -> tuple[dict[str, Tensor], Tensor | None]:
         """Take points in a random order, each once before any comes again; points have no density."""
         check_count(num_draws=num_draws)
+        return next(self.sample_in_parts(num_draws, size=num_draws, seed=seed)), None
+
+    def sample_in_parts(self, num_draws: int, *, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Take points as :meth:`sample_and_log_prob` does, a part at a time."""
+        check_count(num_draws=num_draws, size=size)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(as_seed(seed)))
-        index = order[torch.arange(num_draws) % len(order)]
-        return {name: self.points(name).detach()[index] for name in self.sites}, None
+        for start in range(0, num_draws, size):
+            index = order[torch.arange(start, min(start + size, num_draws)) % len(order)]
+            yield {name: self.points(name).detach()[index] for name in self.sites}
 
     def mean(self) -> dict[str, Tensor]:
         """Return the average point by site."""

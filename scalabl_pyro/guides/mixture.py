@@ -71,5 +71,5 @@ class MixtureGuide(Guide):
         """Return family and options of each component."""
         return {"components": [[c.family, c.options()] for c in self.component_list()]}
 
-    def _log_density(self, traces: list[Any], sites: Mapping[str, Tensor]) -> Tensor:
+    def _log_density(self, own: Tensor, sites: Mapping[str, Tensor]) -> Tensor:
         return self.log_prob(sites)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._arguments import check_role, known_arguments
 from .._errors import check_count, check_flag, check_not_negative, is_number
+from .._process.memory import check_memory
 from .._process.pyro_errors import without_trace_shapes
 from .._process.pyro_modes import local_params
 from .._process.random_state import as_seed, scoped_seed
@@ -23,6 +24,7 @@ from ..data.rows import read_rows
 from ..guides import EmpiricalGuide
 from ..model.log_likelihood import LogLikelihood
 from ..posterior.posterior import Posterior
+from ..prediction.room import COPIES, size_of
 from ..priors import Prior
 from ..priors.sites import check_transforms, prior_sites
 from ..priors.supports import to_support
@@ -104,6 +106,8 @@ def mcmc(
     _check_continuous(posterior.prior)
     program = _FullData(posterior.prior, _full_likelihood(posterior, data, batch_size))
     start = {name: value.detach() for name, value in _means(posterior).items()}
+    kept = num_chains * num_samples * COPIES * size_of(start)
+    check_memory(f"{num_chains:,} chains of {num_samples:,} draws", kept, "Ask for fewer draws or chains.")
     chains: list[dict[str, Tensor]] = []
     statistics: list[dict[str, Tensor]] = []
     with local_params(), torch.enable_grad():

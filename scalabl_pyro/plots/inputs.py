@@ -6,13 +6,16 @@ from typing import Any, cast
 from .._arguments import check_role
 from .._errors import describe
 from ..metrics import Array, Labels
+from ..prediction.averaged import AveragedPrediction
 from ..prediction.result import Prediction
 
-Predictions = Prediction | Mapping[str, Prediction]
+Scored = Prediction | AveragedPrediction
+"""A prediction of classes, with or without its draws."""
+Predictions = Scored | Mapping[str, Scored]
 """One prediction, or predictions of several methods by name."""
 
 
-def answered(prediction: Any, *, name: str = "prediction") -> Prediction:
+def answered(prediction: Any, *, name: str = "prediction") -> Scored:
     """Return the rows of a prediction whose answer is known.
 
     Args:
@@ -23,8 +26,9 @@ def answered(prediction: Any, *, name: str = "prediction") -> Prediction:
         TypeError: If it is not a prediction of classes.
         ValueError: If no row has an answer.
     """
-    check_role(name, prediction, "prediction")
-    if not isinstance(prediction, Prediction):
+    if not isinstance(prediction, AveragedPrediction):  # its averages are all that plots of this kind read
+        check_role(name, prediction, "prediction")
+    if not isinstance(prediction, Prediction | AveragedPrediction):
         raise TypeError(
             f"{name} is a {type(prediction).__name__}, but this plot needs class probabilities. Pass a Prediction "
             "of a classification task."
@@ -32,7 +36,7 @@ def answered(prediction: Any, *, name: str = "prediction") -> Prediction:
     return prediction.with_answers()
 
 
-def scored(prediction: Prediction) -> tuple[Array, Labels]:
+def scored(prediction: Scored) -> tuple[Array, Labels]:
     """Return the probabilities and the labels of a prediction whose rows all have answers."""
     return prediction.probs, cast(Labels, prediction.target)
 

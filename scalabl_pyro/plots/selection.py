@@ -10,8 +10,7 @@ from matplotlib.lines import Line2D
 from .. import metrics
 from .._arguments import known_arguments
 from .._errors import check_choice, check_flag
-from ..prediction.result import Prediction
-from .inputs import Predictions, answered, by_name, name_of, scored
+from .inputs import Predictions, Scored, answered, by_name, name_of, scored
 from .style import METHOD, QUIET, Style, axes, next_style
 
 Doubt = Literal["max_probability", "total", "aleatoric", "epistemic"]
@@ -84,13 +83,13 @@ def risk_coverage(
     return ax
 
 
-def _score(given: Prediction, known: Prediction, uncertainty: Any, *, is_single: bool) -> metrics.Array | None:
+def _score(given: Scored, known: Scored, uncertainty: Any, *, is_single: bool) -> metrics.Array | None:
     """Return the score of the rows with answers; None for 1 - maximum probability."""
     if uncertainty is None or (isinstance(uncertainty, str) and uncertainty == "max_probability"):
         return None
     if isinstance(uncertainty, str):
         check_choice("uncertainty", uncertainty, get_args(Doubt))
-        if uncertainty == "epistemic" and len(known.log_probs) < 2:
+        if uncertainty == "epistemic" and known.num_draws < 2:
             raise ValueError(
                 "uncertainty='epistemic' compares draws, and this prediction has one only, so that it is 0 for every "
                 "row. Predict with num_draws=2 or more, or use uncertainty='total'."

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from .. import metrics
 from .._arguments import check_role, known_arguments
-from ..prediction.result import NumericPrediction, Prediction
+from ..prediction.scores import ClassScores, NumberScores
 from .style import MARK, WARM, axes, visible
 
 Kind = Literal["total", "aleatoric", "epistemic"]
@@ -16,8 +16,8 @@ Kind = Literal["total", "aleatoric", "epistemic"]
 
 @known_arguments
 def uncertainty_histogram(
-    inside: Prediction | NumericPrediction,
-    outside: Prediction | NumericPrediction,
+    inside: ClassScores | NumberScores,
+    outside: ClassScores | NumberScores,
     *,
     kind: Kind = "total",
     ax: Axes | None = None,
@@ -40,9 +40,10 @@ def uncertainty_histogram(
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r} is unknown: use 'total', 'aleatoric' or 'epistemic'.")
-    check_role("inside", inside, "prediction")
-    check_role("outside", outside, "prediction")
-    if type(inside) is not type(outside):
+    kinds = (ClassScores, NumberScores)  # with or without draws: only uncertainties are read
+    check_role("inside", inside, "prediction", kind=kinds)
+    check_role("outside", outside, "prediction", kind=kinds)
+    if inside.HAS_CLASSES != outside.HAS_CLASSES:
         raise TypeError(
             f"inside is a {type(inside).__name__} and outside is a {type(outside).__name__}: their uncertainties have "
             "different units. Pass two predictions of the same type."
@@ -54,7 +55,7 @@ def uncertainty_histogram(
     ax.hist(a, bins=bins, density=True, color=blue, alpha=0.55, label=f"in distribution ({len(a)} rows)")
     outline: dict[str, Any] = {"facecolor": "none", "edgecolor": red, "hatch": "////", "linewidth": 0.8}
     ax.hist(b, bins=bins, density=True, **outline, label=f"out of distribution ({len(b)} rows)")
-    unit = "nats" if isinstance(inside, Prediction) else "variance"
+    unit = "nats" if inside.HAS_CLASSES else "variance"
     ax.set(
         xlabel=f"{kind} uncertainty ({unit})",
         ylabel="density of rows",

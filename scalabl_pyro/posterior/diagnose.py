@@ -23,7 +23,7 @@ from ..data.rows import Row
 from ..metrics import Array
 from ..prediction.draws import sample_prior
 from ..prediction.predict import predict
-from .state import PosteriorState, densities_of
+from .state import PosteriorState, check_room_for_densities, densities_of
 
 #: Number of draws behind widths and means; these need no forward pass.
 MANY_DRAWS = 1000
@@ -44,6 +44,7 @@ def diagnose(
     """Run all checks that apply to a posterior; see :meth:`scalabl_pyro.Posterior.diagnose`."""
     check_num_draws("diagnose()", num_draws)
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    check_room_for_densities(posterior, len(rows), num_draws)
     draws = posterior.sample(max(num_draws, MANY_DRAWS), seed=seed)
     s = draws.s
     # The same seed on purpose: common random numbers make the ratio of the widths less noisy.

@@ -1,25 +1,29 @@
 """A frozen posterior, and the methods that users call on it."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
 
 from .._arguments import known_arguments_of_methods
 from .._deprecated import ScalaBLDeprecationWarning
 from .._errors import check_count, check_flag
+from ..data.batch import Example
 from ..data.encoding import encode
 from ..data.rows import read_rows
 from ..lora.module_snapshot import ModuleSnapshot
+from ..prediction.averaged import AveragedNumericPrediction, AveragedPrediction
 from ..prediction.draws import sample_prior
 from ..prediction.linearized import predict_linearized
-from ..prediction.predict import check_draws_per_pass, predict
+from ..prediction.predict import MANY_DRAWS, check_draws_per_pass, predict
+from ..prediction.predict_averaged import predict_averaged
 from ..prediction.quasi_monte_carlo import Design
 from ..prediction.result import NumericPrediction, Prediction
+from ..prediction.room import FEWER_OR_AVERAGES, check_room, size_of_predictions
 from . import serialization
 from .analyzed import AnalyzedPosterior
 
@@ -37,6 +41,36 @@ class Posterior(AnalyzedPosterior):
         >>> posterior.predict(test_data, num_draws=10).metrics()
     """
 
+    @overload
+    def predict(
+        self,
+        data: Any,
+        *,
+        num_draws: int = ...,
+        seed: int = ...,
+        design: Design = ...,
+        batch_size: int = ...,
+        draws_per_pass: int | None = ...,
+        cache_prefix: bool = ...,
+        keep_draws: Literal[True] = ...,
+        progress: bool = ...,
+    ) -> Prediction | NumericPrediction: ...
+
+    @overload
+    def predict(
+        self,
+        data: Any,
+        *,
+        num_draws: int = ...,
+        seed: int = ...,
+        design: Design = ...,
+        batch_size: int = ...,
+        draws_per_pass: int | None = ...,
+        cache_prefix: bool = ...,
+        keep_draws: Literal[False],
+        progress: bool = ...,
+    ) -> AveragedPrediction | AveragedNumericPrediction: ...
+
     def predict(
         self,
         data: Any,
@@ -47,8 +81,9 @@ class Posterior(AnalyzedPosterior):
         batch_size: int = 16,
         draws_per_pass: int | None = None,
         cache_prefix: bool = False,
+        keep_draws: bool = True,
         progress: bool = False,
-    ) -> Prediction | NumericPrediction:
+    ) -> Prediction | NumericPrediction | AveragedPrediction | AveragedNumericPrediction:
         """Predict rows under fixed posterior draws.
 
         Args:
@@ -59,20 +94,26 @@ class Posterior(AnalyzedPosterior):
             design: Relation between the draws. ``"antithetic"`` draws of a normal guide come in mirrored pairs,
                 whose errors cancel where the outputs are nearly linear in s. ``"sobol"`` draws are quasi-random.
             batch_size: Number of rows per forward pass.
-            draws_per_pass: Largest number of draws per forward pass; None for all. It is halved when memory runs out.
+            draws_per_pass: Largest number of draws per forward pass; None for all on a GPU, and for 64 on a CPU or with
+                ``keep_draws=False``. On a GPU it is halved when memory runs out.
             cache_prefix: Whether to keep, on the LLM's device, the hidden states at the first adapted block. Later
                 predictions of the same rows with the same ``batch_size`` then skip the blocks below it, also for other
                 posteriors that adapt the same upper blocks of this LLM. The most recent 8 row sets are kept; see
                 :func:`scalabl_pyro.prediction.prefix_cache.clear_prefix_cache`.
+            keep_draws: Whether the result keeps what each draw predicts, which takes memory in proportion to
+                ``num_draws``. False keeps averages over draws only, in an amount of memory that does not depend on
+                ``num_draws``. The averages are the same.
             progress: Whether to show a progress bar.
 
         Returns:
             :class:`~scalabl_pyro.prediction.result.Prediction` for classes, else
-            :class:`~scalabl_pyro.prediction.result.NumericPrediction`.
+            :class:`~scalabl_pyro.prediction.result.NumericPrediction`. With ``keep_draws=False``
+            :class:`~scalabl_pyro.prediction.averaged.AveragedPrediction` for classes, else
+            :class:`~scalabl_pyro.prediction.averaged.AveragedNumericPrediction`.
 
         Raises:
-            ValueError: If a number is not a whole number in its range, or if ``cache_prefix`` is asked for where no
-                fixed blocks lie below the first adapted one.
+            ValueError: If a number is not a whole number in its range, if the draws and their predictions do not fit
+                into memory, or if ``cache_prefix`` is asked for where no fixed blocks lie below the first adapted one.
             FloatingPointError: If an output of the LLM is NaN.
 
         Example:
@@ -80,20 +121,28 @@ class Posterior(AnalyzedPosterior):
         """
         check_count(batch_size=batch_size)
         check_draws_per_pass(draws_per_pass)
-        check_flag(cache_prefix=cache_prefix, progress=progress)
-        draws = self.sample(num_draws, seed=seed, design=design)
+        check_flag(cache_prefix=cache_prefix, progress=progress, keep_draws=keep_draws)
+        check_count(num_draws=num_draws, least=0)
+        size = min(draws_per_pass or MANY_DRAWS, max(num_draws, 1))
+        parts = self.sample_in_parts(num_draws, size=size, seed=seed, design=design)
         examples = encode(read_rows(data, split="test"), self.task.encode, need_target=False)
-        return predict(
-            self.llm(),
-            self.task,
-            draws.s,
-            examples,
-            batch_size=batch_size,
-            draws_per_pass=draws_per_pass,
-            is_mean=draws.is_mean,
-            seed=seed,
-            cache_prefix=cache_prefix,
-            progress=progress,
+        options: dict[str, Any] = {"batch_size": batch_size, "cache_prefix": cache_prefix, "progress": progress}
+        if not keep_draws:
+            s = (part.s for part in parts)
+            options["draws_per_pass"] = size
+            return predict_averaged(self.llm(), self.task, s, examples, num_draws=num_draws, **options)
+        self._check_room_for_predictions(examples, num_draws)
+        draws = self.sample(num_draws, seed=seed, design=design)
+        options |= {"draws_per_pass": draws_per_pass, "is_mean": draws.is_mean, "seed": seed}
+        return predict(self.llm(), self.task, draws.s, examples, **options)
+
+    def _check_room_for_predictions(self, examples: Sequence[Example], num_draws: int) -> None:
+        check_room(
+            self.guide,
+            num_draws,
+            per_draw=size_of_predictions(self.task, examples, self.mean().element_size()),
+            kept=f" and their predictions of {len(examples):,} rows",
+            advice=FEWER_OR_AVERAGES,
         )
 
     @contextmanager
@@ -144,8 +193,9 @@ class Posterior(AnalyzedPosterior):
         """
         check_count(num_draws=num_draws, batch_size=batch_size)
         self._in_local_mode(self.guide.covariance)  # families that are not normal refuse
-        draws = self.sample(num_draws, seed=seed)
         likelihood = self.log_likelihood(data, batch_size=batch_size, need_target=False)
+        self._check_room_for_predictions(likelihood.examples, num_draws)
+        draws = self.sample(num_draws, seed=seed)
         return predict_linearized(likelihood, self.mean(), draws.s, seed=seed)
 
     def predict_linearised(self, data: Any, **options: Any) -> Prediction | NumericPrediction:
@@ -173,8 +223,9 @@ class Posterior(AnalyzedPosterior):
             >>> posterior.prior_predictive(test_data, num_draws=100).probs
         """
         check_count(num_draws=num_draws, batch_size=batch_size)
-        s = sample_prior(self.prior, num_draws, seed=seed)
         examples = encode(read_rows(data, split="test"), self.task.encode, need_target=False)
+        self._check_room_for_predictions(examples, num_draws)
+        s = sample_prior(self.prior, num_draws, seed=seed)
         return predict(self.llm(), self.task, s, examples, batch_size=batch_size, seed=seed)
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -1,7 +1,7 @@
 """State of a posterior: what training learned, its draws, and the densities of those draws."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -22,8 +22,9 @@ from ..lora.forward import AdaptedLLM
 from ..lora.subspace import Subspace
 from ..model.bayesian_lora import BayesianLoRA
 from ..model.log_likelihood import LogLikelihood
-from ..prediction.draws import Draws, log_prior, sample
-from ..prediction.quasi_monte_carlo import DESIGNS, Design, quasi_monte_carlo_draws
+from ..prediction.draws import Draws, log_prior, sample, sample_in_parts
+from ..prediction.quasi_monte_carlo import DESIGNS, Design, quasi_monte_carlo_draws, quasi_monte_carlo_parts
+from ..prediction.room import COPIES, check_room
 from ..priors import Prior
 from ..tasks import Task, copy_task
 
@@ -110,7 +111,8 @@ class PosteriorState(Summarized):
             S draws of all latent sites, with their log densities.
 
         Raises:
-            ValueError: If ``num_draws`` is not a whole number from 0 on, or if the design is unknown.
+            ValueError: If ``num_draws`` is not a whole number from 0 on, if the design is unknown, or if the draws do
+                not fit into memory.
             TypeError: If the design needs a normal guide and this one is not.
 
         Example:
@@ -118,9 +120,41 @@ class PosteriorState(Summarized):
         """
         check_count(num_draws=num_draws, least=0)
         check_choice("design", design, DESIGNS)
+        check_room(self.guide, num_draws)
         if design == "independent" or num_draws == 0:
             return sample(self.guide, num_draws, seed=seed)
         return self._in_local_mode(lambda: quasi_monte_carlo_draws(self.guide, num_draws, seed=seed, design=design))
+
+    def sample_in_parts(
+        self, num_draws: int, *, size: int = 1024, seed: int = 0, design: Design = "independent"
+    ) -> Iterator[Draws]:
+        """Draw from the posterior, a part at a time, so that all draws need not be in memory at once.
+
+        Args:
+            num_draws: Number S of draws; 0 gives the posterior mean as the only draw.
+            size: Number of draws per part. The last part may have fewer.
+            seed: Seed of the draws.
+            design: How draws relate to each other; see :meth:`sample`.
+
+        Returns:
+            Iterator over parts. Together they are the draws of :meth:`sample`. They have no log densities, except in
+            the designs ``"antithetic"`` and ``"sobol"``.
+
+        Raises:
+            ValueError: If a number is not a whole number in its range, or if the design is unknown.
+            TypeError: If the design needs a normal guide and this one is not.
+
+        Example:
+            >>> sum(len(part) for part in posterior.sample_in_parts(10, size=4))
+            10
+        """
+        check_count(num_draws=num_draws, least=0)
+        check_count(size=size)
+        check_choice("design", design, DESIGNS)
+        if design == "independent" or num_draws == 0:
+            return sample_in_parts(self.guide, num_draws, size=size, seed=seed)
+        parts = quasi_monte_carlo_parts(self.guide, num_draws, size=size, seed=seed, design=design)
+        return iter(lambda: self._in_local_mode(lambda: next(parts, None)), None)
 
     def llm(self) -> AdaptedLLM:
         """Make a function of s from the LLM with the factors and heads of this posterior."""
@@ -175,6 +209,8 @@ class PosteriorState(Summarized):
             >>> elbo = posterior.log_weights(train_data).elbo()  # nats per data set
         """
         check_count(num_draws=num_draws, least=0)
+        data = read_rows(data)
+        check_room_for_densities(self, len(data), num_draws)
         draws = self.sample(num_draws, seed=seed)
         return densities_of(self, draws, data, num_data=num_data, batch_size=batch_size)
 
@@ -197,6 +233,13 @@ class PosteriorState(Summarized):
         """Run a function of guide or prior without touching Pyro's global store."""
         with torch.no_grad(), local_params():
             return function()
+
+
+def check_room_for_densities(posterior: PosteriorState, num_rows: int, num_draws: int) -> None:
+    """Check that draws and their log likelihoods of each row fit into memory; see :func:`densities_of`."""
+    per_draw = COPIES * num_rows * posterior.mean().element_size()
+    kept = f" and their log likelihoods of {num_rows:,} rows"
+    check_room(posterior.guide, num_draws, per_draw=per_draw, kept=kept)
 
 
 def densities_of(

@@ -13,7 +13,11 @@ from .._version import __version__
 from ..analysis import arviz_data
 from ..prediction.draws import sample_prior_sites
 from ..prediction.result import NumericPrediction, Prediction
+from ..prediction.room import check_room
 from .state import PosteriorState
+
+#: Copies of the draws that an export makes: those of sampling, and the arrays of its groups by layer.
+COPIES_OF_EXPORT = 4
 
 
 def as_arviz(
@@ -26,6 +30,8 @@ def as_arviz(
     prior_prediction: Prediction | NumericPrediction | None,
 ) -> Any:
     """Export draws and predictions; see :meth:`scalabl_pyro.Posterior.to_arviz`."""
+    if num_draws > 0:
+        check_room(posterior.guide, num_draws, copies=COPIES_OF_EXPORT, kept=" and their export to ArviZ")
     groups = {"posterior": _posterior_group(posterior, num_draws, seed)}
     if statistics := posterior.guide.statistics():
         groups["sample_stats"] = arviz_data.sample_stats_group({k: v.numpy() for k, v in statistics.items()})

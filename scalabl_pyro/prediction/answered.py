@@ -26,17 +26,20 @@ class Answered(Summarized):
     not known.
     """
 
-    #: Names of the arrays with shape (S, N, ...).
-    PER_DRAW: ClassVar[tuple[str, ...]]
+    #: Names of the arrays with shape (S, N, ...), and of those with shape (N, ...) besides ``target``.
+    PER_DRAW: ClassVar[tuple[str, ...]] = ()
+    PER_ROW: ClassVar[tuple[str, ...]] = ()
+    #: Whether answers are classes, not numbers.
+    HAS_CLASSES: ClassVar[bool]
     target: Any
 
     @property
     def is_answered(self) -> NDArray[np.bool_]:
         """(N,) whether the answer of a row is known."""
         if self.target is None:
-            return np.zeros(getattr(self, self.PER_DRAW[0]).shape[1], dtype=bool)
+            return np.zeros(self._num_rows(), dtype=bool)
         target = np.asarray(self.target)
-        return target >= 0 if self.PER_DRAW == ("log_probs",) else ~np.isnan(target)
+        return target >= 0 if self.HAS_CLASSES else ~np.isnan(target)
 
     def with_answers(self) -> Self:
         """Return the prediction of the rows whose answer is known.
@@ -56,8 +59,13 @@ class Answered(Summarized):
         if known.all():
             return self
         kept = {name: value[:, known] for name in self.PER_DRAW if (value := getattr(self, name)) is not None}
+        kept |= {name: value[known] for name in self.PER_ROW if (value := getattr(self, name)) is not None}
         whole: Any = self
         return replace(whole, target=np.asarray(self.target)[known], **kept)
+
+    def _num_rows(self) -> int:
+        """Number N of rows."""
+        return getattr(self, self.PER_DRAW[0]).shape[1] if self.PER_DRAW else len(getattr(self, self.PER_ROW[0]))
 
     def _with_count(self, table: pd.DataFrame) -> pd.DataFrame:
         """Say of how many rows the metrics are, if they are not all rows."""

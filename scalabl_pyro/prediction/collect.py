@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._process.random_state import Stream, derive_seed
 from ..data.batch import Batch, Example, collate_targets
+from ..data.labels import ClassName
 from ..model.passes import Passes
 from ..tasks import Task, at_least_float32
 from .answered import join_targets
@@ -45,7 +46,7 @@ def predict_batches(
         FloatingPointError: If an output is NaN.
     """
     start = time.perf_counter()
-    collect = _Collector(task, examples, seed=seed)
+    collect = Collector(task, examples, seed=seed)
     parts = passes.map(lambda batch: collect(batch, outputs_of(batch)), progress=progress)
     return _as_prediction(parts, collect, examples, is_mean=is_mean, seconds=time.perf_counter() - start)
 
@@ -73,22 +74,25 @@ def predict_from_outputs(
     Raises:
         FloatingPointError: If an output is NaN.
     """
-    collect = _Collector(task, examples, seed=seed)
+    collect = Collector(task, examples, seed=seed)
     parts = [collect(batch, draws) for batch, draws in outputs]
     return _as_prediction(parts, collect, examples, is_mean=is_mean, seconds=seconds)
 
 
-class _Collector:
+class Collector:
     """Keeps what a prediction needs of the likelihood of each batch.
 
     Args:
         task: Task that defines the likelihood.
         examples: Tokenized rows, which may lack an answer.
-        seed: Seed of the simulated answers.
+        seed: Seed of the simulated answers; None for no answers.
     """
 
-    def __init__(self, task: Task, examples: Sequence[Example], *, seed: int) -> None:
+    def __init__(self, task: Task, examples: Sequence[Example], *, seed: int | None) -> None:
         self.task = task
+        self.examples = examples
+        #: Names of the classes that rows use, once outputs were seen.
+        self.classes: tuple[ClassName, ...] = ()
         self.targets = [e.target for e in examples]
         known = [target for target in self.targets if target is not None]
         self.are_all_known = len(known) == len(self.targets)
@@ -97,7 +101,7 @@ class _Collector:
         self.filled = collate_targets([known[0] if t is None else t for t in self.targets]) if known else None
         # The draws of s come from the plain seed: with the same random numbers the answers would follow them.
         self.is_normal = False
-        self.noise = Stream(derive_seed(seed, "answers"))
+        self.noise = None if seed is None else Stream(derive_seed(seed, "answers"))
 
     def __call__(self, batch: Batch, outputs: Tensor) -> Part:
         """Log probabilities, or moments, given ``outputs`` (S, B, K): each (S, B, ...), on the CPU."""
@@ -106,12 +110,16 @@ class _Collector:
             batch = batch.without_target()
         d: Any = self.task.distribution(outputs.to(batch.index.device), batch)
         if isinstance(d, dist.Categorical):
-            kept = {"log_probs": at_least_float32(d.logits).log_softmax(-1)}
+            log_probs = at_least_float32(d.logits).log_softmax(-1)
+            if not self.classes:
+                self.classes = used_classes(self.task, self.examples, log_probs.shape[-1])
+            kept = {"log_probs": log_probs[..., : len(self.classes)]}  # a prompt may have up to 26 choices
         else:
-            with self.noise.use():
-                replicates = d.sample()
             self.is_normal = isinstance(d, torch.distributions.Normal)
-            kept = {"means": d.mean, "variances": d.variance, "replicates": replicates}
+            kept = {"means": d.mean, "variances": d.variance}
+            if self.noise is not None:
+                with self.noise.use():
+                    kept["replicates"] = d.sample()
             if self.filled is not None:
                 own = batch.index.cpu()
                 unknown = torch.tensor([self.targets[i] is None for i in own.tolist()], device=batch.index.device)
@@ -132,7 +140,7 @@ def _check_outputs(batch: Batch, outputs: Tensor) -> None:
 
 
 def _as_prediction(
-    parts: Sequence[Part], collect: _Collector, examples: Sequence[Example], *, is_mean: bool, seconds: float
+    parts: Sequence[Part], collect: Collector, examples: Sequence[Example], *, is_mean: bool, seconds: float
 ) -> Prediction | NumericPrediction:
     """Join what was kept of each batch, rows back in the order of the data."""
     order = torch.cat([index for index, _ in parts]).argsort()
@@ -143,7 +151,17 @@ def _as_prediction(
         arrays.setdefault("log_density", None)
         arrays["is_normal"] = collect.is_normal
         return NumericPrediction(target=target, is_mean=is_mean, seconds=seconds, **arrays)
-    log_probs = arrays["log_probs"]
-    classes = collect.task.classes or tuple(str(c) for c in range(log_probs.shape[-1]))
+    return Prediction(arrays["log_probs"], target, collect.classes, is_mean=is_mean, seconds=seconds)
+
+
+def used_classes(task: Task, examples: Sequence[Example], num_outputs: int) -> tuple[ClassName, ...]:
+    """Return the names of the classes that rows use, without choices that no row has.
+
+    Args:
+        task: Task that defines the likelihood.
+        examples: Tokenized rows.
+        num_outputs: Number of classes of the likelihood.
+    """
+    classes = task.classes or tuple(str(c) for c in range(num_outputs))
     used = max((e.extras.get("num_choices", len(classes)) for e in examples), default=len(classes))
-    return Prediction(log_probs[..., :used], target, tuple(classes[:used]), is_mean=is_mean, seconds=seconds)
+    return tuple(classes[:used])

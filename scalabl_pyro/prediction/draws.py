@@ -1,6 +1,6 @@
 """Draws of a posterior on the CPU, made one by one, so that draw i does not depend on the number of draws."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from .._display import Summarized
 from .._process.full_precision import full_precision
+from .._process.memory import check_memory
 from .._process.pyro_modes import local_params
 from .._process.random_state import scoped_seed
 from ..guides import Guide
 from ..priors import Prior
+from .room import COPIES, FEWER, OVERHEAD, size_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,6 +74,30 @@ def sample(guide: Guide, num_draws: int, *, seed: int) -> Draws:
     return Draws(sites, log_q=log_q, seed=seed)
 
 
+def sample_in_parts(guide: Guide, num_draws: int, *, size: int, seed: int) -> Iterator[Draws]:
+    """Draw from a guide, a part at a time; the draws are those of :func:`sample`, without their densities.
+
+    Args:
+        guide: Guide to draw from.
+        num_draws: Number S of draws; 0 gives the mean of the guide as the only draw.
+        size: Number of draws per part. The last part may have fewer.
+        seed: Seed of the draws.
+
+    Yields:
+        Draws of one part.
+    """
+    if num_draws == 0:
+        yield sample(guide, 0, seed=seed)
+        return
+    parts = guide.sample_in_parts(num_draws, size=size, seed=seed)
+    while True:
+        with full_precision():
+            sites = next(parts, None)
+        if sites is None:
+            return
+        yield Draws(sites, seed=seed)
+
+
 def sample_prior(prior: Prior, num_draws: int, *, seed: int) -> Tensor:
     """Draw s (S, D) from the prior."""
     return sample_prior_sites(prior, num_draws, seed=seed)["s"]
@@ -80,8 +106,15 @@ def sample_prior(prior: Prior, num_draws: int, *, seed: int) -> Tensor:
 def sample_prior_sites(prior: Prior, num_draws: int, *, seed: int) -> dict[str, Tensor]:
     """Draw all latent sites from the prior, each (S, ...)."""
     with torch.no_grad(), local_params(), full_precision(), scoped_seed(seed):
-        traces: list[Any] = [poutine.trace(prior).get_trace() for _ in range(num_draws)]
-    return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in traces[0].stochastic_nodes}
+        draws = [_latents(poutine.trace(prior).get_trace())]
+        size = OVERHEAD * len(draws[0]) + COPIES * size_of(draws[0])
+        check_memory(f"{num_draws:,} draws of the prior", num_draws * size, FEWER)
+        draws += [_latents(poutine.trace(prior).get_trace()) for _ in range(num_draws - 1)]
+    return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+
+
+def _latents(trace: Any) -> dict[str, Tensor]:
+    return {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}
 
 
 def log_prior(prior: Prior, draws: Draws) -> Tensor:

@@ -21,6 +21,10 @@ from .result import NumericPrediction, Prediction
 
 logger = logging.getLogger(__name__)
 
+#: Largest number of draws per forward pass on a CPU, where a pass that is too large ends the process, not with an
+#: error that could be caught. It is also the number of draws in memory at once if only averages are kept.
+MANY_DRAWS = 64
+
 
 @collective
 @torch.no_grad()
@@ -48,7 +52,7 @@ def predict(
         s: (S, D) draws.
         examples: Tokenized rows.
         batch_size: Number of rows per forward pass.
-        draws_per_pass: Largest number of draws per forward pass; None for all.
+        draws_per_pass: Largest number of draws per forward pass; None for all on a GPU, and for 64 on a CPU.
         is_mean: Whether the only draw is the posterior mean.
         seed: Seed of the simulated answers of a likelihood over numbers.
         cache_prefix: Whether to keep the hidden states at the first adapted block for later predictions of the same
@@ -68,17 +72,13 @@ def predict(
     """
     start = time.perf_counter()
     check_draws_per_pass(draws_per_pass)
-    passes = Passes.over(examples, task, llm.adapter, batch_size=batch_size)
-    if cache_prefix:
-        passes = Passes(llm.adapter, passes.batches, prefixes=kept_prefixes(llm.adapter, passes.batches))
+    passes = passes_over(examples, task, llm, batch_size=batch_size, cache_prefix=cache_prefix)
     s = s.to(passes.device)
-    outputs_of = _DrawOutputs(llm, task, size=int(min(draws_per_pass or len(s), len(s))))
+    default = MANY_DRAWS if passes.device.type == "cpu" else len(s)
+    outputs_of = DrawOutputs(llm, task, size=int(min(draws_per_pass or default, len(s))))
     joint = current_processes()
     if joint.are_several:
-        shared = list(
-            zip(passes.batches, _shared_outputs(joint, passes, outputs_of, s, progress=progress), strict=True)
-        )
-        on_device = [(batch.to(passes.device), outputs) for batch, outputs in shared]
+        on_device = shared_outputs(joint, passes, outputs_of, s, progress=progress)
         seconds = time.perf_counter() - start
         return predict_from_outputs(task, examples, on_device, seed=seed, is_mean=is_mean, seconds=seconds)
     return predict_batches(
@@ -92,7 +92,17 @@ def check_draws_per_pass(draws_per_pass: int | None) -> None:
         check_count(draws_per_pass=draws_per_pass)
 
 
-class _DrawOutputs:
+def passes_over(
+    examples: Sequence[Example], task: Task, llm: AdaptedLLM, *, batch_size: int, cache_prefix: bool
+) -> Passes:
+    """Return the passes over rows; see :func:`predict` for the arguments."""
+    passes = Passes.over(examples, task, llm.adapter, batch_size=batch_size)
+    if not cache_prefix:
+        return passes
+    return Passes(llm.adapter, passes.batches, prefixes=kept_prefixes(llm.adapter, passes.batches))
+
+
+class DrawOutputs:
     """Computes the outputs of a batch under draws, as many draws at a time as memory allows.
 
     Args:
@@ -124,10 +134,10 @@ def _outputs(llm: AdaptedLLM, task: Task, s: Tensor, batch: Batch) -> Tensor:
     return task.outputs(llm, batch, s.unsqueeze(1))
 
 
-def _shared_outputs(
-    joint: Processes, passes: Passes, outputs_of: _DrawOutputs, s: Tensor, *, progress: bool
-) -> list[Tensor]:
-    """Outputs (S, B, K) of each batch, on the CPU: each process runs its share of the batches, and all get all.
+def shared_outputs(
+    joint: Processes, passes: Passes, outputs_of: DrawOutputs, s: Tensor, *, progress: bool
+) -> list[tuple[Batch, Tensor]]:
+    """Return each batch with its outputs (S, B, K), on the CPU: each process runs its share, and all get all.
 
     Where there are fewer batches than processes, draws are shared out too. The processes of a sharded base run it
     equally often, some of them once more than they need.
@@ -154,4 +164,5 @@ def _shared_outputs(
             "The processes were asked for different predictions. Pass the same rows, draws and options in all of them."
         )
     pieces = [found[i % joint.size][1][i // joint.size] for i in range(len(work))]
-    return [torch.cat(pieces[i : i + groups]) for i in range(0, len(work), groups)]
+    joined = [torch.cat(pieces[i : i + groups]) for i in range(0, len(work), groups)]
+    return [(batch.to(passes.device), outputs) for batch, outputs in zip(passes.batches, joined, strict=True)]

@@ -5,7 +5,7 @@ mean - e, cancel all terms that are odd in e, in any number of dimensions; for p
 Scrambled Sobol points fill the unit cube evenly, which needs many draws when D is large.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -21,14 +21,27 @@ Design = Literal["independent", "antithetic", "sobol"]
 DESIGNS: tuple[str, ...] = get_args(Design)
 
 
+#: Function that gives the next rows of noise, each (count, D).
+NextNoise = Callable[[int], Tensor]
+
+
 def quasi_monte_carlo_draws(guide: Guide, num_draws: int, *, seed: int, design: str) -> Draws:
-    """Draw from a normal guide in an even design.
+    """Draw from a normal guide in an even design; see :func:`quasi_monte_carlo_parts`."""
+    return next(quasi_monte_carlo_parts(guide, num_draws, size=num_draws, seed=seed, design=design))
+
+
+def quasi_monte_carlo_parts(guide: Guide, num_draws: int, *, size: int, seed: int, design: str) -> Iterator[Draws]:
+    """Draw from a normal guide in an even design, a part at a time.
 
     Args:
         guide: Guide of a normal family, without latents besides s.
         num_draws: Number S of draws. With an odd number, the last antithetic draw has no partner.
+        size: Number of draws per part. The last part may have fewer.
         seed: Seed of the noise.
         design: ``"antithetic"`` or ``"sobol"``.
+
+    Yields:
+        Draws of one part.
 
     Raises:
         TypeError: The family is not normal, or it has latents besides s.
@@ -45,21 +58,35 @@ def quasi_monte_carlo_draws(guide: Guide, num_draws: int, *, seed: int, design: 
         )
     mean = means["s"].detach()
     tril = torch.linalg.cholesky(guide.covariance().detach().double())
-    builders: dict[str, Callable[[int, int, int], Tensor]] = {"antithetic": _antithetic, "sobol": _sobol}
-    noise = builders[design](num_draws, len(mean), as_seed(seed))
-    s = mean + (noise @ tril.T).to(mean)
-    log_q = torch.distributions.MultivariateNormal(mean.double(), scale_tril=tril).log_prob(s.double()).to(mean)
-    return Draws({"s": s}, log_q=log_q, seed=seed)
+    designs: dict[str, Callable[[int, int], NextNoise]] = {"antithetic": _antithetic, "sobol": _sobol}
+    next_noise = designs[design](len(mean), as_seed(seed))
+    density = torch.distributions.MultivariateNormal(mean.double(), scale_tril=tril)
+    for start in range(0, num_draws, size):
+        s = mean + (next_noise(min(size, num_draws - start)) @ tril.T).to(mean)
+        yield Draws({"s": s}, log_q=density.log_prob(s.double()).to(mean), seed=seed)
 
 
-def _antithetic(num_draws: int, dim: int, seed: int) -> Tensor:
-    """Noise (S, D): e_1, -e_1, e_2, -e_2, ..."""
+def _antithetic(dim: int, seed: int) -> NextNoise:
+    """Rows of noise e_1, -e_1, e_2, -e_2, ..."""
     generator = torch.Generator().manual_seed(seed)
-    half = [torch.randn(dim, generator=generator, dtype=torch.float64) for _ in range(-(-num_draws // 2))]
-    return torch.stack([sign * e for e in half for sign in (1, -1)])[:num_draws]
+    pending: list[Tensor] = []
+
+    def next_noise(count: int) -> Tensor:
+        while len(pending) < count:
+            e = torch.randn(dim, generator=generator, dtype=torch.float64)
+            pending.extend((e, -e))
+        taken = torch.stack(pending[:count])
+        del pending[:count]
+        return taken
+
+    return next_noise
 
 
-def _sobol(num_draws: int, dim: int, seed: int) -> Tensor:
-    """Noise (S, D): standard normal quantiles of a scrambled Sobol sequence."""
-    u = SobolEngine(dim, scramble=True, seed=seed).draw(num_draws, dtype=torch.float64)
-    return torch.special.ndtri(u.clamp(1e-10, 1 - 1e-10))
+def _sobol(dim: int, seed: int) -> NextNoise:
+    """Rows of noise: standard normal quantiles of a scrambled Sobol sequence."""
+    engine = SobolEngine(dim, scramble=True, seed=seed)
+
+    def next_noise(count: int) -> Tensor:
+        return torch.special.ndtri(engine.draw(count, dtype=torch.float64).clamp(1e-10, 1 - 1e-10))
+
+    return next_noise

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -12,13 +12,14 @@ from .. import metrics
 from .._arguments import known_arguments_of_methods
 from ..data.labels import ClassName
 from ..metrics import Array
-from .answered import NO_ANSWERS, Answered, log_prob_of
+from .answered import NO_ANSWERS, log_prob_of
 from .mixture import jackknife_entropy, log_mean_exp, normal_mixture_quantiles
+from .scores import ClassScores, NumberScores
 
 
 @known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
-class Prediction(Answered):
+class Prediction(ClassScores):
     """Class probabilities of N rows under S draws.
 
     Uncertainties are in nats and split as H[E p] = E H[p] + I: total = aleatoric + epistemic (Depeweg et al., 2018).
@@ -55,28 +56,9 @@ class Prediction(Answered):
         return np.exp(self.log_probs, dtype=np.float64).mean(0)
 
     @property
-    def labels(self) -> NDArray[np.integer]:
-        """(N,) most probable class of each row."""
-        return self.probs.argmax(1)
-
-    @property
-    def total(self) -> Array:
-        """(N,) entropy of the averaged probabilities, nats; biased low at few draws, see :attr:`epistemic`."""
-        return metrics.entropy(self.probs)
-
-    @property
     def aleatoric(self) -> Array:
         """(N,) entropy of a draw, averaged over draws, nats: the part that more data could not remove."""
         return metrics.entropy(np.exp(self.log_probs, dtype=np.float64)).mean(0)
-
-    @property
-    def epistemic(self) -> Array:
-        """(N,) mutual information of answer and draw, nats: the part that comes from draws that disagree.
-
-        It is low at few draws, and so is ``total``: the bias is -sum_c Var(p_c) / (2 S E p_c) + O(1 / S^2), a factor
-        1 - 1 / S to this order, 10 % at 10 draws. :attr:`epistemic_corrected` has a bias of order 1 / S^2 only.
-        """
-        return np.maximum(self.total - self.aleatoric, 0.0)
 
     @property
     def epistemic_corrected(self) -> Array:
@@ -88,51 +70,15 @@ class Prediction(Answered):
         """(S, N) log probability of the target under each draw, nats; NaN where a row has no answer."""
         return log_prob_of(self.log_probs, self.target)
 
-    def metrics(self, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-        """Compute accuracy, NLL, calibration and selective-prediction metrics; see :mod:`scalabl_pyro.metrics`.
-
-        Rows without an answer do not count. If there are such rows, the column ``num_answered`` says how many count.
-
-        Args:
-            bootstrap: Number of resamples of the rows behind ``low`` and ``high``; 0 for none.
-            level: Coverage of the bootstrap intervals, between 0 and 1.
-            seed: Seed of the resampling.
-
-        Returns:
-            Row ``value``, and with ``bootstrap`` also ``low`` and ``high``; one column per metric.
-
-        Raises:
-            ValueError: If the rows have no answers, or if an option is out of range.
-        """
-        scored = self.with_answers()
-        options: dict[str, Any] = {"bootstrap": bootstrap, "level": level, "seed": seed}
-        options["log_likelihood"] = log_mean_exp(scored.log_likelihood)
-        return self._with_count(metrics.classification_report(scored.probs, cast(Array, scored.target), **options))
-
-    def to_frame(self) -> pd.DataFrame:
-        """Make a table of predicted class, its probability, uncertainties and known target, one line per row."""
-        frame = pd.DataFrame(
-            {
-                "prediction": np.asarray(self.classes, dtype=object)[self.labels],
-                "probability": self.probs.max(1),
-                "total": self.total,
-                "aleatoric": self.aleatoric,
-                "epistemic": self.epistemic,
-            }
-        )
-        if self.target is not None:
-            names = np.asarray([*self.classes, None], dtype=object)  # the last one for -1
-            frame["target"] = names[self.target]
-        return frame
-
-    def _summary(self) -> Mapping[str, object]:
-        facts = {"rows": self.log_probs.shape[1], "draws": self.num_draws, "classes": len(self.classes)}
-        return {**facts, "answers": self._answers(), "seconds": self.seconds}
+    @property
+    def log_mixture(self) -> Array | None:
+        """(N,) log of the averaged probability of the target, nats: NaN where a row lacks it, None if all rows do."""
+        return None if self.target is None else log_mean_exp(self.log_likelihood)
 
 
 @known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
-class NumericPrediction(Answered):
+class NumericPrediction(NumberScores):
     """Predictive distribution of N numbers under S draws, for likelihoods that are not categorical.
 
     The predictive distribution of a row is the mixture of the likelihoods of its S draws, with equal weights.
@@ -175,11 +121,6 @@ class NumericPrediction(Answered):
     def mean(self) -> Array:
         """(N,) mean of the predictive mixture."""
         return self.means.mean(0)
-
-    @property
-    def total(self) -> Array:
-        """(N,) variance of the predictive mixture."""
-        return self.aleatoric + self.epistemic
 
     @property
     def aleatoric(self) -> Array:
@@ -234,34 +175,10 @@ class NumericPrediction(Answered):
             )
         return np.quantile(self.replicates.astype(np.float64), tails, axis=0).T
 
-    def metrics(self, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-        """Compute RMSE, MAE and NLL (nats) of the predictive mixture.
-
-        Rows without an answer do not count. If there are such rows, the column ``num_answered`` says how many count.
-
-        Args:
-            bootstrap: Number of resamples of the rows behind ``low`` and ``high``; 0 for none.
-            level: Coverage of the bootstrap intervals, between 0 and 1.
-            seed: Seed of the resampling.
-
-        Returns:
-            Row ``value``, and with ``bootstrap`` also ``low`` and ``high``; one column per metric.
-
-        Raises:
-            ValueError: If the rows have no answers, or if an option is out of range.
-        """
-        scored = self.with_answers()
-        log_mixture = log_mean_exp(scored.log_likelihood)
-        error = scored.mean - cast(Array, scored.target)
-
-        def scores(rows: NDArray[np.integer] | slice) -> dict[str, float]:
-            return {
-                "rmse": float(np.sqrt((error[rows] ** 2).mean())),
-                "mae": float(np.abs(error[rows]).mean()),
-                "nll": float(-log_mixture[rows].mean()),
-            }
-
-        return self._with_count(metrics.report(scores, len(error), bootstrap=bootstrap, level=level, seed=seed))
+    @property
+    def log_mixture(self) -> Array | None:
+        """(N,) log density of the target under the mixture, nats: NaN where a row lacks it, None if all rows do."""
+        return None if self.target is None else log_mean_exp(self.log_likelihood)
 
     def to_frame(self, *, level: float = 0.9) -> pd.DataFrame:
         """Make a table of one line per row.

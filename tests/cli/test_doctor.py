@@ -201,7 +201,7 @@ def test_old_and_missing_packages_are_named_with_what_to_install(monkeypatch, ru
     monkeypatch.setattr(check_installation.metadata, "version", version)
     code, said = run("doctor")
     assert code == 1 and said.endswith("2 problems found.\n")
-    assert "scipy is not installed\n         -> pip install 'scipy>=1.11'" in said
+    assert "scipy is not installed\n         -> pip install 'scipy>=1.13'" in said
     assert "peft 0.1 is installed, needed <0.22,>=0.19\n         -> pip install --upgrade 'peft<0.22,>=0.19'" in said
 
 

@@ -78,7 +78,7 @@ def private_names(tree):
 
 
 #: Of this library itself, and of a named tuple, where it is public.
-OWN = {"_summary", "_asdict", "_fields"}
+OWN = {"_summary", "_set_options", "_asdict", "_fields"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scalabl_pyro").rglob("*.py")), ids=lambda p: p.name)

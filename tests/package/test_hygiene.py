@@ -253,9 +253,13 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
         [
             lambda w: w.posterior.predict(ROWS, num_draws=2),
             lambda w: w.posterior.predict(w.path / "rows.jsonl", num_draws=0),
+            lambda w: w.posterior.predict(ROWS, num_draws=3, draws_per_pass=2, keep_draws=False),
         ],
         [
             lambda w: small_batches(w.fails.predict),
+            lambda w: small_batches(w.fails_late.predict, keep_draws=False),
+            lambda w: w.no_draws.predict(ROWS, keep_draws=False),
+            lambda w: w.posterior.predict(ROWS, num_draws=10**12),
             lambda w: small_batches(w.fails_late.predict),
             lambda w: w.no_draws.predict(ROWS),
             lambda w: w.posterior.predict(w.path / "broken.jsonl"),
@@ -265,6 +269,18 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
     "Posterior.predict_linearised": (
         [lambda w: _deprecated(lambda: w.posterior.predict_linearised(ROWS, num_draws=3))],
         [lambda w: _deprecated(lambda: small_batches(w.fails.predict_linearised))],
+    ),
+    "Posterior.sample_in_parts": (
+        [
+            lambda w: list(w.posterior.sample_in_parts(5, size=2)),
+            lambda w: list(w.posterior.sample_in_parts(5, size=2, design="antithetic")),
+            lambda w: next(w.posterior.sample_in_parts(5, size=2)),  # the caller stops after the first part
+        ],
+        [
+            lambda w: list(w.no_draws.sample_in_parts(9, size=2)),
+            lambda w: w.posterior.sample_in_parts(3, size=0),
+            lambda w: list(w.posterior.sample_in_parts(1, seed="x")),
+        ],
     ),
     "Posterior.predict_linearized": (
         [lambda w: w.posterior.predict_linearized(ROWS, num_draws=3)],
