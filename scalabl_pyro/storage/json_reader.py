@@ -1,6 +1,7 @@
-"""JSON from untrusted files: each key stands once; the number of values, their digits and their nesting are limited."""
+"""JSON from untrusted files: each key stands once; values, digits and nesting are limited."""
 
 import json
+import math
 from typing import Any
 
 MAX_DIGITS = 40
@@ -17,8 +18,8 @@ def loads(content: bytes | str, *, max_values: int = MAX_VALUES) -> Any:
         max_values: Largest number of values, see :func:`check_values`.
 
     Raises:
-        ValueError: The content is not UTF-8 or not JSON, repeats a key, or exceeds ``max_values``, :data:`MAX_DIGITS`
-            or :data:`MAX_DEPTH`.
+        ValueError: The content is not UTF-8 or not JSON, repeats a key, exceeds ``max_values``, :data:`MAX_DIGITS` or
+            :data:`MAX_DEPTH`, or holds a number beyond float64 or half a character (a lone surrogate).
 
     Example:
         >>> loads('{"step": 3}')
@@ -27,10 +28,12 @@ def loads(content: bytes | str, *, max_values: int = MAX_VALUES) -> Any:
     check_values(content, max_values)
     text = content if isinstance(content, str) else content.decode("utf-8")
     try:
-        value = json.loads(text, object_pairs_hook=_each_key_once, parse_int=_int)
+        value = json.loads(text, object_pairs_hook=_each_key_once, parse_int=_int, parse_float=_float)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
     _check_depth(value)
+    if "\\ud" in text.lower():
+        _check_surrogates(value)
     return value
 
 
@@ -61,6 +64,22 @@ def _int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"an integer has {len(digits)} digits, more than {MAX_DIGITS}")
     return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):  # it is written as a finite number
+        raise ValueError(f"the number {digits[:MAX_DIGITS]} is too large for 64 bits")
+    return value
+
+
+def _check_surrogates(value: Any) -> None:
+    """Refuse texts that hold one half of a character: no file name, no terminal and no UTF-8 file can hold them."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise ValueError(f"a text holds half of a character, {half!r}; write both halves, or neither") from None
 
 
 def _check_depth(value: Any) -> None:
