@@ -1,4 +1,4 @@
-"""Fine-tunes an LLM that knows what it does not know, in a few minutes on two CPU cores.
+"""Fine-tunes an LLM that says how sure each of its answers is, in minutes on two CPU cores.
 
     python examples/quickstart.py                      # SmolLM2-135M on movie reviews; needs no network
     python examples/quickstart.py --data hf://allenai/openbookqa --test-split validation
@@ -128,9 +128,10 @@ def main() -> None:
     runs = {"LoRA": predict(plain, sources, num_draws=0, prefix=prefix)}
     plain.posterior.blora().unload()
 
-    print("\nScalaBL (a posterior over the bottleneck of each LoRA layer)")
+    print("\nScalaBL (a posterior over a random vector in the middle of each LoRA layer)")
     blora = sp.bayesian_lora(llm, **lora)
-    print(f"{blora.num_parameters()} parameters")
+    size = blora.num_parameters()
+    print(f"Parameters: {size['lora']:,} of LoRA, {size['variational']:,} of the posterior.")
     result = sp.fit(blora, task, train, **budget)
     runs["ScalaBL, mean"] = predict(result, sources, num_draws=0, prefix=prefix)
     runs[f"ScalaBL, {args.draws} draws"] = predict(result, sources, num_draws=args.draws, prefix=prefix)
