@@ -30,7 +30,7 @@ def mle(
 ) -> FitResult:
     """Fine-tune plain LoRA by maximum likelihood.
 
-    It learns the factors A and B of y = W0 x + gamma B A x. The latents s stay at 1.
+    It learns the factors A and B of y = W0 x + gamma B A x, where gamma is lora_alpha / r. The latents s stay at 1.
 
     Args:
         module: Base model. It is adapted in place.

@@ -38,7 +38,7 @@ def ensemble(
         posterior: Posterior that gives the factors, and the center of the initial values.
         data: Training rows.
         num_members: Number of fits, 2 or more.
-        guide: Posterior family of each member, see :func:`scalabl_pyro.guides.as_guide`.
+        guide: Family of the approximate posterior q(s) of each member, see :func:`scalabl_pyro.guides.as_guide`.
         prior: New prior, see :func:`scalabl_pyro.bayesian_lora`; by default the posterior's own. Parameters of the
             prior are learned with the first member.
         spread: Standard deviation of the initial values around the posterior mean.

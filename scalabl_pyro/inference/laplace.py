@@ -43,7 +43,7 @@ def laplace(
     newton_steps: int = 0,
     batch_size: int = 16,
 ) -> Posterior:
-    """Replace the guide of a posterior by a normal with the curvature of the log joint at its mean.
+    """Replace the guide of a posterior by a normal with the curvature of log p(y, s) at its mean.
 
     q(s) = Normal(mean, (H + P)^-1), where H is the Gauss-Newton matrix of the log likelihood and P the precision of the
     prior. The evidence is log p(y | mean) + log p(mean) + D/2 log 2 pi - 1/2 log det (H + P).
@@ -53,12 +53,12 @@ def laplace(
         data: Training rows.
         prior_scale: Standard deviation of a new prior Normal(0, prior_scale); ``"evidence"`` chooses the one with the
             largest evidence (MacKay, 1992); None keeps the posterior's own prior.
-        newton_steps: Number of Gauss-Newton steps toward the mode before the expansion. One is enough for a linear
-            model. Far from the mode of an LLM, ``fit(guide="delta")`` gets there at less cost.
+        newton_steps: Number of Gauss-Newton steps toward the mode before the curvature is computed. One is enough for a
+            linear model. Far from the mode of an LLM, ``fit(guide="delta")`` gets there at less cost.
         batch_size: Rows per forward pass.
 
     Returns:
-        A posterior whose provenance holds ``laplace_log_evidence`` (nats) and, where it is new, ``prior_scale``.
+        A posterior whose provenance holds ``laplace_log_evidence`` (nats) and, if the prior is new, ``prior_scale``.
 
     Raises:
         ValueError: The prior is not a factorized normal and ``prior_scale`` is None, the likelihood has no curvature,

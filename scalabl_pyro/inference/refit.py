@@ -32,7 +32,7 @@ def refit(
     Args:
         posterior: Posterior that gives all that stays fixed, and the initial mean of s.
         data: Training rows.
-        guide: Posterior family, see :func:`scalabl_pyro.guides.as_guide`.
+        guide: Family of the approximate posterior q(s), see :func:`scalabl_pyro.guides.as_guide`.
         prior: New prior, see :func:`scalabl_pyro.bayesian_lora`; by default the posterior's own.
         seed: Seed of initial scales, batches and noise.
         options: Options of :func:`scalabl_pyro.fit` (steps, learning rates, ...).

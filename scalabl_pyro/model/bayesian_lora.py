@@ -61,9 +61,9 @@ def bayesian_lora(
         lora_dropout: Dropout probability on the input of A; 0 in the paper.
         prior: Prior of s: the scale of Normal(0, scale), a Pyro distribution, a callable ``layer -> distribution``, or
             a :class:`~scalabl_pyro.priors.Prior`.
-        gauge: ``"unit_rows"`` computes with the rows of A at unit norm, so that the scale of s can move only to B.
-            With ``"free"`` it can move to A too. The scale of the prior has a meaning of its own only if B has a
-            prior too (``factor_scale`` of :class:`OptimizerOptions`).
+        gauge: ``"unit_rows"`` divides each row of A by its norm. Then s can shrink only if B grows. With ``"free"``, s
+            can also shrink if A grows. The scale of the prior has a meaning of its own only if B has a prior too
+            (``factor_scale`` of :class:`OptimizerOptions`).
         modules_to_save: Paths of modules that are trained in full (as point estimates) and saved. None means the new
             head of a Hugging Face classifier: all modules outside of its backbone (the model without its
             output layers).

@@ -83,7 +83,8 @@ class BayesianLoRA(Program):
             kwargs: Keyword inputs of the LLM.
 
         Returns:
-            What the LLM returns; its tensors have the batch shape of s, broadcast against the rows, in front.
+            What the LLM returns. Its tensors begin with the batch shape of s (all dimensions but the last), broadcast
+            against the rows: s of shape (10, 1, D) gives tensors (10, B, ...).
 
         Example:
             >>> import torch, scalabl_pyro

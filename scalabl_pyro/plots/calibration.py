@@ -40,7 +40,7 @@ def reliability(
         prediction: Prediction of rows with answers, or predictions of several methods by name.
         num_bins: Number of bins. The numbers of rows are written out up to 15 bins of equal width.
         bins: ``"width"`` for bins of equal width, or ``"mass"`` for bins of equal numbers of rows.
-        level: Coverage of the intervals, between 0 and 1.
+        level: Confidence level of the intervals, between 0 and 1.
         ax: Axes to draw on; None for new ones.
         label: Legend entry of a single prediction. The expected calibration error (ECE) over the same bins is added.
         color: Color of a single prediction; None for the next one.

@@ -28,14 +28,15 @@ def confident_mistakes(
 ) -> Axes:
     """Plot how many rows each method answers with a probability above a threshold, and how many of these are wrong.
 
-    The numbers stand on the bars, and with the wrong ones their share of the confident answers. If a method has
-    several predictions, such as one per seed, bars are means, dots are single predictions, and whiskers are intervals
-    of the mean from Student's t distribution.
+    The numbers stand on the bars. On the bar of wrong answers stands also their share of the confident answers. If a
+    method has several predictions, such as one per seed, bars are means, dots are single predictions, and whiskers are
+    intervals of the mean from Student's t distribution.
 
     Args:
-        predictions: Predictions of rows with answers by the name of the method: one per method, or a list.
+        predictions: Mapping from the name of each method to one prediction, or to a list of them. The rows have
+            answers.
         threshold: Probability that an answer must exceed to count as confident.
-        level: Coverage of the intervals, between 0 and 1.
+        level: Confidence level of the intervals, between 0 and 1.
         ax: Axes to draw on; None for new ones.
 
     Returns:

@@ -79,7 +79,7 @@ class AnalyzedPosterior(PosteriorState):
         )
 
     def summary(self, *, num_draws: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """Make a table of posterior mean and standard deviation per layer, averaged in quadrature over the rank.
+        """Make a table of posterior mean and standard deviation per layer, as root mean squares over the rank.
 
         Args:
             num_draws: Number of draws behind both.

@@ -35,7 +35,7 @@ def compare(
     LOO is then the same number for both, and differences between its estimates are errors of the estimates. So
     posteriors of one target are ranked by the ELBO, which is larger the closer a guide is to the posterior. MCMC chains
     have no ELBO. They stand first if they agree (R-hat below 1.1), else last. Different targets are ranked by the
-    ``elpd_loo`` of their first posterior. Points, which have no LOO, stand at the end.
+    ``elpd_loo`` of their first posterior. Posteriors that are a single point have no LOO. They stand at the end.
 
     Args:
         posteriors: Posteriors by name, or a list of them, which are named by guide and prior.
@@ -48,9 +48,10 @@ def compare(
     Returns:
         One row per posterior, with columns ``elpd_loo`` and ``se`` (nats), ``difference`` to the first row and its
         standard error ``dse`` (NaN within the target of the first row), ``p_loo``, ``elbo``, ``pareto_k`` of the
-        weights p / q, its threshold ``good_k`` for this number of draws (as in ArviZ), ``bad_rows``, the share of rows
-        whose own Pareto k is above ``good_k``, so that their LOO is unreliable, ``target``, a letter, and ``warning``,
-        which says why a row is not to be relied on, or is empty. Each warning is logged, too.
+        weights p / q, its threshold ``good_k`` for this number of draws (as in ArviZ), ``bad_rows``, ``target``, and
+        ``warning``. ``bad_rows`` is the share of training rows whose own Pareto k is above ``good_k``; their LOO is
+        unreliable. ``target`` is a letter. ``warning`` says why you cannot rely on a posterior; it is empty if you can.
+        Each warning is logged, too.
 
     Raises:
         TypeError: If an entry is not a posterior.

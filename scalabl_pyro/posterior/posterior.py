@@ -31,7 +31,7 @@ from .analyzed import AnalyzedPosterior
 @known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
 class Posterior(AnalyzedPosterior):
-    """A posterior of s with the point estimates it was learned with.
+    """The posterior of s, and the point estimates that were learned together with it.
 
     It holds copies of all that was learned. So several posteriors can share one LLM, and further training does not
     change an older posterior. Its fields are those of :class:`~scalabl_pyro.posterior.state.PosteriorState`.
@@ -94,7 +94,7 @@ class Posterior(AnalyzedPosterior):
             design: Relation between the draws. ``"antithetic"`` draws of a normal guide come in mirrored pairs,
                 whose errors cancel where the outputs are nearly linear in s. ``"sobol"`` draws are quasi-random.
             batch_size: Number of rows per forward pass.
-            draws_per_pass: Largest number of draws per forward pass; None for all on a GPU, and for 64 on a CPU or with
+            draws_per_pass: Largest number of draws per forward pass; None means all on a GPU, and 64 on a CPU or with
                 ``keep_draws=False``. On a GPU it is halved when memory runs out.
             cache_prefix: Whether to keep, on the LLM's device, the hidden states at the first adapted block. Later
                 predictions of the same rows with the same ``batch_size`` then skip the blocks below it, also for other
@@ -246,7 +246,7 @@ class Posterior(AnalyzedPosterior):
         Args:
             llm: Base model. It gets the LoRA layers, unless it has the same ones already.
             path: Directory that :meth:`save_pretrained` wrote.
-            overrides: ``task=``, ``prior=`` or ``guide=``, where the saved one is a class of your own. ``budget=``, a
+            overrides: ``task=``, ``prior=`` or ``guide=``, if the saved one is a class of your own. ``budget=``, a
                 :class:`~scalabl_pyro.storage.budget.Budget`, for files that are larger than the default allows.
 
         Raises:

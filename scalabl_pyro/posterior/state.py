@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 @known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
 class PosteriorState(Summarized):
-    """A posterior of s with the point estimates it was learned with.
+    """The posterior of s, and the point estimates that were learned together with it.
 
     Saving, diagnosis and export read a posterior through this class. :class:`~scalabl_pyro.Posterior` adds the methods
     for users.
@@ -128,7 +128,7 @@ class PosteriorState(Summarized):
     def sample_in_parts(
         self, num_draws: int, *, size: int = 1024, seed: int = 0, design: Design = "independent"
     ) -> Iterator[Draws]:
-        """Draw from the posterior, a part at a time, so that all draws need not be in memory at once.
+        """Draw from the posterior in parts, so that all draws need not be in memory at once.
 
         Args:
             num_draws: Number S of draws; 0 gives the posterior mean as the only draw.

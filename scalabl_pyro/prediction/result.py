@@ -22,7 +22,8 @@ from .scores import ClassScores, NumberScores
 class Prediction(ClassScores):
     """Class probabilities of N rows under S draws.
 
-    Uncertainties are in nats and split as H[E p] = E H[p] + I: total = aleatoric + epistemic (Depeweg et al., 2018).
+    Uncertainties are in nats: total = aleatoric + epistemic, or H[E p] = E H[p] + I (Depeweg et al., 2018). H is the
+    entropy, E the mean over draws, and I the mutual information of answer and draw.
 
     Attributes:
         log_probs: (S, N, C) log probabilities of each draw; -inf for choices that a row lacks.

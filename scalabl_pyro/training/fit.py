@@ -81,13 +81,13 @@ def fit(
         task: The likelihood.
         train_data: Rows for the task (dicts, a ``datasets.Dataset``, the path of a JSONL file), or an iterable of
             :class:`~scalabl_pyro.data.Batch` that can be restarted, such as a DataLoader.
-        guide: Posterior family, see :func:`scalabl_pyro.guides.as_guide`.
+        guide: Family of the approximate posterior q(s), see :func:`scalabl_pyro.guides.as_guide`.
         num_steps: Number of optimizer steps.
         batch_size: Rows per step, of all processes together; see the page *Several GPUs*.
         lr: Learning rate of B and of the task's parameters (AdamW). Tune it first, see the page *Quality*.
         lr_A: Learning rate of A and of new heads. They have as many inputs as the model is wide, so they need smaller
-            steps (LoRA+, Hayou et al., 2024). If the rates of A and B are equal, runs on hard data overfitted, ended
-            at chance or diverged.
+            steps (LoRA+, Hayou et al., 2024). With equal rates of A and B, runs on hard data overfitted, ended at
+            chance or diverged.
         kl_weight: Weight of KL(q || p); 1 is the ELBO. A function maps the step to a weight.
         elbo: Any Pyro ELBO. Default: the one with closed-form KLs if guide and prior allow it, else ``Trace_ELBO``.
         draws: ``"per_example"`` (each row has its own s, if the family allows it) or ``"shared"``.
@@ -106,9 +106,10 @@ def fit(
             does not change.
         callbacks: Functions that are called with the history row of each step. If one returns True, training stops.
         progress: Whether to show a progress bar.
-        reset: Whether to start afresh if ``blora`` or ``task`` were trained before: factors, latents and new heads as
-            at the wrapping, parameters of prior and task as before their first training. By default the training goes
-            on from the earlier one; a warning is logged, and ``posterior.provenance["start"]`` is ``"continued"``.
+        reset: Whether to start afresh if ``blora`` or ``task`` were trained before. Factors, latents and new heads then
+            have the values that they had after ``bayesian_lora``. The parameters of prior and task have those from
+            before their first training. By default the training goes on from the earlier one; a warning is logged, and
+            ``posterior.provenance["start"]`` is ``"continued"``.
 
     Returns:
         The posterior and the history. Ctrl-C ends the training after the running step (a second one at once) and
