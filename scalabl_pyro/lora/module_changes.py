@@ -8,6 +8,9 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+#: Whether a 4-bit layer of bitsandbytes may pack its weights on this CPU.
+PACKS = "support_avx512bf16_for_cpu"
+
 
 @dataclass
 class ModuleChanges:
@@ -26,12 +29,23 @@ class ModuleChanges:
     _weights: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     _set: list[tuple[nn.Module, str]] = field(default_factory=list)
+    _packers: list[nn.Module] = field(default_factory=list)
     _variants: list[tuple[LoraLayer, str, bool]] = field(default_factory=list)
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._flags = [(p, p.requires_grad) for p in self.module.parameters()]
+        self._keep_gradients()
+
+    def _keep_gradients(self) -> None:
+        """Keep 4-bit layers of bitsandbytes from packing their weights for inference on a CPU with AVX512-BF16.
+
+        A pass without gradients packs them, and no gradient goes through packed weights.
+        """
+        self._packers = [part for part in self.module.modules() if getattr(part, PACKS, False)]
+        for part in self._packers:
+            setattr(part, PACKS, False)
 
     def record_layers(self, layers: dict[str, nn.Module]) -> None:
         """Record submodules, by path, that are about to be replaced."""
@@ -92,6 +106,8 @@ class ModuleChanges:
             handle.remove()
         for module, name in self._set:
             delattr(module, name)
+        for module in self._packers:
+            setattr(module, PACKS, True)
         for module, forward in reversed(self._forwards):
             del module.forward
             if forward is not None:
@@ -114,5 +130,6 @@ class ModuleChanges:
         for record in (self._hooks, self._forwards, self._variants, self._weights, self._attributes, self._flags):
             record.clear()
         self._set.clear()
+        self._packers.clear()
         self._tensors.clear()
         self._replaced.clear()

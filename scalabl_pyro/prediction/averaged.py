@@ -56,8 +56,8 @@ class AveragedPrediction(WithoutDraws, ClassScores):
         True
     """
 
-    PER_ROW: ClassVar = ("probs", "aleatoric", "log_mixture")
-    NOT_KEPT: ClassVar = ("log_probs", "log_likelihood", "epistemic_corrected")
+    PER_ROW: ClassVar[tuple[str, ...]] = ("probs", "aleatoric", "log_mixture")
+    NOT_KEPT: ClassVar[tuple[str, ...]] = ("log_probs", "log_likelihood", "epistemic_corrected")
 
     probs: Array
     aleatoric: Array
@@ -93,8 +93,16 @@ class AveragedNumericPrediction(WithoutDraws, NumberScores):
         array([2.])
     """
 
-    PER_ROW: ClassVar = ("mean", "aleatoric", "epistemic", "log_mixture")
-    NOT_KEPT: ClassVar = ("means", "variances", "replicates", "log_density", "log_likelihood", "interval", "is_normal")
+    PER_ROW: ClassVar[tuple[str, ...]] = ("mean", "aleatoric", "epistemic", "log_mixture")
+    NOT_KEPT: ClassVar[tuple[str, ...]] = (
+        "means",
+        "variances",
+        "replicates",
+        "log_density",
+        "log_likelihood",
+        "interval",
+        "is_normal",
+    )
 
     mean: Array
     aleatoric: Array

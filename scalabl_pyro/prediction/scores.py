@@ -21,7 +21,7 @@ class ClassScores(Answered):
     Subclasses define ``probs`` (N, C), ``aleatoric`` (N,), ``target``, ``classes``, ``num_draws`` and ``seconds``.
     """
 
-    HAS_CLASSES: ClassVar = True
+    HAS_CLASSES: ClassVar[bool] = True
     target: NDArray[np.integer] | None
 
     if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class NumberScores(Answered):
     Subclasses define ``mean``, ``aleatoric`` and ``epistemic``, each (N,), ``target``, ``num_draws`` and ``seconds``.
     """
 
-    HAS_CLASSES: ClassVar = False
+    HAS_CLASSES: ClassVar[bool] = False
     target: Array | None
 
     if TYPE_CHECKING:

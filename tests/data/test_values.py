@@ -188,7 +188,7 @@ def test_what_is_not_a_text_is_refused_by_its_field(tasks, value):
 def test_a_missing_text_is_not_read_as_a_word(tasks, value):
     for kind, field in (("class", "text"), ("choice", "question"), ("choice", "choices")):
         task, row, _ = tasks[kind]
-        with pytest.raises(ValueError, match=f"Row 0: the field '{field}' is missing"):
+        with pytest.raises(ValueError, match=f"Row 0: the field '{field}' has no value"):
             encode([{**row, field: value}], task.encode, need_target=False)
     task, row, _ = tasks["choice"]
     with pytest.raises(ValueError, match=r"Row 0: choices=.*missing"):

@@ -47,6 +47,20 @@ def test_fit_learns_on_a_quantized_base_and_leaves_its_codes_alone(llm, checkpoi
     assert all(torch.equal(after[name].view(-1), codes.view(-1)) for name, codes in before.items())
 
 
+def test_4_bit_layers_do_not_pack_their_weights(llm):
+    """A pass without gradients packs them on some CPUs, and no gradient goes through packed weights."""
+    layers = [part for part in llm.modules() if hasattr(part, "support_avx512bf16_for_cpu")]
+    before = [part.support_avx512bf16_for_cpu for part in layers]
+    blora = sp.bayesian_lora(llm, r=4)
+    assert not any(part.support_avx512bf16_for_cpu for part in layers)
+    result = sp.fit(blora, sp.MultipleChoice(tiny.tokenizer()), ROWS, num_steps=2, progress=False)
+    result.posterior.predict(ROWS, num_draws=2)
+    assert not any(getattr(part.weight.quant_state, "packing_format_for_cpu", False) for part in layers)
+    sp.fit(blora, sp.MultipleChoice(tiny.tokenizer()), ROWS, num_steps=2, progress=False)
+    blora.unload()
+    assert [part.support_avx512bf16_for_cpu for part in layers] == before
+
+
 def test_two_draws_differ_in_every_quantized_layer(llm):
     blora = sp.bayesian_lora(llm, r=4)
     seen = {}

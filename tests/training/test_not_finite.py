@@ -11,6 +11,7 @@ import torch
 import scalabl_pyro as sp
 from scalabl_pyro.baselines.released_step import AlternatingStep
 from scalabl_pyro.guides import as_guide
+from scalabl_pyro.storage.budget import Budget
 from scalabl_pyro.storage.manifest import Manifest
 from scalabl_pyro.storage.tensor_files import read_tensors, write_tensors
 from scalabl_pyro.training.update_check import UpdateCheck, logarithms_of
@@ -230,7 +231,7 @@ def test_a_posterior_whose_draws_are_not_finite_is_not_saved(tmp_path):
 def spoil_checkpoint(folder, change):
     """Change the tensors of the newest checkpoint, and its manifest with them."""
     path = max(folder.glob("step-*"))
-    tensors = read_tensors(path, "tensors.safetensors", limit=2**30, finite=False)
+    tensors = read_tensors(path, "tensors.safetensors", limit=2**30, budget=Budget(), finite=False)
     change(tensors)
     (path / "tensors.safetensors").unlink()
     write_tensors(path / "tensors.safetensors", tensors, finite=False)
