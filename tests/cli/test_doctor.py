@@ -178,9 +178,15 @@ def test_checkpoints_are_told_from_posteriors(run, tmp_path):
 
 
 def test_names_in_a_file_cannot_control_the_terminal(path, run):
-    edit_config(path, library_version="\x1b[2J\x07\ud800 9")
+    edit_config(path, library_version="\x1b[2J\x07 9")
     code, said = run("doctor", path)
     assert code == 0 and "\x1b" not in said and "\x07" not in said and "\\x1b[2J" in said
+
+
+def test_half_of_a_character_in_a_file_is_a_finding(path, run):
+    edit_config(path, library_version="\ud800 9")
+    code, said = run("doctor", path)
+    assert code == 1 and "half of a character" in said and "\ud800" not in said
 
 
 def test_installation_is_examined(run, unchanged_rng):
