@@ -208,7 +208,7 @@ class Bomber:
     """The process that loads the cases. A case that takes longer than SECONDS ends it, and the next starts another."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.process = root, None
+        self.root, self.process, self.served = root, None, 0
         self.worst = {"seconds": 0.0, "megabytes": 0.0}
 
     def start(self) -> dict[str, list[str]]:
@@ -236,7 +236,10 @@ class Bomber:
         return json.loads(line)
 
     def load(self, case: dict[str, Any]) -> dict[str, Any]:
-        """Load a case, and check its limits."""
+        """Load a case, and check its limits. A process serves 400 cases: what it keeps counts against its limit."""
+        self.served += 1
+        if self.served % 400 == 0:
+            self.stop()
         if self.process is None:
             self.start()
         assert self.process is not None and self.process.stdin is not None
