@@ -4,6 +4,7 @@
 editorials; 15 to 20 people rated each from -4 (extremely negative) to 4 (extremely positive).
 """
 
+import functools
 import io
 import random
 import sys
@@ -58,9 +59,15 @@ def _rated(name: str) -> list[tuple[str, float]]:
     path = Path(sys.prefix) / "assets" / ARCHIVE
     if not path.exists():
         raise SystemExit(f"{path} is missing: run `make demo`, which downloads it.")
+    text = _read(path, name)
+    lines = [line.split("\t", 2) for line in text.splitlines() if line.count("\t") >= 2]
+    return list({sentence.strip(): float(score) for _, score, sentence in lines}.items())
+
+
+@functools.cache  # Unpacking takes a part of a second, and each kind of sentence is asked for several times.
+def _read(path: Path, name: str) -> str:
     with tarfile.open(path) as outer:
         inner = io.BytesIO(outer.extractfile(INNER).read())
     with tarfile.open(fileobj=inner) as archive:
-        text = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read().decode("utf-8", errors="replace")
-    lines = [line.split("\t", 2) for line in text.splitlines() if line.count("\t") >= 2]
-    return list({sentence.strip(): float(score) for _, score, sentence in lines}.items())
+        content = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt").read()
+    return content.decode("utf-8", errors="replace")

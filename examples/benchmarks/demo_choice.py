@@ -23,6 +23,7 @@ from scalabl_pyro import metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes _support importable
 from _support.datasets import NEWS, newsgroups, reuters_r8, word_task
+from _support.demo_report import CONFIDENT
 from _support.models import demo_llm, upper_blocks
 from _support.opinions import OPINION, movie_reviews, neutral_sentences, product_reviews
 
@@ -66,8 +67,8 @@ def scores(
 def quality(prediction: sp.Prediction) -> dict:
     """Compute the metrics of labeled rows, and count confident answers and confident mistakes."""
     found = prediction.metrics().loc["value", ["accuracy", "nll", "ece", "brier"]].to_dict()
-    sure, wrong = prediction.probs.max(-1) > 0.9, prediction.probs.argmax(-1) != prediction.target
-    return found | {"sure": int(sure.sum()), "sure_and_wrong": int((sure & wrong).sum())}
+    mistakes = metrics.confident_mistakes(prediction.probs, prediction.target, threshold=CONFIDENT)
+    return found | {"sure": mistakes.confident, "sure_and_wrong": mistakes.mistakes}
 
 
 def run(llm, tokenizer, job: dict, tiny: bool = False) -> list[dict]:

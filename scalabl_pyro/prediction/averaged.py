@@ -127,18 +127,7 @@ class AveragedNumericPrediction(WithoutDraws, NumberScores):
             ``epistemic`` (variances), and ``target`` where the answers are known. Bounds of an interval need single
             draws, so ``low`` and ``high`` are not there.
         """
-        frame = pd.DataFrame(
-            {
-                "prediction": self.mean,
-                "sd": np.sqrt(self.total),
-                "total": self.total,
-                "aleatoric": self.aleatoric,
-                "epistemic": self.epistemic,
-            }
-        )
-        if self.target is not None:
-            frame["target"] = self.target
-        return frame
+        return self._table()
 
     def _summary(self) -> Mapping[str, object]:
         facts = {"rows": self._num_rows(), "draws": self.num_draws}

@@ -197,20 +197,7 @@ class NumericPrediction(NumberScores):
         except ValueError:
             metrics.check_level(level)
             bounds = np.full((len(self.mean), 2), np.nan)
-        frame = pd.DataFrame(
-            {
-                "prediction": self.mean,
-                "sd": np.sqrt(self.total),
-                "total": self.total,
-                "aleatoric": self.aleatoric,
-                "epistemic": self.epistemic,
-                "low": bounds[:, 0],
-                "high": bounds[:, 1],
-            }
-        )
-        if self.target is not None:
-            frame["target"] = self.target
-        return frame
+        return self._table(low=bounds[:, 0], high=bounds[:, 1])
 
     def _summary(self) -> Mapping[str, object]:
         likelihood = "normal" if self.is_normal else "not normal"

@@ -15,10 +15,61 @@ from .answered import Answered
 
 
 @known_arguments_of_methods
-class ClassScores(Answered):
+class Scores(Answered):
+    """Metrics of a prediction of classes or of numbers.
+
+    Subclasses define ``num_draws``, ``seconds``, ``log_mixture``, and ``_report``, which computes the metrics of rows
+    that all have answers.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def num_draws(self) -> int:
+            """Number S of draws; 0 for the posterior mean."""
+            ...
+
+        @property
+        def seconds(self) -> float:
+            """Time that the prediction took."""
+            ...
+
+        @property
+        def log_mixture(self) -> Array | None:
+            """(N,) log density of the target under the average over draws, nats; None if no row has a target."""
+            ...
+
+        def _report(self, **options: Any) -> pd.DataFrame:
+            """Compute the metrics of rows that all have answers; see :meth:`metrics` for the options."""
+            ...
+
+    def metrics(self, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+        """Compute the metrics of the rows with answers.
+
+        For classes: accuracy, NLL, calibration and selective prediction; see :mod:`scalabl_pyro.metrics`. For numbers:
+        RMSE, MAE and NLL (nats) of the predictive mixture.
+
+        Rows without an answer do not count. If there are such rows, the column ``num_answered`` says how many count.
+
+        Args:
+            bootstrap: Number of resamples of the rows behind ``low`` and ``high``; 0 for none.
+            level: Coverage of the bootstrap intervals, between 0 and 1.
+            seed: Seed of the resampling.
+
+        Returns:
+            Row ``value``, and with ``bootstrap`` also ``low`` and ``high``; one column per metric.
+
+        Raises:
+            ValueError: If the rows have no answers, or if an option is out of range.
+        """
+        return self._with_count(self.with_answers()._report(bootstrap=bootstrap, level=level, seed=seed))
+
+
+@known_arguments_of_methods
+class ClassScores(Scores):
     """Answers, uncertainties and metrics of a prediction of classes.
 
-    Subclasses define ``probs`` (N, C), ``aleatoric`` (N,), ``target``, ``classes``, ``num_draws`` and ``seconds``.
+    Subclasses define ``probs`` (N, C), ``aleatoric`` (N,), ``target`` and ``classes``.
     """
 
     HAS_CLASSES: ClassVar[bool] = True
@@ -41,21 +92,6 @@ class ClassScores(Answered):
             """Names of the C classes."""
             ...
 
-        @property
-        def num_draws(self) -> int:
-            """Number S of draws; 0 for the posterior mean."""
-            ...
-
-        @property
-        def seconds(self) -> float:
-            """Time that the prediction took."""
-            ...
-
-        @property
-        def log_mixture(self) -> Array | None:
-            """(N,) log density of the target under the average over draws, nats; None if no row has a target."""
-            ...
-
     @property
     def labels(self) -> NDArray[np.integer]:
         """(N,) most probable class of each row."""
@@ -76,26 +112,10 @@ class ClassScores(Answered):
         """
         return np.maximum(self.total - self.aleatoric, 0.0)
 
-    def metrics(self, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-        """Compute accuracy, NLL, calibration and selective-prediction metrics; see :mod:`scalabl_pyro.metrics`.
-
-        Rows without an answer do not count. If there are such rows, the column ``num_answered`` says how many count.
-
-        Args:
-            bootstrap: Number of resamples of the rows behind ``low`` and ``high``; 0 for none.
-            level: Coverage of the bootstrap intervals, between 0 and 1.
-            seed: Seed of the resampling.
-
-        Returns:
-            Row ``value``, and with ``bootstrap`` also ``low`` and ``high``; one column per metric.
-
-        Raises:
-            ValueError: If the rows have no answers, or if an option is out of range.
-        """
-        scored = self.with_answers()
-        options: dict[str, Any] = {"bootstrap": bootstrap, "level": level, "seed": seed}
-        options["log_likelihood"] = scored.log_mixture
-        return self._with_count(metrics.classification_report(scored.probs, cast(Array, scored.target), **options))
+    def _report(self, **options: Any) -> pd.DataFrame:
+        return metrics.classification_report(
+            self.probs, cast(Array, self.target), log_likelihood=self.log_mixture, **options
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """Make a table of predicted class, its probability, uncertainties and known target, one line per row."""
@@ -120,10 +140,10 @@ class ClassScores(Answered):
 
 
 @known_arguments_of_methods
-class NumberScores(Answered):
+class NumberScores(Scores):
     """Uncertainty and metrics of a prediction of numbers.
 
-    Subclasses define ``mean``, ``aleatoric`` and ``epistemic``, each (N,), ``target``, ``num_draws`` and ``seconds``.
+    Subclasses define ``mean``, ``aleatoric`` and ``epistemic``, each (N,), and ``target``.
     """
 
     HAS_CLASSES: ClassVar[bool] = False
@@ -146,45 +166,14 @@ class NumberScores(Answered):
             """(N,) variance of the draws' means."""
             ...
 
-        @property
-        def num_draws(self) -> int:
-            """Number S of draws; 0 for the posterior mean."""
-            ...
-
-        @property
-        def seconds(self) -> float:
-            """Time that the prediction took."""
-            ...
-
-        @property
-        def log_mixture(self) -> Array | None:
-            """(N,) log density of the target under the average over draws, nats; None if no row has a target."""
-            ...
-
     @property
     def total(self) -> Array:
         """(N,) variance of the predictive mixture."""
         return self.aleatoric + self.epistemic
 
-    def metrics(self, *, bootstrap: int = 0, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-        """Compute RMSE, MAE and NLL (nats) of the predictive mixture.
-
-        Rows without an answer do not count. If there are such rows, the column ``num_answered`` says how many count.
-
-        Args:
-            bootstrap: Number of resamples of the rows behind ``low`` and ``high``; 0 for none.
-            level: Coverage of the bootstrap intervals, between 0 and 1.
-            seed: Seed of the resampling.
-
-        Returns:
-            Row ``value``, and with ``bootstrap`` also ``low`` and ``high``; one column per metric.
-
-        Raises:
-            ValueError: If the rows have no answers, or if an option is out of range.
-        """
-        scored = self.with_answers()
-        log_mixture = cast(Array, scored.log_mixture)
-        error = scored.mean - cast(Array, scored.target)
+    def _report(self, **options: Any) -> pd.DataFrame:
+        log_mixture = cast(Array, self.log_mixture)
+        error = self.mean - cast(Array, self.target)
 
         def scores(rows: NDArray[np.integer] | slice) -> dict[str, float]:
             return {
@@ -193,4 +182,10 @@ class NumberScores(Answered):
                 "nll": float(-log_mixture[rows].mean()),
             }
 
-        return self._with_count(metrics.report(scores, len(error), bootstrap=bootstrap, level=level, seed=seed))
+        return metrics.report(scores, len(error), **options)
+
+    def _table(self, **more: Array) -> pd.DataFrame:
+        """Make a table of mean, standard deviation, variances, more columns, and known target, one line per row."""
+        columns = {"prediction": self.mean, "sd": np.sqrt(self.total), "total": self.total}
+        frame = pd.DataFrame({**columns, "aleatoric": self.aleatoric, "epistemic": self.epistemic, **more})
+        return frame if self.target is None else frame.assign(target=self.target)

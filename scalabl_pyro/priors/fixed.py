@@ -1,7 +1,7 @@
 """Fixed priors: one Pyro distribution for all latents, or one per layer."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -150,6 +150,17 @@ def _check_parameters(family: type, parameters: dict[str, Tensor]) -> None:
         build(**parameters, **({"validate_args": True} if checked else {}))
     except ValueError as error:
         raise ValueError(f"prior: {family.__name__} does not allow these parameters: {error}") from None
+
+
+def validated(family: type[Distribution], parameters: Mapping[str, Tensor]) -> Distribution:
+    """Build a distribution that checks its parameters.
+
+    Raises:
+        ValueError: The parameters violate the family's constraints.
+    """
+    build: Any = family
+    checked = "validate_args" in inspect.signature(build).parameters  # mixtures of normals check without being asked
+    return build(**parameters, **({"validate_args": True} if checked else {}))
 
 
 def _check_possible(d: Distribution) -> None:

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .fixed import FixedPrior
+from .fixed import FixedPrior, validated
 
 Shape = tuple[int, ...]
 
@@ -62,7 +62,6 @@ def from_parameters(family: type[Distribution], parameters: dict[str, Tensor], d
     Raises:
         ValueError: Parameters violate the family's constraints, or do not fit D latents.
     """
-    build: Any = family
     shapes = {name: tuple(value.shape) for name, value in parameters.items()}
     fits = MULTIVARIATE.get(family.__name__)
     if not (fits(shapes, dim) if fits else all(shape in ((), (1,), (dim,)) for shape in shapes.values())):
@@ -70,8 +69,7 @@ def from_parameters(family: type[Distribution], parameters: dict[str, Tensor], d
     concentration = parameters.get("concentration")
     if family.__name__ == "VonMises" and concentration is not None and (concentration > MAX_CONCENTRATION).any():
         raise ValueError(f"concentration={concentration.max().item():g} must be at most {MAX_CONCENTRATION:g}.")
-    checked = "validate_args" in inspect.signature(build).parameters  # mixtures of normals check without being asked
-    d = build(**parameters, **({"validate_args": True} if checked else {}))
+    d = validated(family, parameters)
     if tuple(d.batch_shape + d.event_shape) != (dim,):
         raise ValueError(f"its shape is {tuple(d.batch_shape + d.event_shape)}, expected ({dim},).")
     return FixedPrior(family, parameters)

@@ -2,9 +2,12 @@
 
 import json
 import math
+import re
 from typing import Any
 
 MAX_DIGITS = 40
+#: How JSON writes half of a character. Both halves of one may follow each other.
+SURROGATE = re.compile(r"\\u[dD]")
 MAX_DEPTH = 32
 #: Largest number of values. A configuration of a model with 50,000 tensors has about 300,000.
 MAX_VALUES = 2**19
@@ -32,7 +35,7 @@ def loads(content: bytes | str, *, max_values: int = MAX_VALUES) -> Any:
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
     _check_depth(value)
-    if "\\ud" in text.lower():
+    if SURROGATE.search(text):
         _check_surrogates(value)
     return value
 

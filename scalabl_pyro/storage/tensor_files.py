@@ -37,6 +37,17 @@ def below(values: Mapping[str, Value], prefix: str) -> dict[str, Value]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """List the names of floating-point tensors that hold NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> not_finite({"loc": torch.zeros(2), "scale": torch.tensor([1.0, torch.inf])})
+        ['scale']
+    """
+    return [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+
+
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, finite: bool = True) -> None:
     """Write tensors to a new file.
 
@@ -48,12 +59,11 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, finite: bool = T
     Raises:
         ValueError: A tensor does not hold finite real numbers.
     """
-    for name, tensor in tensors.items() if finite else ():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{file.name} is not written, because {name!r} holds NaN or infinity. Nothing was saved. Use the "
-                "posterior of an earlier step, or train again with smaller learning rates."
-            )
+    if finite and (bad := not_finite(tensors)):
+        raise ValueError(
+            f"{file.name} is not written, because {bad[0]!r} holds NaN or infinity. Nothing was saved. Use the "
+            "posterior of an earlier step, or train again with smaller learning rates."
+        )
     # Contiguous copies: safetensors refuses tensors that share memory.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     directories.write_file(file, safe.save(own))
@@ -86,9 +96,8 @@ def read_tensors(
         tensors = safe.load(content)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(_damaged(file, error)) from None
-    for key, tensor in tensors.items() if finite else ():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{file}: tensor {key!r} holds values that are not finite real numbers.")
+    if finite and (bad := not_finite(tensors)):
+        raise ValueError(f"{file}: tensor {bad[0]!r} holds values that are not finite real numbers.")
     return tensors
 
 

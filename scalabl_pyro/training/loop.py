@@ -16,7 +16,7 @@ from .._process.stop_signals import StopSignals
 from ..data.batch import Batch
 from ..data.training_batches import Cycle
 from ..lora.sharding import is_sharded
-from ..storage.tensor_files import below, check_keys
+from ..storage.tensor_files import below, check_keys, not_finite
 from .fresh_start import Start
 from .messages import StepStatistics, describe_batch, names_of, overflown, reason, too_large, where_not_finite
 from .objective import TrainingObjective
@@ -163,9 +163,8 @@ class Trainer:
 
     def overflown(self) -> list[str]:
         """List the names of parameters and moments that have no finite value."""
-        moments = below(self.learned.trained(), "optimizer.")
-        names = [f"optimizer.{name}" for name, moment in moments.items() if not torch.isfinite(moment).all()]
-        return overflown(self.execute.objective) + names
+        moments = not_finite(below(self.learned.trained(), "optimizer."))
+        return overflown(self.execute.objective) + [f"optimizer.{name}" for name in moments]
 
     @property
     def has_unread(self) -> bool:
