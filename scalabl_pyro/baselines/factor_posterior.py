@@ -172,7 +172,7 @@ def check_room_for_factors(factors: Factors, num_draws: int) -> None:
     Raises:
         ValueError: They do not fit.
     """
-    size = sum(value.numel() * value.element_size() for pair in factors for value in pair)
+    size = sum(value.nbytes for pair in factors for value in pair)
     check_memory(f"{num_draws:,} draws of A and B", num_draws * size, FEWER)
 
 

@@ -126,7 +126,7 @@ class Guide(Summarized, Program):
                 yield sites
             return
         one = self.sample(1, seed=seed)
-        needed = num_draws * sum(value.numel() * value.element_size() for value in one.values())
+        needed = num_draws * sum(value.nbytes for value in one.values())
         advice = f"Ask for fewer draws, or define {type(self).__name__}.sample_in_parts()."
         check_memory(f"{num_draws:,} draws of {type(self).__name__}, which makes them all at once,", needed, advice)
         whole = self.sample(num_draws, seed=seed)

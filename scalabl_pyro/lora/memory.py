@@ -80,7 +80,7 @@ def estimate_memory(
     own_tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
     tensors = {t.data_ptr(): t for held in own_tensors for t in (held, *_of_quantization(held))}
     trained = sum(t.numel() for t in tensors.values() if t.requires_grad)
-    own = sum(t.numel() * t.element_size() for t in tensors.values() if t.requires_grad)
+    own = sum(t.nbytes for t in tensors.values() if t.requires_grad)
     weights = sum(t.untyped_storage().nbytes() for t in tensors.values()) - own
     return MemoryEstimate(weights, BYTES_PER_PARAMETER * trained, activations)
 

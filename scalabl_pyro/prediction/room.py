@@ -53,7 +53,7 @@ def check_room(
 
 def size_of(sites: Mapping[str, Tensor]) -> int:
     """Return the bytes of tensors by name."""
-    return sum(value.numel() * value.element_size() for value in sites.values())
+    return sum(value.nbytes for value in sites.values())
 
 
 def size_of_predictions(task: Task, examples: Sequence[Example], itemsize: int) -> int:

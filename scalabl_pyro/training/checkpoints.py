@@ -197,5 +197,5 @@ class Checkpoints:
 
 def _largest_state(trainer: Trainer, num_steps: int) -> int:
     """Largest size of a tensor file that a run can write, in bytes: parameters with moments, and a history."""
-    learned = sum(tensor.numel() * tensor.element_size() for tensor in trainer.learned.tensors().values())
+    learned = sum(tensor.nbytes for tensor in trainer.learned.tensors().values())
     return 4 * learned + 8 * len(COLUMNS) * num_steps + 2**24
