@@ -1,7 +1,7 @@
 """What a prediction tells of each row, from averages over draws: the answer, its uncertainty, and metrics."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,7 @@ class Scores(Answered):
             """(N,) log density of the target under the average over draws, nats; None if no row has a target."""
             ...
 
-        def _report(self, **options: Any) -> pd.DataFrame:
+        def _report(self, scored: Self, **options: Any) -> pd.DataFrame:
             """Compute the metrics of rows that all have answers; see :meth:`metrics` for the options."""
             ...
 
@@ -62,7 +62,7 @@ class Scores(Answered):
         Raises:
             ValueError: If the rows have no answers, or if an option is out of range.
         """
-        return self._with_count(self.with_answers()._report(bootstrap=bootstrap, level=level, seed=seed))
+        return self._with_count(self._report(self.with_answers(), bootstrap=bootstrap, level=level, seed=seed))
 
 
 @known_arguments_of_methods
@@ -112,10 +112,9 @@ class ClassScores(Scores):
         """
         return np.maximum(self.total - self.aleatoric, 0.0)
 
-    def _report(self, **options: Any) -> pd.DataFrame:
-        return metrics.classification_report(
-            self.probs, cast(Array, self.target), log_likelihood=self.log_mixture, **options
-        )
+    def _report(self, scored: Self, **options: Any) -> pd.DataFrame:
+        options["log_likelihood"] = scored.log_mixture
+        return metrics.classification_report(scored.probs, cast(Array, scored.target), **options)
 
     def to_frame(self) -> pd.DataFrame:
         """Make a table of predicted class, its probability, uncertainties and known target, one line per row."""
@@ -171,9 +170,9 @@ class NumberScores(Scores):
         """(N,) variance of the predictive mixture."""
         return self.aleatoric + self.epistemic
 
-    def _report(self, **options: Any) -> pd.DataFrame:
-        log_mixture = cast(Array, self.log_mixture)
-        error = self.mean - cast(Array, self.target)
+    def _report(self, scored: Self, **options: Any) -> pd.DataFrame:
+        log_mixture = cast(Array, scored.log_mixture)
+        error = scored.mean - cast(Array, scored.target)
 
         def scores(rows: NDArray[np.integer] | slice) -> dict[str, float]:
             return {
