@@ -8,6 +8,7 @@ from .inference.laplace import laplace
 from .inference.mcmc import mcmc
 from .inference.refit import refit
 from .model.bayesian_lora import BayesianLoRA, bayesian_lora
+from .model.from_peft import from_peft
 from .posterior.comparison import compare
 from .posterior.posterior import Posterior
 from .prediction.draws import Draws
@@ -40,6 +41,7 @@ __all__ = [
     "distributed",
     "ensemble",
     "fit",
+    "from_peft",
     "guides",
     "laplace",
     "mcmc",

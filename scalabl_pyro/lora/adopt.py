@@ -25,6 +25,7 @@ def adopt(
     *,
     gauge: str,
     heads: Sequence[str],
+    spectrum: bool = False,
     original: nn.Module | None = None,
 ) -> Adapter:
     """Rewrite each update B A as B' diag(s) A' with orthonormal rows of A'.
@@ -34,6 +35,8 @@ def adopt(
         found: PEFT layers of the module, by path.
         gauge: See :class:`~scalabl_pyro.lora.adapter.Adapter`.
         heads: Paths of modules to train in full.
+        spectrum: Whether s starts at the singular values of the update; see
+            :func:`~scalabl_pyro.lora.initialization.factorize`.
         original: What ``unload`` returns; None means ``module``.
 
     Raises:
@@ -48,7 +51,9 @@ def adopt(
     before = probe_output(given, module)
     changes = ModuleChanges(module)
     changes.record_weights(weight for layer in layers.values() for weight in factors_of(layer, adapter_name))
-    locs = [factorize(layer, adapter_name) for layer in layers.values()]
+    for layer in layers.values():
+        changes.record_rank(layer, adapter_name)
+    locs = [factorize(layer, adapter_name, spectrum=spectrum) for layer in layers.values()]
     adapter = activate(
         module,
         layers,

@@ -36,10 +36,12 @@ def attach(
     gauge: Gauge = "unit_rows",
     modules_to_save: Sequence[str] | None = None,
     seed: int = 0,
+    spectrum: bool = False,
 ) -> Adapter:
     """Give ``module`` LoRA layers with latents; the options are those of :func:`scalabl_pyro.bayesian_lora`.
 
-    After an error the module may be changed in part: :func:`scalabl_pyro.bayesian_lora` puts it back.
+    ``spectrum`` is that of :func:`scalabl_pyro.from_peft`; it concerns layers that the module has already. After an
+    error the module may be changed in part: :func:`scalabl_pyro.bayesian_lora` puts it back.
     """
     check_choice("gauge", gauge, GAUGES)
     _check_module(module)
@@ -60,7 +62,7 @@ def attach(
             layers_to_transform=layers_to_transform,
             cut_rank=cut_rank or None,
         )
-        return adopt(inner, found, gauge=gauge, heads=heads, original=module)
+        return adopt(inner, found, gauge=gauge, heads=heads, spectrum=spectrum, original=module)
     r = DEFAULT_RANK if r is None else r
     check_rank(r)
     names = resolve_targets(

@@ -37,28 +37,38 @@ def initialize(layer: LoraLayer, adapter_name: str) -> Tensor:
     return s0
 
 
-def factorize(layer: LoraLayer, adapter_name: str) -> Tensor:
-    """Rewrite trained factors as B' diag(s) A' = B A with orthonormal rows of A', and return s.
+def factorize(layer: LoraLayer, adapter_name: str, *, spectrum: bool = False) -> Tensor:
+    """Rewrite trained factors as gamma B' diag(s) A' = gamma B A with orthonormal rows of A', and return s.
 
-    The singular values of the update go into B'. All entries of s are close to those of a new adapter, so that a prior
-    scale means the same for both.
+    A trained rank can be larger than the smaller side of the weight. The layer then keeps only as many rows of A' and
+    columns of B' as that side, which hold the same product.
 
     Args:
         layer: PEFT LoRA layer with trained factors.
         adapter_name: Name of the adapter in PEFT.
+        spectrum: Where the singular values of gamma B A go. False puts them into B'. All entries of s are then close to
+            those of a new adapter, so that a prior scale means the same for both. True puts them into s, and the
+            columns of gamma B' have unit norm.
 
     Returns:
-        Initial s of the layer, (r,).
+        Initial s of the layer, (rank,).
     """
     A, B = _master_factors(layer, adapter_name)
+    gamma = layer.scaling[adapter_name]
     with torch.no_grad():
         Q_b, R_b = torch.linalg.qr(B.cpu().double())
         Q_a, R_a = torch.linalg.qr(A.cpu().double().T)
-        U, S, Vh = torch.linalg.svd(R_b @ R_a.T)
-        s = torch.full_like(S, 3**-0.5)
-        A.copy_(Vh @ Q_a.T)
-        B.copy_(Q_b @ U * (S / s))
+        U, S, Vh = torch.linalg.svd(R_b @ R_a.T, full_matrices=False)
+        s = gamma * S if spectrum else torch.full_like(S, 3**-0.5)
+        _set(A, Vh @ Q_a.T)
+        _set(B, Q_b @ U / gamma if spectrum else Q_b @ U * (S / s))
+    layer.r[adapter_name] = len(s)
     return s.to(A.dtype)
+
+
+def _set(factor: Tensor, value: Tensor) -> None:
+    """Give a factor a new value, which may have a smaller rank."""
+    factor.data = value.to(factor)
 
 
 def _master_factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:

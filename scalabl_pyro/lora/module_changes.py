@@ -30,6 +30,7 @@ class ModuleChanges:
     _tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     _set: list[tuple[nn.Module, str]] = field(default_factory=list)
     _packers: list[nn.Module] = field(default_factory=list)
+    _ranks: list[tuple[LoraLayer, str, int]] = field(default_factory=list)
     _variants: list[tuple[LoraLayer, str, bool]] = field(default_factory=list)
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)
@@ -61,6 +62,10 @@ class ModuleChanges:
         for weight in weights:
             self._weights.append((weight, weight.data))
             weight.data = weight.data.clone()
+
+    def record_rank(self, layer: LoraLayer, adapter_name: str) -> None:
+        """Record the rank of a PEFT layer, which is about to be cut."""
+        self._ranks.append((layer, adapter_name, layer.r[adapter_name]))
 
     def replace_tensor(self, name: str, value: Tensor) -> None:
         """Replace one parameter or buffer of the module by a frozen tensor; others that were tied to it stay.
@@ -117,6 +122,8 @@ class ModuleChanges:
             layer.cast_input_dtype_enabled = casts_input
         for weight, data in self._weights:
             weight.data = data.to(weight.device)
+        for layer, adapter_name, rank in self._ranks:
+            layer.r[adapter_name] = rank
         for name, original in self._replaced.items():
             self.module.set_submodule(name, original)
         for owner, key, tensor in self._tensors:
@@ -127,6 +134,7 @@ class ModuleChanges:
             delattr(self.module, name)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
+        self._ranks.clear()
         for record in (self._hooks, self._forwards, self._variants, self._weights, self._attributes, self._flags):
             record.clear()
         self._set.clear()

@@ -26,7 +26,7 @@ def probe_output(module: nn.Module, base: nn.Module, *, strict: bool = False) ->
         strict: Whether an error of the module is raised; otherwise the output is None.
     """
     try:
-        inputs = _inputs(base)
+        inputs = probe_inputs(base)
         if inputs is None:
             return None
         with torch.no_grad(), apart(module):
@@ -53,7 +53,7 @@ def check_same_output(before: Tensor | None, after: Tensor | None) -> None:
         )
 
 
-def _inputs(base: nn.Module) -> dict[str, Tensor] | None:
+def probe_inputs(base: nn.Module) -> dict[str, Tensor] | None:
     """Return a row of different tokens that ends as a text ends; None for modules without token embeddings."""
     weight = getattr(input_embeddings(base), "weight", None)
     if weight is None or weight.is_meta or weight.dim() != 2 or is_sharded(base):

@@ -1,0 +1,90 @@
+"""One draw of a posterior merged into the weights: a plain model, for ``save_pretrained`` and any tool."""
+
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import check_count
+from ..lora.adapter import Adapter
+from ..lora.base_module import check_has_values
+from ..lora.base_tensors import ORDINARY
+from ..lora.plain_adapter import as_peft_model, put_draw, set_tensor
+from ..lora.plain_copy import plain_copy
+from .export_peft import draws_of, largest_error
+from .state import PosteriorState
+
+
+def merge(posterior: PosteriorState, draw: int | None = None, *, seed: int = 0) -> nn.Module:
+    """Merge one draw into a copy of the model; see :meth:`scalabl_pyro.Posterior.merge`."""
+    if draw is not None:
+        check_count(draw=draw, least=0)
+    adapter = posterior.adapter
+    adapter.check_attached()
+    check_has_values(adapter.module)
+    _check_ordinary(adapter)
+    (s,) = draws_of(posterior, [draw], seed=seed).values()
+    model = plain_copy(adapter, share=False)
+    untie(model, [*(f"{name}.weight" for name in adapter.subspace.names), *adapter.base_tensors])
+    for name, value in adapter.base_tensors.items():
+        set_tensor(model, name, value)
+    with_lora = as_peft_model(adapter, model, rank=max(adapter.subspace.ranks))
+    put_draw(with_lora, adapter, posterior.factors, s)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # the head is untied already
+        merged = cast(nn.Module, cast(Any, with_lora.base_model).merge_and_unload(safe_merge=True))
+    for name, head in posterior.heads.items():
+        for key, value in head.state_dict().items():
+            set_tensor(merged, f"{name}.{key}", value)
+    largest_error(posterior, s, merged)
+    return merged.requires_grad_(True).eval()
+
+
+def untie(model: nn.Module, names: list[str]) -> None:
+    """Give tensors that are about to change memory of their own, and say so in the configuration of the model.
+
+    Args:
+        model: Plain model.
+        names: Names of the tensors. Those that no other module uses stay as they are.
+    """
+    shared = _shared_names(model)
+    for name in names:
+        if name not in shared:
+            continue
+        path, _, key = name.rpartition(".")
+        owner = model.get_submodule(path)
+        owner._parameters[key] = nn.Parameter(shared[name].detach().clone(), requires_grad=False)
+        for part in model.modules():
+            _forget_ties(part)
+
+
+def _shared_names(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that stand in more than one module, by all their names."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    counts: dict[int, int] = {}
+    for _, p in named:
+        counts[id(p)] = counts.get(id(p), 0) + 1
+    return {name: p for name, p in named if counts[id(p)] > 1}
+
+
+def _forget_ties(module: nn.Module) -> None:
+    """Tell transformers that a model ties no embeddings, so that it saves and loads the head by itself."""
+    config: Any = getattr(module, "config", None)
+    configs: list[Any] = [config, getattr(config, "text_config", None)]
+    for part in configs:
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
+    if getattr(module, "all_tied_weights_keys", None):
+        cast(Any, module).all_tied_weights_keys = {}
+
+
+def _check_ordinary(adapter: Adapter) -> None:
+    for name, layer in zip(adapter.subspace.names, adapter.layers, strict=True):
+        weight: Any = getattr(layer.get_base_layer(), "weight", None)
+        if type(getattr(weight, "data", None)) is not torch.Tensor or weight.dtype not in ORDINARY:
+            raise ValueError(
+                f"The weight of {name!r} is quantized, and merging into it would round the draw away. Load the base "
+                "model in bfloat16 with Posterior.from_pretrained(llm, path), and merge there; or use "
+                "posterior.export_peft(path)."
+            )
