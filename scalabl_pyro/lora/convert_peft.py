@@ -101,7 +101,10 @@ def _update(path: str, layer: BaseTunerLayer, adapter_name: str, method: str) ->
     with torch.no_grad():
         unit = torch.eye(size, dtype=inner.weight.dtype, device=inner.weight.device)
         update = (cast(Any, alone)(unit) - inner(unit)).T
-        of_peft = cast(Any, alone).get_delta_weight(adapter_name).to(update)
+        try:
+            of_peft = cast(Any, alone).get_delta_weight(adapter_name).to(update)
+        except TypeError:  # MiSS, whose update PEFT converts by a formula of its own
+            return update
     of_peft = of_peft.T if isinstance(inner, Conv1D) and of_peft.shape != update.shape else of_peft
     if _relative(update - of_peft, update) > ROUNDING:
         raise TypeError(

@@ -158,7 +158,7 @@ def _as_value_error(path: str) -> Iterator[None]:
         text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"The adapter in {path} does not fit this model, so it belongs to another base model or is not complete. "
-            f"The model is as it was. PEFT says: {text[:500]}"
+            f"The model is as it was. PEFT says: {' '.join(text.split())[:500]}"
         ) from error
 
 

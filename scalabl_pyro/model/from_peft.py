@@ -1,7 +1,8 @@
 """Makes an adapter that PEFT trained Bayesian, without a change of the function that it computes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -9,6 +10,7 @@ from torch import nn
 
 from .._arguments import check_role, known_arguments
 from .._errors import check_flag
+from .._process.random_state import scoped_seed
 from ..lora.adapter import Gauge
 from ..lora.attach import attach, find_adapter
 from ..lora.base_module import check_has_values, check_placement
@@ -83,22 +85,29 @@ def from_peft(
     check_flag(spectrum=spectrum)
     _check_ways(model, path)
     snapshot = ModuleSnapshot(model)
+    given = {"subfolder": subfolder, "revision": revision, "token": token}
+    hub = {name: value for name, value in given.items() if value is not None}
     try:
-        if path is not None:
-            check_placement(model)
-            check_has_values(model)
-            given = {"subfolder": subfolder, "revision": revision, "token": token}
-            hub = {name: value for name, value in given.items() if value is not None}
-            model = load_peft(model, os.fspath(path), **hub)
-        if isinstance(model, PeftModel) and needs_conversion(model):
-            model = convert_peft(model, rank=rank)
-        elif rank is not None:
-            raise ValueError(f"rank={rank!r}: the adapter is LoRA already and keeps its ranks. Leave rank out.")
+        with scoped_seed(0):  # PEFT fills new layers with random values before it loads them
+            model = _plain_lora(model, path, rank=rank, hub=hub)
         adapter = attach(model, gauge=gauge, modules_to_save=modules_to_save, spectrum=spectrum)
         return BayesianLoRA(adapter, prior=prior)
     except BaseException:
         snapshot.restore()
         raise
+
+
+def _plain_lora(model: nn.Module, path: object, *, rank: float | None, hub: Mapping[str, Any]) -> nn.Module:
+    """Return the model with a LoRA adapter: loaded from ``path``, and converted if it is of another method."""
+    if path is not None:
+        check_placement(model)
+        check_has_values(model)
+        model = load_peft(model, os.fspath(cast(str, path)), **hub)
+    if isinstance(model, PeftModel) and needs_conversion(model):
+        return convert_peft(model, rank=rank)
+    if rank is not None:
+        raise ValueError(f"rank={rank!r}: the adapter is LoRA already and keeps its ranks. Leave rank out.")
+    return model
 
 
 def _check_ways(model: nn.Module, path: object) -> None:

@@ -8,6 +8,7 @@ holds the seed, the guide, the base model and the error of each adapter.
 import gc
 import json
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ MEAN = "mean"
 FORMAT_VERSION = 1
 #: Type of the factors in the files.
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+HALF = ("bfloat16", "float16")
 DTYPES = {name: getattr(torch, name) for name in get_args(Dtype)}
 #: Largest error of a logit, relative to the largest logit: rounding of bfloat16 and of float32.
 HALF_TOLERANCE, TOLERANCE = 0.1, 1e-3
@@ -82,7 +84,7 @@ def export_peft(
         for name, s in latents.items():
             put_draw(model, adapter, posterior.factors, s, dtype=None if dtype is None else DTYPES[dtype])
             _save(model, folder / name)
-            error = _error(posterior, s, folder / name)
+            error = _error(posterior, s, folder / name, rounded=dtype in HALF)
             entries.append({"folder": name, "draw": None if name == MEAN else int(name.removeprefix("draw-")), **error})
         index = _index(posterior, entries, seed=seed, rank=rank, for_engine=for_engine, dtype=dtype)
         write_file(folder / INDEX, (json.dumps(index, indent=2, allow_nan=False) + "\n").encode())
@@ -106,8 +108,16 @@ def logits_of(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return first_of(module(**inputs)).double()
 
 
-def largest_error(posterior: PosteriorState, s: Tensor, module: nn.Module) -> dict[str, float | None]:
+def largest_error(
+    posterior: PosteriorState, s: Tensor, module: nn.Module, *, rounded: bool = False
+) -> dict[str, float | None]:
     """Compare the outputs of a module with those of the LLM under one draw, for one row of tokens.
+
+    Args:
+        posterior: Posterior that the draw comes from.
+        s: The draw, (D,).
+        module: Module that should compute the same.
+        rounded: Whether its factors were rounded to half precision.
 
     Returns:
         ``largest_logit_error`` and ``largest_logit``, both None if the LLM takes no tokens alone.
@@ -124,7 +134,7 @@ def largest_error(posterior: PosteriorState, s: Tensor, module: nn.Module) -> di
         own = logits_of(adapter.module, inputs)
     error = float((logits_of(module, inputs) - own).abs().max())
     size = float(own.abs().max())
-    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()) or rounded
     if not error <= (HALF_TOLERANCE if half else TOLERANCE) * max(size, 1e-6):
         raise RuntimeError(
             f"A logit of the result differs by {error:.3g} from that of the posterior, and logits are up to "
@@ -172,14 +182,14 @@ def _save(model: PeftModel, folder: Path) -> None:
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-def _error(posterior: PosteriorState, s: Tensor, folder: Path) -> dict[str, float | None]:
+def _error(posterior: PosteriorState, s: Tensor, folder: Path, *, rounded: bool) -> dict[str, float | None]:
     """Load an exported adapter with plain PEFT, and compare its logits with those of the draw."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         base: Any = plain_copy(posterior.adapter, share=True)
         module = PeftModel.from_pretrained(base, str(folder), torch_device=str(posterior.adapter.device))
     try:
-        return largest_error(posterior, s, module)
+        return largest_error(posterior, s, module, rounded=rounded)
     finally:
         del module, base
         gc.collect()
@@ -199,7 +209,7 @@ def _index(
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "base_model_name_or_path": getattr(config, "_name_or_path", "") or None,
-        "base_model": fingerprint(posterior.adapter),
+        "base_model": _finite(fingerprint(posterior.adapter)),
         "posterior": posterior.describe(),
         "seed": seed,
         "rank": rank,
@@ -207,3 +217,12 @@ def _index(
         "for_engine": for_engine,
         "draws": entries,
     }
+
+
+def _finite(value: Any) -> Any:
+    """Write numbers that JSON does not have, such as an infinite limit in a configuration, as words."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

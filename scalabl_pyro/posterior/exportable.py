@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from .._arguments import known_arguments_of_methods
+from .._process.random_state import scoped_seed
 from .analyzed import AnalyzedPosterior
 from .engines import Engine
 from .export_peft import DrawsToExport, Dtype, export_peft
@@ -56,7 +57,8 @@ class ExportablePosterior(AnalyzedPosterior):
             >>> [folder.name for folder in folders]
             ['draw-0', 'draw-1']
         """
-        return export_peft(self, path, draws=draws, seed=seed, for_engine=for_engine, dtype=dtype)
+        with scoped_seed(0):  # PEFT fills new layers with random values before they get those of the draw
+            return export_peft(self, path, draws=draws, seed=seed, for_engine=for_engine, dtype=dtype)
 
     def merge(self, draw: int | None = None, *, seed: int = 0) -> nn.Module:
         """Merge one draw into a copy of the weights: a plain Hugging Face model, for ``save_pretrained`` and any tool.
@@ -78,4 +80,5 @@ class ExportablePosterior(AnalyzedPosterior):
         Example:
             >>> posterior.merge(draw=3).save_pretrained("merged")
         """
-        return merge(self, draw, seed=seed)
+        with scoped_seed(0):
+            return merge(self, draw, seed=seed)

@@ -102,7 +102,7 @@ OTHERS = {
     "LoHa": (peft.LoHaConfig(r=2, target_modules=Q_AND_V), 1e-2),
     "LoKr": (peft.LoKrConfig(r=2, target_modules=Q_AND_V), 1e-2),
     "VeRA": (peft.VeraConfig(r=4, target_modules=["q_proj"]), 1e-2),
-    "RandLoRA": (peft.RandLoraConfig(r=4, target_modules=["q_proj"]), 1e-2),
+    "RandLoRA": (peft.RandLoraConfig(r=4, target_modules=["q_proj"]), 5e-2),
     "MiSS": (peft.MissConfig(r=4, target_modules=["q_proj"]), 1e-5),
 }
 
