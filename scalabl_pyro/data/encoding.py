@@ -54,8 +54,8 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
             with LOCK:  # two threads cannot use a fast tokenizer at once
                 example = _plain(encode_row(row))
         except KeyError as error:
-            message = f"{where}: KeyError {error}. The row has the fields {list(row)}. {form.advice}"
-            raise ValueError(message.rstrip()) from error
+            missing = f"{where}: KeyError {error}. The row has the fields {list(row)}. {form.advice}"
+            raise ValueError(missing.rstrip()) from error
         except MissingFieldError as error:
             raise ValueError(f"{where}: {error} {form.advice}".rstrip()) from error
         except (ValueError, TypeError) as error:
