@@ -14,6 +14,10 @@ SCALES = (1e-18, 1e18)
 MAX_COMPARED = 300
 
 
+class MissingFieldError(ValueError):
+    """A row lacks a field that its task reads."""
+
+
 class ScalaBLWarning(UserWarning):
     """Warns that something works, but probably not the way the user meant it."""
 

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from .._arguments import check_role, known_arguments
 from .._errors import ScalaBLWarning, check_count, check_positive, check_scale
-from ..data.rows import read_rows
+from ..data.rows import rows_for
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
 from ..prediction.mixture import log_mean_exp
@@ -69,7 +69,7 @@ def tfb(
     check_count(num_draws=num_draws, num_bisections=num_bisections)
     check_positive(tolerance=tolerance)
     check_scale(max_scale=max_scale)
-    rows = read_rows(anchor_data)
+    rows = rows_for(posterior.task.encode, anchor_data)
 
     def nll(scale: float) -> float:
         tried = FactorPosterior(posterior, SpectralNoise(scale))

@@ -10,12 +10,13 @@ from .._errors import describe
 from .._values import plain
 from .batch import Batch
 from .labels import ClassIndex
+from .row_form import ANY_FORM, RowForm
 
 TABLES = (("pandas", "DataFrame"), ("polars", "DataFrame"), ("pyarrow", "Table"))
 EXPECTED = "Expected rows (a list of dicts, a Dataset, the path of a .jsonl file)"
 
 
-def as_rows(source: Any) -> list[Mapping[str, Any]]:
+def as_rows(source: Any, form: RowForm = ANY_FORM) -> list[Mapping[str, Any]]:
     """Return the rows of a container.
 
     A column of class names (``datasets.ClassLabel``) gives :class:`~scalabl_pyro.data.labels.ClassIndex`, so that a
@@ -25,6 +26,7 @@ def as_rows(source: Any) -> list[Mapping[str, Any]]:
         source: Iterable of dicts; dict of columns of one length; ``datasets.Dataset`` or ``IterableDataset``; pandas or
             polars DataFrame; pyarrow table; NumPy structured array; or any object with ``len`` and integer indices,
             such as a map-style torch Dataset.
+        form: Fields of a row, for messages.
 
     Returns:
         The rows.
@@ -39,7 +41,7 @@ def as_rows(source: Any) -> list[Mapping[str, Any]]:
     """
     features = getattr(source, "features", None)
     if isinstance(source, Mapping):
-        return _from_columns(source)
+        return _from_columns(source, form)
     if _is_a(source, "datasets", "Dataset", "IterableDataset") and isinstance(features, Mapping):
         return _named_classes(_without_format(source), features)
     if _is_a(source, "pandas", "DataFrame"):
@@ -51,20 +53,21 @@ def as_rows(source: Any) -> list[Mapping[str, Any]]:
     if isinstance(source, np.ndarray) and source.dtype.names is not None:
         return [dict(zip(source.dtype.names, row.tolist(), strict=True)) for row in source.reshape(-1)]
     if isinstance(source, str | bytes | np.ndarray | torch.Tensor) or _is_a(source, "pandas", "Series", "Index"):
-        raise TypeError(f"{EXPECTED}, got {describe(source)}, which has no named fields.")
+        raise TypeError(f"{EXPECTED}, got {describe(source)}, which has no named fields. {form.advice}".rstrip())
     if isinstance(source, Iterable):
-        return _checked(list(source))
+        return _checked(list(source), form)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
-        return _checked([source[i] for i in range(len(source))])
-    raise TypeError(f"{EXPECTED}, got {describe(source)}.")
+        return _checked([source[i] for i in range(len(source))], form)
+    raise TypeError(f"{EXPECTED}, got {describe(source)}. {form.advice}".rstrip())
 
 
-def check_row(row: Any, i: int) -> None:
+def check_row(row: Any, i: int, form: RowForm = ANY_FORM) -> None:
     """Check that a row is a dict.
 
     Args:
         row: The row.
         i: Its number, for the message.
+        form: Fields of a row, for the message.
 
     Raises:
         TypeError: It is not. The message says how to name the field of a text.
@@ -73,20 +76,18 @@ def check_row(row: Any, i: int) -> None:
         return
     advice = "Pass the rows, not batches." if isinstance(row, Batch) else ""
     if isinstance(row, str | bytes):
-        advice = "For a list of texts, pass [{'text': text} for text in texts]."
-    raise TypeError(
-        f"Row {i} is {describe(row)}; expected a dict such as {{'text': ..., 'label': ...}}. {advice}".rstrip()
-    )
+        advice = f"For a list of texts, pass {form.from_texts}."
+    raise TypeError(f"Row {i} is {describe(row)}; expected a dict {form.fields}. {advice}".rstrip())
 
 
-def _checked(rows: list[Any]) -> list[Mapping[str, Any]]:
+def _checked(rows: list[Any], form: RowForm) -> list[Mapping[str, Any]]:
     for i, row in enumerate(rows):
         if not isinstance(row, Batch):  # who takes rows only says so when it encodes them
-            check_row(row, i)
+            check_row(row, i, form)
     return rows
 
 
-def _from_columns(columns: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _from_columns(columns: Mapping[str, Any], form: RowForm) -> list[Mapping[str, Any]]:
     """Return the rows of a dict of columns."""
     if any(_is_a(value, "datasets", "Dataset", "IterableDataset") for value in columns.values()) or (
         columns and all(map(_is_split, columns.values()))
@@ -95,7 +96,8 @@ def _from_columns(columns: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         raise TypeError(f"The data set holds the splits {splits}: choose one of them, data[{splits[0]!r}].")
     if not columns or not all(map(_is_column, columns.values())):
         fields = ", ".join(map(repr, columns))
-        raise TypeError(f"{EXPECTED}, got a dict with the fields {fields}. A single row goes into a list: [row].")
+        advice = f"A single row goes into a list: [row]. {form.advice}".rstrip()
+        raise TypeError(f"{EXPECTED}, got a dict with the fields {fields}. {advice}")
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"A dict of columns gives rows, but its columns have different lengths: {lengths}.")

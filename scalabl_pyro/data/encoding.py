@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from .._arguments import known_arguments
+from .._errors import MissingFieldError
 from .._process.lock import LOCK
 from .._values import is_missing, plain
 from ..lora.position_table import position_limit, trained_positions
 from ..lora.targets import input_embeddings
 from .batch import Example
 from .containers import check_row
+from .row_form import form_for
 from .rows import Row
 
 logger = logging.getLogger(__name__)
@@ -44,13 +46,19 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
         {'input_ids': [97, 98]}
     """
     examples = []
+    form = form_for(encode_row)
     for i, row in enumerate(rows):
-        check_row(row, i)
+        check_row(row, i, form)
         where = f"Row {i}" + (f" (id {row['id']!r})" if "id" in row else "")
         try:
             with LOCK:  # two threads cannot use a fast tokenizer at once
                 example = _plain(encode_row(row))
-        except (ValueError, KeyError, TypeError) as error:
+        except KeyError as error:
+            missing = f"{where}: KeyError {error}. The row has the fields {list(row)}. {form.advice}"
+            raise ValueError(missing.rstrip()) from error
+        except MissingFieldError as error:
+            raise ValueError(f"{where}: {error} {form.advice}".rstrip()) from error
+        except (ValueError, TypeError) as error:
             message = error.args[0] if error.args else error
             raise ValueError(f"{where}: {message}") from error
         _check_example(example, row, where, need_target=need_target)

@@ -4,7 +4,7 @@ A task turns each row into an :class:`~scalabl_pyro.data.Example`.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .._arguments import kind_of, known_arguments
@@ -12,6 +12,7 @@ from .._errors import describe
 from .._values import integer, number, plain
 from .containers import EXPECTED, as_rows
 from .named_rows import Row, read_named, refuse_load_options
+from .row_form import ANY_FORM, RowForm, form_for
 
 #: Kinds of objects that hold no rows, and what to pass instead.
 NO_ROWS = {
@@ -59,12 +60,35 @@ def read_rows(
         >>> read_rows(file)
         [{'text': 'the sky is blue', 'label': 1}]
     """
+    return _read(source, ANY_FORM, split, load_options)
+
+
+def rows_for(encode_row: Callable[..., Any], source: Any, *, split: str = "train") -> list[Row]:
+    """Read rows for a task. Errors name the fields that this task reads.
+
+    Args:
+        encode_row: The task's method ``encode``.
+        source: Rows in any form that :func:`read_rows` takes.
+        split: Split of a hub data set.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: As for :func:`read_rows`.
+
+    Example:
+        >>> from scalabl_pyro.data.rows import rows_for
+        >>> rows_for(lambda row: row, [{"text": "the sky"}])
+        [{'text': 'the sky'}]
+    """
+    return _read(source, form_for(encode_row), split, {})
+
+
+def _read(source: Any, form: RowForm, split: str, load_options: Mapping[str, Any]) -> list[Row]:
     if isinstance(source, str | os.PathLike):
         rows = read_named(source, as_question, split=split, load_options=load_options)
     else:
         refuse_load_options(load_options)
         _refuse_other_objects(source)
-        rows = as_rows(source)
+        rows = as_rows(source, form)
     if not rows:
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else "The data set"
         raise ValueError(f"{name} has no rows.")

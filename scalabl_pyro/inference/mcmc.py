@@ -20,7 +20,7 @@ from .._process.pyro_modes import local_params
 from .._process.random_state import as_seed, scoped_seed
 from ..data.batch import Batch
 from ..data.encoding import encode
-from ..data.rows import read_rows
+from ..data.rows import rows_for
 from ..guides import EmpiricalGuide
 from ..model.log_likelihood import LogLikelihood
 from ..posterior.posterior import Posterior
@@ -143,7 +143,7 @@ def mcmc(
 
 def _full_likelihood(posterior: Posterior, data: Any, batch_size: int) -> LogLikelihood:
     """The log likelihood of the whole data set as a function of s."""
-    rows = read_rows(data)
+    rows = rows_for(posterior.task.encode, data)
     if isinstance(rows[0], Batch):
         raise ValueError("data yields batches, but NUTS needs the density of the whole data set: pass its rows.")
     examples = encode(rows, posterior.task.encode, need_target=True)

@@ -7,7 +7,7 @@ import pandas as pd
 from .._arguments import known_arguments_of_methods
 from .._errors import check_count
 from ..analysis.checks import LOO, Diagnosis
-from ..data.rows import read_rows
+from ..data.rows import rows_for
 from ..prediction.result import NumericPrediction, Prediction
 from .diagnose import diagnose
 from .state import PosteriorState
@@ -70,7 +70,7 @@ class AnalyzedPosterior(PosteriorState):
         check_count(num_draws=num_draws, batch_size=batch_size)
         return diagnose(
             self,
-            read_rows(data),
+            rows_for(self.task.encode, data),
             history=history,
             num_draws=num_draws,
             num_data=num_data,

@@ -14,7 +14,7 @@ from .._errors import check_choice, check_count
 from .._process.pyro_modes import local_params
 from ..analysis.psis import LogWeights
 from ..data.encoding import encode
-from ..data.rows import read_rows
+from ..data.rows import rows_for
 from ..guides import Guide
 from ..lora.adapter import Adapter
 from ..lora.factors import Factors
@@ -183,7 +183,7 @@ class PosteriorState(Summarized):
         Example:
             >>> value = posterior.log_likelihood(train_data)(posterior.mean())
         """
-        examples = encode(read_rows(data), self.task.encode, need_target=need_target)
+        examples = encode(rows_for(self.task.encode, data), self.task.encode, need_target=need_target)
         return LogLikelihood(self.llm(), self.task, examples, batch_size=batch_size)
 
     def log_weights(
@@ -209,7 +209,7 @@ class PosteriorState(Summarized):
             >>> elbo = posterior.log_weights(train_data).elbo()  # nats per data set
         """
         check_count(num_draws=num_draws, least=0)
-        data = read_rows(data)
+        data = rows_for(self.task.encode, data)
         check_room_for_densities(self, len(data), num_draws)
         draws = self.sample(num_draws, seed=seed)
         return densities_of(self, draws, data, num_data=num_data, batch_size=batch_size)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._arguments import check_role
 from .._display import Summarized
-from .._errors import nearest
+from .._errors import MissingFieldError, nearest
 from .._process.lock import LOCK
 from .._process.pyro_modes import Program
 from .._values import integer, is_missing, shown, text
@@ -61,6 +61,8 @@ class Task(Summarized, Program):
     options: tuple[str, ...] = ("max_length",)
     #: Options that files of earlier versions lack, with the values that mean what these versions did.
     added_options: ClassVar[Mapping[str, Any]] = {}
+    #: Names of the fields of a row, for error messages: first the text, last the answer. May be empty.
+    row_fields: Sequence[str] = ()
     #: Whether the task works without a tokenizer.
     without_tokenizer = True
     #: Names of the classes. None for a likelihood over numbers.
@@ -213,7 +215,7 @@ def field_of(row: Row, name: str) -> Any:
         ValueError: The field does not exist, or its value is missing.
     """
     if name not in row:
-        raise ValueError(f"the row has no field {name!r}. {nearest(name, map(str, row))}")
+        raise MissingFieldError(f"the row has no field {name!r}. {nearest(name, map(str, row))}")
     if is_missing(row[name]):
         raise ValueError(f"the field {name!r} has no value ({row[name]}): fill it, or leave the row out.")
     return row[name]

@@ -57,6 +57,7 @@ class MultipleChoice(Task):
         ['What color is the sky?', 'A. red', 'B. blue', 'Answer:']
     """
 
+    row_fields = ("question", "choices", "answer")
     options = ("labels", "template", "chat", "chat_options", "max_length")
     without_tokenizer = False
 

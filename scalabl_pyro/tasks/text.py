@@ -37,6 +37,11 @@ class TextTask(Task):
                 raise ValueError(f"{name}={value!r} must be a string, the name of a field of the rows.")
         self.text, self.text_pair, self.target = text, text_pair, target
 
+    @property
+    def row_fields(self) -> Sequence[str]:  # type: ignore[override]
+        """Names of the fields of a row."""
+        return [name for name in (self.text, self.text_pair, self.target) if name is not None]
+
     def encode(self, row: Row) -> Example:
         """Tokenize the text or the pair of texts, cut at ``max_length`` tokens."""
         texts = [text_of(row, name) for name in (self.text, self.text_pair) if name is not None]

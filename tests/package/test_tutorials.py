@@ -2,6 +2,9 @@
 
 import importlib
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +12,17 @@ import pytest
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Runs blocks of a page, which stand in a file, on a tiny model.
+ON_A_TINY_MODEL = """
+import sys
+from pathlib import Path
+import tiny, toy_tables
+from transformers import AutoModelForCausalLM, AutoTokenizer
+AutoModelForCausalLM.from_pretrained = lambda name, **options: tiny.causal_lm()
+AutoTokenizer.from_pretrained = lambda name, **options: tiny.tokenizer()
+toy_tables.write(Path.cwd())
+exec(compile(Path(sys.argv[1]).read_text("utf-8"), sys.argv[1], "exec"), {"__name__": "page"})
+"""
 
 
 @pytest.fixture
@@ -44,3 +58,26 @@ def test_the_tables_of_the_tutorials(tutorials, tmp_path):
     readers = pd.read_csv(tmp_path / "two-readers.csv")
     shares = readers.groupby("reader")["class"].value_counts(normalize=True).unstack()
     assert shares.loc["Bob", "ship"] < shares.loc["Ann", "ship"] / 2
+
+
+def test_a_model_of_ones_own_predicts_the_same_in_a_new_process(tutorials, tmp_path):
+    """The page says which blocks a new program needs; the last of them compares the predictions bit for bit."""
+    page = (tutorials.PAGES / "own-pyro-model.md").read_text("utf-8")
+    blocks = [found["code"] for found in tutorials.BLOCK.finditer(page)]
+    model, function, save, load = (
+        next(i for i, code in enumerate(blocks) if words in code)
+        for words in ("def model(", "def predict(", "torch.save(", "torch.load(")
+    )
+    assert "torch.equal(" in blocks[load]
+    programs = {
+        "first.py": blocks[: save + 1],
+        "second.py": [*blocks[: model + 1], blocks[function], blocks[load], "print('the same bits')\n"],
+    }
+    folders = map(str, (ROOT, ROOT / "tests" / "helpers"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "MPLBACKEND": "Agg"}
+    for name, parts in programs.items():
+        (tmp_path / name).write_text("".join(parts), "utf-8")
+        command = [sys.executable, "-W", "ignore", "-c", ON_A_TINY_MODEL, name]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("the same bits\n")
