@@ -88,8 +88,11 @@ def from_peft(
     given = {"subfolder": subfolder, "revision": revision, "token": token}
     hub = {name: value for name, value in given.items() if value is not None}
     try:
+        modes, mode = {m: m.training for m in model.modules()}, model.training
         with scoped_seed(0):  # PEFT fills new layers with random values before it loads them
             model = _plain_lora(model, path, rank=rank, hub=hub)
+        for part in model.modules():  # PEFT puts what it loads into eval mode
+            part.training = modes.get(part, mode)
         adapter = attach(model, gauge=gauge, modules_to_save=modules_to_save, spectrum=spectrum)
         return BayesianLoRA(adapter, prior=prior)
     except BaseException:

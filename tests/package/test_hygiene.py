@@ -143,6 +143,12 @@ def world(tmp_path_factory):
         return make(tmp_path_factory.mktemp("world"))
 
 
+def exported(w: SimpleNamespace) -> Path:
+    """An adapter of PEFT."""
+    (folder,) = w.posterior.export_peft(new_path(w))
+    return folder
+
+
 def new_path(w: SimpleNamespace) -> Path:
     w.number += 1
     return w.path / f"new{w.number}"
@@ -184,6 +190,19 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
             lambda w: sp.bayesian_lora(w.plain, target_modules=["nothing"]),
         ],
     ),
+    "from_peft": (
+        [lambda w: sp.from_peft(w.plain, exported(w)).unload().unload()],
+        [
+            lambda w: sp.from_peft(w.plain, w.path / "broken"),
+            lambda w: sp.from_peft(w.plain, exported(w), prior=-1.0),
+            lambda w: sp.from_peft(w.plain),
+        ],
+    ),
+    "Posterior.export_peft": (
+        [lambda w: w.posterior.export_peft(new_path(w), draws=2)],
+        [lambda w: w.posterior.export_peft(new_path(w), draws=-1), lambda w: w.posterior.export_peft(w.path)],
+    ),
+    "Posterior.merge": ([lambda w: w.posterior.merge(1)], [lambda w: w.posterior.merge(-1)]),
     "fit": (
         [
             lambda w: sp.fit(w.blora, w.task, ROWS, **FEW),
