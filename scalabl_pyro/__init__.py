@@ -6,6 +6,7 @@ from ._version import __version__
 from .inference.ensemble import ensemble
 from .inference.laplace import laplace
 from .inference.mcmc import mcmc
+from .inference.posthoc import posthoc
 from .inference.refit import refit
 from .model.bayesian_lora import BayesianLoRA, bayesian_lora
 from .model.from_peft import from_peft
@@ -47,6 +48,7 @@ __all__ = [
     "mcmc",
     "metrics",
     "plots",
+    "posthoc",
     "priors",
     "refit",
 ]

@@ -7,7 +7,7 @@ a tolerance of the NLL of the trained adapter.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,10 +17,9 @@ from torch import Generator, Tensor
 from .._arguments import check_role, known_arguments
 from .._errors import ScalaBLWarning, check_count, check_positive, check_scale
 from ..data.rows import rows_for
+from ..inference.largest_scale import largest_passing, mixture_nll
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
-from ..prediction.mixture import log_mean_exp
-from ..prediction.result import NumericPrediction, Prediction
 from .factor_posterior import FactorPosterior, WeightNoise
 
 
@@ -134,25 +133,3 @@ def spectral_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(B.double())
     U, d, Vh = torch.linalg.svd(R)
     return ((d.unsqueeze(1) * Vh) @ A.double()).to(A.dtype), (Q @ U).to(B.dtype)
-
-
-def largest_passing(passes: Callable[[float], bool], limit: float, num_bisections: int) -> float:
-    """Find the largest number in [0, limit] that passes a test, by bisection. 0 is assumed to pass.
-
-    Args:
-        passes: Test that fails for all numbers above some threshold.
-        limit: Upper limit. It is tried first.
-        num_bisections: Number of bisections. The result lies at most limit / 2^num_bisections below the threshold.
-    """
-    if passes(limit):
-        return limit
-    low, high = 0.0, limit
-    for _ in range(num_bisections):
-        middle = (low + high) / 2
-        low, high = (middle, high) if passes(middle) else (low, middle)
-    return low
-
-
-def mixture_nll(prediction: Prediction | NumericPrediction) -> float:
-    """Return the NLL of the mixture of the draws, in nats per row."""
-    return float(-log_mean_exp(prediction.with_answers().log_likelihood).mean())

@@ -23,8 +23,9 @@ from scalabl_pyro.baselines.factor_posterior import FactorPosterior, as_function
 from scalabl_pyro.baselines.kfac import SecondMoment, kronecker_factors, record
 from scalabl_pyro.baselines.kronecker_laplace import KroneckerNoise, best_prior_scale, correlate, predict_linear
 from scalabl_pyro.baselines.predictor import predict_functions
-from scalabl_pyro.baselines.training_free import SpectralNoise, largest_passing, mixture_nll, spectral_factors
+from scalabl_pyro.baselines.training_free import SpectralNoise, spectral_factors
 from scalabl_pyro.data import collate, encode
+from scalabl_pyro.inference.largest_scale import largest_passing, mixture_nll
 from scalabl_pyro.training.result import TrainingError
 
 ROWS = tiny.question_rows(24)

@@ -1,0 +1,197 @@
+"""A posterior for an adapter that is trained already: A and B stay, and only s is inferred."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .._arguments import check_role, known_arguments
+from .._errors import ScalaBLWarning, check_choice, check_count, check_positive, check_scale, nearest
+from ..data.rows import read_rows
+from ..guides import DeltaGuide, NormalGuide
+from ..model.bayesian_lora import BayesianLoRA
+from ..posterior.posterior import Posterior
+from ..tasks import Task
+from .laplace import laplace
+from .largest_scale import largest_passing, mixture_nll
+from .mcmc import mcmc
+from .refit import refit
+
+#: How s is inferred.
+Method = Literal["laplace", "vi", "mcmc", "tfb"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+
+@known_arguments
+def posthoc(
+    blora: BayesianLoRA, task: Task, data: Any, *, method: Method = "laplace", seed: int = 0, **options: Any
+) -> Posterior:
+    """Infer the latents s of a trained adapter, without training A and B again.
+
+    The adapter can come from :func:`scalabl_pyro.from_peft`. Its factors, its heads and the parameters of the task stay
+    as they are, bit for bit. The methods differ in what they assume and in their cost:
+
+    - ``"laplace"``: normal posterior with the curvature of the likelihood at the adapter, and all correlations. It
+      costs one pass over the data with a gradient per class. Options: those of :func:`scalabl_pyro.laplace`; here
+      ``prior_scale`` is ``"evidence"`` by default, which chooses the scale of the prior Normal(0, scale).
+    - ``"vi"``: variational inference, which also moves the mean of s. Options: those of :func:`scalabl_pyro.refit` and
+      :func:`scalabl_pyro.fit`. ``num_steps`` sets the cost; by default it is two passes over the data.
+    - ``"mcmc"``: draws of the exact posterior of s. It costs hundreds of passes. Options: those of
+      :func:`scalabl_pyro.mcmc`.
+    - ``"tfb"``: the largest standard deviation of all latents under which the NLL of the rows rises by ``tolerance`` at
+      most. It needs no gradients. Options: ``tolerance`` (relative, 0.003), ``max_scale`` (1.0), ``num_draws`` (4),
+      ``num_bisections`` (6), ``batch_size`` (16).
+
+    Args:
+        blora: Adapter with trained factors, at its resting point.
+        task: Task that defines the likelihood. Its prompt should be the one of training.
+        data: Training rows of the adapter, or a random part of them. With a part, the posterior is wider.
+        method: How s is inferred.
+        seed: Seed of all random numbers; ``"laplace"`` uses none.
+        options: Options of the method.
+
+    Returns:
+        Posterior with the adapter's factors. ``predict(num_draws=0)`` of ``"laplace"`` and ``"tfb"`` is the adapter.
+
+    Raises:
+        ValueError: The adapter is not trained (all B are zero), a row has no answer, the method is unknown, or an
+            option has a wrong value.
+        TypeError: An option belongs to another method.
+
+    Example:
+        >>> posterior = scalabl_pyro.posthoc(blora, task, train_data, method="laplace")
+        >>> posterior.provenance["method"]
+        'Laplace'
+
+    References:
+        Daxberger et al., Laplace Redux, NeurIPS 2021; Yang et al., Bayesian Low-rank Adaptation for LLMs, ICLR 2024;
+        Shi et al., Training-Free Bayesianization for Low-Rank Adapters, NeurIPS 2025; Samplawski et al., UAI 2025.
+    """
+    check_role("blora", blora, "blora", call="posthoc(blora, task, data)")
+    check_role("task", task, "task", call="posthoc(blora, task, data)")
+    check_choice("method", method, METHODS)
+    _check_options(method, options)
+    if not any(bool(B.any()) for _, B in blora.adapter.factors()):
+        raise ValueError(
+            "The adapter is not trained: all factors B are zero, so s changes nothing. Train it with fit(blora, task, "
+            "data), or bring a trained one with from_peft(model, path)."
+        )
+    rows = read_rows(data)
+    point = Posterior.capture(
+        blora, task, DeltaGuide(blora.adapter.loc, learn=False), provenance={"method": "adapter", "num_data": len(rows)}
+    )
+    return _INFER[method](point, rows, seed, options)
+
+
+def largest_noise(
+    posterior: Posterior,
+    data: Any,
+    *,
+    tolerance: float = 0.003,
+    max_scale: float = 1.0,
+    num_draws: int = 4,
+    num_bisections: int = 6,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> Posterior:
+    """Give all latents the largest standard deviation that keeps the NLL of some rows within a tolerance.
+
+    It is the search of :func:`scalabl_pyro.baselines.tfb`, with noise on s instead of noise on A. Every scale is tried
+    with the same random numbers, so the NLL is a smooth function of the scale.
+
+    Args:
+        posterior: Posterior of a trained adapter. Only its mean is used.
+        data: Labeled rows: the training data or a part of it.
+        tolerance: Allowed increase of the NLL of the averaged probabilities, relative to the NLL without noise.
+        max_scale: Largest standard deviation to try.
+        num_draws: Number of draws for each NLL.
+        num_bisections: Number of times the interval from 0 to ``max_scale`` is halved.
+        seed: Seed of the noise.
+        batch_size: Rows per forward pass.
+
+    Returns:
+        Posterior with a normal guide around the mean. Its provenance holds the scale and the NLLs.
+
+    Raises:
+        ValueError: An option is out of range, or rows have no answers.
+    """
+    check_count(num_draws=num_draws, num_bisections=num_bisections)
+    check_positive(tolerance=tolerance)
+    check_scale(max_scale=max_scale)
+    rows = read_rows(data)
+    loc = posterior.mean()
+
+    def nll(scale: float) -> float:
+        tried = _normal(posterior, loc, scale) if scale > 0 else posterior
+        draws = num_draws if scale > 0 else 0
+        return mixture_nll(tried.predict(rows, num_draws=draws, seed=seed, batch_size=batch_size))
+
+    without = nll(0.0)
+    limit = without + tolerance * abs(without)
+    scale = largest_passing(lambda tried: nll(tried) <= limit, max_scale, num_bisections)
+    if scale in (0.0, max_scale):
+        hint = f"raise max_scale={max_scale}" if scale else "raise tolerance, num_bisections or the number of rows"
+        warnings.warn(f"The scale {scale} lies at a limit of the search: {hint}.", ScalaBLWarning, stacklevel=3)
+    found = _normal(posterior, loc, scale or max_scale / 2**num_bisections)
+    provenance = {
+        **posterior.provenance,
+        "method": "TFB",
+        "scale": scale,
+        "tolerance": tolerance,
+        "anchor_nll": nll(scale),
+        "anchor_nll_without_noise": without,
+    }
+    return replace(found, provenance=provenance)
+
+
+def _normal(posterior: Posterior, loc: Tensor, scale: float) -> Posterior:
+    guide = NormalGuide(loc, torch.full_like(loc, scale)).requires_grad_(False).eval()
+    return replace(posterior, guide=guide)
+
+
+def _laplace(point: Posterior, rows: Any, seed: int, options: Mapping[str, Any]) -> Posterior:
+    return laplace(point, rows, **{"prior_scale": "evidence", **options})
+
+
+def _vi(point: Posterior, rows: Any, seed: int, options: Mapping[str, Any]) -> Posterior:
+    batch_size = options.get("batch_size", 8)
+    steps = max(2 * len(rows) // batch_size, 1) if isinstance(batch_size, int) and batch_size > 0 else 1
+    return refit(point, rows, **{"seed": seed, "num_steps": steps, "batch_size": batch_size, **options}).posterior
+
+
+def _mcmc(point: Posterior, rows: Any, seed: int, options: Mapping[str, Any]) -> Posterior:
+    return mcmc(point, rows, seed=seed, **options)
+
+
+def _tfb(point: Posterior, rows: Any, seed: int, options: Mapping[str, Any]) -> Posterior:
+    return largest_noise(point, rows, seed=seed, **options)
+
+
+_INFER: dict[str, Callable[[Posterior, Any, int, Mapping[str, Any]], Posterior]] = {
+    "laplace": _laplace,
+    "vi": _vi,
+    "mcmc": _mcmc,
+    "tfb": _tfb,
+}
+#: Function of this library that takes the options of each method; ``"vi"`` passes its own on to ``fit``.
+_TAKES: dict[str, Callable[..., Any]] = {"laplace": laplace, "mcmc": mcmc, "tfb": largest_noise}
+
+
+def _options_of(method: str) -> list[str]:
+    return [name for name in inspect.signature(_TAKES[method]).parameters if name not in ("posterior", "data", "seed")]
+
+
+def _check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raise TypeError if an option is not one of the method, and say which ones are. ``fit`` checks those of VI."""
+    if method not in _TAKES:
+        return
+    own = _options_of(method)
+    for name in options:
+        if name not in own:
+            others = [repr(other) for other in _TAKES if other != method and name in _options_of(other)]
+            hint = f"It belongs to method={' or '.join(others)}." if others else nearest(name, own)
+            raise TypeError(f"method={method!r} has no option {name!r}. {hint} Its options are {', '.join(own)}.")
