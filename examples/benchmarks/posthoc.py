@@ -4,8 +4,8 @@
     python examples/benchmarks/posthoc.py --data trec --seed 0 --out runs/posthoc --test --trec ../shared/data/text
 
 An adapter of SmolLM2 is trained by maximum likelihood until it overfits, exported as a PEFT adapter, and brought back
-with ``from_peft``. Each method then gives it a posterior. Validation rows come from the training split. One JSON line per
-method goes to the folder ``--out``.
+with ``from_peft``. Each method then gives it a posterior. Validation rows come from the training split. One JSON line
+per method goes to the folder ``--out``.
 """
 
 import argparse
@@ -61,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=10, help="draws per prediction")
     parser.add_argument("--test", action="store_true", help="score test rows instead of validation rows")
     parser.add_argument("--trials", action="store_true", help="try other options too")
+    parser.add_argument("--lines", nargs="*", default=list(LINES), help="methods to run")
     parser.add_argument("--tiny", action="store_true", help="use a random model and few rows, to test the script")
     parser.add_argument("--out", type=Path, default=Path("runs/posthoc"), help="folder of the results")
     return parser.parse_args()
@@ -99,7 +100,7 @@ def main() -> None:
     train, scored, prompt = load(args)
     task = word_task(tokenizer, train, prompt, max_length=64)
     versions = {m.__name__: m.__version__ for m in (sp, torch, transformers, peft)}
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "trec", "trials")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "trec", "trials", "lines")}
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, (args.out / f"{args.data}-{args.seed}.jsonl").open("a") as file:
         path, training = trained_adapter(llm, task, train, args, folder)
@@ -116,7 +117,8 @@ def main() -> None:
 
         point = sp.posthoc(blora, task, train[:8], method="tfb", num_draws=1, num_bisections=1)  # only its mean is used
         write("adapter", point, 0, 0.0, {})
-        for name, options in (LINES | (TRIALS if args.trials else {})).items():
+        lines = {name: LINES[name] for name in args.lines}
+        for name, options in (lines | (TRIALS if args.trials else {})).items():
             extra = {} if options["method"] in ("laplace", "tfb") else {"progress": False}
             start = time.perf_counter()
             posterior = sp.posthoc(blora, task, train, seed=args.seed, **options, **extra)

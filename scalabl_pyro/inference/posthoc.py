@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._arguments import check_role, known_arguments
 from .._errors import ScalaBLWarning, check_choice, check_count, check_positive, check_scale, nearest
-from ..data.rows import read_rows
+from ..data.rows import rows_for
 from ..guides import DeltaGuide, NormalGuide
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
@@ -80,7 +80,7 @@ def posthoc(
             "The adapter is not trained: all factors B are zero, so s changes nothing. Train it with fit(blora, task, "
             "data), or bring a trained one with from_peft(model, path)."
         )
-    rows = read_rows(data)
+    rows = rows_for(task.encode, data)
     point = Posterior.capture(
         blora, task, DeltaGuide(blora.adapter.loc, learn=False), provenance={"method": "adapter", "num_data": len(rows)}
     )
@@ -122,7 +122,7 @@ def largest_noise(
     check_count(num_draws=num_draws, num_bisections=num_bisections)
     check_positive(tolerance=tolerance)
     check_scale(max_scale=max_scale)
-    rows = read_rows(data)
+    rows = rows_for(posterior.task.encode, data)
     loc = posterior.mean()
 
     def nll(scale: float) -> float:
