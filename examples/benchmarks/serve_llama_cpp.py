@@ -6,8 +6,8 @@
 ``--llama-cpp`` is a checkout of llama.cpp: its scripts convert the base model and the adapters to GGUF. The posterior
 has a few steps of training, because the comparison does not depend on what was learned.
 
-One server holds all adapters, and the field ``lora`` of a request names one. ``cache_prompt`` must be false then: the
-server keeps states of earlier prompts without the adapter that made them. The results show the error without this field.
+One server holds all adapters, and the field ``lora`` of a request names one. ``cache_prompt`` must be false then, since
+the server reuses states of earlier prompts, also those of another adapter. The results show the error that this makes.
 """
 
 import argparse
