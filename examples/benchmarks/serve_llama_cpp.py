@@ -2,6 +2,7 @@
 
     pip install xllamacpp                      # prebuilt llama.cpp with its server; its own environment is fine
     python examples/benchmarks/serve_llama_cpp.py --llama-cpp llama.cpp --server-python serve-env/bin/python
+    python examples/benchmarks/serve_llama_cpp.py --tiny    # PEFT in place of the server, a random model: seconds
 
 ``--llama-cpp`` is a checkout of llama.cpp: its scripts convert the base model and the adapters to GGUF. The posterior
 has a few steps of training, because the comparison does not depend on what was learned.
@@ -28,14 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import scalabl_pyro as sp
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes _support and serve_draws importable
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes _support importable
 from _support.datasets import NEWS, reuters_r8, word_task
 from _support.draw_averages import average
-from _support.models import SMOLLM2, package_folder, smollm2
+from _support.models import SMOLLM2, package_folder, smollm2, tiny_llm
 from serve_draws import Endpoint, call, top_tokens
 
 PROMPTS = (
@@ -64,18 +66,22 @@ while True:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-cpp", type=Path, required=True, help="folder with convert_lora_to_gguf.py")
-    parser.add_argument("--server-python", required=True, help="Python that has the package xllamacpp")
+    parser.add_argument("--llama-cpp", type=Path, help="folder with convert_lora_to_gguf.py")
+    parser.add_argument("--server-python", help="Python that has the package xllamacpp")
     parser.add_argument("--work", type=Path, default=Path("serve-llama-cpp"), help="folder of models: about 1.2 GB")
     parser.add_argument("--draws", type=int, default=4, help="number of draws to serve")
     parser.add_argument("--port", type=int, default=8742, help="port of the server")
     parser.add_argument("--out", type=Path, default=Path("serving_llama_cpp.json"), help="JSON file of the results")
-    return parser.parse_args()
+    parser.add_argument("--tiny", action="store_true", help="use a random model and PEFT, to test the script")
+    args = parser.parse_args()
+    if not args.tiny and not (args.llama_cpp and args.server_python):
+        parser.error("give --llama-cpp and --server-python, or --tiny")
+    return args
 
 
-def learn(folder: Path, draws: int) -> tuple[sp.Posterior, Any]:
-    """Save SmolLM2 in float32, fit a posterior in q_proj and v_proj, and export its draws."""
-    llm, tokenizer = smollm2()
+def learn(folder: Path, draws: int, *, tiny: bool) -> tuple[sp.Posterior, Any]:
+    """Save the LLM in float32, fit a posterior in q_proj and v_proj, and export its draws."""
+    llm, tokenizer = tiny_llm() if tiny else smollm2()
     config = copy.deepcopy(llm.config)
     if hasattr(config, "quantization_config"):  # The weights are dequantized already.
         del config.quantization_config
@@ -137,6 +143,18 @@ def server(python: str, port: int, base: Path, adapters: Sequence[Path]) -> Iter
         process.wait()
 
 
+@torch.no_grad()
+def peft_probs(folder: Path, tokenizer: Any, draws: int) -> torch.Tensor:
+    """Probabilities from PEFT, which loads the base and the adapters; shape ``(draws, prompts, vocabulary)``."""
+    rows = []
+    for i in range(draws):
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        llm = PeftModel.from_pretrained(base, folder / "adapters" / f"draw-{i}").eval()
+        logits = [llm(tokenizer(p, return_tensors="pt")["input_ids"]).logits[0, -1] for p in PROMPTS]
+        rows.append(torch.stack(logits).double().softmax(-1))
+    return torch.stack(rows)
+
+
 def all_probs(endpoint: Endpoint, prompt: str, size: int) -> torch.Tensor:
     """Ask for the probability of all tokens; shape ``(vocabulary,)``."""
     body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": size, **endpoint.extra}
@@ -191,8 +209,12 @@ def main() -> None:
     logging.getLogger("scalabl_pyro").setLevel(logging.ERROR)
     args.work.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    posterior, tokenizer = learn(args.work, args.draws)
+    posterior, tokenizer = learn(args.work, args.draws, tiny=args.tiny)
     own = own_probs(posterior, tokenizer, args.draws)
+    if args.tiny:
+        difference = float((peft_probs(args.work, tokenizer, args.draws) - own).abs().max())
+        print(f"largest difference of a probability between PEFT and the draws: {difference:.1e}")
+        return
     fitted = time.perf_counter()
     base, adapters = convert(args.llama_cpp, args.work, args.draws)
     converted = time.perf_counter()
