@@ -5,12 +5,13 @@ posterior, baseline or checkpoint may be replaced, enlarged, nested or copied. A
 ``-m slow`` runs 30,000 cases; SCALABL_TEST_BOMBS sets another number.
 """
 
+import json
 import os
 import sys
 import time
 
 import pytest
-from bombs import Bomber
+from bombs import MAX_CHARACTERS, Bomber
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyro import distributions as dist
@@ -64,6 +65,8 @@ NEGATIVE = [
     ["normal", {"shapes": {"a": [-(10**12)]}}],
 ]
 THOUSAND_LINKS = {"links": [("children", 200, "")], "place": "baseline", "kind": "deep_ensemble"}
+#: An added token with an option that the tokenizers library does not know. It would print the name of the option.
+LOUD = {"content": "x", "\nok       all is well\x1b[2J": True}
 #: What is wrong, and a word of the message.
 NAMED = {
     "a listed file of 1 TiB": ({"links": [("sparse", 2**40, "")]}, "bytes to read or to hash"),
@@ -138,6 +141,15 @@ NAMED = {
         },
         "1\\nok       all is well\\u2028\\x1b[2J",
     ),
+    **{
+        f"lines of its own by the tokenizer, {where}": ({"place": place, "edits": [edit]}, "added token")
+        for place in ("posterior", "doctor")
+        for where, edit in {
+            "decoder": (TOKENIZER_CONFIG, "part", 0, 0, {"added_tokens_decoder": {"0": LOUD}}),
+            "type": (TOKENIZER_CONFIG, "part", 0, 0, {"x": [{"y": {"__type": "AddedToken", **LOUD}}]}),
+            "vocabulary": (TOKENIZER, "part", 0, 0, {"added_tokens": [{"id": 0, **LOUD}]}),
+        }.items()
+    },
     "a chat template without an end": (
         {
             "edits": [
@@ -204,13 +216,20 @@ AUTO = st.fixed_dictionaries(
     },
     optional={"rank": COUNTS, "hidden_dim": COUNTS, "num_transforms": COUNTS, "init_scale": COUNTS},
 )
+
+
+def repeated(components, count):
+    """The components many times. A case stays small: mixtures of mixtures would multiply to gigabytes."""
+    return components * max(1, min(count, MAX_CHARACTERS // len(json.dumps(components))))
+
+
 GUIDES = st.recursive(
     st.tuples(LEAF, OPTIONS) | st.tuples(st.just("auto"), AUTO),
     lambda inner: (
         st.tuples(
             st.just("mixture"),
             st.tuples(st.lists(inner, max_size=3), st.sampled_from([1, 1, 1, 50, 5000])).map(
-                lambda drawn: {"components": [list(one) for one in drawn[0]] * drawn[1]}
+                lambda drawn: {"components": repeated([list(one) for one in drawn[0]], drawn[1])}
             ),
         )
         | inner.map(lambda one: ("with_hyperparameters", {"of_s": one[0], **one[1]}))
@@ -277,6 +296,6 @@ def test_bomb_from_the_grammar_loads_or_is_refused_at_once(bomber, count):
         outcomes["loaded" if outcome in ("loaded", "ended") else "refused"] += 1
 
     every()
-    worst = f"{process.worst['seconds']:.1f} s and {process.worst['megabytes']:.0f} MB at the worst"
+    worst = "{seconds:.1f} s and {megabytes:.0f} MB at the worst, {kept:.0f} MB kept".format(**process.worst)
     sys.stdout.write(f"\n{outcomes} in {time.perf_counter() - start:.0f} s, {worst}\n")  # shown by -s
     assert outcomes["loaded"] and outcomes["refused"]
