@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 try:
     import fcntl
@@ -126,11 +126,11 @@ def _remove_if_left_behind(folder: Path) -> None:
         if locked is False or not (is_old or (locked and _was_written_here(marker))):
             return
         if former_content(folder).is_dir() and new_content(folder).is_dir():  # killed between two renames
-            name = (_read(marker) or {}).get("name")
-            if not _begins_like(folder, name):
+            target = _target(folder, (_read(marker) or {}).get("name"))
+            if target is None:
                 return  # somebody has changed the marker; the former content may be the only one
-            if not folder.with_name(name).exists():
-                os.replace(former_content(folder), folder.with_name(name))
+            if not target.exists():
+                os.replace(former_content(folder), target)
         _remove(folder)
     finally:
         os.close(marker)
@@ -164,10 +164,11 @@ def _read(marker: int) -> dict[str, Any] | None:
     return written if isinstance(written, dict) else {}
 
 
-def _begins_like(folder: Path, name: Any) -> TypeGuard[str]:
-    """Tell whether a name is one that a holder was made for."""
-    is_plain = isinstance(name, str) and os.path.basename(name) == name and name not in (".", "..")
-    return is_plain and folder.name[1:-9] == name[:_BEGINNING]
+def _target(folder: Path, name: Any) -> Path | None:
+    """Find the folder that a holder was made for, or None if a name in its marker cannot be that of this folder."""
+    if not isinstance(name, str) or os.path.basename(name) != name or name in (".", ".."):
+        return None
+    return folder.with_name(name) if folder.name[1:-9] == name[:_BEGINNING] else None
 
 
 def _remove(folder: Path) -> None:
