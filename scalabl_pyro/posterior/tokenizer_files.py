@@ -1,20 +1,18 @@
 """The tokenizer of a task as a folder of files that never refer to files outside the folder."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from .._errors import MAX_SHOWN
 from ..storage import json_reader
 from ..storage.budget import Budget
 from ..storage.untrusted_files import check_tree, read_file
+from .tokenizer_contents import check_small_file, check_vocabulary
 
 TOKENIZER = "tokenizer"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS, EXTRA = "special_tokens_map.json", "extra_special_tokens"
 #: Largest allowed size of the folder. Tokenizers with large vocabularies have about 35 MB.
 MAX_TOKENIZER = 2**27
 #: Largest allowed size of the configuration and of other small files. The largest known ones have about 1 MB.
@@ -28,9 +26,6 @@ MAX_OBJECTS = 2**17
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 #: Largest number of lines in a text file, such as a list of merges.
 MAX_LINES = 2**21
-#: Options of an added token, and two more keys that files have. The tokenizers library prints the name of every other
-#: option to the standard output, so a file could write lines there.
-TOKEN_OPTIONS = {"content", "lstrip", "normalized", "rstrip", "single_word", "special", "id", "__type"}
 #: Entries that transformers adds to the configuration when it loads a tokenizer.
 ADDED_ON_LOADING = ("files_loaded", "is_local", "local_files_only", "name_or_path")
 
@@ -75,10 +70,10 @@ def _check_file(folder: Path, name: str, budget: Budget) -> None:
         json_reader.check_values(content, MAX_VOCABULARY)
         if (objects := content.count(b"{")) > MAX_OBJECTS:
             raise ValueError(f"{name} has up to {objects:,} added tokens, more than the {MAX_OBJECTS:,} allowed here")
-        _check_added_tokens(name, json.loads(content.decode()))
+        check_vocabulary(name, json_reader.loads(content, max_values=MAX_VOCABULARY))
     elif is_json:
         config = json_reader.loads(content)
-        _check_added_tokens(name, config)
+        check_small_file(name, config)
         named = [key for key, value in config.items() if _names_a_file(key, value)] if isinstance(config, dict) else []
         if name == TOKENIZER_CONFIG and named:
             raise ValueError(f"{TOKENIZER_CONFIG} names files of its own choice: {named}")
@@ -90,38 +85,3 @@ def _names_a_file(key: str, value: Any) -> bool:
     """Whether the tokenizer's class would open the value of an entry of its configuration as a path."""
     is_file = key in ("vocab", "merges", "init_inputs") or key.endswith(("_file", "_files", "_spm"))
     return is_file and bool(value) and not isinstance(value, int | float)
-
-
-def _check_added_tokens(name: str, config: Any) -> None:
-    """Check that added tokens have no options but those that the tokenizers library knows."""
-    for token in _added_tokens(name, config):
-        if unknown := sorted(set(token) - TOKEN_OPTIONS):
-            raise ValueError(
-                f"{name} has an added token with an unknown option, {unknown[0][:MAX_SHOWN]!r}. Known: "
-                f"{', '.join(sorted(TOKEN_OPTIONS))}"
-            )
-
-
-def _added_tokens(name: str, config: Any) -> Iterator[dict[str, Any]]:
-    """The objects of a file that transformers makes added tokens of."""
-    if not isinstance(config, dict):
-        return
-    if name == SPECIAL_TOKENS:
-        found = [value for key, value in config.items() if key != EXTRA] + _entries(config.get(EXTRA))
-    else:
-        found = _entries(config.get("added_tokens")) + _entries(config.get("added_tokens_decoder"))
-    yield from (token for token in found if isinstance(token, dict))
-    if name not in VOCABULARIES:
-        yield from _typed(config)
-
-
-def _typed(value: Any) -> Iterator[dict[str, Any]]:
-    """Objects at any depth that say that they are added tokens."""
-    if isinstance(value, dict) and value.get("__type") == "AddedToken":
-        yield value
-    for inner in _entries(value):
-        yield from _typed(inner)
-
-
-def _entries(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []

@@ -59,6 +59,16 @@ def raw(file, text, count, kind="normal", place="posterior"):
     return {"kind": kind, "place": place, "edits": [(file, "raw", 0, count, text)]}
 
 
+def normalizer(step):
+    return {"edits": [(TOKENIZER, "part", 0, 0, {"normalizer": {"type": "Sequence", "normalizers": [step]}})]}
+
+
+def unigram(*pieces):
+    vocabulary = [["<unk>", 0.0], *([piece, -1.0] for piece in pieces)]
+    return {"edits": [(TOKENIZER, "part", 0, 0, {"model": {"type": "Unigram", "unk_id": 0, "vocab": vocabulary}})]}
+
+
+REGEX = {"type": "Replace", "content": ""}
 NORMALS = [["normal", {}]] * 10_000
 NEGATIVE = [
     ["empirical", {"num_chains": None, "shapes": {"s": [60_000_000, 16]}}],
@@ -109,7 +119,7 @@ NAMED = {
     "points that are not there": (guide("empirical", shapes={"s": [10**8, DIM]}), "does not hold the tensors"),
     "guides in guides in guides": (
         guide("with_hyperparameters", of_s="with_hyperparameters"),
-        "expected",
+        "must be the name of a guide",
     ),
     "20,000 equal labels": (task(labels=["A"] * 20_000), "stands there 20000 times"),
     "20,000 labels": (task(labels=[f"l{i}" for i in range(20_000)], template="{question}" + " the" * 300), "tokenize"),
@@ -150,6 +160,25 @@ NAMED = {
             "vocabulary": (TOKENIZER, "part", 0, 0, {"added_tokens": [{"id": 0, **LOUD}]}),
         }.items()
     },
+    "a table of characters that says it is long": (
+        normalizer({"type": "Precompiled", "precompiled_charsmap": "/////wAAAAAAAAAAAAAAAAAAAAA="}),
+        "shorter than it says",
+    ),
+    "a long regular expression": (normalizer(REGEX | {"pattern": {"Regex": "(?i)" + "\u00df" * 20_000}}), "regular"),
+    "a long piece": (unigram("a" * 8_000_000), "nodes in the tree"),
+    "long pieces": (unigram(*(f"{i:06}{'a' * 40}" for i in range(100_000))), "nodes in the tree"),
+    "a piece that is hidden by another model": (
+        raw(TOKENIZER, '{"model":{"type":"Unigram","vocab":[["x",0]]},"model":{}}', 1),
+        "stands twice",
+    ),
+    "a long added token": (
+        {"edits": [(TOKENIZER, "part", 0, 0, {"added_tokens": [{"id": 9, "content": "b" * 8_000_000}]})]},
+        "characters of added tokens",
+    ),
+    "a long special token": (
+        {"edits": [(TOKENIZER_CONFIG, "part", 0, 0, {"extra_special_tokens": ["b" * 4_000_000]})]},
+        "characters of tokens",
+    ),
     "a chat template without an end": (
         {
             "edits": [
