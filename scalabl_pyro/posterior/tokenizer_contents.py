@@ -23,7 +23,7 @@ MAX_ADDED = 2**21
 MAX_NODES, MAX_PIECES = 2**21, 2**24
 #: Largest number of characters of all regular expressions together. Real ones have about 1,000.
 MAX_REGEX = 2**14
-#: Entries with long texts that are no tokens.
+#: Entries with long texts that are not tokens.
 NOT_TOKENS = ("chat_template", "response_schema")
 
 

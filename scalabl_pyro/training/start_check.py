@@ -30,7 +30,7 @@ def check_finite(**modules: nn.Module) -> None:
 
 
 def check_start(objective: TrainingObjective, check: UpdateCheck | None) -> None:
-    """Check that no parameter is so large, or so far from a number, that every update would be taken back.
+    """Check that every parameter is finite and can be squared: else every update would be taken back.
 
     Args:
         objective: Objective, which names its parameters.
