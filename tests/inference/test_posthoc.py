@@ -116,7 +116,7 @@ def overfitted():
 
 def test_the_noise_is_the_largest_that_keeps_the_nll():
     blora, task, rows = overfitted()
-    options = {"num_draws": 4, "num_bisections": 8, "tolerance": 0.01, "max_scale": 4.0}
+    options = {"num_draws": 4, "num_bisections": 8, "tolerance": 0.5, "max_scale": 4.0}
     found = sp.posthoc(blora, task, rows, method="tfb", seed=3, **options)
     scale = found.provenance["scale"]
     without = mixture_nll(found.predict(rows, num_draws=0))
@@ -128,7 +128,7 @@ def test_the_noise_is_the_largest_that_keeps_the_nll():
         return mixture_nll(tried.predict(rows, num_draws=4, seed=3))
 
     assert 0 < scale < 4.0
-    assert nll(scale) <= 1.01 * without < nll(scale + 4.0 / 2**8)
+    assert nll(scale) <= 1.5 * without < nll(scale + 4.0 / 2**8)
     torch.testing.assert_close(found.guide.covariance().diagonal(), torch.full_like(blora.adapter.loc, scale**2))
 
 
