@@ -48,6 +48,7 @@ SCRIPTS = {
     ),
     "benchmarks/designs.py": (["--tiny", "--out", "designs.json"], DATA),
     "benchmarks/serving.py": (["--tiny", "--out", "serving.json"], DATA),
+    "benchmarks/posthoc.py": (["--tiny", "--lines", "laplace", "vi", "tfb", "--out", "out"], DATA),
     "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
     "benchmarks/compare_checkouts.py": (
         [*[str(EXAMPLES.parent)] * 2, "--rounds", "1", "--steps", "3", "--layers", "1"],
@@ -252,6 +253,13 @@ def test_the_benchmark_of_serving_times_each_kind_of_request(tmp_path):
     lines = json.loads((tmp_path / "serving.json").read_text())["lines"]
     assert [line["draws"] for line in lines] == [0, 3]
     assert all(line[kind] > 0 for line in lines for kind in line if kind.endswith("_ms"))
+
+
+def test_the_benchmark_of_posthoc_scores_the_adapter_and_each_method(tmp_path):
+    run("benchmarks/posthoc.py", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "r8-0.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in lines] == ["adapter", "laplace", "vi", "tfb"]
+    assert all(line["nll"] > 0 and line["training_seconds"] > 0 for line in lines)
 
 
 def test_growth_leaves_lines_and_a_picture(tmp_path):
