@@ -4,12 +4,16 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ._errors import describe, nearest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Class = TypeVar("Class", bound=type)
+
+#: Longest name of a file that common file systems allow, in bytes.
+MAX_NAME = 255
 
 #: Kinds of objects that users mix up, by package and name of their class. Names are compared, so that nothing is
 #: imported.
@@ -110,11 +114,23 @@ def check_role(name: str, value: object, role: str, *, call: str = "", kind: typ
 
 
 def check_path(name: str, value: object) -> None:
-    """Raise TypeError unless an argument is a str or a path, and ValueError for the empty str."""
+    """Check that an argument is the path of a folder.
+
+    Raises:
+        TypeError: It is neither a str nor a path.
+        ValueError: It is empty, or a name in it is longer than the common file systems of this system allow.
+    """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} is {describe(value)}, expected the path of a folder: a str or a pathlib.Path.")
     if value == "":
         raise ValueError(f"{name}='': expected the path of a folder. Use '.' for the current one.")
+    for part in Path(os.fspath(value)).parts:
+        size = len(os.fsencode(part)) if os.name == "posix" else len(part)
+        if size > MAX_NAME:
+            raise ValueError(
+                f"{name} has a name of {size} bytes, {part[:20] + '...'!r}. At most {MAX_NAME} are allowed: give a "
+                "shorter one."
+            )
 
 
 #: Names that other libraries use for an argument. The first one that a function has is suggested.

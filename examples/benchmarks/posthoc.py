@@ -58,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the adapter")
     parser.add_argument("--blocks", type=int, default=10, help="number of upper blocks to adapt")
+    parser.add_argument("--max-length", type=int, default=40, help="tokens per prompt; longer texts are cut")
     parser.add_argument("--draws", type=int, default=10, help="draws per prediction")
     parser.add_argument("--test", action="store_true", help="score test rows instead of validation rows")
     parser.add_argument("--trials", action="store_true", help="try other options too")
@@ -98,7 +99,7 @@ def main() -> None:
         args.train_rows, args.score_rows, args.steps, args.blocks = 12, 8, 3, 1
     llm, tokenizer = demo_llm(tiny=args.tiny)
     train, scored, prompt = load(args)
-    task = word_task(tokenizer, train, prompt, max_length=64)
+    task = word_task(tokenizer, train, prompt, max_length=args.max_length)
     versions = {m.__name__: m.__version__ for m in (sp, torch, transformers, peft)}
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "trec", "trials", "lines")}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,9 @@ def save(
 
     Raises:
         FileExistsError: ``path`` holds something else.
+        ValueError: A name in ``path`` is too long.
     """
+    check_path("path", path)
     path = Path(path).resolve()
     if path.exists() and not (path / CONFIG).exists() and (path.is_file() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and does not hold a baseline: give the path of a new directory.")

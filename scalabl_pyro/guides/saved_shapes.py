@@ -93,6 +93,8 @@ class _Computation:
         """Shapes of a guide that has ``level`` guides around it."""
         if level >= MAX_NESTING:
             raise ValueError(f"guides are nested deeper than {MAX_NESTING} levels.")
+        if not isinstance(family, str):
+            raise ValueError(f"the family {shown(family)} must be the name of a guide.")
         if level:
             self.budget.spend("members", 1, self.file)
         if family == "with_hyperparameters":
@@ -101,7 +103,7 @@ class _Computation:
             return _under("hyperparameters", _mean_field(others)) | _under("of_s", of_s)
         if family == "mixture":
             return self.mixture(options.get("components"), level)
-        by_family: dict[object, Callable[[], Shapes]] = {
+        by_family: dict[str, Callable[[], Shapes]] = {
             "auto": lambda: self.auto(options),
             "covariance": lambda: self.covariance(options),
             "delta": lambda: {"loc": (self.dim,)},
@@ -147,7 +149,7 @@ class _Computation:
         """Shapes of Pyro's AutoGuides over all latents together."""
         name, dim = options.get("class"), sum(math.prod(shape) for shape in self.sites.values())
         check_saved_options(options, self.dim)
-        if name not in AUTO_CLASSES:
+        if not isinstance(name, str) or name not in AUTO_CLASSES:
             return {ANY: ()}  # AutoFamily refuses it
         if name in ("AutoGaussian", "AutoMultivariateNormal"):
             self.budget.spend("numbers", 2 * dim**2, self.file)

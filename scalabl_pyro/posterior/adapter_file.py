@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lora.adapter import Adapter
+from ..lora.attach import find_adapter
 from ..lora.base_tensors import plain_tensors
 from ..lora.factors import Factors
 from ..storage.tensor_files import below, check_keys, check_like, check_state, load_strict
@@ -45,9 +46,11 @@ def check_adapter_keys(config: SavedConfig, tensors: Collection[str]) -> None:
 def check_heads(names: list[str], tensors: Mapping[str, Tensor], llm: nn.Module) -> None:
     """Raise ValueError unless the trained heads fit the modules of ``llm`` that they replace.
 
-    The check comes before any of those modules is copied.
+    The check comes before any of those modules is copied. Where ``llm`` carries an adapter already, its own heads are
+    the ones to fit, because PEFT may have wrapped the modules.
     """
-    modules = dict(llm.named_modules())
+    carried = find_adapter(llm)
+    modules = dict(llm.named_modules()) | ({} if carried is None else carried.heads)
     for name in names:
         if name in modules:
             check_state(f"{ADAPTER}: head {name!r}", below(tensors, _head_prefix(name)), modules[name])

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from ..storage import json_reader
 from ..storage.budget import Budget
 from ..storage.untrusted_files import check_tree, read_file
+from .tokenizer_contents import check_small_file, check_vocabulary
 
 TOKENIZER = "tokenizer"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -69,8 +70,10 @@ def _check_file(folder: Path, name: str, budget: Budget) -> None:
         json_reader.check_values(content, MAX_VOCABULARY)
         if (objects := content.count(b"{")) > MAX_OBJECTS:
             raise ValueError(f"{name} has up to {objects:,} added tokens, more than the {MAX_OBJECTS:,} allowed here")
+        check_vocabulary(name, json_reader.loads(content, max_values=MAX_VOCABULARY))
     elif is_json:
         config = json_reader.loads(content)
+        check_small_file(name, config)
         named = [key for key, value in config.items() if _names_a_file(key, value)] if isinstance(config, dict) else []
         if name == TOKENIZER_CONFIG and named:
             raise ValueError(f"{TOKENIZER_CONFIG} names files of its own choice: {named}")

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from .._arguments import MAX_NAME
 from .budget import Budget
 from .untrusted_files import find_file
 
 #: Bytes that are read and hashed at a time.
 CHUNK = 2**20
-#: Longest name of a file that common file systems allow, in bytes.
-MAX_NAME = 255
 
 
 class Entry(NamedTuple):

@@ -1,11 +1,12 @@
 """Hidden folders of work that is not finished yet, and the removal of those that a killed process left behind.
 
-    .NAME-1a2b3c4d/                  holder, beside the folder NAME that is written or deleted
-        .scalabl_pyro-unfinished     marker: says that the holder is ours, and is locked while its process lives
-        NAME/                        new content
-        NAME.old/                    former content
+    .NAME-1a2b3c4d/                  holder, beside the folder that is written or deleted; NAME is how its name begins
+        .scalabl_pyro-unfinished     marker: holds the whole name, and is locked while its process lives
+        new/                         new content
+        old/                         former content
 
-A holder is removed only if it has the marker, and only if the lock of the marker is free: the system frees it when the
+The holder has only the beginning of a name, because a file system that allows 255 bytes would refuse a longer one. A
+holder is removed only if it has the marker, and only if the lock of the marker is free: the system frees it when the
 process ends, however it ends. A folder that only looks alike by its name is left alone, unless it is empty and would be
 the holder of the same folder.
 """
@@ -30,7 +31,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MARKER = ".scalabl_pyro-unfinished"
-_NAME = re.compile(r"\.(.+)-[0-9a-f]{8}")
+_NAME = re.compile(r"\.(.+)-[0-9a-f]{8}", re.DOTALL)
+#: Length of the beginning of a name that a holder has, in characters: at most 200 bytes.
+_BEGINNING = 50
 #: Seconds after which a holder is left behind where its lock says nothing: from another host, or on Windows.
 _OLD = 24 * 3600
 
@@ -46,7 +49,7 @@ def holder(path: Path) -> Iterator[Path]:
     """
     remove_left_behind(path.parent)
     for folder in _alike(path.parent):
-        if folder.name[:-9] == f".{path.name}":
+        if folder.name[:-9] == f".{path.name[:_BEGINNING]}":
             with contextlib.suppress(OSError):
                 folder.rmdir()  # killed before it had a marker, so it is empty
     folder, marker = _create(path)
@@ -69,12 +72,12 @@ def discard(path: Path) -> None:
 
 def new_content(folder: Path) -> Path:
     """Path of the new content in a holder."""
-    return folder / folder.name[1:-9]
+    return folder / "new"
 
 
 def former_content(folder: Path) -> Path:
     """Path of the former content in a holder."""
-    return folder / f"{folder.name[1:-9]}.old"
+    return folder / "old"
 
 
 def remove_left_behind(parent: Path) -> None:
@@ -94,13 +97,14 @@ def _alike(parent: Path) -> list[Path]:
 def _create(path: Path) -> tuple[Path, int]:
     """Create a holder with a locked marker. Another process may remove it before it is locked; then make another."""
     while True:
-        folder = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+        folder = path.with_name(f".{path.name[:_BEGINNING]}-{uuid.uuid4().hex[:8]}")
         os.mkdir(folder)
         marker = None
         try:
             marker = os.open(folder / MARKER, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             if _lock(marker) is not False and (folder / MARKER).exists():
-                os.write(marker, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+                written = {"host": socket.gethostname(), "pid": os.getpid(), "name": path.name}
+                os.write(marker, json.dumps(written).encode())
                 return folder, marker
         except FileNotFoundError:
             continue
@@ -121,9 +125,12 @@ def _remove_if_left_behind(folder: Path) -> None:
         is_old = time.time() - os.fstat(marker).st_mtime > _OLD
         if locked is False or not (is_old or (locked and _was_written_here(marker))):
             return
-        target = folder.with_name(folder.name[1:-9])
-        if former_content(folder).is_dir() and new_content(folder).is_dir() and not target.exists():
-            os.replace(former_content(folder), target)  # killed between two renames
+        if former_content(folder).is_dir() and new_content(folder).is_dir():  # killed between two renames
+            target = _target(folder, (_read(marker) or {}).get("name"))
+            if target is None:
+                return  # somebody has changed the marker; the former content may be the only one
+            if not target.exists():
+                os.replace(former_content(folder), target)
         _remove(folder)
     finally:
         os.close(marker)
@@ -143,13 +150,25 @@ def _lock(marker: int) -> bool | None:
 
 
 def _was_written_here(marker: int) -> bool:
-    """Tell whether a process of this host wrote a marker, or was killed before it wrote anything."""
-    content = os.pread(marker, 4096, 0)
+    """Tell whether a process of this host wrote a marker, or was killed before it had written all of it."""
+    written = _read(marker)
+    return written is None or written.get("host") == socket.gethostname()
+
+
+def _read(marker: int) -> dict[str, Any] | None:
+    """Read what a marker says; None if its process was killed before it had written all of it."""
     try:
-        written: Any = json.loads(content or b"{}")
+        written: Any = json.loads(os.pread(marker, 4096, 0))
     except ValueError:
-        return True  # killed in the middle
-    return not content or (isinstance(written, dict) and written.get("host") == socket.gethostname())
+        return None
+    return written if isinstance(written, dict) else {}
+
+
+def _target(folder: Path, name: Any) -> Path | None:
+    """Find the folder that a holder was made for, or None if a name in its marker cannot be that of this folder."""
+    if not isinstance(name, str) or os.path.basename(name) != name or name in (".", ".."):
+        return None
+    return folder.with_name(name) if folder.name[1:-9] == name[:_BEGINNING] else None
 
 
 def _remove(folder: Path) -> None:

@@ -41,6 +41,7 @@ from .program import TrainingProgram, build_program, build_trainer
 from .result import FitResult, TrainingError, freeze
 from .run_identity import begin_alike
 from .scope import training_scope
+from .start_check import check_start
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def fit(
 
     Raises:
         ValueError: Rows do not fit the task, an option is out of its range, ``num_data`` is missing, or the checkpoint
-            belongs to another run.
+            belongs to another run, or a parameter is not finite before the first step.
         TypeError: An option has the wrong type, or a dict of options has an unknown key.
         TrainingError: A loss, gradient or parameter is not finite; its ``result`` holds what was learned before.
         RuntimeError: No gradient reaches some layers, which the message names; or a worker of the data loader died.
@@ -171,6 +172,7 @@ def _begin(program: TrainingProgram, trainer: Trainer, checkpoints: Checkpoints)
     if program.processes.are_several:
         begin_alike(program.processes, trainer, program.identity_of_processes(checkpoints.every))
     checkpoints.begin(trainer, program.identity)
+    check_start(program.objective, trainer.execute.update_check)
     if program.moved and trainer.next_step == 0:
         logger.warning(
             "an earlier training changed %s, and this one goes on from there; pass reset=True to start afresh",

@@ -32,6 +32,7 @@ from .provenance import as_json, describe_data, describe_options, versions
 from .run_identity import describe_run
 from .score_function import LeaveOneOutELBO
 from .shared_batches import check_shareable
+from .start_check import check_finite
 from .step import EagerStep
 from .svgd import SteinObjective
 from .update_check import UpdateCheck, logarithms_of
@@ -153,10 +154,12 @@ def build_program(
     moved = choose_start(blora, task, reset=reset)  # after the data were read: bad rows change nothing
     if reset:
         task.restart()
+    check_finite(point_estimates=blora.point_estimates, prior=blora.prior, task=task)
     task.prepare_for(batches)
     store = _prefix_store(blora, batches, num_data) if hardware.cache_prefix else None
     scale_seed = derive_seed(options.seed, "initial scales")
     family = as_guide(guide, blora, init_scale=options.init_scale, seed=scale_seed).to(blora.device)
+    check_finite(guide=family)
     elbo = elbo_for(options.elbo, family, blora.prior)
     if processes.are_several and (not allows_row_draws(elbo) or isinstance(elbo, LeaveOneOutELBO)):
         raise ValueError(

@@ -82,9 +82,18 @@ class UpdateCheck:
             return torch.where(found > 0, torch.inf, 0.0)
         if not found and all(log.max() < _limit(log.dtype) for log in self.logarithms):
             return found
-        self.rejected = [p for p in self.parameters if self._is_too_large(p)]
+        self.rejected = self._largest()
         torch._foreach_copy_(self.parameters, self.kept)
         return torch.full_like(found, torch.inf)
+
+    @torch.no_grad()
+    def too_large(self) -> list[Tensor]:
+        """List the parameters for which every update would be taken back, whatever it is."""
+        is_fine = not self._find() and all(log.max() < _limit(log.dtype) for log in self.logarithms)
+        return [] if is_fine else self._largest()
+
+    def _largest(self) -> list[Tensor]:
+        return [p for p in self.parameters if self._is_too_large(p)]
 
     def _find(self) -> Tensor:
         """() 1 if a parameter is not finite, or cannot be squared; else 0."""

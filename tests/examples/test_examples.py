@@ -27,6 +27,7 @@ OPINIONS = f"assets/{opinions.ARCHIVE}"
 #: Arguments of each script, and packages whose data it reads.
 SCRIPTS = {
     "minimal.py": (["--tiny"], DATA),
+    "serve_draws.py": (["--help"], []),  # test_serve_draws.py runs it
     "quickstart.py": (["--tiny", "--out", "out"], [*DATA, OPINIONS]),
     "posterior_analysis.py": ([], [*DATA, OPINIONS, "IPython"]),
     "distributed.py": (["--tiny", "--check"], []),
@@ -48,6 +49,8 @@ SCRIPTS = {
     ),
     "benchmarks/designs.py": (["--tiny", "--out", "designs.json"], DATA),
     "benchmarks/serving.py": (["--tiny", "--out", "serving.json"], DATA),
+    "benchmarks/serve_llama_cpp.py": (["--tiny", "--draws", "2", "--work", "work"], DATA),
+    "benchmarks/posthoc.py": (["--tiny", "--lines", "laplace", "vi", "tfb", "--out", "out"], DATA),
     "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
     "benchmarks/compare_checkouts.py": (
         [*[str(EXAMPLES.parent)] * 2, "--rounds", "1", "--steps", "3", "--layers", "1"],
@@ -131,6 +134,11 @@ def test_scripts_find_their_helpers_in_one_way():
         expected = [line.format(depth)] if depth and tricks else []
         notebook = path.stem in ("posterior_analysis", "ablation_notebook", "review_table")
         assert [text.strip() for text in tricks] == expected or (notebook and len(tricks) == 1), path
+
+
+def test_peft_serves_the_draws_of_the_engine_benchmark(tmp_path):
+    output = run("benchmarks/serve_llama_cpp.py", tmp_path)
+    assert float(output.split()[-1]) < 1e-5
 
 
 def test_the_minimal_example_predicts(tmp_path):
@@ -252,6 +260,13 @@ def test_the_benchmark_of_serving_times_each_kind_of_request(tmp_path):
     lines = json.loads((tmp_path / "serving.json").read_text())["lines"]
     assert [line["draws"] for line in lines] == [0, 3]
     assert all(line[kind] > 0 for line in lines for kind in line if kind.endswith("_ms"))
+
+
+def test_the_benchmark_of_posthoc_scores_the_adapter_and_each_method(tmp_path):
+    run("benchmarks/posthoc.py", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "r8-0.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in lines] == ["adapter", "laplace", "vi", "tfb"]
+    assert all(line["nll"] > 0 and line["training_seconds"] > 0 for line in lines)
 
 
 def test_growth_leaves_lines_and_a_picture(tmp_path):

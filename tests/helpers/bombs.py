@@ -20,6 +20,7 @@ from typing import Any
 
 MEGABYTES = 1000  # that a case may take above the base
 SECONDS = 10  # that a case may take
+MAX_CHARACTERS = 2_000_000  # of JSON that a case repeats: the process must hold the case itself under its limit
 CONFIG = "scalabl_config.json"
 
 
@@ -41,7 +42,7 @@ def edit_value(root: Any, how: str, where: int, size: int, value: Any) -> Any:
     if how in ("put", "number"):
         container[key] = value
     elif how == "enlarge":  # more of the same, up to a few megabytes
-        many = max(2, min(size, 2_000_000 // (len(json.dumps(old)) + 1)))
+        many = max(2, min(size, MAX_CHARACTERS // (len(json.dumps(old)) + 1)))
         if isinstance(old, dict):
             inner = next(iter(old.values()), value)
             container[key] = {**old, **{f"k{i}": inner for i in range(many)}}
@@ -178,12 +179,18 @@ def kilobytes(name: str) -> int:
 
 
 def serve(root: Path) -> None:
-    """Answer one case per line: {"outcome", "seconds", "megabytes"}."""
+    """Answer one case per line: {"outcome", "seconds", "megabytes", "kept"}.
+
+    "megabytes" is the peak above what the process had before the case, "kept" the address space after it, above the
+    base. The limit counts address space.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from bomb_places import places
 
     warnings.simplefilter("ignore")
-    answers, sys.stdout = sys.stdout, io.StringIO()
+    answers, sys.stdout = os.fdopen(os.dup(1), "w"), io.StringIO()
+    printed = root / "printed"  # what libraries in other languages than Python write to the standard output
+    os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), 1)
     ready = places(root)
     base = kilobytes("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, ((base + MEGABYTES * 1024) * 1024,) * 2)
@@ -199,8 +206,12 @@ def serve(root: Path) -> None:
             outcome = check(case)
         except BaseException as error:
             outcome = f"BROKEN {type(error).__name__}: {error}"[:2000]
+        if text := printed.read_bytes():
+            os.truncate(printed, 0)
+            outcome = f"BROKEN the case wrote to the standard output: {text[:500]!r}"
         answer = {"outcome": outcome, "seconds": time.perf_counter() - start}
         answer["megabytes"] = (kilobytes("VmHWM") - before) / 1024
+        answer["kept"] = (kilobytes("VmSize") - base) / 1024
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -208,8 +219,8 @@ class Bomber:
     """The process that loads the cases. A case that takes longer than SECONDS ends it, and the next starts another."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.process, self.served = root, None, 0
-        self.worst = {"seconds": 0.0, "megabytes": 0.0}
+        self.root, self.process = root, None
+        self.worst = {"seconds": 0.0, "megabytes": 0.0, "kept": 0.0}
 
     def start(self) -> dict[str, list[str]]:
         """Start the process; return the kinds of each place."""
@@ -227,19 +238,16 @@ class Bomber:
         assert self.process is not None and self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], seconds)[0]:
             self.stop()
-            return {"outcome": f"BROKEN more than {seconds} seconds", "seconds": seconds, "megabytes": 0.0}
+            return {"outcome": f"BROKEN more than {seconds} seconds", "seconds": seconds, "megabytes": 0.0, "kept": 0.0}
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
             self.process = None
-            return {"outcome": f"BROKEN the process ended with {code}", "seconds": 0.0, "megabytes": 0.0}
+            return {"outcome": f"BROKEN the process ended with {code}", "seconds": 0.0, "megabytes": 0.0, "kept": 0.0}
         return json.loads(line)
 
     def load(self, case: dict[str, Any]) -> dict[str, Any]:
-        """Load a case, and check its limits. A process serves 400 cases: what it keeps counts against its limit."""
-        self.served += 1
-        if self.served % 400 == 0:
-            self.stop()
+        """Load a case, and check its limits. One process serves all cases: what loading kept would count each time."""
         if self.process is None:
             self.start()
         assert self.process is not None and self.process.stdin is not None

@@ -198,6 +198,14 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
             lambda w: sp.from_peft(w.plain),
         ],
     ),
+    "posthoc": (
+        [lambda w: sp.posthoc(w.posterior.blora(), w.task, ROWS)],
+        [
+            lambda w: sp.posthoc(w.posterior.blora(), w.task, ROWS, method="nothing"),
+            lambda w: sp.posthoc(w.posterior.blora(), FailsLate(tiny.tokenizer()), ROWS),
+            lambda w: sp.posthoc(w.posterior.blora(), w.task, ROWS, tolerance=1.0),
+        ],
+    ),
     "Posterior.export_peft": (
         [lambda w: w.posterior.export_peft(new_path(w), draws=2)],
         [lambda w: w.posterior.export_peft(new_path(w), draws=-1), lambda w: w.posterior.export_peft(w.path)],

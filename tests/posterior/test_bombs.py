@@ -5,12 +5,13 @@ posterior, baseline or checkpoint may be replaced, enlarged, nested or copied. A
 ``-m slow`` runs 30,000 cases; SCALABL_TEST_BOMBS sets another number.
 """
 
+import json
 import os
 import sys
 import time
 
 import pytest
-from bombs import Bomber
+from bombs import MAX_CHARACTERS, Bomber
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyro import distributions as dist
@@ -58,12 +59,24 @@ def raw(file, text, count, kind="normal", place="posterior"):
     return {"kind": kind, "place": place, "edits": [(file, "raw", 0, count, text)]}
 
 
+def normalizer(step):
+    return {"edits": [(TOKENIZER, "part", 0, 0, {"normalizer": {"type": "Sequence", "normalizers": [step]}})]}
+
+
+def unigram(*pieces):
+    vocabulary = [["<unk>", 0.0], *([piece, -1.0] for piece in pieces)]
+    return {"edits": [(TOKENIZER, "part", 0, 0, {"model": {"type": "Unigram", "unk_id": 0, "vocab": vocabulary}})]}
+
+
+REGEX = {"type": "Replace", "content": ""}
 NORMALS = [["normal", {}]] * 10_000
 NEGATIVE = [
     ["empirical", {"num_chains": None, "shapes": {"s": [60_000_000, 16]}}],
     ["normal", {"shapes": {"a": [-(10**12)]}}],
 ]
 THOUSAND_LINKS = {"links": [("children", 200, "")], "place": "baseline", "kind": "deep_ensemble"}
+#: An added token with an option that the tokenizers library does not know. It would print the name of the option.
+LOUD = {"content": "x", "\nok       all is well\x1b[2J": True}
 #: What is wrong, and a word of the message.
 NAMED = {
     "a listed file of 1 TiB": ({"links": [("sparse", 2**40, "")]}, "bytes to read or to hash"),
@@ -106,7 +119,7 @@ NAMED = {
     "points that are not there": (guide("empirical", shapes={"s": [10**8, DIM]}), "does not hold the tensors"),
     "guides in guides in guides": (
         guide("with_hyperparameters", of_s="with_hyperparameters"),
-        "expected",
+        "must be the name of a guide",
     ),
     "20,000 equal labels": (task(labels=["A"] * 20_000), "stands there 20000 times"),
     "20,000 labels": (task(labels=[f"l{i}" for i in range(20_000)], template="{question}" + " the" * 300), "tokenize"),
@@ -137,6 +150,34 @@ NAMED = {
             "edits": [(CONFIG, "part", 0, 0, {"library_version": "1\nok       all is well\u2028\x1b[2J"})],
         },
         "1\\nok       all is well\\u2028\\x1b[2J",
+    ),
+    **{
+        f"lines of its own by the tokenizer, {where}": ({"place": place, "edits": [edit]}, "added token")
+        for place in ("posterior", "doctor")
+        for where, edit in {
+            "decoder": (TOKENIZER_CONFIG, "part", 0, 0, {"added_tokens_decoder": {"0": LOUD}}),
+            "type": (TOKENIZER_CONFIG, "part", 0, 0, {"x": [{"y": {"__type": "AddedToken", **LOUD}}]}),
+            "vocabulary": (TOKENIZER, "part", 0, 0, {"added_tokens": [{"id": 0, **LOUD}]}),
+        }.items()
+    },
+    "a table of characters that says it is long": (
+        normalizer({"type": "Precompiled", "precompiled_charsmap": "/////wAAAAAAAAAAAAAAAAAAAAA="}),
+        "shorter than it says",
+    ),
+    "a long regular expression": (normalizer(REGEX | {"pattern": {"Regex": "(?i)" + "\u00df" * 20_000}}), "regular"),
+    "a long piece": (unigram("a" * 8_000_000), "nodes in the tree"),
+    "long pieces": (unigram(*(f"{i:06}{'a' * 40}" for i in range(100_000))), "nodes in the tree"),
+    "a piece that is hidden by another model": (
+        raw(TOKENIZER, '{"model":{"type":"Unigram","vocab":[["x",0]]},"model":{}}', 1),
+        "stands twice",
+    ),
+    "a long added token": (
+        {"edits": [(TOKENIZER, "part", 0, 0, {"added_tokens": [{"id": 9, "content": "b" * 8_000_000}]})]},
+        "characters of added tokens",
+    ),
+    "a long special token": (
+        {"edits": [(TOKENIZER_CONFIG, "part", 0, 0, {"extra_special_tokens": ["b" * 4_000_000]})]},
+        "characters of tokens",
     ),
     "a chat template without an end": (
         {
@@ -204,13 +245,20 @@ AUTO = st.fixed_dictionaries(
     },
     optional={"rank": COUNTS, "hidden_dim": COUNTS, "num_transforms": COUNTS, "init_scale": COUNTS},
 )
+
+
+def repeated(components, count):
+    """The components many times. A case stays small: mixtures of mixtures would multiply to gigabytes."""
+    return components * max(1, min(count, MAX_CHARACTERS // len(json.dumps(components))))
+
+
 GUIDES = st.recursive(
     st.tuples(LEAF, OPTIONS) | st.tuples(st.just("auto"), AUTO),
     lambda inner: (
         st.tuples(
             st.just("mixture"),
             st.tuples(st.lists(inner, max_size=3), st.sampled_from([1, 1, 1, 50, 5000])).map(
-                lambda drawn: {"components": [list(one) for one in drawn[0]] * drawn[1]}
+                lambda drawn: {"components": repeated([list(one) for one in drawn[0]], drawn[1])}
             ),
         )
         | inner.map(lambda one: ("with_hyperparameters", {"of_s": one[0], **one[1]}))
@@ -277,6 +325,6 @@ def test_bomb_from_the_grammar_loads_or_is_refused_at_once(bomber, count):
         outcomes["loaded" if outcome in ("loaded", "ended") else "refused"] += 1
 
     every()
-    worst = f"{process.worst['seconds']:.1f} s and {process.worst['megabytes']:.0f} MB at the worst"
+    worst = "{seconds:.1f} s and {megabytes:.0f} MB at the worst, {kept:.0f} MB kept".format(**process.worst)
     sys.stdout.write(f"\n{outcomes} in {time.perf_counter() - start:.0f} s, {worst}\n")  # shown by -s
     assert outcomes["loaded"] and outcomes["refused"]

@@ -414,6 +414,24 @@ def test_edited_configuration_loads_or_is_refused(carrier, cases):
     run(cases, check, kind=KIND, edits=JSON_EDITS)
 
 
+@pytest.mark.parametrize("part", ["guide", "prior", pytest.param("task", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["by layer", "mixture", "AutoLowRankMultivariateNormal", "empirical Bayes"])
+def test_value_of_another_type_anywhere_in_an_option_loads_or_is_refused(place, kind, part):
+    """A list or an object cannot be looked up among names, for instance."""
+    config = json.loads(place.valid[kind][CONFIG])
+    for spot in range(len(places([pairs(config[part])]))):
+        for value in ([], {}, ["x"], {"x": 1}, None, True, 3, 0.5, "x"):
+            root = [pairs(config[part])]
+            container, i = places(root)[spot]
+            container[i] = [container[i][0], value] if isinstance(container, Pairs) else value
+            place.put(kind, {CONFIG: json.dumps({**config, part: json.loads(dump(root[0]))}).encode()})
+            place.check()
+
+
+def pairs(value: Any) -> Any:
+    return json.loads(json.dumps(value), object_pairs_hook=lambda found: Pairs([list(pair) for pair in found]))
+
+
 @fuzz(25, 1500)
 def test_edited_options_of_guide_prior_and_task_load_or_are_refused(place, cases):
     """Edits that hit only what builds objects, on a model that is adapted anew."""

@@ -1,8 +1,11 @@
 """Hidden folders of a killed process go away with the next write; those of a living one, and a user's own, stay."""
 
 import contextlib
+import json
 import os
+import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -46,23 +49,28 @@ def killed_at(n: int, work) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
+#: The longest names that a file system of 255 bytes allows.
+LONGEST = ["n" * 255, "\u00e9" * 127, "\U0001f339" * 63]
+
+
+@pytest.mark.parametrize("name", ["saved", *LONGEST], ids=len)
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_the_next_write_removes_what_a_kill_at_any_call_left(tmp_path, monkeypatch, can_exchange):
+def test_the_next_write_removes_what_a_kill_at_any_call_left(tmp_path, monkeypatch, can_exchange, name):
     if not can_exchange:
         monkeypatch.setattr(directories, "exchange", lambda a, b: False)
     kills = 0
     for n in range(1, 100):
         parent = tmp_path / str(n)
         parent.mkdir()
-        write(parent / "saved", "old")
-        if not killed_at(n, lambda parent=parent: write(parent / "saved", "new")):
+        write(parent / name, "old")
+        if not killed_at(n, lambda parent=parent: write(parent / name, "new")):
             break
         kills += 1
         remove_left_behind(parent)  # puts the old folder back where a kill came between two renames
-        assert (parent / "saved" / "a.txt").read_text() in ("old", "new")
-        write(parent / "saved", "newest")
-        assert names(parent) == ["saved"]
-        assert names(parent / "saved") == ["a.txt"]
+        assert (parent / name / "a.txt").read_text() in ("old", "new")
+        write(parent / name, "newest")
+        assert names(parent) == [name]
+        assert names(parent / name) == ["a.txt"]
     assert kills >= 8
 
 
@@ -78,12 +86,38 @@ def test_the_next_write_removes_what_a_kill_in_a_deletion_left(tmp_path):
     assert kills >= 4
 
 
+def test_a_folder_with_the_same_beginning_of_its_name_is_not_put_in_the_place_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(directories, "exchange", lambda a, b: False)
+    mine, other = tmp_path / ("n" * 254 + "a"), tmp_path / ("n" * 254 + "b")
+    for n in range(1, 100):
+        write(mine, "mine")
+        if not killed_at(n, lambda: write(mine, "new")):
+            break
+        write(other, "other")  # removes what the killed process left, and puts mine back
+        assert (mine / "a.txt").read_text() in ("mine", "new")
+        assert names(tmp_path) == [mine.name, other.name]
+        shutil.rmtree(other)
+    assert n >= 8
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere", "..", "", 3, None, "another"])
+def test_a_marker_that_names_another_folder_moves_and_deletes_nothing(tmp_path, name):
+    parent = tmp_path / "parent"
+    folder = parent / ".saved-0123abcd"
+    for content in ("new", "old"):
+        (folder / content).mkdir(parents=True)
+    (folder / MARKER).write_text(json.dumps({"host": socket.gethostname(), "pid": 1, "name": name}))
+    before = sorted(tmp_path.rglob("*"))
+    remove_left_behind(parent)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_work_of_a_living_process_stays(tmp_path):
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         with holder(tmp_path / "saved") as folder:
-            (folder / "saved").mkdir()
+            (folder / "new").mkdir()
             os.write(writing, b"1")
             time.sleep(60)
         os._exit(0)
@@ -92,7 +126,7 @@ def test_work_of_a_living_process_stays(tmp_path):
         write(tmp_path / "saved")
         write(tmp_path / "another")
         (living,) = [name for name in names(tmp_path) if name.startswith(".")]
-        assert (tmp_path / living / "saved").is_dir()
+        assert (tmp_path / living / "new").is_dir()
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
