@@ -20,10 +20,8 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # makes _support importable
 from _support.draw_averages import Bounds, TopTokens, average, average_labels, equal_weights, weights_after
 
 #: Tokens that end a text.
@@ -114,7 +112,7 @@ def read_log_probs(answer: Mapping[str, Any], endpoint: Endpoint, count: int) ->
         choice = answer["choices"][0]
         told = choice["logprobs"]
         if "content" in told:
-            top = {entry["token"]: float(entry["logprob"]) for entry in told["content"][0]["top_logprobs"]}
+            top = {text_of(entry): float(entry["logprob"]) for entry in told["content"][0]["top_logprobs"]}
         else:
             top = {token: float(value) for token, value in told["top_logprobs"][0].items()}
     except IndexError as error:
@@ -127,6 +125,12 @@ def read_log_probs(answer: Mapping[str, Any], endpoint: Endpoint, count: int) ->
             "where this exceeds 20, llama_cpp.server needs --logits_all true."
         )
     return top
+
+
+def text_of(entry: Mapping[str, Any]) -> str:
+    """Return the text of a token, or its bytes where they are only a part of a character."""
+    text, data = entry["token"], entry.get("bytes")
+    return text if data is None or text.encode() == bytes(data) else f"bytes:{bytes(data).hex()}"
 
 
 def continue_text(
@@ -145,7 +149,7 @@ def continue_text(
         draws = top_tokens(endpoints, prompt, count=count)
         token, bounds = next(iter(average(draws, weights).items()))
         written.append((token, bounds))
-        if token in END or "\ufffd" in token:  # a part of a character, which no request can hold
+        if token in END or "\ufffd" in token or token.startswith("bytes:"):  # a part of a character ends it too
             break
         weights, prompt = weights_after(draws, token, weights), prompt + token
     return written

@@ -1,17 +1,13 @@
 """Draws behind an OpenAI-compatible engine: the client averages probabilities, with bounds that hold."""
 
-import json
 import math
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from peft import PeftModel
 
 import scalabl_pyro as sp
 from scalabl_pyro.guides import NormalGuide
@@ -20,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import serve_draws
 from _support import draw_averages
 from _support.draw_averages import Bounds, TopTokens
+from _support.peft_engine import PeftEngine
 
 NAMES = ["draw-0", "draw-1", "draw-2"]
 VOCABULARY = len(tiny.VOCABULARY)
@@ -38,72 +35,40 @@ def posterior():
     return sp.Posterior.capture(blora, sp.MultipleChoice(tiny.tokenizer()), guide, provenance={})
 
 
+class Engine(PeftEngine):
+    """The engine whose answers depend on the path: paths other than /v1 take other forms, or fail."""
+
+    def text_of(self, token):
+        return " " + tiny.VOCABULARY[token]
+
+    def reply(self, path, body):
+        status, content = super().reply(path, body)
+        kind = path.split("/")[1]
+        if status == 200 and kind != "v1":
+            choice = content["choices"][0]
+            top = choice["logprobs"]["top_logprobs"][0]
+            if kind == "chat":
+                pairs = [{"token": token, "logprob": value} for token, value in top.items()]
+                choice["logprobs"] = {"content": [{"top_logprobs": pairs}]}
+            elif kind == "other" and body["model"] != NAMES[0]:
+                choice["logprobs"] = {"top_logprobs": [{"other" + token: value for token, value in top.items()}]}
+            elif kind in ("silent", "ended"):
+                choice["logprobs"] = {"silent": None, "ended": {"top_logprobs": []}}[kind]
+            elif kind == "text":
+                content = "hello"
+        return status, content
+
+
 @pytest.fixture(scope="module")
-def adapters(posterior, tmp_path_factory):
-    """Plain PEFT with one adapter per draw."""
+def server(posterior, tmp_path_factory):
     folders = posterior.export_peft(tmp_path_factory.mktemp("out") / "adapters", draws=len(NAMES), for_engine="vllm")
-    model = PeftModel.from_pretrained(tiny.causal_lm(), str(folders[0]), adapter_name=NAMES[0])
-    for name, folder in zip(NAMES[1:], folders[1:], strict=True):
-        model.load_adapter(str(folder), adapter_name=name)
-    return model.eval()
-
-
-def served(model, name: str, body: dict, path: str) -> dict:
-    """Answer one request; paths choose the form of the answer, and how it fails."""
-    ids = tiny.tokenizer()(body["prompt"], return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        logits = model(input_ids=ids, adapter_names=[name]).logits[0, -1]
-    values, tokens = logits.double().log_softmax(-1).topk(min(body["logprobs"], VOCABULARY))
-    prefix = "other" if path.startswith("/other") and name != NAMES[0] else " "
-    pairs = [(prefix + tiny.VOCABULARY[i], v) for i, v in zip(tokens, values.tolist(), strict=True)]
-    forms = {
-        "/v1": {"top_logprobs": [dict(pairs)]},
-        "/other": {"top_logprobs": [dict(pairs)]},
-        "/chat": {"content": [{"top_logprobs": [{"token": t, "logprob": v} for t, v in pairs]}]},
-        "/silent": None,
-        "/ended": {"top_logprobs": []},
-    }
-    logprobs = forms["/" + path.split("/")[1]]
-    return {"choices": [{"text": pairs[0][0], "logprobs": logprobs}], "usage": {"prompt_tokens": ids.shape[1]}}
+    with Engine(tiny.causal_lm(), tiny.tokenizer(), dict(zip(NAMES, folders, strict=True))) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
-def engine(adapters):
-    """An engine that speaks OpenAI's protocol over PEFT."""
-    one_at_a_time = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.answer(200, {"data": [{"id": name} for name in ["base", *NAMES]]})
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            name = body.get("model", NAMES[0])
-            if name not in NAMES:
-                return self.answer(404, {"error": {"message": f"The model {name!r} does not exist."}})
-            if self.path.startswith("/text"):
-                return self.answer(200, "hello")
-            with one_at_a_time:
-                answer = served(adapters, name, body, self.path)
-            return self.answer(200, answer)
-
-        def answer(self, status, content):
-            data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def engine(server):
+    return server.url
 
 
 def draws_of(url: str, count: int = VOCABULARY, prompt: str = PROMPT) -> list[TopTokens]:
@@ -120,10 +85,10 @@ def exact(posterior, prompt: str) -> np.ndarray:
     return np.stack(rows)
 
 
-def test_a_batch_with_an_adapter_per_row_equals_the_draws(posterior, adapters):
+def test_a_batch_with_an_adapter_per_row_equals_the_draws(posterior, server):
     ids = tiny.tokenizer()(PROMPT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        logits = adapters(input_ids=ids.repeat(len(NAMES), 1), adapter_names=NAMES).logits[:, -1]
+        logits = server.model(input_ids=ids.repeat(len(NAMES), 1), adapter_names=NAMES).logits[:, -1]
     np.testing.assert_allclose(logits.double().log_softmax(-1).numpy(), exact(posterior, PROMPT), atol=1e-5)
 
 
@@ -245,18 +210,18 @@ def test_probabilities_are_averaged_and_not_logits():
 
 
 def test_errors_say_what_to_do(engine):
-    with pytest.raises(SystemExit, match=r"has no adapter 'other', only base, draw-0, .*--lora-modules other=PATH"):
+    with pytest.raises(SystemExit, match=r"has no adapter 'other', only draw-0, .*--lora-modules other=PATH"):
         serve_draws.check_names([serve_draws.Endpoint(engine, "other")])
     serve_draws.check_names(serve_draws.endpoints_of([engine], [*NAMES, "base:draw-1", ""]))
     with pytest.raises(SystemExit, match=r"other at http.* refused the request \(HTTP 404\).*does not exist"):
         serve_draws.top_tokens([serve_draws.Endpoint(engine, "other")], PROMPT)
-    with pytest.raises(SystemExit, match="returned no log probabilities.*--max-logprobs 20.*--logits_all"):
+    with pytest.raises(SystemExit, match=r"returned no log probabilities.*--max-logprobs 20.*--logits_all"):
         draws_of(engine.replace("/v1", "/silent"), 20)
     with pytest.raises(SystemExit, match="ended the text"):
         draws_of(engine.replace("/v1", "/ended"))
-    with pytest.raises(SystemExit, match="draw-1 at .* has other tokens than draw-0 .*share 0 tokens"):
+    with pytest.raises(SystemExit, match=r"draw-1 at .* has other tokens than draw-0 .*share 0 tokens"):
         draws_of(engine.replace("/v1", "/other"))
-    with pytest.raises(SystemExit, match="did not answer with JSON"):
+    with pytest.raises(SystemExit, match="returned no log probabilities"):
         draws_of(engine.replace("/v1", "/text"))
     with pytest.raises(SystemExit, match=r"does not answer .*Start the engine"):
         serve_draws.top_tokens([serve_draws.Endpoint("http://127.0.0.1:9/v1")], PROMPT)
@@ -267,6 +232,12 @@ def test_errors_say_what_to_do(engine):
 def test_addresses_and_names_are_paired():
     pairs = [*serve_draws.endpoints_of(["a", "b/"], []), *serve_draws.endpoints_of(["a"], ["x", "y"])]
     assert [(e.url, e.model) for e in pairs] == [("a", ""), ("b", ""), ("a", "x"), ("a", "y")]
+
+
+def test_parts_of_characters_stay_apart():
+    assert serve_draws.text_of({"token": " sky"}) == " sky"
+    assert serve_draws.text_of({"token": " sky", "bytes": list(b" sky")}) == " sky"
+    assert serve_draws.text_of({"token": "", "bytes": [0xE2, 0x82]}) == "bytes:e282"
 
 
 def test_equal_answers_are_told(engine, capsys):
