@@ -61,6 +61,7 @@ def convert_peft(model: PeftModel, *, rank: int | float | None = None) -> PeftMo
             "The adapter is an activated LoRA (alora_invocation_tokens): it changes only the tokens after the "
             "invocation. Bayesian LoRA changes all tokens, so it would be another function. Train it as plain LoRA."
         )
+    _check_convertible(model, name)
     method = str(getattr(model.peft_config[name].peft_type, "value", model.peft_config[name].peft_type))
     true = {path: _update(path, layer, name, method) for path, layer in _layers(model).items()}
     try:
@@ -78,6 +79,40 @@ def convert_peft(model: PeftModel, *, rank: int | float | None = None) -> PeftMo
     converted = cast(PeftModel, get_peft_model(cast(Any, base), config, adapter_name=name))
     set_peft_model_state_dict(converted, state, adapter_name=name)
     return converted.eval()
+
+
+def _check_convertible(model: PeftModel, name: str) -> None:
+    """Raise for states of a model in which PEFT would convert something else than what the model computes."""
+    config: Any = model.peft_config[name]
+    layers = _layers(model).values()
+    if len(model.peft_config) > 1 or any(list(layer.active_adapters) != [name] for layer in layers):
+        raise ValueError(
+            f"The model carries the adapters {sorted(model.peft_config)}, and one is to be converted. Delete the "
+            "others first: model.delete_adapter(name)."
+        )
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError("The adapter is disabled: call enable_adapter_layers() first.")
+    if any(layer.merged for layer in layers):
+        raise ValueError("The adapter is merged into its base layers: call unmerge_adapter() first.")
+    if (bias := getattr(config, "bias", "none")) != "none":
+        raise ValueError(
+            f"The adapter trained biases too (bias={bias!r}), and PEFT cannot convert these. Merge it into the model, "
+            "model.merge_and_unload(), and adapt the result."
+        )
+    if any(isinstance(layer, TrainableTokensLayer) for layer in layers):
+        raise TypeError(
+            "The adapter also trained single tokens (trainable_token_indices), and PEFT cannot convert these. Merge it "
+            "into the model, model.merge_and_unload(), and adapt the result."
+        )
+    if whole := [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper) and _has_parts(m)]:
+        raise TypeError(
+            f"The adapter trained {whole[0].removeprefix('base_model.model.')!r} in full, a module with parts, and "
+            "PEFT cannot convert these. Merge it into the model, model.merge_and_unload(), and adapt the result."
+        )
+
+
+def _has_parts(wrapper: ModulesToSaveWrapper) -> bool:
+    return next(wrapper.original_module.children(), None) is not None
 
 
 def _layers(model: PeftModel) -> dict[str, BaseTunerLayer]:
@@ -118,10 +153,10 @@ def _update(path: str, layer: BaseTunerLayer, adapter_name: str, method: str) ->
     of_peft = of_peft.T if isinstance(inner, Conv1D) and of_peft.shape != update.shape else of_peft
     if _relative(update - of_peft, update) > ROUNDING:
         raise TypeError(
-            f"{path.removeprefix('base_model.model.')!r} has an adapter of the method {method} that also rescales the "
-            "weight of the base model (DoRA with trained magnitudes does this). No update of low rank is equal to it. "
-            "Merge the adapter into the model, model.merge_and_unload(), and adapt the result; or train it as plain "
-            "LoRA."
+            f"{path.removeprefix('base_model.model.')!r} computes something else than the update that PEFT would "
+            f"convert (method {method}). DoRA with trained magnitudes does this, because it also rescales the weight "
+            "of the base model. Merge the adapter into the model, model.merge_and_unload(), and adapt the result; or "
+            "train it as plain LoRA."
         )
     return update
 

@@ -162,7 +162,7 @@ def test_dora_comes_in_while_its_magnitudes_are_the_norms_and_is_refused_afterwa
     torch.testing.assert_close(logits(blora.llm), before, rtol=1e-5, atol=1e-5)
     model = with_values(get_peft_model(tiny.causal_lm(), config))
     before, state = logits(model), everything(model)
-    with pytest.raises(TypeError, match=r"also rescales the weight of the base model.*merge_and_unload"):
+    with pytest.raises(TypeError, match=r"DoRA with trained magnitudes.*merge_and_unload"):
         sp.from_peft(model, rank=2)
     assert torch.equal(logits(model), before)
     assert_equal(everything(model), state)
@@ -174,6 +174,7 @@ def test_dora_comes_in_while_its_magnitudes_are_the_norms_and_is_refused_afterwa
         (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "PEFT cannot turn an adapter of.*IA3"),
         (peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]), "PEFT cannot turn an adapter of.*OFT"),
         (peft.HiraConfig(r=2, target_modules=["q_proj"]), "PEFT cannot turn an adapter of.*HIRA"),
+        (peft.AdaLoraConfig(target_r=2, init_r=4, total_step=10, target_modules=["q_proj"]), "PEFT cannot.*ADALORA"),
         (
             LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
             "activated LoRA",
@@ -194,6 +195,45 @@ def test_other_methods_are_refused_by_name(config, message, from_folder, tmp_pat
         sp.from_peft(given, tmp_path / "a" if from_folder else None)
     assert torch.equal(logits(given), before)
     assert_equal(everything(given), state)
+
+
+def merged(model) -> None:
+    model.merge_adapter()
+
+
+def disabled(model) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def second(model) -> None:
+    model.add_adapter("other", peft.LoHaConfig(r=2, target_modules=["v_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (peft.LoHaConfig(r=2, target_modules=Q_AND_V), merged, "call unmerge_adapter"),
+        (peft.LoHaConfig(r=2, target_modules=Q_AND_V), disabled, "call enable_adapter_layers"),
+        (peft.LoHaConfig(r=2, target_modules=["q_proj"]), second, r"carries the adapters .*delete_adapter"),
+        (peft.LoHaConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"]), None, "trained '.*mlp' in full"),
+        (peft.VeraConfig(r=2, target_modules=["q_proj"], bias="all"), None, "trained biases too"),
+        (
+            LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, trainable_token_indices=[1]),
+            None,
+            "also trained single tokens",
+        ),
+    ],
+    ids=["merged", "disabled", "two adapters", "a module with parts", "biases", "tokens"],
+)
+def test_what_cannot_be_converted_is_refused_with_a_way_out(config, change, message):
+    model = get_peft_model(tiny.causal_lm(), copy.deepcopy(config)).eval()
+    if change is not None:
+        change(model)
+    before, state = logits(model), everything(model)
+    with pytest.raises((TypeError, ValueError), match=message):
+        sp.from_peft(model, rank=2)
+    assert torch.equal(logits(model), before)
+    assert_equal(everything(model), state)
 
 
 # bad input --------------------------------------------------------------------------------------------------
