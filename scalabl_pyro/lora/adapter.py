@@ -94,6 +94,11 @@ class Adapter(Summarized):
         return self.factors()[0][0].device
 
     @property
+    def original(self) -> nn.Module:
+        """Module that ``unload`` returns, such as the PeftModel or the compiled model around ``module``."""
+        return self._original
+
+    @property
     def loc(self) -> Tensor:
         """Resting point, (D,): the value of s in passes that bind no draw. ``rest_at`` moves it."""
         return self._loc

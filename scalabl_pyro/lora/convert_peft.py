@@ -29,7 +29,12 @@ ROUNDING = 1e-3
 def needs_conversion(model: PeftModel) -> bool:
     """Tell whether a PEFT model carries layers of another method than plain LoRA, or LoRA variants such as DoRA."""
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, TrainableTokensLayer)]
-    return any(not isinstance(m, LoraLayer) or m.lora_variant for m in layers)
+    return any(not _is_lora(m) or getattr(m, "lora_variant", None) for m in layers)
+
+
+def _is_lora(layer: BaseTunerLayer) -> bool:
+    """Tell whether a layer is one of LoRA itself, and not of a method built on it, such as AdaLoRA."""
+    return isinstance(layer, LoraLayer) and type(layer).__module__.startswith(LoraLayer.__module__.rpartition(".")[0])
 
 
 def convert_peft(model: PeftModel, *, rank: int | float | None = None) -> PeftModel:
@@ -51,6 +56,11 @@ def convert_peft(model: PeftModel, *, rank: int | float | None = None) -> PeftMo
         ValueError: The rank is larger than a layer allows.
     """
     name = model.active_adapter
+    if getattr(model.peft_config[name], "alora_invocation_tokens", None):
+        raise TypeError(
+            "The adapter is an activated LoRA (alora_invocation_tokens): it changes only the tokens after the "
+            "invocation. Bayesian LoRA changes all tokens, so it would be another function. Train it as plain LoRA."
+        )
     method = str(getattr(model.peft_config[name].peft_type, "value", model.peft_config[name].peft_type))
     true = {path: _update(path, layer, name, method) for path, layer in _layers(model).items()}
     try:

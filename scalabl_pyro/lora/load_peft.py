@@ -64,7 +64,7 @@ def load_peft(base: nn.Module, path: str, **hub: Any) -> PeftModel:
 
 
 def _read(path: str, hub: Mapping[str, Any]) -> tuple[PeftConfig, dict[str, Tensor]]:
-    folder = os.path.join(path, hub.get("subfolder") or "")
+    folder = os.path.join(path, hub["subfolder"]) if hub.get("subfolder") else path
     if os.path.isdir(path) and not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         inside = sorted(name for name in os.listdir(folder)) if os.path.isdir(folder) else []
         deeper = [n for n in inside if os.path.isfile(os.path.join(folder, n, "adapter_config.json"))]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._process.lock import LOCK
 from .adapter import Adapter
 from .attach import find_adapter
+from .base_module import PEFT_WRAPPERS
 from .sharding import is_sharded
 
 
@@ -35,6 +36,8 @@ def plain_copy(adapter: Adapter, *, share: bool) -> nn.Module:
         )
     with LOCK:
         memo = _options_to_copy(adapter) | (_shared(adapter) if share else {})
+        if adapter.original is not adapter.module and not isinstance(adapter.original, PEFT_WRAPPERS):
+            memo[id(adapter.original)] = None  # a compiled model around the module cannot be copied
         copied = copy.deepcopy(adapter.module, memo)
         found = find_adapter(copied)
         if found is None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -145,8 +146,8 @@ def largest_error(
 
 def _wanted(draws: object) -> list[int | None]:
     """Return the numbers of the draws to export; None stands for the posterior mean."""
-    draws = plain(draws)
-    if draws == MEAN:
+    draws = draws.tolist() if isinstance(draws, np.ndarray | np.generic | Tensor) else draws
+    if isinstance(draws, str) and draws == MEAN:
         return [None]
     if isinstance(draws, int) and not isinstance(draws, bool):
         check_count(draws=draws)

@@ -174,9 +174,13 @@ def test_dora_comes_in_while_its_magnitudes_are_the_norms_and_is_refused_afterwa
         (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "PEFT cannot turn an adapter of.*IA3"),
         (peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]), "PEFT cannot turn an adapter of.*OFT"),
         (peft.HiraConfig(r=2, target_modules=["q_proj"]), "PEFT cannot turn an adapter of.*HIRA"),
+        (
+            LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
+            "activated LoRA",
+        ),
         (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING"),
     ],
-    ids=["IA3", "OFT", "HiRA", "prompt tuning"],
+    ids=["IA3", "OFT", "HiRA", "AdaLoRA", "aLoRA", "prompt tuning"],
 )
 @pytest.mark.parametrize("from_folder", [False, True])
 def test_other_methods_are_refused_by_name(config, message, from_folder, tmp_path):

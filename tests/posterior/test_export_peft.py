@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import families
+import numpy as np
 import peft_cases
 import pytest
 import tiny
@@ -223,6 +224,34 @@ def test_layers_of_some_blocks_are_named_exactly(tmp_path):
     blora = sp.bayesian_lora(tiny.causal_lm(), target_modules=["q_proj"], layers_to_transform=[1])
     (folder,) = posterior_of(blora).export_peft(tmp_path / "out")
     assert PeftConfig.from_pretrained(folder).target_modules == {"model.layers.1.self_attn.q_proj"}
+
+
+def test_a_compiled_model_and_one_that_is_bound_to_a_draw_go_out(tmp_path):
+    posterior = posterior_of(fresh(torch.compile(tiny.causal_lm())))
+    expected = under(posterior, 1)
+    with posterior.draw(0):
+        (folder,) = posterior.export_peft(tmp_path / "inside", draws=[1])
+        close(logits(posterior.merge(1)), expected, posterior.adapter.module)
+    close(plain(tiny.causal_lm(), folder), expected, posterior.adapter.module)
+
+
+@pytest.mark.parametrize("draws", [np.array([0, 2]), torch.tensor([0, 2]), (0, 2), [np.int64(0), 2]])
+def test_indices_of_draws_in_any_form(draws, tmp_path):
+    posterior = posterior_of(sp.bayesian_lora(tiny.causal_lm(), r=1, target_modules=["q_proj"]))
+    assert [f.name for f in posterior.export_peft(tmp_path / "out", draws=draws)] == ["draw-0", "draw-2"]
+
+
+def test_a_base_in_four_bits_goes_out_and_is_not_merged(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes")
+    tiny.causal_lm(hidden_size=64, intermediate_size=64, head_dim=16).save_pretrained(tmp_path / "base")
+    kind = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=kind, device_map="cpu")
+    posterior = posterior_of(fresh(base))
+    posterior.export_peft(tmp_path / "out", draws=[0])
+    (entry,) = json.loads((tmp_path / "out" / "index.json").read_text())["draws"]
+    assert entry["largest_logit_error"] < 1e-4
+    with pytest.raises(ValueError, match=r"is quantized.*bfloat16.*export_peft"):
+        posterior.merge()
 
 
 def test_the_error_in_bfloat16_is_measured_and_written(tmp_path):
