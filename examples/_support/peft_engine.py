@@ -60,6 +60,10 @@ class PeftEngine:
         with self._lock, torch.no_grad():
             # One adapter per row: PEFT's form of a batch with several adapters.
             logits = self.model(input_ids=ids, adapter_names=[name]).logits[0, -1]
+        if allowed := body.get("allowed_token_ids"):  # as vLLM with --logprobs-mode processed_logprobs
+            kept = torch.full_like(logits, -9999.0)
+            kept[allowed] = logits[allowed]
+            logits = kept
         log_probs = logits.double().log_softmax(-1)
         top = log_probs.topk(min(int(body["logprobs"]), len(log_probs)))
         pairs = [(self.text_of(i), value) for i, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
