@@ -50,6 +50,7 @@ SCRIPTS = {
     "benchmarks/designs.py": (["--tiny", "--out", "designs.json"], DATA),
     "benchmarks/serving.py": (["--tiny", "--out", "serving.json"], DATA),
     "benchmarks/serve_llama_cpp.py": (["--tiny", "--draws", "2", "--work", "work"], DATA),
+    "benchmarks/serve_vllm.py": (["--tiny", "--draws", "2", "--rows", "2", "--steps", "2"], DATA),
     "benchmarks/posthoc.py": (["--tiny", "--lines", "laplace", "vi", "tfb", "--out", "out"], DATA),
     "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
     "benchmarks/compare_checkouts.py": (
@@ -267,6 +268,12 @@ def test_the_benchmark_of_posthoc_scores_the_adapter_and_each_method(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "r8-0.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == ["adapter", "laplace", "vi", "tfb"]
     assert all(line["nll"] > 0 and line["training_seconds"] > 0 for line in lines)
+
+
+def test_the_benchmark_of_vllm_compares_averages_with_predict(tmp_path):
+    run("benchmarks/serve_vllm.py", tmp_path)
+    found = json.loads((tmp_path / "serving_vllm.json").read_text())
+    assert max(found["largest_difference_of_a_probability_per_draw"]) < 1e-4
 
 
 def test_growth_leaves_lines_and_a_picture(tmp_path):
