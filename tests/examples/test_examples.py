@@ -49,8 +49,8 @@ SCRIPTS = {
     ),
     "benchmarks/designs.py": (["--tiny", "--out", "designs.json"], DATA),
     "benchmarks/serving.py": (["--tiny", "--out", "serving.json"], DATA),
+    "benchmarks/serve_vllm.py": (["--tiny", "--work", "work", "--out", "serving_vllm.json"], DATA),
     "benchmarks/serve_llama_cpp.py": (["--tiny", "--draws", "2", "--work", "work"], DATA),
-    "benchmarks/serve_vllm.py": (["--tiny", "--draws", "2", "--rows", "2", "--steps", "2"], DATA),
     "benchmarks/posthoc.py": (["--tiny", "--lines", "laplace", "vi", "tfb", "--out", "out"], DATA),
     "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
     "benchmarks/compare_checkouts.py": (
@@ -140,6 +140,15 @@ def test_scripts_find_their_helpers_in_one_way():
 def test_peft_serves_the_draws_of_the_engine_benchmark(tmp_path):
     output = run("benchmarks/serve_llama_cpp.py", tmp_path)
     assert float(output.split()[-1]) < 1e-5
+
+
+def test_the_benchmark_of_vllm_compares_tokens_labels_and_a_text(tmp_path):
+    run("benchmarks/serve_vllm.py", tmp_path)
+    figures = json.loads((tmp_path / "serving_vllm.json").read_text())
+    assert max(figures["largest_difference_of_a_probability_per_draw"]) < 1e-5
+    assert figures["largest_difference_of_a_label"] < 1e-5 and figures["farthest_outside_of_the_bounds"] < 1e-5
+    recorded = json.loads((EXAMPLES / "benchmarks" / "results" / "serving_vllm.json").read_text())
+    assert set(figures) | {"log_probability", "log_probability_between"} == set(recorded)
 
 
 def test_the_minimal_example_predicts(tmp_path):
@@ -268,12 +277,6 @@ def test_the_benchmark_of_posthoc_scores_the_adapter_and_each_method(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "r8-0.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == ["adapter", "laplace", "vi", "tfb"]
     assert all(line["nll"] > 0 and line["training_seconds"] > 0 for line in lines)
-
-
-def test_the_benchmark_of_vllm_compares_averages_with_predict(tmp_path):
-    run("benchmarks/serve_vllm.py", tmp_path)
-    found = json.loads((tmp_path / "serving_vllm.json").read_text())
-    assert max(found["largest_difference_of_a_probability_per_draw"]) < 1e-4
 
 
 def test_growth_leaves_lines_and_a_picture(tmp_path):
