@@ -48,12 +48,12 @@ class Adapter(Summarized):
             Unit rows remove the first freedom. A prior on B removes the second.
         heads: Float32 copies of newly initialized heads by module path. They are trained in full.
         base_tensors: Frozen tensors of the module that the checkpoint of the base model does not hold, by name.
-        original: Module that ``unload`` returns, such as the PeftModel around ``module``; None means ``module``.
+        original: What ``unload`` returns, such as the PeftModel around ``module``; None means ``module``.
 
     Attributes:
         blocks: Blocks from the first adapted one on; empty unless the module has exactly one stack of blocks.
         blocks_below: Transformer blocks below the first adapted one.
-        serial: Number of this adapter in Pyro's global store. (Python could use an ``id()`` again.)
+        serial: Number of this adapter in Pyro's global store (Python could use an ``id()`` again).
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Adapter(Summarized):
         below, adapted = split_blocks(module, subspace.names)
         self.blocks_below: tuple[nn.Module, ...] = tuple(below)
         self.blocks: tuple[nn.Module, ...] = tuple(adapted)
-        self._original = module if original is None else original
+        self.original = module if original is None else original
         self._loc = loc
         self._changes = changes
         self._is_attached = True
@@ -92,11 +92,6 @@ class Adapter(Summarized):
     def device(self) -> torch.device:
         """Device of the first adapted layer, where latents are drawn."""
         return self.factors()[0][0].device
-
-    @property
-    def original(self) -> nn.Module:
-        """Module that ``unload`` returns, such as the PeftModel or the compiled model around ``module``."""
-        return self._original
 
     @property
     def loc(self) -> Tensor:
@@ -287,7 +282,7 @@ class Adapter(Summarized):
         """Restore the original module exactly, bit for bit, and return it. Nothing may use the module meanwhile."""
         self._is_attached = False
         self._changes.revert()
-        return self._original
+        return self.original
 
     def num_parameters(self) -> dict[str, int]:
         """Count the added parameters: ``lora`` (A and B), ``latents`` (D), ``variational`` (2 D, as in the paper)."""
