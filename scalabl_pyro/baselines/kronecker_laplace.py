@@ -18,8 +18,7 @@ from .._arguments import check_role, known_arguments
 from .._errors import check_count, check_scale
 from .._process.random_state import scoped_seed
 from ..data.batch import evaluation_batches
-from ..data.encoding import encode
-from ..data.rows import rows_for
+from ..data.encoding import encode_data
 from ..inference.evidence import scale_of_largest_evidence
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
@@ -82,7 +81,7 @@ def laplace_lora(
             raise ValueError(f"prior_scale={prior_scale!r}: give a number, or 'evidence' to choose it.")
     else:
         check_scale(prior_scale=prior_scale)
-    examples = encode(rows_for(posterior.task.encode, train_data), posterior.task.encode, need_target=True)
+    examples = encode_data(train_data, posterior.task.encode, need_target=True)
     factors = plain_factors(posterior)
     with scoped_seed(seed), torch.enable_grad():
         eigen = kronecker_factors(
@@ -227,7 +226,7 @@ def predict_linear(
     start = time.perf_counter()
     task, device = center.task, center.adapter.device
     function = as_function(center, factors)
-    examples = encode(rows_for(task.encode, data, split="test"), task.encode, need_target=False)
+    examples = encode_data(data, task.encode, need_target=False, split="test")
     task.check_llm(center.adapter, examples)
     stacked = [torch.stack([delta[i] for delta in deltas]) for i in range(2 * len(factors))]
     parts = []

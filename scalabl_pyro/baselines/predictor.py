@@ -14,8 +14,7 @@ from torch import Tensor
 from .._arguments import known_arguments_of_methods
 from .._display import Summarized, html_table
 from ..data.batch import Batch
-from ..data.encoding import encode
-from ..data.rows import rows_for
+from ..data.encoding import encode_data
 from ..lora.adapter import Adapter
 from ..lora.forward import AdaptedLLM
 from ..lora.hidden_state_cache import Prefix, reuse
@@ -135,7 +134,7 @@ def predict_functions(
         is_mean: Whether the only function is the posterior mean.
         progress: Whether to show a progress bar.
     """
-    examples = encode(rows_for(task.encode, data, split="test"), task.encode, need_target=False)
+    examples = encode_data(data, task.encode, need_target=False, split="test")
     adapter = functions[0][0].adapter
     passes = Passes.over(examples, task, adapter, batch_size=batch_size)
 

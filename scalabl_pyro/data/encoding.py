@@ -16,9 +16,26 @@ from ..lora.targets import input_embeddings
 from .batch import Example
 from .containers import check_row
 from .row_form import form_for
-from .rows import Row
+from .rows import Row, rows_for
 
 logger = logging.getLogger(__name__)
+
+
+def encode_data(
+    source: Any, encode_row: Callable[[Row], Example], *, need_target: bool, split: str = "train"
+) -> list[Example]:
+    """Read rows in any form for a task, and tokenize them.
+
+    Args:
+        source: Rows in any form that :func:`~scalabl_pyro.data.read_rows` takes.
+        encode_row: The task's method ``encode``.
+        need_target: Whether every row must have an answer.
+        split: Split of a hub data set.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: As for :func:`~scalabl_pyro.data.read_rows` and :func:`encode`.
+    """
+    return encode(rows_for(encode_row, source, split=split), encode_row, need_target=need_target)
 
 
 @known_arguments

@@ -15,8 +15,8 @@ from .._errors import check_count
 from .._process.random_state import scoped_seed
 from .._values import plain
 from .batch import Batch, Example, collate
-from .encoding import encode
-from .rows import Row, rows_for
+from .encoding import encode_data
+from .rows import Row
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def training_source(
                 "log-likelihood against the KL."
             )
         return Cycle(data, seed=seed, keeps_digest=keeps_digest, first=first), int(num_data)
-    examples = encode(rows_for(encode_row, data), encode_row, need_target=True)
+    examples = encode_data(data, encode_row, need_target=True)
     if num_data not in (None, len(examples)):
         raise ValueError(f"num_data={num_data}, but train_data has {len(examples)} rows: leave num_data out.")
     return TrainingBatches(examples, batch_size, pad_token_id, seed=seed, multiple=multiple), len(examples)

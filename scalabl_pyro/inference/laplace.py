@@ -15,8 +15,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 from .._arguments import check_role, known_arguments
 from .._errors import check_count, check_scale
-from ..data.encoding import encode
-from ..data.rows import rows_for
+from ..data.encoding import encode_data
 from ..guides import CovarianceGuide
 from ..model.derivatives import gauss_newton
 from ..model.log_likelihood import LogLikelihood
@@ -76,7 +75,7 @@ def laplace(
     check_count(newton_steps=newton_steps, least=0)
     check_count(batch_size=batch_size)
     prior_at = _normal_prior(posterior.prior, prior_scale)
-    examples = encode(rows_for(posterior.task.encode, data), posterior.task.encode, need_target=True)
+    examples = encode_data(data, posterior.task.encode, need_target=True)
     likelihood = LogLikelihood(posterior.llm(), posterior.task, examples, batch_size=batch_size)
     dtype = posterior.mean().dtype
     mode, fit = _gauss_newton_ascent(likelihood, posterior.mean().double(), prior_at, newton_steps, dtype)

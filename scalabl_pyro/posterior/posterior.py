@@ -13,8 +13,7 @@ from .._arguments import known_arguments_of_methods
 from .._deprecated import ScalaBLDeprecationWarning
 from .._errors import check_count, check_flag
 from ..data.batch import Example
-from ..data.encoding import encode
-from ..data.rows import rows_for
+from ..data.encoding import encode_data
 from ..lora.module_snapshot import ModuleSnapshot
 from ..prediction.averaged import AveragedNumericPrediction, AveragedPrediction
 from ..prediction.draws import sample_prior
@@ -125,7 +124,7 @@ class Posterior(ExportablePosterior):
         check_count(num_draws=num_draws, least=0)
         size = min(draws_per_pass or MANY_DRAWS, max(num_draws, 1))
         parts = self.sample_in_parts(num_draws, size=size, seed=seed, design=design)
-        examples = encode(rows_for(self.task.encode, data, split="test"), self.task.encode, need_target=False)
+        examples = encode_data(data, self.task.encode, need_target=False, split="test")
         options: dict[str, Any] = {"batch_size": batch_size, "cache_prefix": cache_prefix, "progress": progress}
         if not keep_draws:
             s = (part.s for part in parts)
@@ -223,7 +222,7 @@ class Posterior(ExportablePosterior):
             >>> posterior.prior_predictive(test_data, num_draws=100).probs
         """
         check_count(num_draws=num_draws, batch_size=batch_size)
-        examples = encode(rows_for(self.task.encode, data, split="test"), self.task.encode, need_target=False)
+        examples = encode_data(data, self.task.encode, need_target=False, split="test")
         self._check_room_for_predictions(examples, num_draws)
         s = sample_prior(self.prior, num_draws, seed=seed)
         return predict(self.llm(), self.task, s, examples, batch_size=batch_size, seed=seed)

@@ -13,7 +13,7 @@ from .._display import Summarized
 from .._errors import check_choice, check_count
 from .._process.pyro_modes import local_params
 from ..analysis.psis import LogWeights
-from ..data.encoding import encode
+from ..data.encoding import encode_data
 from ..data.rows import rows_for
 from ..guides import Guide
 from ..lora.adapter import Adapter
@@ -183,7 +183,7 @@ class PosteriorState(Summarized):
         Example:
             >>> value = posterior.log_likelihood(train_data)(posterior.mean())
         """
-        examples = encode(rows_for(self.task.encode, data), self.task.encode, need_target=need_target)
+        examples = encode_data(data, self.task.encode, need_target=need_target)
         return LogLikelihood(self.llm(), self.task, examples, batch_size=batch_size)
 
     def log_weights(

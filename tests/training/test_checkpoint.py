@@ -249,7 +249,7 @@ def full_disk(monkeypatch, *, from_step, to_step=100):
     original = storage.write_file
 
     def write_file(path, data):
-        step = int(path.parent.name.split("-")[1])
+        step = int(path.parent.parent.name.split("-")[1])  # .step-00000004-…/new/file
         if from_step <= step <= to_step:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         original(path, data)
