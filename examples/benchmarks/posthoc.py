@@ -124,7 +124,10 @@ def main() -> None:
     settings["threads"] = torch.get_num_threads()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = "test" if args.test else "validation"
-    with tempfile.TemporaryDirectory() as folder, (args.out / f"{args.data}-{args.seed}-{rows}.jsonl").open("w") as file:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        (args.out / f"{args.data}-{args.seed}-{rows}.jsonl").open("w") as file,
+    ):
         path, training = timed(lambda: train_adapter(llm, task, train, args, Path(folder)))
         blora = sp.from_peft(llm, path)
         guide = sp.guides.DeltaGuide(blora.adapter.loc, learn=False)

@@ -39,7 +39,8 @@ def posthoc(
 
     - ``"laplace"``: normal posterior with the curvature of the likelihood at the adapter, and all correlations. It
       costs one pass over the data with a gradient per class. Options: those of :func:`scalabl_pyro.laplace`; here
-      ``prior_scale`` is ``"evidence"`` by default, which chooses the scale of the prior Normal(0, scale).
+      ``prior_scale`` is ``"evidence"`` by default, which chooses the scale of the prior Normal(0, scale). The mean
+      stays at the adapter, which is not the mode under this prior; ``newton_steps=1`` moves it toward the mode.
     - ``"vi"``: variational inference, which also moves the mean of s. Options: those of :func:`scalabl_pyro.refit` and
       :func:`scalabl_pyro.fit`. ``num_steps`` sets the cost; by default it is two passes over the data.
     - ``"mcmc"``: draws of the exact posterior of s. It costs hundreds of passes. Options: those of
@@ -146,7 +147,9 @@ def largest_noise(
         )
     elif scale == max_scale:
         warnings.warn(
-            f"The scale {scale} lies at a limit of the search: raise max_scale={max_scale}.", ScalaBLWarning, stacklevel=4
+            f"The scale {scale} lies at a limit of the search: raise max_scale={max_scale}.",
+            ScalaBLWarning,
+            stacklevel=4,
         )
     provenance = {
         **posterior.provenance,

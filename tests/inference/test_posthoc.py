@@ -172,7 +172,11 @@ def world():
         ({"method": "tfb", "newton_steps": 3}, TypeError, "It belongs to method='laplace'"),
         ({"method": "tfb", "tolerence": 3}, TypeError, "tolerance"),
         ({"method": "mcmc", "prior_scale": 3}, TypeError, "It belongs to method='laplace'"),
-        ({"method": "vi", "tolerance": 1}, TypeError, r"method='vi' has no option 'tolerance'.*belongs to method='tfb'"),
+        (
+            {"method": "vi", "tolerance": 1},
+            TypeError,
+            r"method='vi' has no option 'tolerance'.*belongs to method='tfb'",
+        ),
         ({"method": "vi", "epochs": 1}, TypeError, "Did you mean 'num_steps'"),
         ({"method": "tfb", "tolerance": -1}, ValueError, "tolerance=-1"),
         ({"method": "tfb", "max_scale": float("inf")}, ValueError, "max_scale"),
