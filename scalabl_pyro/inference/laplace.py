@@ -17,7 +17,7 @@ from .._arguments import check_role, known_arguments
 from .._errors import check_count, check_scale
 from ..data.encoding import encode_data
 from ..guides import CovarianceGuide
-from ..model.derivatives import gauss_newton
+from ..model.derivatives import gauss_newton, value_and_gauss_newton
 from ..model.log_likelihood import LogLikelihood
 from ..posterior.posterior import Posterior
 from ..priors import Prior, as_prior
@@ -78,8 +78,8 @@ def laplace(
     examples = encode_data(data, posterior.task.encode, need_target=True)
     likelihood = LogLikelihood(posterior.llm(), posterior.task, examples, batch_size=batch_size)
     dtype = posterior.mean().dtype
-    mode, fit = _gauss_newton_ascent(likelihood, posterior.mean().double(), prior_at, newton_steps, dtype)
-    curvature = gauss_newton(likelihood, mode)
+    mode = _gauss_newton_ascent(likelihood, posterior.mean().double(), prior_at, newton_steps, dtype)
+    fit, curvature = value_and_gauss_newton(likelihood, mode)
     loc, scale = prior_at(curvature, mode)
     guide = CovarianceGuide(mode, torch.ones_like(mode))
     _set_covariance(guide, torch.linalg.inv(curvature + torch.diag(scale**-2)))
@@ -98,8 +98,8 @@ def laplace(
 
 def _gauss_newton_ascent(
     likelihood: LogLikelihood, start: Tensor, prior_at: PriorAt, num_steps: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Take Gauss-Newton steps; return the point (D,) that they reach, in float64, and the log likelihood there.
+) -> Tensor:
+    """Take Gauss-Newton steps; return the point (D,) that they reach, in float64.
 
     A whole step is exact for a linear model. Elsewhere it can overshoot, so it is halved until the log joint does not
     fall. A small rise can be smaller than the rounding errors of the LLM; then the slope decides. This is the
@@ -111,6 +111,8 @@ def _gauss_newton_ascent(
         value, gradient = likelihood.with_gradient(s.to(dtype))
         return value.cpu().double(), gradient.cpu().double()
 
+    if not num_steps:
+        return start
     s, (fit, gradient) = start, fit_at(start)
     for _ in range(num_steps):
         curvature = gauss_newton(likelihood, s)
@@ -128,7 +130,7 @@ def _gauss_newton_ascent(
                 break
         else:  # no step rises: this is the mode, within the precision of the LLM
             break
-    return s, fit
+    return s
 
 
 def _normal_prior(prior: Prior, prior_scale: float | Literal["evidence"] | None) -> PriorAt:

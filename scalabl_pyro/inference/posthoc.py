@@ -1,5 +1,6 @@
 """A posterior for an adapter that is trained already: A and B stay, and only s is inferred."""
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,13 +10,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .._arguments import check_role, known_arguments
-from .._errors import ScalaBLWarning, check_choice, check_count, check_positive, check_scale, nearest
+from .._arguments import check_role, known_arguments, suggest
+from .._errors import ScalaBLWarning, check_choice, check_count, check_positive, check_scale
 from ..data.rows import rows_for
 from ..guides import DeltaGuide, NormalGuide
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
 from ..tasks import Task
+from ..training.fit import fit
 from .laplace import laplace
 from .largest_scale import largest_passing, mixture_nll
 from .mcmc import mcmc
@@ -37,7 +39,8 @@ def posthoc(
 
     - ``"laplace"``: normal posterior with the curvature of the likelihood at the adapter, and all correlations. It
       costs one pass over the data with a gradient per class. Options: those of :func:`scalabl_pyro.laplace`; here
-      ``prior_scale`` is ``"evidence"`` by default, which chooses the scale of the prior Normal(0, scale).
+      ``prior_scale`` is ``"evidence"`` by default, which chooses the scale of the prior Normal(0, scale). The mean
+      stays at the adapter, which is not the mode under this prior; ``newton_steps=1`` moves it toward the mode.
     - ``"vi"``: variational inference, which also moves the mean of s. Options: those of :func:`scalabl_pyro.refit` and
       :func:`scalabl_pyro.fit`. ``num_steps`` sets the cost; by default it is two passes over the data.
     - ``"mcmc"``: draws of the exact posterior of s. It costs hundreds of passes. Options: those of
@@ -125,6 +128,7 @@ def largest_noise(
     rows = rows_for(posterior.task.encode, data)
     loc = posterior.mean()
 
+    @functools.cache  # each scale is predicted once
     def nll(scale: float) -> float:
         tried = _normal(posterior, loc, scale) if scale > 0 else posterior
         draws = num_draws if scale > 0 else 0
@@ -133,10 +137,20 @@ def largest_noise(
     without = nll(0.0)
     limit = without + tolerance * abs(without)
     scale = largest_passing(lambda tried: nll(tried) <= limit, max_scale, num_bisections)
-    if scale in (0.0, max_scale):
-        hint = f"raise max_scale={max_scale}" if scale else "raise tolerance, num_bisections or the number of rows"
-        warnings.warn(f"The scale {scale} lies at a limit of the search: {hint}.", ScalaBLWarning, stacklevel=3)
-    found = _normal(posterior, loc, scale or max_scale / 2**num_bisections)
+    scale = scale or max_scale / 2**num_bisections  # a guide needs a scale: the smallest one that was tried
+    if nll(scale) > limit:
+        warnings.warn(
+            f"Even the smallest scale that was tried, {scale:.3g}, raises the NLL of the rows by more than the "
+            "tolerance. The posterior has this scale: raise tolerance, num_bisections or the number of rows.",
+            ScalaBLWarning,
+            stacklevel=4,
+        )
+    elif scale == max_scale:
+        warnings.warn(
+            f"The scale {scale} lies at a limit of the search: raise max_scale={max_scale}.",
+            ScalaBLWarning,
+            stacklevel=4,
+        )
     provenance = {
         **posterior.provenance,
         "method": "TFB",
@@ -145,7 +159,7 @@ def largest_noise(
         "anchor_nll": nll(scale),
         "anchor_nll_without_noise": without,
     }
-    return replace(found, provenance=provenance)
+    return replace(_normal(posterior, loc, scale), provenance=provenance)
 
 
 def _normal(posterior: Posterior, loc: Tensor, scale: float) -> Posterior:
@@ -177,21 +191,27 @@ _INFER: dict[str, Callable[[Posterior, Any, int, Mapping[str, Any]], Posterior]]
     "mcmc": _mcmc,
     "tfb": _tfb,
 }
-#: Function of this library that takes the options of each method; ``"vi"`` passes its own on to ``fit``.
-_TAKES: dict[str, Callable[..., Any]] = {"laplace": laplace, "mcmc": mcmc, "tfb": largest_noise}
+#: Functions of this library that take the options of each method.
+_TAKES: dict[str, tuple[Callable[..., Any], ...]] = {
+    "laplace": (laplace,),
+    "vi": (refit, fit),
+    "mcmc": (mcmc,),
+    "tfb": (largest_noise,),
+}
+#: Arguments that ``posthoc`` gives to these functions itself.
+_GIVEN = ("blora", "task", "posterior", "data", "train_data", "seed", "options", "reset")
 
 
 def _options_of(method: str) -> list[str]:
-    return [name for name in inspect.signature(_TAKES[method]).parameters if name not in ("posterior", "data", "seed")]
+    names = [name for function in _TAKES[method] for name in inspect.signature(function).parameters]
+    return [name for name in dict.fromkeys(names) if name not in _GIVEN]
 
 
 def _check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raise TypeError if an option is not one of the method, and say which ones are. ``fit`` checks those of VI."""
-    if method not in _TAKES:
-        return
+    """Raise TypeError if an option is not one of the method, and say which ones are."""
     own = _options_of(method)
     for name in options:
         if name not in own:
-            others = [repr(other) for other in _TAKES if other != method and name in _options_of(other)]
-            hint = f"It belongs to method={' or '.join(others)}." if others else nearest(name, own)
+            others = [repr(other) for other in METHODS if other != method and name in _options_of(other)]
+            hint = f"It belongs to method={' or '.join(others)}." if others else suggest(name, own)
             raise TypeError(f"method={method!r} has no option {name!r}. {hint} Its options are {', '.join(own)}.")

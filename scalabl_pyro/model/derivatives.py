@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..tasks import Task
+from ..tasks import Task, at_least_float32
 from .log_likelihood import LogLikelihood
 
 
-@torch.no_grad()
 def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
     """Compute the generalized Gauss-Newton matrix of the negative log likelihood at s.
 
@@ -33,12 +32,25 @@ def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
     Example:
         >>> H = gauss_newton(posterior.log_likelihood(train_data), posterior.mean())
     """
+    return value_and_gauss_newton(likelihood, s)[1]
+
+
+@torch.no_grad()
+def value_and_gauss_newton(likelihood: LogLikelihood, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the log likelihood at s, nats, and its :func:`gauss_newton` matrix, from one forward pass per row.
+
+    Example:
+        >>> log_likelihood, H = value_and_gauss_newton(posterior.log_likelihood(train_data), posterior.mean())
+    """
+    value = torch.zeros((), dtype=torch.float64)
     total = torch.zeros(len(s), len(s), dtype=torch.float64)
     point = s.to(likelihood.llm.adapter.loc.dtype)
 
     def add(batch: Batch) -> bool:
-        """Add the matrix of a batch, and tell whether its rows have curvature."""
+        """Add the value and the matrix of a batch, and tell whether its rows have curvature."""
         own, outputs = likelihood.with_own_s(batch, point)
+        log_prob = likelihood.task.distribution(outputs.detach(), batch).log_prob(cast(Tensor, batch.target))
+        value.add_(at_least_float32(log_prob).sum().cpu())
         hessian = output_hessian(likelihood.task, batch, outputs)
         active = hessian.abs().amax(dim=(0, 1)).nonzero()[:, 0]  # outputs that no row uses add nothing
         if not len(active):
@@ -57,7 +69,7 @@ def gauss_newton(likelihood: LogLikelihood, s: Tensor) -> Tensor:
             "because it is piecewise linear or saturated. A Laplace approximation would return the prior. Use fit() "
             "with guide='normal', or mcmc()."
         )
-    return total
+    return value, total
 
 
 def output_hessian(task: Task, batch: Batch, outputs: Tensor) -> Tensor:

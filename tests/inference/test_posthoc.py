@@ -139,8 +139,11 @@ def test_a_search_that_ends_at_a_limit_says_so(tolerance, max_scale, hint):
     blora, task, rows = overfitted()
     options = {"num_draws": 2, "num_bisections": 3, "tolerance": tolerance, "max_scale": max_scale}
     with pytest.warns(sp.ScalaBLWarning, match=hint):
-        posterior = sp.posthoc(blora, task, rows, method="tfb", **options)
+        posterior = sp.posthoc(blora, task, rows, method="tfb", seed=3, **options)
     assert torch.isfinite(posterior.sample(2).s).all()
+    found = posterior.provenance  # it describes the guide that is returned, also where no scale passes
+    assert found["scale"] == pytest.approx(posterior.guide.covariance().diagonal().sqrt().mean().item(), rel=1e-5)
+    assert found["anchor_nll"] == pytest.approx(mixture_nll(posterior.predict(rows, num_draws=2, seed=3)), rel=1e-6)
 
 
 def test_an_adapter_from_a_file_goes_the_whole_way(tmp_path: Path):
@@ -163,12 +166,18 @@ def world():
     ("options", "error", "message"),
     [
         ({"method": "laplas"}, ValueError, "method.*'laplace'"),
-        ({"method": "laplace", "num_steps": 3}, TypeError, "method='laplace' has no option 'num_steps'"),
+        ({"method": "laplace", "num_steps": 3}, TypeError, r"no option 'num_steps'\. It belongs to method='vi'\."),
+        ({"method": "laplace", "num_draws": 3}, TypeError, r"'num_draws'\. It belongs to method='tfb'\."),
         ({"method": "laplace", "tolerance": 3}, TypeError, r"'tolerance'\. It belongs to method='tfb'"),
         ({"method": "tfb", "newton_steps": 3}, TypeError, "It belongs to method='laplace'"),
         ({"method": "tfb", "tolerence": 3}, TypeError, "tolerance"),
         ({"method": "mcmc", "prior_scale": 3}, TypeError, "It belongs to method='laplace'"),
-        ({"method": "vi", "tolerance": 1}, TypeError, "tolerance"),
+        (
+            {"method": "vi", "tolerance": 1},
+            TypeError,
+            r"method='vi' has no option 'tolerance'.*belongs to method='tfb'",
+        ),
+        ({"method": "vi", "epochs": 1}, TypeError, "Did you mean 'num_steps'"),
         ({"method": "tfb", "tolerance": -1}, ValueError, "tolerance=-1"),
         ({"method": "tfb", "max_scale": float("inf")}, ValueError, "max_scale"),
         ({"method": "tfb", "num_draws": 0}, ValueError, "num_draws=0"),

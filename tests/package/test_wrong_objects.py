@@ -81,6 +81,7 @@ def calls() -> dict[str, tuple[tuple[str, ...], object]]:
     return {
         "bayesian_lora": (("llm",), lambda w, m: sp.bayesian_lora(m)),
         "fit": (("blora", "task", "rows"), lambda w, b, t, d: sp.fit(b, t, d, **FEW)),
+        "posthoc": (("blora", "task", "rows"), lambda w, b, t, d: sp.posthoc(b, t, d)),
         **{name: (("posterior", "rows"), call) for name, call in from_posterior.items()},
         **{name: (("llm", "task", "rows"), call) for name, call in from_model.items()},
         **{name: (("rows",), call) for name, call in methods.items()},
