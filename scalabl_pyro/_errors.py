@@ -4,6 +4,7 @@ import difflib
 import inspect
 import numbers
 import os
+import sys
 from collections.abc import Iterable
 
 #: Longest value that a message shows, in characters. Errors may be logged, and a long text may be confidential.
@@ -20,6 +21,19 @@ class MissingFieldError(ValueError):
 
 class ScalaBLWarning(UserWarning):
     """Warns that something works, but probably not the way the user meant it."""
+
+
+def stacklevel_outside() -> int:
+    """Return the ``stacklevel`` of ``warnings.warn`` that names the user's line: the first frame outside this package.
+
+    Example:
+        >>> warnings.warn("Few rows.", ScalaBLWarning, stacklevel=stacklevel_outside())
+    """
+    level, frame = 1, sys._getframe(1)
+    package = __name__.partition(".")[0]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def nearest(name: str, allowed: Iterable[str], *, limit: int = 3) -> str:

@@ -6,7 +6,6 @@ same function but never divides by a singular value. The scale is the largest on
 a tolerance of the NLL of the trained adapter.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,9 +14,8 @@ import torch
 from torch import Generator, Tensor
 
 from .._arguments import check_role, known_arguments
-from .._errors import ScalaBLWarning, check_count, check_positive, check_scale
 from ..data.rows import rows_for
-from ..inference.largest_scale import largest_passing, mixture_nll
+from ..inference.largest_scale import NoiseSearch
 from ..lora.factors import Factors
 from ..posterior.posterior import Posterior
 from .factor_posterior import FactorPosterior, WeightNoise
@@ -65,29 +63,17 @@ def tfb(
         >>> posterior.provenance["scale"], posterior.predict(test_data).metrics()
     """
     check_role("posterior", posterior, "posterior", call="tfb(posterior, anchor_data)")
-    check_count(num_draws=num_draws, num_bisections=num_bisections)
-    check_positive(tolerance=tolerance)
-    check_scale(max_scale=max_scale)
+    search = NoiseSearch(
+        tolerance=tolerance,
+        max_scale=max_scale,
+        num_draws=num_draws,
+        num_bisections=num_bisections,
+        seed=seed,
+        batch_size=batch_size,
+    )
     rows = rows_for(posterior.task.encode, anchor_data)
-
-    def nll(scale: float) -> float:
-        tried = FactorPosterior(posterior, SpectralNoise(scale))
-        draws = num_draws if scale > 0 else 0
-        return mixture_nll(tried.predict(rows, num_draws=draws, seed=seed, batch_size=batch_size))
-
-    without = nll(0.0)
-    scale = largest_passing(lambda s: nll(s) - without <= tolerance * abs(without), max_scale, num_bisections)
-    if scale == max_scale or scale == 0:
-        hint = f"raise max_scale={max_scale}" if scale else "raise tolerance, num_bisections or the number of rows"
-        warnings.warn(f"The scale {scale} lies at a limit of the search: {hint}.", ScalaBLWarning, stacklevel=3)
-    provenance = {
-        "method": "TFB",
-        "scale": scale,
-        "tolerance": tolerance,
-        "anchor_nll": nll(scale),
-        "anchor_nll_without_noise": without,
-    }
-    return FactorPosterior(posterior, SpectralNoise(scale), provenance)
+    provenance = search.provenance(lambda scale: FactorPosterior(posterior, SpectralNoise(scale)), rows)
+    return FactorPosterior(posterior, SpectralNoise(provenance["scale"]), provenance)
 
 
 @dataclass(frozen=True)

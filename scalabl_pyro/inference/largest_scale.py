@@ -1,9 +1,86 @@
-"""The largest noise that keeps a loss: search by bisection, and the loss of averaged draws."""
+"""The largest noise that keeps a loss: the search of TFB, for noise on s and for noise on the factors."""
 
+import functools
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+from .._errors import ScalaBLWarning, check_count, check_positive, check_scale, stacklevel_outside
 from ..prediction.mixture import log_mean_exp
 from ..prediction.result import NumericPrediction, Prediction
+
+
+class Predicts(Protocol):
+    """A posterior of either kind."""
+
+    def predict(self, data: Any, *, num_draws: int, seed: int, batch_size: int) -> Any:
+        """Predict rows with some draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSearch:
+    """Search for the largest scale of a noise under which the NLL of some rows stays within a tolerance.
+
+    Every scale is tried with the same random numbers, so the NLL is a smooth function of the scale.
+
+    Attributes:
+        tolerance: Allowed increase of the NLL of the averaged probabilities, relative to the NLL without noise.
+        max_scale: Largest scale to try.
+        num_draws: Number of draws for each NLL.
+        num_bisections: Number of times the interval from 0 to ``max_scale`` is halved.
+        seed: Seed of the noise.
+        batch_size: Rows per forward pass.
+
+    Raises:
+        ValueError: An option is out of range.
+
+    References:
+        Shi et al., Training-Free Bayesianization for Low-Rank Adapters, NeurIPS 2025, section 3.2.
+    """
+
+    tolerance: float
+    max_scale: float
+    num_draws: int
+    num_bisections: int
+    seed: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        check_count(num_draws=self.num_draws, num_bisections=self.num_bisections)
+        check_positive(tolerance=self.tolerance)
+        check_scale(max_scale=self.max_scale)
+
+    def provenance(self, with_noise: Callable[[float], Predicts], rows: Any) -> dict[str, Any]:
+        """Search, and return method, scale, tolerance, and the NLLs of the rows at this scale and without noise.
+
+        Args:
+            with_noise: Returns the posterior with noise of a scale. At scale 0 it is the adapter itself.
+            rows: Labeled rows.
+        """
+
+        @functools.cache
+        def nll(scale: float) -> float:
+            draws = self.num_draws if scale > 0 else 0
+            prediction = with_noise(scale).predict(rows, num_draws=draws, seed=self.seed, batch_size=self.batch_size)
+            return mixture_nll(prediction)
+
+        limit = nll(0.0) + self.tolerance * abs(nll(0.0))
+        scale = largest_passing(lambda tried: nll(tried) <= limit, self.max_scale, self.num_bisections)
+        if scale in (0.0, self.max_scale):
+            found = f"The NLL stays within the tolerance up to the largest scale, {scale}: raise max_scale."
+            none = (
+                "Each scale that was tried raises the NLL by more than the tolerance, so the posterior has no noise: "
+                "raise tolerance, num_bisections or the number of rows."
+            )
+            warnings.warn(found if scale else none, ScalaBLWarning, stacklevel=stacklevel_outside())
+        return {
+            "method": "TFB",
+            "scale": scale,
+            "tolerance": self.tolerance,
+            "anchor_nll": nll(scale),
+            "anchor_nll_without_noise": nll(0.0),
+        }
 
 
 def largest_passing(passes: Callable[[float], bool], limit: float, num_bisections: int) -> float:

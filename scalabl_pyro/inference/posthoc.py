@@ -1,17 +1,14 @@
 """A posterior for an adapter that is trained already: A and B stay, and only s is inferred."""
 
-import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from .._arguments import check_role, known_arguments, suggest
-from .._errors import ScalaBLWarning, check_choice, check_count, check_positive, check_scale
+from .._errors import check_choice
 from ..data.rows import rows_for
 from ..guides import DeltaGuide, NormalGuide
 from ..model.bayesian_lora import BayesianLoRA
@@ -19,7 +16,7 @@ from ..posterior.posterior import Posterior
 from ..tasks import Task
 from ..training.fit import fit
 from .laplace import laplace
-from .largest_scale import largest_passing, mixture_nll
+from .largest_scale import NoiseSearch
 from .mcmc import mcmc
 from .refit import refit
 
@@ -90,7 +87,7 @@ def posthoc(
     return _INFER[method](point, rows, seed, options)
 
 
-def largest_noise(
+def noise_on_latents(
     posterior: Posterior,
     data: Any,
     *,
@@ -103,8 +100,7 @@ def largest_noise(
 ) -> Posterior:
     """Give all latents the largest standard deviation that keeps the NLL of some rows within a tolerance.
 
-    It is the search of :func:`scalabl_pyro.baselines.tfb`, with noise on s instead of noise on A. Every scale is tried
-    with the same random numbers, so the NLL is a smooth function of the scale.
+    It is the search of :func:`scalabl_pyro.baselines.tfb`, with noise on s instead of noise on A.
 
     Args:
         posterior: Posterior of a trained adapter. Only its mean is used.
@@ -117,54 +113,29 @@ def largest_noise(
         batch_size: Rows per forward pass.
 
     Returns:
-        Posterior with a normal guide around the mean. Its provenance holds the scale and the NLLs.
+        Posterior with a normal guide around the mean, or without noise if no scale passes. Its provenance holds the
+        scale and the NLLs.
 
     Raises:
         ValueError: An option is out of range, or rows have no answers.
     """
-    check_count(num_draws=num_draws, num_bisections=num_bisections)
-    check_positive(tolerance=tolerance)
-    check_scale(max_scale=max_scale)
+    search = NoiseSearch(
+        tolerance=tolerance,
+        max_scale=max_scale,
+        num_draws=num_draws,
+        num_bisections=num_bisections,
+        seed=seed,
+        batch_size=batch_size,
+    )
     rows = rows_for(posterior.task.encode, data)
     loc = posterior.mean()
 
-    @functools.cache  # each scale is predicted once
-    def nll(scale: float) -> float:
-        tried = _normal(posterior, loc, scale) if scale > 0 else posterior
-        draws = num_draws if scale > 0 else 0
-        return mixture_nll(tried.predict(rows, num_draws=draws, seed=seed, batch_size=batch_size))
+    def with_noise(scale: float) -> Posterior:
+        guide = NormalGuide(loc, torch.full_like(loc, scale)) if scale else DeltaGuide(loc, learn=False)
+        return replace(posterior, guide=guide.requires_grad_(False).eval())
 
-    without = nll(0.0)
-    limit = without + tolerance * abs(without)
-    scale = largest_passing(lambda tried: nll(tried) <= limit, max_scale, num_bisections)
-    scale = scale or max_scale / 2**num_bisections  # a guide needs a scale: the smallest one that was tried
-    if nll(scale) > limit:
-        warnings.warn(
-            f"Even the smallest scale that was tried, {scale:.3g}, raises the NLL of the rows by more than the "
-            "tolerance. The posterior has this scale: raise tolerance, num_bisections or the number of rows.",
-            ScalaBLWarning,
-            stacklevel=4,
-        )
-    elif scale == max_scale:
-        warnings.warn(
-            f"The scale {scale} lies at a limit of the search: raise max_scale={max_scale}.",
-            ScalaBLWarning,
-            stacklevel=4,
-        )
-    provenance = {
-        **posterior.provenance,
-        "method": "TFB",
-        "scale": scale,
-        "tolerance": tolerance,
-        "anchor_nll": nll(scale),
-        "anchor_nll_without_noise": without,
-    }
-    return replace(_normal(posterior, loc, scale), provenance=provenance)
-
-
-def _normal(posterior: Posterior, loc: Tensor, scale: float) -> Posterior:
-    guide = NormalGuide(loc, torch.full_like(loc, scale)).requires_grad_(False).eval()
-    return replace(posterior, guide=guide)
+    found = search.provenance(with_noise, rows)
+    return replace(with_noise(found["scale"]), provenance={**posterior.provenance, **found})
 
 
 def _laplace(point: Posterior, rows: Any, seed: int, options: Mapping[str, Any]) -> Posterior:
@@ -182,7 +153,7 @@ def _mcmc(point: Posterior, rows: Any, seed: int, options: Mapping[str, Any]) ->
 
 
 def _tfb(point: Posterior, rows: Any, seed: int, options: Mapping[str, Any]) -> Posterior:
-    return largest_noise(point, rows, seed=seed, **options)
+    return noise_on_latents(point, rows, seed=seed, **options)
 
 
 _INFER: dict[str, Callable[[Posterior, Any, int, Mapping[str, Any]], Posterior]] = {
@@ -196,7 +167,7 @@ _TAKES: dict[str, tuple[Callable[..., Any], ...]] = {
     "laplace": (laplace,),
     "vi": (refit, fit),
     "mcmc": (mcmc,),
-    "tfb": (largest_noise,),
+    "tfb": (noise_on_latents,),
 }
 #: Arguments that ``posthoc`` gives to these functions itself.
 _GIVEN = ("blora", "task", "posterior", "data", "train_data", "seed", "options", "reset")
