@@ -2,9 +2,9 @@
 
 import difflib
 import inspect
+import itertools
 import numbers
 import os
-import sys
 from collections.abc import Iterable
 
 #: Longest value that a message shows, in characters. Errors may be logged, and a long text may be confidential.
@@ -29,11 +29,10 @@ def stacklevel_outside() -> int:
     Example:
         >>> warnings.warn("Few rows.", ScalaBLWarning, stacklevel=stacklevel_outside())
     """
-    level, frame = 1, sys._getframe(1)
     package = __name__.partition(".")[0]
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        level, frame = level + 1, frame.f_back
-    return level
+    callers = inspect.stack(context=0)[1:]
+    inside = itertools.takewhile(lambda c: c.frame.f_globals.get("__name__", "").partition(".")[0] == package, callers)
+    return 1 + sum(1 for _ in inside)
 
 
 def nearest(name: str, allowed: Iterable[str], *, limit: int = 3) -> str:

@@ -97,6 +97,15 @@ def find_adapter(module: nn.Module) -> Adapter | None:
     return None
 
 
+def check_no_adapter(module: nn.Module) -> None:
+    """Raise ValueError if a module carries a Bayesian LoRA adapter."""
+    if find_adapter(module) is not None:
+        raise ValueError(
+            "This module already carries a Bayesian LoRA adapter. Use the object that bayesian_lora() or from_peft() "
+            "returned before, or call its .unload() first."
+        )
+
+
 def _check_module(module: object) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -107,11 +116,7 @@ def _check_module(module: object) -> None:
             f"The model is wrapped in {type(module).__name__}: give bayesian_lora() the model itself, which is its "
             ".module. fit() shares each batch over processes, and adds up their gradients, by itself."
         )
-    if find_adapter(getattr(module, "llm", module)) is not None:
-        raise ValueError(
-            "This module already carries a Bayesian LoRA adapter. Use the object that bayesian_lora() returned before, "
-            "or call its .unload() first."
-        )
+    check_no_adapter(getattr(module, "llm", module))
 
 
 def _check_numbers(lora_alpha: object, lora_dropout: float) -> None:

@@ -7,6 +7,8 @@ from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from .peft_names import method_of
+
 logger = logging.getLogger(__name__)
 
 #: Classes of PEFT that put a model inside another one.
@@ -48,8 +50,7 @@ def _check_method(module: nn.Module) -> None:
     configs: Any = getattr(module, "peft_config", {})
     active: Any = getattr(module, "active_adapter", [])
     for name in [active] if isinstance(active, str) else active:
-        kind: Any = getattr(configs.get(name), "peft_type", "LORA")
-        if (kind := getattr(kind, "value", kind)) != "LORA":
+        if (kind := method_of(configs.get(name))) != "LORA":
             raise TypeError(
                 f"The model carries an adapter of another PEFT method ({kind}); only LoRA can become Bayesian. Pass "
                 "the model without that adapter."

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .._errors import ScalaBLWarning
 from .module_paths import lies_in
+from .peft_names import and_more
 from .sharding import is_piece, is_sharded
 from .targets import backbone_name
 
@@ -132,7 +133,7 @@ def unsaved_tensors(
     new = _new_parameters(module, found)
     if warn and new:
         warnings.warn(
-            f"The checkpoint of the base model did not hold {new[0].name!r}{_and_more(new)}. It has random values, "
+            f"The checkpoint of the base model did not hold {new[0].name!r}{and_more(new)}. It has random values, "
             "is not trained, and is saved with the posterior. To train it, name its module in modules_to_save.",
             ScalaBLWarning,
             stacklevel=4,
@@ -152,7 +153,7 @@ def unsaved_tensors(
         or (backbone is not None and not lies_in(t.name, backbone))
     ]
     for tensor in unsaved:
-        if not tensor.base.is_meta and not _is_ordinary(tensor.base):
+        if not tensor.base.is_meta and not is_ordinary(tensor.base):
             raise ValueError(
                 f"{tensor.name!r} is not in the checkpoint of the base model, and it is quantized ({tensor.base.dtype})"
                 ", so the posterior cannot save it. Load the model with this module in bfloat16."
@@ -190,7 +191,7 @@ def _new_parameters(module: nn.Module, found: Sequence[PlainTensor]) -> list[Pla
 
     Nothing is known of models that were not loaded this way, of copies, and of weights that were split afterwards.
     """
-    plain = [t for t in found if type(t.base) is nn.Parameter and _is_ordinary(t.base) and not t.is_trained]
+    plain = [t for t in found if type(t.base) is nn.Parameter and is_ordinary(t.base) and not t.is_trained]
     if is_sharded(module) or not any(_is_marked(t.base) for t in plain):
         return []
     return [t for t in plain if not _is_marked(t.base)]
@@ -200,17 +201,13 @@ def _is_marked(parameter: Tensor) -> bool:
     return bool(getattr(parameter, "_is_hf_initialized", False))
 
 
-def _is_ordinary(tensor: Tensor) -> bool:
+def is_ordinary(tensor: Tensor) -> bool:
     """Tell whether a tensor holds plain numbers; the tensors of quantization libraries are subclasses or integers."""
     return (is_piece(tensor) or type(tensor.data) is Tensor) and tensor.dtype in COMPARED
 
 
 def _changes_base(init_lora_weights: object) -> bool:
     return isinstance(init_lora_weights, str) and init_lora_weights.lower() not in KEEP_BASE
-
-
-def _and_more(tensors: Sequence[PlainTensor]) -> str:
-    return f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
 
 
 def _join(path: str, name: str) -> str:

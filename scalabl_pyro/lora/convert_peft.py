@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .._errors import ScalaBLWarning
 from .base_tensors import ORDINARY
+from .peft_names import method_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 ENERGY = 0.9999
 #: Relative errors of an update up to this one are rounding.
 ROUNDING = 1e-3
+#: The way out for adapters that cannot be converted.
+MERGE_IT = "Merge the adapter into the model, model.merge_and_unload(), and adapt the result."
 
 
 def needs_conversion(model: PeftModel) -> bool:
@@ -56,20 +59,15 @@ def convert_peft(model: PeftModel, *, rank: int | float | None = None) -> PeftMo
         ValueError: The rank is larger than a layer allows.
     """
     name = model.active_adapter
-    if getattr(model.peft_config[name], "alora_invocation_tokens", None):
-        raise TypeError(
-            "The adapter is an activated LoRA (alora_invocation_tokens): it changes only the tokens after the "
-            "invocation. Bayesian LoRA changes all tokens, so it would be another function. Train it as plain LoRA."
-        )
     _check_convertible(model, name)
-    method = str(getattr(model.peft_config[name].peft_type, "value", model.peft_config[name].peft_type))
+    method = method_of(model.peft_config[name])
     true = {path: _update(path, layer, name, method) for path, layer in _layers(model).items()}
     try:
         config, state = convert_to_lora(model, ENERGY if rank is None else rank, adapter_name=name)
     except TypeError as error:
         raise TypeError(
-            f"PEFT cannot turn an adapter of the method {method} into LoRA, so it cannot become Bayesian LoRA. Merge "
-            f"it into the model, model.merge_and_unload(), and adapt the result. PEFT says: {error}"
+            f"PEFT cannot turn an adapter of the method {method} into LoRA, so it cannot become Bayesian LoRA. "
+            f"{MERGE_IT} PEFT says: {error}"
         ) from error
     ranks = [value.shape[0] for key, value in state.items() if key.endswith(".lora_A.weight")]
     _tell(_errors(true, state), (min(ranks), max(ranks)), method)
@@ -84,6 +82,11 @@ def convert_peft(model: PeftModel, *, rank: int | float | None = None) -> PeftMo
 def _check_convertible(model: PeftModel, name: str) -> None:
     """Raise for states of a model in which PEFT would convert something else than what the model computes."""
     config: Any = model.peft_config[name]
+    if getattr(config, "alora_invocation_tokens", None):
+        raise TypeError(
+            "The adapter is an activated LoRA (alora_invocation_tokens): it changes only the tokens after the "
+            "invocation. Bayesian LoRA changes all tokens, so it would be another function. Train it as plain LoRA."
+        )
     layers = _layers(model).values()
     if len(model.peft_config) > 1 or any(list(layer.active_adapters) != [name] for layer in layers):
         raise ValueError(
@@ -95,19 +98,16 @@ def _check_convertible(model: PeftModel, name: str) -> None:
     if any(layer.merged for layer in layers):
         raise ValueError("The adapter is merged into its base layers: call unmerge_adapter() first.")
     if (bias := getattr(config, "bias", "none")) != "none":
-        raise ValueError(
-            f"The adapter trained biases too (bias={bias!r}), and PEFT cannot convert these. Merge it into the model, "
-            "model.merge_and_unload(), and adapt the result."
-        )
+        raise ValueError(f"The adapter trained biases too (bias={bias!r}), and PEFT cannot convert these. {MERGE_IT}")
     if any(isinstance(layer, TrainableTokensLayer) for layer in layers):
         raise TypeError(
-            "The adapter also trained single tokens (trainable_token_indices), and PEFT cannot convert these. Merge it "
-            "into the model, model.merge_and_unload(), and adapt the result."
+            "The adapter also trained single tokens (trainable_token_indices), and PEFT cannot convert these. "
+            + MERGE_IT
         )
     if whole := [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper) and _has_parts(m)]:
         raise TypeError(
             f"The adapter trained {whole[0].removeprefix('base_model.model.')!r} in full, a module with parts, and "
-            "PEFT cannot convert these. Merge it into the model, model.merge_and_unload(), and adapt the result."
+            f"PEFT cannot convert these. {MERGE_IT}"
         )
 
 
@@ -155,8 +155,7 @@ def _update(path: str, layer: BaseTunerLayer, adapter_name: str, method: str) ->
         raise TypeError(
             f"{path.removeprefix('base_model.model.')!r} computes something else than the update that PEFT would "
             f"convert (method {method}). DoRA with trained magnitudes does this, because it also rescales the weight "
-            "of the base model. Merge the adapter into the model, model.merge_and_unload(), and adapt the result; or "
-            "train it as plain LoRA."
+            f"of the base model. {MERGE_IT} Or train it as plain LoRA."
         )
     return update
 

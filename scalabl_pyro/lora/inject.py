@@ -20,6 +20,7 @@ from .hooks import activate
 from .initialization import initialize
 from .layer_checks import check_heads, check_layers, ranks_of, shape_of
 from .module_changes import ModuleChanges
+from .peft_names import quiet_peft
 from .targets import is_linear
 
 ADAPTER_NAME = "scalabl"
@@ -60,9 +61,7 @@ def inject(
     changes.record_layers(replaced)
     changes.record_new_attribute("peft_config")
     config.fan_in_fan_out = isinstance(replaced[names[0]], Conv1D)
-    with scoped_seed(seed), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # one config for Conv1D and Linear targets
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # matters for merging only
+    with scoped_seed(seed), quiet_peft():
         _inject_peft_layers(module, ranks, config)
     layers = [cast(LoraLayer, module.get_submodule(name)) for name in names]
     check_layers(names, layers)

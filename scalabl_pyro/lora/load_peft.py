@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .._errors import ScalaBLWarning
+from .peft_names import and_more, method_of
 
 ADAPTER_NAME = "default"
 
@@ -78,18 +79,13 @@ def _read(path: str, hub: Mapping[str, Any]) -> tuple[PeftConfig, dict[str, Tens
         raise ValueError(f"{path}: no adapter of PEFT can be read there ({error}).") from error
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise TypeError(
-            f"{path} is an adapter of the method {_method(config)}, which adds tokens instead of changing weights. "
+            f"{path} is an adapter of the method {method_of(config)}, which adds tokens instead of changing weights. "
             "Only methods that change weights can become Bayesian LoRA."
         )
     try:
         return config, load_peft_weights(path, device="cpu", **hub)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: the weights of the adapter cannot be read ({error}).") from error
-
-
-def _method(config: PeftConfig) -> str:
-    kind: Any = config.peft_type
-    return str(getattr(kind, "value", kind))
 
 
 def _warn_of_another_name(base: nn.Module, config: PeftConfig, path: str) -> None:
@@ -140,12 +136,12 @@ def _check_complete(
     if lost:
         raise ValueError(
             f"{path} is not complete, or belongs to another base model: {lost[0]!r} is missing"
-            f"{_and_more(lost)}. The model is as it was."
+            f"{and_more(lost)}. The model is as it was."
         )
     if unexpected:
         raise ValueError(
             f"{path} belongs to another base model: this one has no place for {sorted(unexpected)[0]!r}"
-            f"{_and_more(unexpected)}. The model is as it was."
+            f"{and_more(unexpected)}. The model is as it was."
         )
 
 
@@ -160,7 +156,3 @@ def _as_value_error(path: str) -> Iterator[None]:
             f"The adapter in {path} does not fit this model, so it belongs to another base model or is not complete. "
             f"The model is as it was. PEFT says: {' '.join(text.split())[:500]}"
         ) from error
-
-
-def _and_more(names: Collection[str]) -> str:
-    return f", and {len(names) - 1} more tensors" if len(names) > 1 else ""

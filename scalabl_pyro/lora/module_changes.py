@@ -8,6 +8,8 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .tensors import set_tensor
+
 #: Whether a 4-bit layer of bitsandbytes may pack its weights on this CPU.
 PACKS = "support_avx512bf16_for_cpu"
 
@@ -74,15 +76,7 @@ class ModuleChanges:
             name: Name of the parameter or buffer.
             value: New value, which is moved to the device and cast to the dtype of the old one.
         """
-        path, _, key = name.rpartition(".")
-        owner = self.module.get_submodule(path)
-        kept: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
-        old = kept[key]
-        if old is None:
-            raise KeyError(name)
-        self._tensors.append((owner, key, old))
-        new = value.detach().to(device=old.device, dtype=old.dtype, copy=True)
-        kept[key] = nn.Parameter(new, requires_grad=False) if kept is owner._parameters else new
+        self._tensors.append(set_tensor(self.module, name, value))
 
     def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
         """Set an attribute of one instance that hides an attribute of its class."""

@@ -6,7 +6,6 @@ alpha per adapter then scale every layer right.
 """
 
 import re
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,7 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from .adapter import Adapter
 from .factors import Factors
 from .module_paths import last_name, lies_in
+from .peft_names import quiet_peft
 from .targets import output_head
+from .tensors import set_tensor
 
 ADAPTER_NAME = "default"
 #: Names under which PEFT saves the head of a classifier without being told to.
@@ -102,9 +103,7 @@ def as_peft_model(adapter: Adapter, base: nn.Module, *, rank: int, extras: Extra
         fan_in_fan_out=isinstance(base.get_submodule(adapter.subspace.names[0]), Conv1D),
         inference_mode=True,
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # the export is measured, see export_peft
+    with quiet_peft():
         peft_model = cast(PeftModel, get_peft_model(model, config, adapter_name=ADAPTER_NAME))
     _check_same_places(peft_model, adapter.subspace.names, extras.modules)
     for path, tensors in extras.modules.items():
@@ -144,18 +143,6 @@ def put_draw(
         cast(nn.Linear, target.lora_B[ADAPTER_NAME]).weight.data = F.pad(B, (0, missing)).to(
             like.device, dtype or B.dtype
         )
-
-
-def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer of a module by a new tensor, with the device and dtype of the old one.
-
-    Other parameters that were tied to the old one keep it.
-    """
-    path, key = _split(name)
-    owner = module.get_submodule(path)
-    kept: dict[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
-    new = value.detach().to(kept[key], copy=True)
-    kept[key] = nn.Parameter(new, requires_grad=False) if kept is owner._parameters else new
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -26,7 +26,7 @@ def probe_output(module: nn.Module, base: nn.Module, *, strict: bool = False) ->
         strict: Whether an error of the module is raised; otherwise the output is None.
     """
     try:
-        inputs = probe_inputs(base)
+        inputs = _probe_inputs(base)
         if inputs is None:
             return None
         with torch.no_grad(), apart(module):
@@ -53,7 +53,7 @@ def check_same_output(before: Tensor | None, after: Tensor | None) -> None:
         )
 
 
-def probe_inputs(base: nn.Module) -> dict[str, Tensor] | None:
+def _probe_inputs(base: nn.Module) -> dict[str, Tensor] | None:
     """Return a row of different tokens that ends as a text ends; None for modules without token embeddings.
 
     The tokens are spread over the vocabulary. The first ones are often unused in training, and float32 then rounds a

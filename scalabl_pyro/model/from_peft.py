@@ -12,7 +12,7 @@ from .._arguments import check_role, known_arguments
 from .._errors import check_flag
 from .._process.random_state import scoped_seed
 from ..lora.adapter import Gauge
-from ..lora.attach import attach, find_adapter
+from ..lora.attach import attach, check_no_adapter
 from ..lora.base_module import check_has_values, check_placement
 from ..lora.convert_peft import convert_peft, needs_conversion
 from ..lora.load_peft import load_peft
@@ -115,8 +115,7 @@ def _plain_lora(model: nn.Module, path: object, *, rank: float | None, hub: Mapp
 
 def _check_ways(model: nn.Module, path: object) -> None:
     """Raise unless exactly one of the two ways to give an adapter is taken."""
-    if find_adapter(model) is not None:
-        raise ValueError("This module already carries a Bayesian LoRA adapter: call its .unload() first.")
+    check_no_adapter(model)
     carries = any(isinstance(m, BaseTunerLayer) for m in model.modules()) or isinstance(model, PeftModel)
     if path is None and not carries:
         raise ValueError(

@@ -9,7 +9,6 @@ import gc
 import json
 import logging
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,11 +24,10 @@ from .._values import plain
 from .._version import __version__
 from ..lora.base_module import check_has_values
 from ..lora.fingerprint import fingerprint
-from ..lora.outputs import first_of
+from ..lora.peft_names import quiet_peft
 from ..lora.plain_adapter import as_peft_model, extras_of, put_draw
 from ..lora.plain_copy import plain_copy
-from ..lora.same_function import probe_inputs
-from ..lora.train_mode import apart
+from ..lora.same_function import probe_output
 from ..storage.directories import staged, write_file
 from .engines import LIMITS, check_engine, rank_for
 from .state import PosteriorState
@@ -81,32 +79,29 @@ def export_peft(
     latents = draws_of(posterior, wanted, seed=seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = []
+    names = {number: MEAN if number is None else f"draw-{number}" for number in latents}
     with staged(path) as folder:
-        for name, s in latents.items():
+        for number, s in latents.items():
             put_draw(model, adapter, posterior.factors, s, dtype=None if dtype is None else DTYPES[dtype])
-            _save(model, folder / name)
-            error = _error(posterior, s, folder / name, rounded=dtype in HALF)
-            entries.append({"folder": name, "draw": None if name == MEAN else int(name.removeprefix("draw-")), **error})
+            with quiet_peft():
+                model.save_pretrained(str(folder / names[number]), save_embedding_layers=False)
+            error = _error(posterior, s, folder / names[number], rounded=dtype in HALF)
+            entries.append({"folder": names[number], "draw": number, **error})
         index = _index(posterior, entries, seed=seed, rank=rank, for_engine=for_engine, dtype=dtype)
         write_file(folder / INDEX, (json.dumps(index, indent=2, allow_nan=False) + "\n").encode())
-    return [path / name for name in latents]
+    return [path / name for name in names.values()]
 
 
-def draws_of(posterior: PosteriorState, wanted: Sequence[int | None], *, seed: int) -> dict[str, Tensor]:
-    """Return the chosen draws of s, each (D,), by the name of the folder; None means the posterior mean."""
-    numbers = [index for index in wanted if index is not None]
+def draws_of(posterior: PosteriorState, wanted: Sequence[int | None], *, seed: int) -> dict[int | None, Tensor]:
+    """Return the chosen draws of s, each (D,), by number; None means the posterior mean."""
+    numbers = [number for number in wanted if number is not None]
     s = posterior.sample(max(numbers) + 1, seed=seed).s if numbers else None
-    found = {MEAN: posterior.mean()} if s is None else {f"draw-{index}": s[index] for index in numbers}
-    for name, value in found.items():
+    found = {number: posterior.mean() if s is None or number is None else s[number] for number in wanted}
+    for number, value in found.items():
         if not torch.isfinite(value).all():
+            name = "The posterior mean" if number is None else f"Draw {number}"
             raise ValueError(f"{name} holds NaN or infinity, so it is not exported. Train again with smaller rates.")
     return found
-
-
-def logits_of(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the first output of a module for the tokens of a probe, in eval mode."""
-    with torch.no_grad(), apart(module):
-        return first_of(module(**inputs)).double()
 
 
 def largest_error(
@@ -127,14 +122,14 @@ def largest_error(
         RuntimeError: The outputs differ by more than rounding.
     """
     adapter = posterior.adapter
-    inputs = probe_inputs(adapter.module)
-    if inputs is None:
-        return {"largest_logit_error": None, "largest_logit": None}
     llm = posterior.llm()
     with adapter.bind(s, factors=llm.factors, heads=llm.heads):
-        own = logits_of(adapter.module, inputs)
-    error = float((logits_of(module, inputs) - own).abs().max())
-    size = float(own.abs().max())
+        own = probe_output(adapter.module, adapter.module, strict=True)
+    other = probe_output(module, adapter.module, strict=True)
+    if own is None or other is None:
+        return {"largest_logit_error": None, "largest_logit": None}
+    error = float((other.double() - own.double()).abs().max())
+    size = float(own.double().abs().max())
     half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters()) or rounded
     if not error <= (HALF_TOLERANCE if half else TOLERANCE) * max(size, 1e-6):
         raise RuntimeError(
@@ -177,16 +172,9 @@ def _warn_of_many(engine: str, count: int) -> None:
         )
 
 
-def _save(model: PeftModel, folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-
-
 def _error(posterior: PosteriorState, s: Tensor, folder: Path, *, rounded: bool) -> dict[str, float | None]:
     """Load an exported adapter with plain PEFT, and compare its logits with those of the draw."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+    with quiet_peft():
         base: Any = plain_copy(posterior.adapter, share=True)
         module = PeftModel.from_pretrained(base, str(folder), torch_device=str(posterior.adapter.device))
     try:

@@ -1,17 +1,17 @@
 """One draw of a posterior merged into the weights: a plain model, for ``save_pretrained`` and any tool."""
 
-import warnings
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from .._errors import check_count
 from ..lora.adapter import Adapter
 from ..lora.base_module import check_has_values
-from ..lora.base_tensors import ORDINARY
-from ..lora.plain_adapter import as_peft_model, put_draw, set_tensor
+from ..lora.base_tensors import is_ordinary
+from ..lora.peft_names import quiet_peft
+from ..lora.plain_adapter import as_peft_model, put_draw
 from ..lora.plain_copy import plain_copy
+from ..lora.tensors import set_tensor
 from .export_peft import draws_of, largest_error
 from .state import PosteriorState
 
@@ -31,8 +31,7 @@ def merge(posterior: PosteriorState, draw: int | None = None, *, seed: int = 0) 
         set_tensor(model, name, value)
     with_lora = as_peft_model(adapter, model, rank=max(adapter.subspace.ranks))
     put_draw(with_lora, adapter, posterior.factors, s)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # the head is untied already
+    with quiet_peft():
         merged = cast(nn.Module, cast(Any, with_lora.base_model).merge_and_unload(safe_merge=True))
     for name, head in posterior.heads.items():
         for key, value in head.state_dict().items():
@@ -50,14 +49,11 @@ def untie(model: nn.Module, names: list[str]) -> None:
         names: Names of the tensors. Those that no other module uses stay as they are.
     """
     shared = _shared_names(model)
-    for name in names:
-        if name not in shared:
-            continue
-        path, _, key = name.rpartition(".")
-        owner = model.get_submodule(path)
-        owner._parameters[key] = nn.Parameter(shared[name].detach().clone(), requires_grad=False)
-        for part in model.modules():
-            _forget_ties(part)
+    tied = [name for name in names if name in shared]
+    for name in tied:
+        set_tensor(model, name, shared[name])
+    for part in model.modules() if tied else ():
+        _forget_ties(part)
 
 
 def _shared_names(model: nn.Module) -> dict[str, Tensor]:
@@ -83,14 +79,14 @@ def _forget_ties(module: nn.Module) -> None:
 def _forget_quantization(model: nn.Module) -> None:
     """Let a model be saved whose file was quantized, such as GGUF, but whose weights are plain numbers in memory."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and all(type(p.data) is torch.Tensor and p.dtype in ORDINARY for p in model.parameters()):
+    if quantizer is not None and all(is_ordinary(p) for p in model.parameters()):
         quantizer.remove_quantization_config(model)
 
 
 def _check_ordinary(adapter: Adapter) -> None:
     for name, layer in zip(adapter.subspace.names, adapter.layers, strict=True):
         weight: Any = getattr(layer.get_base_layer(), "weight", None)
-        if type(getattr(weight, "data", None)) is not torch.Tensor or weight.dtype not in ORDINARY:
+        if weight is None or not is_ordinary(weight):
             raise ValueError(
                 f"The weight of {name!r} is quantized, and merging into it would round the draw away. Load the base "
                 "model in bfloat16 with Posterior.from_pretrained(llm, path), and merge there; or use "

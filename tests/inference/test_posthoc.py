@@ -138,8 +138,9 @@ def test_the_noise_is_the_largest_that_keeps_the_nll():
 def test_a_search_that_ends_at_a_limit_says_so(tolerance, max_scale, hint):
     blora, task, rows = overfitted()
     options = {"num_draws": 2, "num_bisections": 3, "tolerance": tolerance, "max_scale": max_scale}
-    with pytest.warns(sp.ScalaBLWarning, match=hint):
+    with pytest.warns(sp.ScalaBLWarning, match=hint) as caught:
         posterior = sp.posthoc(blora, task, rows, method="tfb", seed=3, **options)
+    assert {w.filename for w in caught if w.category is sp.ScalaBLWarning} == {__file__}  # the line of the user
     assert torch.isfinite(posterior.sample(2).s).all()
     found = posterior.provenance  # it describes the guide that is returned, also where no scale passes
     assert found["scale"] == (max_scale if max_scale == 0.1 else 0.0)

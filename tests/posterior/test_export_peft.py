@@ -454,7 +454,7 @@ def test_an_adapter_with_a_wrong_number_is_found_by_the_comparison(posterior, tm
 def test_draws_that_are_not_finite_are_not_exported(tmp_path):
     posterior = posterior_of(fresh(tiny.causal_lm()), scale=float("inf"))
     for call in (lambda: posterior.export_peft(tmp_path / "out", draws=1), lambda: posterior.merge(0)):
-        with pytest.raises(ValueError, match="draw-0 holds NaN or infinity"):
+        with pytest.raises(ValueError, match="Draw 0 holds NaN or infinity"):
             call()
 
 
