@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=10, help="draws per prediction")
     parser.add_argument("--test", action="store_true", help="score test rows instead of validation rows")
     parser.add_argument("--trials", action="store_true", help="try other options too")
-    parser.add_argument("--lines", nargs="*", default=list(LINES), help="methods to run")
+    parser.add_argument("--lines", nargs="*", default=list(LINES), choices=LINES | TRIALS, help="lines of the table")
     parser.add_argument("--spectrum", action="store_true", help="start s at the singular values of the adapter")
     parser.add_argument("--tiny", action="store_true", help="use a random model and few rows, to test the script")
     parser.add_argument("--out", type=Path, default=Path("runs/posthoc"), help="folder of the results")
@@ -90,6 +90,12 @@ def load(args: argparse.Namespace) -> tuple[list[dict], list[dict], list[dict], 
     test = pick(distinct(unseen, but=known), args.test_rows, args.seed, balance=balance) if args.test else []
     train, validation = pool[: args.train_rows], pool[args.train_rows :]
     return train, validation, test or validation, prompt
+
+
+def lines_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the options of the lines to run, by name."""
+    known = LINES | TRIALS
+    return {name: known[name] for name in args.lines} | (TRIALS if args.trials else {})
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -157,7 +163,7 @@ def main() -> None:
         known = point.predict(validation, num_draws=0, **predict)
         scaled, cost = timed(lambda: sp.baselines.temperature_scaling(adapter, known))
         write("temperature scaling", scaled, cost, {}, {"validation_rows": len(validation)})
-        for name, line in ({n: LINES[n] for n in args.lines} | (TRIALS if args.trials else {})).items():
+        for name, line in lines_of(args).items():
             options = dict(line)
             linearized, count = options.pop("linearized", False), options.pop("rows", len(train))
             quiet = {"progress": False} if options["method"] in ("vi", "mcmc") else {}
