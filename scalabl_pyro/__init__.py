@@ -14,7 +14,7 @@ from .posterior.comparison import compare
 from .posterior.posterior import Posterior
 from .prediction.draws import Draws
 from .prediction.result import NumericPrediction, Prediction
-from .tasks import MultipleChoice, Regression, SequenceClassification, Task
+from .tasks import Completion, MultipleChoice, Regression, SequenceClassification, Task
 from .training.fit import fit
 from .training.options import CheckpointOptions, HardwareOptions, OptimizerOptions
 from .training.result import FitResult, TrainingError
@@ -22,6 +22,7 @@ from .training.result import FitResult, TrainingError
 __all__ = [
     "BayesianLoRA",
     "CheckpointOptions",
+    "Completion",
     "Draws",
     "FitResult",
     "HardwareOptions",

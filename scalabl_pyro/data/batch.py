@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._arguments import known_arguments
 from .._errors import check_count
+from ..lora.token_log_probs import NO_TOKEN
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Example:
 
     Attributes:
         inputs: Lists of one length, by the name of the LLM's argument. ``input_ids`` is required.
-        target: Class index or number. None if the row has no answer.
-        extras: Other numbers that the likelihood of the task needs.
+        target: Class index or number, or the tokens of a completion. None if the row has no answer.
+        extras: Other numbers that the likelihood of the task needs: one per row, or a list of them.
         is_cut: Whether the text was too long and lost its end.
 
     Example:
@@ -32,8 +33,8 @@ class Example:
     """
 
     inputs: dict[str, list[int]]
-    target: float | int | None = None
-    extras: dict[str, int] = field(default_factory=dict)
+    target: Any = None
+    extras: dict[str, Any] = field(default_factory=dict)
     is_cut: bool = False
 
     def __len__(self) -> int:
@@ -48,7 +49,7 @@ class Batch:
 
     Attributes:
         inputs: Keyword arguments of the LLM, each of shape (B, tokens).
-        target: Answers, shape (B,), or None.
+        target: Answers, shape (B,), or tokens of completions, (B, T), with ``NO_TOKEN`` behind them. May be None.
         index: Position of each row in its data set, shape (B,).
         last: Index of the last real token of each row, shape (B,).
         extras: Other tensors for the likelihood, each of shape (B, ...).
@@ -157,16 +158,26 @@ def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int
     targets = [e.target for e in examples]
     return Batch(
         inputs=inputs,
-        target=None if any(t is None for t in targets) else collate_targets(targets),
+        target=None if any(t is None for t in targets) else collate_targets(targets, multiple=multiple),
         index=torch.tensor(list(index)),
         last=torch.tensor([len(e) - 1 for e in examples]),
-        extras={k: torch.tensor([e.extras[k] for e in examples]) for k in examples[0].extras},
+        extras={k: _padded([e.extras[k] for e in examples], 0, multiple) for k in examples[0].extras},
     )
 
 
-def collate_targets(targets: Sequence[Any]) -> Tensor:
+def collate_targets(targets: Sequence[Any], *, multiple: int = 1) -> Tensor:
     """Class indices are int64, numbers float64: float32 would round targets that are much larger than their spread."""
+    if isinstance(targets[0], list):
+        return _padded(targets, NO_TOKEN, multiple)
     return torch.tensor(targets, dtype=torch.float64 if any(isinstance(t, float) for t in targets) else None)
+
+
+def _padded(values: Sequence[Any], fill: int, multiple: int) -> Tensor:
+    """Return one number per row, (B,), or lists that are filled to one length, (B, T)."""
+    if not isinstance(values[0], list):
+        return torch.tensor(values)
+    width = -(-max(map(len, values)) // multiple) * multiple
+    return torch.tensor([row + [fill] * (width - len(row)) for row in values], dtype=torch.long)
 
 
 @known_arguments

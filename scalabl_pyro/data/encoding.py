@@ -84,7 +84,7 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
         raise ValueError("The data set has no rows.")
     if cut := sum(example.is_cut for example in examples):
         logger.warning(
-            "%d of %d rows were longer than max_length and lost the end of their text. "
+            "%d of %d rows were longer than max_length and lost a part of their text. "
             "To keep it, increase max_length of the task.",
             cut,
             len(examples),
@@ -94,6 +94,8 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
 
 def _plain(example: Example) -> Example:
     """Give an example a Python number as its target, or None where the row has no answer."""
+    if isinstance(example.target, list):
+        return example
     target = None if is_missing(example.target) else plain(example.target)
     return example if target is example.target else replace(example, target=target)
 
@@ -107,6 +109,8 @@ def _check_example(example: Example, row: Row, where: str, *, need_target: bool)
                 f"{where} has no answer, but training and the likelihood need one. The row has the fields {list(row)}. "
                 "Add the answer in the field that the task reads."
             )
+    elif isinstance(example.target, list):
+        return
     elif not isinstance(example.target, numbers.Real):
         raise TypeError(f"{where}: the answer {example.target!r} is not a number. The task must encode it as one.")
     elif not math.isfinite(example.target):

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from .._display import Summarized
-from .binding import UNBOUND, Bound, RowNoise, binding, bound_to
+from .binding import UNBOUND, Bound, Readout, RowNoise, binding, bound_to
 from .constants import jit_constants
 from .factors import Factors, cast_stacked, compute_dtype, factors_of, map_stacked
 from .in_use import check_active, check_in_place
@@ -198,25 +198,18 @@ class Adapter(Summarized):
         self,
         s: Tensor,
         *,
-        positions: Tensor | None = None,
         factors: Factors | None = None,
         heads: Mapping[str, nn.Module] | None = None,
-        fan_out: tuple[torch.Size, int] | None = None,
-        noise: Sequence[RowNoise] | None = None,
-        called: set[int] | None = None,
+        **options: Any,
     ) -> AbstractContextManager[None]:
         """Compute with the latents ``s`` inside the context.
 
         Args:
             s: Latents: (D,) for all rows of the input together, or (rows, D) with one s per row.
-            positions: Index of the token whose logits are needed in each row, (rows,). The output head then computes
-                one token per row, and logits (rows, tokens, vocabulary) are never built.
             factors: Factors of a frozen posterior, as :meth:`prepare` returns them; None means those of the module.
             heads: Trained heads of a frozen posterior by path; None means those of the adapter.
-            fan_out: Pair (batch_shape, rows). The input has ``rows`` rows, and the first adapted block repeats them to
-                ``batch_shape``. ``s`` and ``positions`` then belong to the repeated rows.
-            noise: Noise that each layer adds to A x, with the gauge applied to A.
-            called: Set to which each layer adds its index when it is called.
+            options: Other fields of :class:`~scalabl_pyro.lora.binding.Bound`, such as ``positions``. With ``fan_out``,
+                the input has fewer rows, and ``s``, ``positions`` and ``readout`` belong to the repeated rows.
         """
         check_active(self.subspace.names, self.layers, self.adapter_name)
         if torch.jit.is_tracing():
@@ -226,7 +219,7 @@ class Adapter(Summarized):
             layer.scaling[self.adapter_name] * part.to(A.device)
             for layer, part, (A, _) in zip(self.layers, self.subspace.split(s), prepared, strict=True)
         )
-        return binding(self, Bound(prepared, scaled, positions, heads, fan_out, noise, called))
+        return binding(self, Bound(prepared, scaled, heads=heads, **options))
 
     def disabled(self) -> AbstractContextManager[None]:
         """Run the untouched base model inside the context."""
@@ -254,9 +247,14 @@ class Adapter(Summarized):
         return None if bound is None or bound.noise is None else bound.noise[index]
 
     def current_positions(self) -> Tensor | None:
-        """Return the index of the token that the present pass reads in each row, (rows,); see ``last_token``."""
+        """Return the index of the tokens that the present pass reads in each row; see ``read_tokens``."""
         bound = bound_to(self)
         return None if bound is None else bound.positions
+
+    def current_readout(self) -> Readout | None:
+        """Return what replaces the logits in the present pass; None if the head computes logits."""
+        bound = bound_to(self)
+        return None if bound is None else bound.readout
 
     def current_fan_out(self) -> tuple[torch.Size, int] | None:
         """Return the pair (batch_shape, rows) of the present pass, see ``bind``; None if rows are not repeated."""

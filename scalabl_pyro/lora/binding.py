@@ -3,7 +3,7 @@
 A draw is never written into a shared module. Several threads can therefore run one module with different draws.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -36,6 +36,24 @@ class RowNoise:
     outputs: Tensor | None = None
 
 
+class Readout(Protocol):
+    """What a pass computes of the hidden states at the output head, in the place of the logits."""
+
+    def __call__(self, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Compute numbers per token.
+
+        Args:
+            head: The output head, (rows, tokens, width) -> logits (rows, tokens, vocabulary).
+            hidden: Its input, (rows, T, width), at the positions that the pass reads.
+
+        Returns:
+            Numbers per token, (rows, T, C).
+        """
+
+    def repeat(self, batch_shape: torch.Size, rows: int) -> "Readout":
+        """Return the readout for rows that are repeated from ``rows`` to ``batch_shape``, for each draw."""
+
+
 @dataclass(frozen=True)
 class Bound:
     """Latents, factors and options of one forward pass of an adapter.
@@ -43,12 +61,14 @@ class Bound:
     Attributes:
         factors: (A, B) of each layer, with the gauge applied and in the dtype of the layer.
         s: Product gamma * s of each layer, (r,) or (rows, r).
-        positions: Index of the only token that the output head computes in each row, (rows,); None means all tokens.
+        positions: Index of the only token that the output head computes in each row, (rows,), or of T tokens,
+            (rows, T); None means all tokens.
         heads: Modules that replace the trained heads, by path; None means the heads of the adapter.
         fan_out: Pair (batch_shape, rows). The first adapted block repeats ``rows`` rows to ``batch_shape``. None means
             that rows are not repeated.
         noise: Noise that each layer adds to A x; None means no noise.
         called: Set to which each layer adds its index when it is called; None means that nothing is recorded.
+        readout: What the output head computes instead of logits; None means logits.
     """
 
     factors: Factors = ()
@@ -58,6 +78,7 @@ class Bound:
     fan_out: tuple[torch.Size, int] | None = None
     noise: Sequence[RowNoise] | None = None
     called: set[int] | None = None
+    readout: Readout | None = None
 
 
 #: Marks that nothing was bound. The adapter then computes at its resting point.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .binding import RowNoise
+from .binding import Readout, RowNoise
 from .factors import Factors
 from .outputs import first_of, map_tensors
 from .pass_checks import EffectCheck, RowCheck
@@ -23,7 +23,13 @@ class LatentLLM(Protocol):
     def llm(self) -> nn.Module:
         """The adapted module."""
 
-    def __call__(self, *args: Any, s: Tensor, positions: Tensor | None = None, **kwargs: Any) -> Any:
+    @property
+    def adapter(self) -> Adapter:
+        """The LoRA layers in it."""
+
+    def __call__(
+        self, *args: Any, s: Tensor, positions: Tensor | None = None, readout: Readout | None = None, **kwargs: Any
+    ) -> Any:
         """Run the LLM with latents ``s`` of shape (..., D)."""
 
 
@@ -64,6 +70,7 @@ class AdaptedLLM:
         *args: Any,
         s: Tensor,
         positions: Tensor | None = None,
+        readout: Readout | None = None,
         noise: Sequence[RowNoise] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -73,7 +80,9 @@ class AdaptedLLM:
             args: Positional inputs of the LLM. The first dimension of each tensor is the rows.
             s: Latents, shape (..., D). Their batch dimensions broadcast against the B rows as in Pyro: (D,) and
                 (1, D) are one draw for all rows, (B, D) is one draw per row, (P, 1, D) is P draws for all rows.
-            positions: Position of the token whose logits are computed, per row, shape (B,). None computes all logits.
+            positions: Position of the token whose logits are computed, per row, shape (B,), or of T tokens per row,
+                (B, T). None computes all logits.
+            readout: What the output head computes in the place of logits, for the B rows.
             noise: Noise per layer for the B rows. With noise, ``s`` must be one draw, or one draw per row.
             kwargs: Keyword inputs of the LLM. Tensors with B rows are repeated for each draw.
 
@@ -99,7 +108,7 @@ class AdaptedLLM:
             one_row = self._one_row(args, kwargs, s[:1], rows)
             self._row_check.check_order(self.llm, (args, kwargs), (rows, len(s)), one_row)
         if batch_shape == (rows,):
-            output = self._run(args, kwargs, s, positions, noise=noise)
+            output = self._run(args, kwargs, s, positions, noise=noise, readout=readout)
             self._check_rows(output, args, kwargs, s, rows)
             return output
         if noise is not None:
@@ -107,7 +116,8 @@ class AdaptedLLM:
                 f"s has shape {tuple(s.shape)}. Noise per row allows only one draw of s for all rows, or one draw per "
                 "row. Pass s with shape (D,) or (rows, D)."
             )
-        output = self._run_folded(args, kwargs, s, positions, batch_shape=batch_shape, rows=rows)
+        repeated = None if readout is None else readout.repeat(batch_shape, rows)
+        output = self._run_folded(args, kwargs, s, positions, repeated, batch_shape=batch_shape, rows=rows)
         self._check_rows(output, args, kwargs, s, rows)
         return _unfold_rows(output, batch_shape)
 
@@ -117,6 +127,7 @@ class AdaptedLLM:
         kwargs: dict[str, Any],
         s: Tensor,
         positions: Tensor | None,
+        readout: Readout | None,
         *,
         batch_shape: torch.Size,
         rows: int,
@@ -124,11 +135,12 @@ class AdaptedLLM:
         """Run the LLM on the rows of the input, repeated to ``batch_shape``."""
         positions = repeat_rows(positions, batch_shape, rows)
         if self.adapter.shares_prefix and not self._repeats_inputs and batch_shape.numel() > rows:
-            output = self._run(args, kwargs, s, positions, fan_out=(batch_shape, rows))
+            output = self._run(args, kwargs, s, positions, readout=readout, fan_out=(batch_shape, rows))
             if len(first_of(output)) == batch_shape.numel():
                 return output
             self._repeats_inputs = True  # after its blocks, this module takes the number of rows from its input
-        return self._run(repeat_rows(args, batch_shape, rows), repeat_rows(kwargs, batch_shape, rows), s, positions)
+        args, kwargs = repeat_rows(args, batch_shape, rows), repeat_rows(kwargs, batch_shape, rows)
+        return self._run(args, kwargs, s, positions, readout=readout)
 
     def _check_rows(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s: Tensor, rows: int) -> None:
         """Check that rows with different draws do not mix."""

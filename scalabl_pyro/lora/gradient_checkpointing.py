@@ -26,7 +26,7 @@ def recompute(blocks: Sequence[nn.Module], *, has_dropout: bool = False) -> Iter
     before = [(block, block.__dict__.get("forward")) for block in blocks]
     try:
         for block in blocks:
-            block.forward = _RunAgain(block.forward, has_dropout)
+            block.forward = RunAgain(block.forward, has_dropout)
         yield
     finally:
         for block, forward in before:
@@ -35,14 +35,20 @@ def recompute(blocks: Sequence[nn.Module], *, has_dropout: bool = False) -> Iter
                 block.forward = forward
 
 
-class _RunAgain:
-    """Forward of a block that stores only its input, and runs again in the backward pass."""
+class RunAgain:
+    """Function that stores only its input, and runs again in the backward pass with the draws of its first run.
+
+    Args:
+        forward: The function, such as ``forward`` of a block.
+        has_dropout: Whether it uses dropout, see :func:`recompute`.
+    """
 
     def __init__(self, forward: Callable[..., Any], has_dropout: bool) -> None:
         self.forward = forward
         self.has_dropout = has_dropout
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function."""
         context = contextvars.copy_context()
 
         def run(*args: Any, **kwargs: Any) -> Any:

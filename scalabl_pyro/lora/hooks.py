@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .base_tensors import unwrap_active
 from .hidden_state_cache import HiddenStates, SkippableForward
-from .last_token import AtPosition, ReadPosition, tokenwise_end
 from .layers import ReplaceHead, SubspaceVariant
 from .module_changes import ModuleChanges
+from .read_tokens import AtPositions, ReadOut, ReadPositions, tokenwise_end
 from .refuse_save import refuse_saving
 from .shared_prefix import RepeatRows
 from .subspace import Layer, Subspace
@@ -83,9 +83,10 @@ def _add_hooks(adapter: Adapter, changes: ModuleChanges) -> None:
     head = output_head(adapter.module)
     if head is None:  # a classifier pools over tokens, with the rows of its input
         return
-    changes.add_hook(head.register_forward_pre_hook(ReadPosition(adapter.current_positions)))
+    changes.add_hook(head.register_forward_pre_hook(ReadPositions(adapter.current_positions)))
+    changes.replace_forward(head, ReadOut(adapter.current_readout, head.forward))
     if (mlp := tokenwise_end(adapter.blocks)) is not None:
-        changes.replace_forward(mlp, AtPosition(adapter.current_positions, mlp.forward))
+        changes.replace_forward(mlp, AtPositions(adapter.current_positions, mlp.forward))
     if not adapter.shares_prefix:
         return
     changes.add_hook(adapter.blocks[0].register_forward_pre_hook(HiddenStates(adapter), with_kwargs=True))

@@ -17,6 +17,7 @@ from .._display import html_table
 from .._process.pyro_modes import KeepPlates, Program, check_particle_dimension
 from ..data.batch import Batch
 from ..lora.adapter import Adapter
+from ..lora.binding import Readout
 from ..lora.forward import AdaptedLLM
 from ..lora.memory import MemoryEstimate, estimate_memory
 from ..lora.pass_checks import EffectCheck
@@ -73,13 +74,22 @@ class BayesianLoRA(Program):
         """Device of the first adapted layer, where s is sampled."""
         return self.adapter.device
 
-    def forward(self, *args: Any, s: Tensor | None = None, positions: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        s: Tensor | None = None,
+        positions: Tensor | None = None,
+        readout: Readout | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run the LLM with latents s; see :class:`~scalabl_pyro.lora.forward.AdaptedLLM`.
 
         Args:
             args: Positional inputs of the LLM; tensors have the B rows as their first dimension.
             s: Latents, (..., D); None samples the site ``"s"`` from the prior.
-            positions: Index of the only token of each row whose logits are wanted, (B,); None means all tokens.
+            positions: Index of the only token of each row whose logits are wanted, (B,), or of T tokens per row,
+                (B, T); None means all tokens.
+            readout: What the output head computes in the place of logits; None means logits.
             kwargs: Keyword inputs of the LLM.
 
         Returns:
@@ -97,7 +107,8 @@ class BayesianLoRA(Program):
         s = self.sample_latents() if s is None else s
         if s.dim() > 1:
             check_particle_dimension()
-        return run_with_provenance(self._adapted, *args, origins=origins, s=s, positions=positions, **kwargs)
+        own = {"s": s, "positions": positions, "readout": readout}
+        return run_with_provenance(self._adapted, *args, origins=origins, **own, **kwargs)
 
     def sample_latents(self) -> Tensor:
         """Sample s from the prior; inside a Pyro handler, take it from the guide or from conditioned draws.

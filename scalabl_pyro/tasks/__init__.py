@@ -6,6 +6,7 @@ A task is the likelihood half of the Pyro program. To write one, subclass :class
 """
 
 from .base import Task, at_least_float32, copy_task
+from .completion import Completion
 from .multiple_choice import MultipleChoice
 from .registry import TASKS, from_options, to_config
 from .regression import Regression
@@ -13,6 +14,7 @@ from .text import SequenceClassification
 
 __all__ = [
     "TASKS",
+    "Completion",
     "MultipleChoice",
     "Regression",
     "SequenceClassification",

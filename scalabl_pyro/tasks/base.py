@@ -158,7 +158,8 @@ class Task(Summarized, Program):
         Returns:
             K numbers per row, shape (..., B, K), float32 or float64.
         """
-        return at_least_float32(llm(**batch.inputs, s=s).logits)
+        inputs: dict[str, Any] = dict(batch.inputs)
+        return at_least_float32(llm(**inputs, s=s).logits)
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.TorchDistribution:
         """Build the distribution of y.

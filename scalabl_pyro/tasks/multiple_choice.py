@@ -176,7 +176,7 @@ class MultipleChoice(Task):
         self._learn_tokens()
         # Padding stands right of the last token, so a causal LM does not see it. Without a mask, attention uses its
         # fastest kernel, and the host does not wait to read the mask.
-        inputs = dict(batch.inputs)
+        inputs: dict[str, Any] = dict(batch.inputs)
         if not needs_mask(llm.llm, inputs["input_ids"]):
             inputs.pop("attention_mask", None)
         logits = llm(**inputs, s=s, positions=batch.last).logits

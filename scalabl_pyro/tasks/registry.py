@@ -9,12 +9,15 @@ from transformers import PreTrainedTokenizerBase
 from .._errors import nearest
 from ..storage.budget import Budget
 from .base import Task
+from .completion import Completion
 from .multiple_choice import MultipleChoice
 from .regression import Regression
 from .text import SequenceClassification
 
 #: Classes of this library, by name.
-TASKS: dict[str, type[Task]] = {task.__name__: task for task in (MultipleChoice, SequenceClassification, Regression)}
+TASKS: dict[str, type[Task]] = {
+    task.__name__: task for task in (MultipleChoice, SequenceClassification, Regression, Completion)
+}
 
 
 def to_config(task: Task) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Compute the last steps of a model only for the one token per row whose logits are read.
+"""Compute the last steps of a model only for the tokens whose logits are read: one per row, or a few.
 
 The last attention layer is the last step that mixes tokens. After it, other tokens no longer matter. So the MLP of the
-last block and the output head run on one token per row. The logits of shape (rows, tokens, vocabulary) are never built.
-Skipping the MLP for the other tokens saves one thirtieth of the arithmetic of a model with 28 blocks, forward and
-backward.
+last block and the output head run on the tokens that are read. The logits of shape (rows, tokens, vocabulary) are never
+built. Skipping the MLP for the other tokens saves one thirtieth of the arithmetic of a model with 28 blocks, forward
+and backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .binding import Readout
+
 Positions = Callable[[], Tensor | None]
-"""Function that returns the positions read by the current pass, shape (rows,), or None if it reads all tokens."""
+"""Function that returns the positions read by the current pass, (rows,) or (rows, T); None if it reads all tokens."""
 
 
-class ReadPosition:
-    """Forward pre-hook of the output head that keeps one token per row.
+class ReadPositions:
+    """Forward pre-hook of the output head that keeps the tokens that are read.
 
     Args:
         positions: Function that returns the positions read by the current pass.
@@ -35,10 +37,28 @@ class ReadPosition:
         return (_pick(hidden, positions), *rest)
 
 
-class AtPosition:
+class ReadOut:
+    """Replacement for ``forward`` of the output head that gives its input to the readout of the pass.
+
+    Args:
+        readout: Function that returns the readout of the current pass, or None if the head computes logits.
+        forward: The head's own ``forward``.
+    """
+
+    def __init__(self, readout: Callable[[], Readout | None], forward: Callable[..., Any]) -> None:
+        self.readout = readout
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the logits, or what the readout computes in their place."""
+        readout = self.readout()
+        return self.forward(*args, **kwargs) if readout is None else readout(self.forward, *args, **kwargs)
+
+
+class AtPositions:
     """Replacement for ``forward`` of a module that treats each token alone.
 
-    The module runs on the one token per row that is read. The other tokens get 0.
+    The module runs on the tokens that are read. The other tokens get 0.
 
     Args:
         positions: Function that returns the positions read by the current pass.
@@ -58,7 +78,7 @@ class AtPosition:
             or first is None
             or first.dim() != 3
             or len(first) != len(positions)
-            or first.shape[1] == 1
+            or first.shape[1] <= _per_row(positions).shape[1]
         ):
             return self.forward(*args, **kwargs)
 
@@ -67,9 +87,10 @@ class AtPosition:
             return _pick(x, positions) if is_per_token else x
 
         picked = self.forward(*map(pick, args), **{name: pick(x) for name, x in kwargs.items()})
-        if not torch.is_tensor(picked) or picked.shape[:2] != (len(first), 1) or picked.dim() != 3:
+        index = _per_row(positions)
+        if not torch.is_tensor(picked) or picked.shape[:2] != index.shape or picked.dim() != 3:
             return self.forward(*args, **kwargs)
-        index = positions.to(picked.device).view(-1, 1, 1).expand_as(picked)
+        index = index.to(picked.device).unsqueeze(-1).expand_as(picked)
         return picked.new_zeros(*first.shape[:2], picked.shape[2]).scatter(1, index, picked)
 
 
@@ -87,7 +108,12 @@ def tokenwise_end(blocks: Sequence[nn.Module]) -> nn.Module | None:
     return mlp if is_dense else None
 
 
+def _per_row(positions: Tensor) -> Tensor:
+    """Return positions as (rows, T)."""
+    return positions.unsqueeze(1) if positions.dim() == 1 else positions
+
+
 def _pick(hidden: Tensor, positions: Tensor) -> Tensor:
-    """Select one token per row. The result has shape (rows, 1, width)."""
-    positions = positions.to(hidden.device)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), positions].unsqueeze(1)
+    """Select the tokens that are read. The result has shape (rows, T, width)."""
+    index = _per_row(positions).to(hidden.device)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1), index]

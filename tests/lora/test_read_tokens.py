@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import scalabl_pyro as sp
-from scalabl_pyro.lora.last_token import AtPosition, tokenwise_end
+from scalabl_pyro.lora.read_tokens import AtPositions, tokenwise_end
 
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gpt2"]
 IDS = torch.randint(2, 40, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def test_logits_and_gradients_are_those_of_the_whole_pass(family, options):
 def test_the_last_mlp_sees_one_token_of_each_row(family):
     blora = adapted(family)
     seen = []
-    mlp = next(m for m in blora.llm.modules() if isinstance(m.__dict__.get("forward"), AtPosition))
+    mlp = next(m for m in blora.llm.modules() if isinstance(m.__dict__.get("forward"), AtPositions))
     first = next(m for m in mlp.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D")
     first.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
     blora(input_ids=IDS, s=draws(blora), positions=LAST)
