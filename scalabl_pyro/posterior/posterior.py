@@ -24,12 +24,12 @@ from ..prediction.quasi_monte_carlo import Design
 from ..prediction.result import NumericPrediction, Prediction
 from ..prediction.room import FEWER_OR_AVERAGES, check_room, size_of_predictions
 from . import serialization
-from .exportable import ExportablePosterior
+from .text_posterior import TextPosterior
 
 
 @known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
-class Posterior(ExportablePosterior):
+class Posterior(TextPosterior):
     """The posterior of s, and the point estimates that were learned together with it.
 
     It holds copies of all that was learned. So several posteriors can share one LLM, and further training does not

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ from .._errors import check_choice, check_flag
 from ..data.batch import Batch, Example
 from ..data.rows import Row
 from ..lora.adapter import Adapter
+from ..lora.binding import Readout
 from ..lora.forward import LatentLLM
 from ..lora.head_check import ends_with_head
 from ..lora.look_ahead import needs_mask
 from ..lora.targets import output_head
-from ..lora.token_log_probs import TokenLogProbs, log_probs_of
+from ..lora.token_log_probs import TokenLogProbs
 from ..storage.budget import Budget
 from .base import Task, at_least_float32, field_of, text_of
 from .chat import check_chat_options
@@ -155,12 +156,30 @@ class Completion(Task):
                 "Completion has no list of answers to choose from. Use posterior.score(rows) for the probability of "
                 "given completions, or posterior.generate(prompts) to write some."
             )
+        readout = TokenLogProbs(batch.target, has_dropout=_has_dropout(llm.adapter))
+        return at_least_float32(self.read(llm, batch, s, readout)[..., 0])
+
+    def read(self, llm: LatentLLM, batch: Batch, s: Tensor, readout: Readout) -> Tensor:
+        """Run the LLM, and compute numbers of each token of the completions instead of logits.
+
+        Args:
+            llm: The LLM.
+            batch: B rows with completions of at most T tokens.
+            s: Latents, (..., 1, D) or (..., B, D).
+            readout: What is computed at the output head.
+
+        Returns:
+            Numbers per token, (..., B, T, C).
+        """
+        # Padding stands right of the completion, so a causal LM does not see it.
         inputs: dict[str, Any] = {k: v for k, v in batch.inputs.items() if k != "attention_mask"}
-        positions, tokens = batch.extras["positions"], batch.target
+        positions = batch.extras["positions"]
         if ends_with_head(llm.adapter, batch.inputs):
-            readout = TokenLogProbs(tokens, has_dropout=_has_dropout(llm.adapter))
-            return at_least_float32(llm(**inputs, s=s, positions=positions, readout=readout).logits[..., 0])
-        return log_probs_of(llm(**inputs, s=s, positions=positions).logits, tokens)
+            return cast(Tensor, llm(**inputs, s=s, positions=positions, readout=readout).logits)
+        logits = llm(**inputs, s=s, positions=positions).logits
+        rows = logits.shape[:-2]
+        numbers = readout.repeat(rows, len(batch))(lambda given: given, logits.flatten(0, -3))
+        return numbers.unflatten(0, rows)
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> GivenTokens:
         """Build the distribution of the completions, of which it knows the given ones."""

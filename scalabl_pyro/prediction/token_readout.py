@@ -1,0 +1,89 @@
+"""What every draw says of given tokens, and how far the draws disagree, computed at the output head in parts.
+
+The next token of the mixture of K draws is p(y_t | y_<t) = sum_k w_k p_k(y_t | y_<t). The weight of a draw is what the
+tokens before say of it: w_k is proportional to prod_{j<t} p_k(y_j | y_<j). Equal weights would draw s again at every
+token, and their sums over tokens are biased.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..lora.token_log_probs import MAX_LOGITS, NO_TOKEN
+
+#: Numbers per token before those of the most probable tokens: log p under each draw and under the mixture, and the
+#: entropies of the mixture and of the draws.
+FIXED = 4
+
+
+@dataclass(frozen=True)
+class TokenReadout:
+    """Readout of one row under all draws: log probabilities, entropies and the most probable tokens.
+
+    The rows of the pass are S draws of each of B rows, ordered by draw, then by row.
+
+    Attributes:
+        tokens: The given tokens, (B, T) before :meth:`repeat`; ``NO_TOKEN`` where a row has fewer.
+        num_draws: Number S of draws.
+        top: Number of most probable tokens to keep.
+        max_logits: Largest number of logits of one part.
+    """
+
+    tokens: Tensor
+    num_draws: int
+    top: int = 0
+    max_logits: int = MAX_LOGITS
+
+    def __call__(self, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Compute the numbers of each token, (S * B, T, 4 + 3 * top), in float32 or higher.
+
+        They are log p(token) under the draw of the row, log p(token) under the mixture, the entropy of the mixture, the
+        mean entropy of the draws, and then the indices of the most probable tokens of the mixture, their probabilities
+        in the mixture, and their probabilities under the draw of the row. All logarithms are natural.
+        """
+        tokens = self.tokens.to(hidden.device)
+        vocabulary = head(hidden[:, :1]).shape[-1]
+        size = max(self.max_logits // (len(hidden) * vocabulary), 1)
+        log_weights: Tensor | None = None
+        parts = []
+        for start in range(0, tokens.shape[1], size):
+            logits = head(hidden[:, start : start + size])
+            part, log_weights = self._part(logits, tokens[:, start : start + size], log_weights)
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
+    def repeat(self, batch_shape: torch.Size, rows: int) -> "TokenReadout":
+        """Return the readout for rows that are repeated for each draw: the tokens are the same for all of them."""
+        if batch_shape.numel() != self.num_draws * rows:
+            raise ValueError(f"The pass has {batch_shape.numel()} rows, and {self.num_draws} draws of {rows} rows.")
+        return replace(self)
+
+    def _part(self, logits: Tensor, tokens: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute the numbers of some tokens; return them and the weights (S, B) of the draws behind them."""
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        log_p = log_p.unflatten(0, (self.num_draws, -1))  # (S, B, T, V)
+        is_token = tokens != NO_TOKEN
+        index = tokens.where(is_token, 0).expand(log_p.shape[:-1]).unsqueeze(-1)
+        own = log_p.gather(-1, index)[..., 0].where(is_token, 0.0)  # (S, B, T)
+        summed = own.cumsum(-1)
+        before = summed - own if log_weights is None else summed - own + log_weights.unsqueeze(-1)
+        log_w = before.log_softmax(0)
+        mixture = torch.logsumexp(log_w.unsqueeze(-1) + log_p, dim=0)  # (B, T, V)
+        total = entropy(mixture)
+        aleatoric = (log_w.exp() * entropy(log_p)).sum(0)
+        token = torch.logsumexp(log_w + own, dim=0).where(is_token, 0.0)
+        columns = [own, *(x.where(is_token, 0.0).expand_as(own) for x in (token, total, aleatoric))]
+        numbers = torch.stack(columns, dim=-1)
+        if self.top:
+            best, ids = mixture.topk(self.top, dim=-1)
+            shape = (*own.shape, self.top)
+            by_draw = log_p.gather(-1, ids.expand(shape))
+            numbers = torch.cat([numbers, ids.to(numbers).expand(shape), best.exp().expand(shape), by_draw.exp()], -1)
+        return numbers.flatten(0, 1), before[..., -1] + own[..., -1]
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Return the entropy of categorical distributions, nats, from their log probabilities (..., V)."""
+    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
