@@ -39,9 +39,10 @@ LINES: dict[str, dict[str, Any]] = {
 }
 #: Other options, tried on validation rows.
 TRIALS: dict[str, dict[str, Any]] = {
-    "laplace, linearized": {"method": "laplace", "linearized": True},
+    "laplace, evidence": {"method": "laplace", "prior_scale": "evidence"},
+    "laplace, evidence, linearized": {"method": "laplace", "prior_scale": "evidence", "linearized": True},
+    "laplace, evidence, 40 rows": {"method": "laplace", "prior_scale": "evidence", "rows": 40},
     "laplace, 40 rows": {"method": "laplace", "rows": 40},
-    "laplace, 40 rows, linearized": {"method": "laplace", "rows": 40, "linearized": True},
     "laplace, scale 1": {"method": "laplace", "prior_scale": 1.0},
     "laplace, scale 0.5": {"method": "laplace", "prior_scale": 0.5},
     "laplace, scale 0.3": {"method": "laplace", "prior_scale": 0.3},
