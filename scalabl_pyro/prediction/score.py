@@ -14,6 +14,7 @@ from ..model.passes import Passes
 from ..tasks import Completion
 from .scored_texts import ScoredTexts, TokenNumbers
 from .token_readout import FIXED, TokenReadout
+from .token_texts import pieces_of, tops_of
 
 
 @torch.no_grad()
@@ -57,8 +58,12 @@ def score(
     if not all(np.isfinite(row.log_probs).all() for row in rows):
         raise FloatingPointError("The log probability of a token is NaN or infinite: the outputs of the LLM overflow.")
     texts = [task.tokenizer.decode(row.tokens) for row in rows]
-    pieces = [[task.tokenizer.decode([token]) for token in row.tokens] for row in rows]
-    return ScoredTexts(tuple(rows), tuple(texts), tuple(pieces), is_mean, time.perf_counter() - start)
+    before = [[e.inputs["input_ids"][i] for i in e.extras["positions"]] for e in examples]
+    known = list(zip(rows, before, strict=True))
+    pieces = [pieces_of(task.tokenizer, row.tokens.tolist(), ids) for row, ids in known]
+    others = [tops_of(task.tokenizer, row.top_tokens, ids) for row, ids in known] if top else []
+    seconds = time.perf_counter() - start
+    return ScoredTexts(tuple(rows), tuple(texts), tuple(pieces), is_mean, seconds, top_pieces=tuple(others))
 
 
 def _of_row(numbers: np.ndarray, tokens: list[int], top: int) -> TokenNumbers:
