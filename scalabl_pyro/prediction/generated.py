@@ -168,6 +168,10 @@ class Generation(Summarized):
             coords={"prompt": list(self.prompts), "text": (("prompt", "sample"), np.reshape(self.answers, shape))},
         )
 
+    def _repr_html_(self) -> str:
+        table = self.summary().to_html(escape=True, float_format=lambda value: f"{value:.3g}")
+        return f"<div>{table}{self.scored.to_html()}</div>"
+
     def _by_prompt(self, values: Array) -> Array:
         return np.asarray(values, dtype=np.float64).reshape(len(self.prompts), self.per_prompt)
 

@@ -1,6 +1,7 @@
 """Generation: each draw writes what its exported adapter would write, and scores are those of the generation itself."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -231,6 +232,14 @@ def test_summaries_of_texts(posterior):
     kept = found.keep(0.4)
     assert kept == [int(summary["epistemic_per_token"].argmin())]
     assert found.keep(1.0, by=[3.0, 1.0, 2.0]) == [0, 1, 2] and found.keep(0.5, by=[3.0, 1.0, 2.0]) == [1, 2]
+
+
+def test_a_notebook_shows_answers_and_shaded_texts(posterior):
+    found = posterior.generate(PROMPTS[:2], num_draws=2, max_new_tokens=3)
+    unsafe = replace(found, prompts=("<script>alert(1)</script>", "b"))
+    page = unsafe._repr_html_()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert page.count("<span title=") == sum(len(row.tokens) for row in found.scored.rows)
 
 
 def test_conversations_and_rows_are_prompts_too(posterior):
