@@ -216,6 +216,28 @@ def test_texts_end_at_a_stop_string():
     assert tokens_of(never) == tokens_of(posterior.generate(["a"], **options))
 
 
+class Words:
+    """A streamer, as transformers calls it."""
+
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self):
+        self.tokens.append("end")
+
+
+@pytest.mark.parametrize("decode", ["mean", "mixture"])
+def test_a_streamer_gets_each_token_as_it_is_written(posterior, decode):
+    words = Words()
+    found = posterior.generate(["the sky is"], num_draws=3, decode=decode, max_new_tokens=4, streamer=words)
+    prompt, *written, end = words.tokens
+    assert prompt == posterior.task.prompt_tokens({"prompt": "the sky is"}) and end == "end"
+    assert [tokens_of(found)[0]] == [[token for (token,) in written]]
+
+
 def test_summaries_of_texts(posterior):
     found = posterior.generate(PROMPTS, num_draws=4, do_sample=True, max_new_tokens=4, num_samples=2)
     frame, summary = found.to_frame(), found.summary()
