@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test-rows", type=int, default=220, help="number of test questions")
     parser.add_argument("--steps", type=int, default=150, help="training steps per method")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
-    parser.add_argument("--blocks", type=int, default=6, help="number of upper blocks to adapt")
+    parser.add_argument("--blocks", type=int, default=12, help="number of upper blocks to adapt")
     parser.add_argument("--draws", type=int, default=8, help="draws per text")
     parser.add_argument("--tiny", action="store_true", help="use a random model and few rows, to test the script")
     parser.add_argument("--out", type=Path, default=Path("runs/quiz"), help="folder of the results")
