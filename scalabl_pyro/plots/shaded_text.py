@@ -103,10 +103,9 @@ def _text_of(scored: ScoredTexts, row: int) -> list[str]:
 
 def _facts(scored: ScoredTexts, row: int, by: Shade, num_shown: int) -> str:
     count = len(scored.pieces[row])
-    shown = f"{count} tokens" if num_shown == count else f"the first {num_shown} of {count} tokens"
-    draws = "posterior mean" if scored.is_mean else f"{scored.num_draws} draws"
+    shown = f"{count} token{'s' * (count != 1)}" if num_shown == count else f"the first {num_shown} of {count} tokens"
     zero = ": one model, so it is 0" if by == "epistemic" and scored.num_draws < 2 else ""
-    return f"{shown}, log probability {scored.log_prob[row]:.4g} nats\n{draws}{zero}"
+    return f"{shown}, log probability {scored.log_prob[row]:.4g} nats\n{scored.source}{zero}"
 
 
 def _fit(ax: Axes, pieces: Sequence[str]) -> Page:

@@ -14,7 +14,7 @@ from ..model.passes import Passes
 from ..tasks import Completion
 from .scored_texts import ScoredTexts, TokenNumbers
 from .token_readout import FIXED, TokenReadout
-from .token_texts import pieces_of, tops_of
+from .token_texts import TokenTexts
 
 
 @torch.no_grad()
@@ -58,10 +58,9 @@ def score(
     if not all(np.isfinite(row.log_probs).all() for row in rows):
         raise FloatingPointError("The log probability of a token is NaN or infinite: the outputs of the LLM overflow.")
     texts = [task.tokenizer.decode(row.tokens) for row in rows]
-    before = [[e.inputs["input_ids"][i] for i in e.extras["positions"]] for e in examples]
-    known = list(zip(rows, before, strict=True))
-    pieces = [pieces_of(task.tokenizer, row.tokens.tolist(), ids) for row, ids in known]
-    others = [tops_of(task.tokenizer, row.top_tokens, ids) for row, ids in known] if top else []
+    token_texts = TokenTexts(task.tokenizer)
+    pieces = [token_texts.pieces(row.tokens) for row in rows]
+    others = [[[token_texts.of(int(i)) for i in here] for here in row.top_tokens] for row in rows] if top else []
     seconds = time.perf_counter() - start
     return ScoredTexts(tuple(rows), tuple(texts), tuple(pieces), is_mean, seconds, top_pieces=tuple(others))
 

@@ -82,6 +82,12 @@ class ScoredTexts(Summarized):
         return 0 if self.is_mean else len(self.rows[0].log_probs)
 
     @property
+    def source(self) -> str:
+        """What the numbers come from, in words: ``"10 draws"`` or ``"posterior mean"``."""
+        count = self.num_draws
+        return "posterior mean" if self.is_mean else "1 draw" if count == 1 else f"{count} draws"
+
+    @property
     def num_tokens(self) -> NDArray[np.integer]:
         """(N,) number of tokens of each completion, with its end token."""
         return np.asarray([len(row.tokens) for row in self.rows])
@@ -202,8 +208,8 @@ class ScoredTexts(Summarized):
         check_count(max_texts=max_texts, max_tokens=max_tokens)
         shown = [self._shown(row, by, max_tokens) for row in range(min(len(self), max_texts))]
         count = f"{len(self)} texts" if len(shown) == len(self) else f"the first {len(shown)} of {len(self)} texts"
-        draws = "posterior mean" if self.is_mean else f"{self.num_draws} draws"
-        return page(shown, title=f"{type(self).__name__}: {count}, {draws}", by=by, notes=self._notes(by))
+        count = "1 text" if len(self) == 1 else count
+        return page(shown, title=f"{type(self).__name__}: {count}, {self.source}", by=by, notes=self._notes(by))
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -213,7 +219,7 @@ class ScoredTexts(Summarized):
         frame["epistemic"] = self.uncertainty(row, "epistemic")
         sums = f"{frame['log_mixture'].sum():.4g} nats, {by} uncertainty {values.sum():.4g} nats"
         return ShownText(
-            title=f"Text {row}: {len(frame)} tokens, log probability {sums} in sum",
+            title=f"Text {row}: {len(frame)} token{'s' * (len(frame) != 1)}, log probability {sums} in sum",
             tokens=frame[:max_tokens],
             alternatives=others[others["place"] < max_tokens],
             values=values[:max_tokens],

@@ -1,7 +1,7 @@
 """The text of single tokens: what each one adds to the text before it, and how characters without a shape are shown."""
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,56 +18,59 @@ JOINERS = "\u200c\u200d"
 SHAPELESS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def pieces_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], previous: Sequence[int]) -> list[str]:
-    """Return the text of each token, so that all of them together are the text.
+class TokenTexts:
+    """Texts of the tokens of a tokenizer, as they stand behind other tokens.
 
-    A token is decoded behind the token before it, because many tokenizers drop the space of a token that stands alone.
-    A character of several tokens belongs to the last of them, and the others have an empty text.
-
-    Args:
-        tokenizer: Tokenizer of the LLM.
-        tokens: T token ids.
-        previous: Token before each of them.
-    """
-    pieces: list[str] = []
-    waiting: list[int] = []
-    for place, token in enumerate(tokens):
-        waiting.append(int(token))
-        first = place + 1 - len(waiting)
-        text = text_behind(tokenizer, int(previous[first]), waiting)
-        is_whole = not text.endswith(FRAGMENT) or len(waiting) == MAX_FRAGMENTS or place == len(tokens) - 1
-        pieces.append(text if is_whole else "")
-        if is_whole:
-            waiting = []
-    return pieces
-
-
-def tops_of(
-    tokenizer: PreTrainedTokenizerBase, tokens: Iterable[Sequence[int]], previous: Sequence[int]
-) -> list[list[str]]:
-    """Return the texts of tokens that could stand at each place.
+    Many tokenizers drop the space of a token that stands alone. So each token is decoded behind a letter, whose text is
+    cut off. Each text is decoded once.
 
     Args:
         tokenizer: Tokenizer of the LLM.
-        tokens: Token ids at each of T places.
-        previous: Token before each place.
     """
-    return [
-        [text_behind(tokenizer, int(before), [int(token)]) for token in here]
-        for here, before in zip(tokens, previous, strict=True)
-    ]
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._letter: list[int] = list(tokenizer("a", add_special_tokens=False).input_ids)[-1:]
+        self._start = self._decode(self._letter)
+        self._known: dict[int, str] = {}
 
-def text_behind(tokenizer: PreTrainedTokenizerBase, before: int, tokens: Sequence[int]) -> str:
-    """Return the text that tokens add behind another token.
+    def of(self, token: int) -> str:
+        """Return the text of a token.
 
-    Args:
-        tokenizer: Tokenizer of the LLM.
-        before: Token before them.
-        tokens: Token ids.
-    """
-    start, whole = (_decode(tokenizer, ids) for ids in ([before], [before, *tokens]))
-    return whole[len(start) :] if whole.startswith(start) else _decode(tokenizer, tokens)
+        Args:
+            token: Its id.
+        """
+        if token not in self._known:
+            self._known[token] = self._behind([token])
+        return self._known[token]
+
+    def pieces(self, tokens: Iterable[int]) -> list[str]:
+        """Return the text of each token, so that all of them together are the text.
+
+        A character of several tokens belongs to the last of them, and the others have an empty text.
+
+        Args:
+            tokens: T token ids.
+        """
+        ids = [int(token) for token in tokens]
+        pieces: list[str] = []
+        waiting: list[int] = []
+        for place, token in enumerate(ids):
+            waiting.append(token)
+            text = self.of(token) if len(waiting) == 1 else self._behind(waiting)
+            is_last = len(waiting) == MAX_FRAGMENTS or place == len(ids) - 1
+            is_whole = is_last or not text.endswith(FRAGMENT)
+            pieces.append(text if is_whole else "")
+            if is_whole:
+                waiting = []
+        return pieces
+
+    def _behind(self, tokens: list[int]) -> str:
+        whole = self._decode([*self._letter, *tokens])
+        return whole[len(self._start) :] if whole.startswith(self._start) else self._decode(tokens)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
 def visible(text: str) -> str:
@@ -95,7 +98,3 @@ def _shape(character: str) -> str:
     if unicodedata.category(character) in SHAPELESS:
         return f"<U+{ord(character):04X}>"
     return character
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))

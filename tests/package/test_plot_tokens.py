@@ -93,13 +93,14 @@ def test_text_stands_on_its_shade_and_keeps_its_dollars(dpi):
         ax = plots.tokens(toy_scores.scored([["a", " $x^2$", " costs", " $5"]]))
     ax.figure.canvas.draw()
     assert [text.get_text() for text in ax.texts] == ["a", " $x^2$", " costs", " $5"]
+    assert not any(text.get_parse_math() for text in ax.texts), "dollars are no formulas"
     for text, patch in zip(ax.texts, shades(ax), strict=True):
         inner, outer = text.get_window_extent(), patch.get_window_extent()
         assert outer.x0 - 1 <= inner.x0 and inner.x1 <= outer.x1 + 2
         assert outer.y0 - 2 <= inner.y0 and inner.y1 <= outer.y1 + 2
 
 
-@pytest.mark.parametrize(("is_mean", "said"), [(True, "posterior mean"), (False, "1 draws")])
+@pytest.mark.parametrize(("is_mean", "said"), [(True, "posterior mean"), (False, "1 draw")])
 def test_one_model_has_no_shade_and_says_why(is_mean, said):
     scored = toy_scores.scored([["word"]], draws=1, is_mean=is_mean)
     scored.rows[0].aleatoric[:] -= 1e-7
@@ -124,7 +125,7 @@ def inside(ax):
 def test_a_figure_is_as_high_as_its_text(count):
     ax = plots.tokens(toy_scores.scored([(WORDS * 10)[:count]], top=0))
     assert len({text.get_fontsize() for text in ax.texts}) == 1 and len(ax.texts) >= count
-    assert ax.get_xlabel().startswith(f"{count} tokens")
+    assert ax.get_xlabel().startswith(f"{count} token")
     assert ax.figure.get_figheight() < 11
     inside(ax)
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import scalabl_pyro as sp
-from scalabl_pyro.prediction.token_texts import EMPTY, pieces_of, tops_of, visible
+from scalabl_pyro.prediction.token_texts import EMPTY, TokenTexts, visible
 
 TEXT = "Blue sky, naïve 漢字 and 🙂👩‍👩‍👧.\n\n  def f(x):\treturn 'é'"
 
@@ -33,7 +33,7 @@ def llama_tokenizer():
 def test_pieces_are_the_text_and_characters_stay_whole():
     tokenizer = byte_tokenizer()
     ids = tokenizer(TEXT).input_ids
-    pieces = pieces_of(tokenizer, ids, [ids[0], *ids[:-1]])
+    pieces = TokenTexts(tokenizer).pieces(ids)
     assert len(pieces) == len(ids) and "".join(pieces) == TEXT
     assert [p for p in pieces if p] == list(TEXT)
 
@@ -41,21 +41,21 @@ def test_pieces_are_the_text_and_characters_stay_whole():
 def test_a_text_that_ends_within_a_character_says_so():
     tokenizer = byte_tokenizer()
     ids = tokenizer("a漢").input_ids[:-1]
-    assert pieces_of(tokenizer, ids, [ids[0], *ids[:-1]]) == ["a", "", "\ufffd"]
+    assert TokenTexts(tokenizer).pieces(ids) == ["a", "", "\ufffd"]
 
 
 def test_bytes_that_never_become_a_character_do_not_hold_the_text_back():
     tokenizer = byte_tokenizer()
     broken = tokenizer("漢").input_ids[1]
     ids = [broken] * 6 + tokenizer("ab").input_ids
-    assert pieces_of(tokenizer, ids, [ids[0], *ids[:-1]])[-1] == "b"
+    assert TokenTexts(tokenizer).pieces(ids)[-1] == "b"
 
 
 def test_random_bytes_keep_every_readable_character():
     rng, tokenizer = random.Random(0), byte_tokenizer()
     for _ in range(50):
         ids = [rng.randrange(256) for _ in range(20)]
-        pieces = pieces_of(tokenizer, ids, [ids[0], *ids[:-1]])
+        pieces = TokenTexts(tokenizer).pieces(ids)
         readable = [c for c in tokenizer.decode(ids) if c.isascii()]
         assert [c for p in pieces for c in p if c.isascii()] == readable
 
@@ -64,8 +64,16 @@ def test_the_space_before_a_word_is_kept():
     tokenizer = llama_tokenizer()
     ids = tokenizer.convert_tokens_to_ids(["▁the", "▁sky", "▁is", "▁blue", "s", "."])
     assert tokenizer.decode(ids[1:2]) == "sky", "this tokenizer drops it"
-    assert pieces_of(tokenizer, ids[1:], ids[:-1]) == [" sky", " is", " blue", "s", "."]
-    assert tops_of(tokenizer, [[ids[4], ids[3]], [ids[1], ids[5]]], [ids[0], ids[3]]) == [["s", " blue"], [" sky", "."]]
+    assert TokenTexts(tokenizer).pieces(ids[1:]) == [" sky", " is", " blue", "s", "."]
+    assert [TokenTexts(tokenizer).of(i) for i in ids] == [" the", " sky", " is", " blue", "s", "."]
+
+
+def test_every_token_is_decoded_once(monkeypatch):
+    tokenizer = llama_tokenizer()
+    texts, calls = TokenTexts(tokenizer), []
+    monkeypatch.setattr(texts, "_decode", lambda ids, decode=texts._decode: calls.append(ids) or decode(ids))
+    assert texts.pieces([1, 2, 1, 2, 1]) == [" the", " sky", " the", " sky", " the"]
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ def test_one_model_has_no_epistemic_uncertainty(is_mean, said):
     assert alphas(page).tolist() == [0.0] and "epistemic (nats) 0.000" in page.tokens[0]["title"]
     assert said in page.text and "to_html(by='total')" in page.text
     assert "table" not in page.elements and "b" in page.elements
+    assert f"1 text, {'posterior mean' if is_mean else '1 draw'}" in page.text
     total = Page(scored.to_html(by="total"))
     assert said not in total.text and alphas(total).tolist() == [MAX_ALPHA]
 
