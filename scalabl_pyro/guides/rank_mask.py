@@ -23,10 +23,10 @@ class StraightThroughBernoulli(dist.Bernoulli):
     (1 - p) / 2 where m = 1, and to p / 2 where m = 0. On average this gradient is exact where f is quadratic in each
     mask, such as a Gaussian log likelihood.
 
-    Elsewhere it is biased. For the likelihood of a language model the bias was 20 to 50 % of a coordinate. Directions
-    that hardly matter can then get the wrong sign. ``RankMaskGuide(..., gradient="leave_one_out")`` has no bias. A
-    binary Concrete, a tempered sigmoid instead of the trapezoid rule, is noisier, and its bias leaves harmful
-    directions half switched on.
+    Elsewhere it is biased. For a tiny network the bias is more than 20 % of the gradient
+    (``tests/training/test_score_function.py``). Directions that hardly matter can then get the wrong sign.
+    ``RankMaskGuide(..., gradient="leave_one_out")`` has no bias. A binary Concrete, a tempered sigmoid instead of the
+    trapezoid rule, is noisier, and its bias leaves harmful directions half switched on.
 
     The KL from another Bernoulli is torch's closed form.
 
@@ -52,7 +52,7 @@ class RankMaskGuide(Guide):
         logits: Initial log odds (D,) that a rank direction is kept.
         gradient: ``"straight_through"`` takes the slope of the likelihood at the drawn mask, as
             :class:`~scalabl_pyro.guides.rank_mask.StraightThroughBernoulli` does. Its noise is small, but it is biased
-            where the log likelihood is not quadratic in the mask: by 20 to 50 % of a coordinate for a language model.
+            where the log likelihood is not quadratic in the mask, as that of a language model.
             ``"leave_one_out"`` compares the likelihoods of two masks per row. It is unbiased, noisier, and takes twice
             the rows in the adapted blocks.
 
