@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 import scalabl_pyro
+from scalabl_pyro.prediction.scored_texts import ScoredTexts
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "gallery.md"
@@ -25,6 +26,8 @@ PAGE = DOCS / "gallery.md"
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n+(?:!\[[^\]]*\]\((?P<picture>images/[^)]+)\))?", re.M | re.S)
 
 ROWS, TOKENS, BLOCKS, STEPS = {"train": 100, "test": 200, "other": 200}, 48, 4, 60
+#: Words of an article that are the prompt, and words that continue it.
+PROMPT, CONTINUATION = 8, 40
 
 
 def trained() -> dict[str, object]:
@@ -38,13 +41,34 @@ def trained() -> dict[str, object]:
     task = word_task(tokenizer, train, NEWS, TOKENS)
     lora = {"layers_to_transform": upper_blocks(llm, BLOCKS)}
     budget = {"num_steps": STEPS, "batch_size": 8, "seed": 0, "progress": False}
+    names = {"scored": scored_text(llm, tokenizer, train, test, lora=lora, **budget)}
     plain = scalabl_pyro.baselines.mle(llm, task, train, lr=5e-3, lora=lora, **budget).posterior
-    names = {"lora": plain.predict(test, num_draws=0, cache_prefix=True)}
+    names |= {"lora": plain.predict(test, num_draws=0, cache_prefix=True)}
     result = scalabl_pyro.fit(scalabl_pyro.bayesian_lora(plain.blora().unload(), **lora), task, train, **budget)
     names |= {"result": result, "posterior": result.posterior}
     for name, rows in {"prediction": test, "outside": newsgroups(count=ROWS["other"], seed=0)}.items():
         names[name] = result.posterior.predict(rows, num_draws=10, seed=0, cache_prefix=True)
     return names
+
+
+def scored_text(llm, tokenizer, train: list[dict], test: list[dict], *, lora: dict, **budget) -> ScoredTexts:
+    """Train on the words of the articles, and score the first test article that is long enough."""
+    blora = scalabl_pyro.bayesian_lora(llm, **lora)
+    task = scalabl_pyro.Completion(tokenizer, chat=False, end_token=False)
+    rows, others = ([part for part in map(continuation, found) if part is not None] for found in (train, test))
+    posterior = scalabl_pyro.fit(blora, task, rows, **budget).posterior
+    scored = posterior.score(others[:1], num_draws=10, seed=0, top=3)
+    posterior.blora().unload()
+    return scored
+
+
+def continuation(row: dict) -> dict | None:
+    """Split an article into a prompt and what follows it; None if it is too short."""
+    words = row["question"].split()
+    end = PROMPT + CONTINUATION
+    if len(words) < end:
+        return None
+    return {"prompt": " ".join(words[:PROMPT]), "completion": " " + " ".join(words[PROMPT:end])}
 
 
 def draw(names: dict[str, object]) -> list[Path]:

@@ -27,6 +27,7 @@ KINDS = {
     ("scalabl_pyro", "NumericPrediction"): "prediction",
     ("scalabl_pyro", "AveragedPrediction"): "averages",
     ("scalabl_pyro", "AveragedNumericPrediction"): "averages",
+    ("scalabl_pyro", "ScoredTexts"): "scores",
     ("scalabl_pyro", "Batch"): "batch",
     ("transformers", "PreTrainedTokenizerBase"): "tokenizer",
     ("torch", "Module"): "llm",
@@ -40,6 +41,7 @@ ROLES = {
     "llm": "a model, such as AutoModelForCausalLM.from_pretrained(...)",
     "tokenizer": "a tokenizer, AutoTokenizer.from_pretrained(...)",
     "prediction": "a prediction, such as posterior.predict(rows)",
+    "scores": "scored texts, such as posterior.score(rows)",
 }
 
 #: What to do, by what is wanted and what was given.
@@ -65,6 +67,9 @@ WAYS = {
     ("llm", "blora"): "The model inside it is blora.llm.",
     ("prediction", "posterior"): "Predict first: posterior.predict(rows).",
     ("prediction", "result"): "Predict first: result.posterior.predict(rows).",
+    ("prediction", "scores"): "These are scored texts: plots.tokens(scored) shows them.",
+    ("scores", "posterior"): "Score texts first: posterior.score(rows).",
+    ("scores", "result"): "Score texts first: result.posterior.score(rows).",
     ("prediction", "averages"): "It holds averages only, and this needs single draws: predict with keep_draws=True.",
 }
 

@@ -8,6 +8,8 @@ QWEN = {"model_type": "qwen2", "vocab_size": 152_064}
 SHAPES = {
     "tiny": {"model_type": "qwen2", "vocab_size": 500, "hidden_size": 64, "intermediate_size": 128,
              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "smollm2-135m": {"model_type": "llama", "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536,
+                     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
     "qwen2.5-0.5b": QWEN | {"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
                             "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
     "qwen2.5-1.5b": QWEN | {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960,

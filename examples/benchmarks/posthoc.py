@@ -39,11 +39,17 @@ LINES: dict[str, dict[str, Any]] = {
 }
 #: Other options, tried on validation rows.
 TRIALS: dict[str, dict[str, Any]] = {
-    "laplace, linearized": {"method": "laplace", "linearized": True},
+    "laplace, evidence": {"method": "laplace", "prior_scale": "evidence"},
+    "laplace, evidence, linearized": {"method": "laplace", "prior_scale": "evidence", "linearized": True},
+    "laplace, evidence, 40 rows": {"method": "laplace", "prior_scale": "evidence", "rows": 40},
     "laplace, 40 rows": {"method": "laplace", "rows": 40},
-    "laplace, 40 rows, linearized": {"method": "laplace", "rows": 40, "linearized": True},
     "laplace, scale 1": {"method": "laplace", "prior_scale": 1.0},
+    "laplace, scale 0.5": {"method": "laplace", "prior_scale": 0.5},
     "laplace, scale 0.3": {"method": "laplace", "prior_scale": 0.3},
+    "laplace, scale 0.2": {"method": "laplace", "prior_scale": 0.2},
+    "laplace, scale 0.1": {"method": "laplace", "prior_scale": 0.1},
+    "laplace, scale 0.5, linearized": {"method": "laplace", "prior_scale": 0.5, "linearized": True},
+    "laplace, scale 0.3, linearized": {"method": "laplace", "prior_scale": 0.3, "linearized": True},
     "laplace, 1 Newton step": {"method": "laplace", "newton_steps": 1},
     "vi, lr 3e-2": {"method": "vi", "lr": 3e-2},
     "vi, lr 1e-1": {"method": "vi", "lr": 1e-1},

@@ -20,6 +20,9 @@ from .largest_scale import NoiseSearch
 from .mcmc import mcmc
 from .refit import refit
 
+#: Scale of the prior of ``"laplace"``, relative to the root mean square of the adapter's s: chosen on validation rows.
+PRIOR_SHARE = 0.5
+
 #: How s is inferred.
 Method = Literal["laplace", "vi", "mcmc", "tfb"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -36,8 +39,9 @@ def posthoc(
 
     - ``"laplace"``: normal posterior with the curvature of the likelihood at the adapter, and all correlations. It
       costs one pass over the data with a gradient per class. Options: those of :func:`scalabl_pyro.laplace`; here
-      ``prior_scale`` is ``"evidence"`` by default, which chooses the scale of the prior Normal(0, scale). The mean
-      stays at the adapter, which is not the mode under this prior; ``newton_steps=1`` moves it toward the mode.
+      ``prior_scale``, the scale of the prior Normal(0, scale), is half the root mean square of the adapter's s by
+      default. ``"evidence"`` chooses a larger one, which helps or harms by the data; see the page on this function. The
+      mean stays at the adapter, which is not the mode under this prior; ``newton_steps=1`` moves it toward the mode.
     - ``"vi"``: variational inference, which also moves the mean of s. Options: those of :func:`scalabl_pyro.refit` and
       :func:`scalabl_pyro.fit`. ``num_steps`` sets the cost; by default it is two passes over the data.
     - ``"mcmc"``: draws of the exact posterior of s. It costs hundreds of passes. Options: those of
@@ -139,7 +143,8 @@ def noise_on_latents(
 
 
 def _laplace(point: Posterior, rows: Any, seed: int, options: Mapping[str, Any]) -> Posterior:
-    return laplace(point, rows, **{"prior_scale": "evidence", **options})
+    scale = PRIOR_SHARE * point.mean().square().mean().sqrt().item()
+    return laplace(point, rows, **{"prior_scale": scale, **options})
 
 
 def _vi(point: Posterior, rows: Any, seed: int, options: Mapping[str, Any]) -> Posterior:

@@ -18,20 +18,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .._errors import ScalaBLWarning
+from .module_snapshot import ModuleSnapshot
 from .peft_names import and_more, method_of
 
 ADAPTER_NAME = "default"
 
 
-def load_peft(base: nn.Module, path: str, **hub: Any) -> PeftModel:
+def load_peft(base: nn.Module, path: str, *, snapshot: ModuleSnapshot, **hub: Any) -> PeftModel:
     """Load a saved PEFT adapter onto its base model, with every tensor in its place.
 
-    After an error, layers of PEFT may stay in ``base``: :func:`scalabl_pyro.from_peft` takes them out. The values of
-    its parameters are as before.
+    After an error, ``snapshot.restore()`` makes the base what it was.
 
     Args:
         base: Plain base model, which is changed in place.
         path: Folder of the adapter, or its name on the Hugging Face Hub.
+        snapshot: Snapshot of the base. It gets the values of biases that the adapter overwrites.
         hub: Options of the download, such as ``revision``, ``token`` and ``subfolder``.
 
     Raises:
@@ -49,18 +50,11 @@ def load_peft(base: nn.Module, path: str, **hub: Any) -> PeftModel:
     _warn_of_another_name(base, config, path)
     with _as_value_error(path):
         model = cast(PeftModel, get_peft_model(base, config, adapter_name=ADAPTER_NAME))
-    overwritten = _overwritten(model, weights, path)
-    kept = {name: tensor.detach().clone() for name, tensor in overwritten.items()}
-    try:
-        with _as_value_error(path):
-            mapping = getattr(base, "_checkpoint_conversion_mapping", None) or None
-            result = model.load_adapter(path, ADAPTER_NAME, key_mapping=mapping, **hub)
-        _check_complete(model, weights, result.missing_keys, result.unexpected_keys, path)
-    except BaseException:
-        with torch.no_grad():
-            for name, tensor in overwritten.items():
-                tensor.copy_(kept[name])
-        raise
+    snapshot.keep_values(_overwritten(model, weights, path).values())
+    with _as_value_error(path):
+        mapping = getattr(base, "_checkpoint_conversion_mapping", None) or None
+        result = model.load_adapter(path, ADAPTER_NAME, key_mapping=mapping, **hub)
+    _check_complete(model, weights, result.missing_keys, result.unexpected_keys, path)
     return model
 
 

@@ -1,6 +1,7 @@
 """Puts a module back as it was after an exception, wherever the exception came from."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class ModuleSnapshot:
 
     :class:`~scalabl_pyro.lora.module_changes.ModuleChanges` reverts the changes that were completed. A snapshot also
     reverts those that an exception cut in half: PEFT may have replaced some layers and not the others. Weights of the
-    base model are not copied, because nothing writes to them. The state of the process is restored too.
+    base model are copied only on demand, see :meth:`keep_values`. The state of the process is restored too.
 
     Args:
         module: Module that is about to be changed. Other objects have no state to restore.
@@ -42,6 +43,10 @@ class ModuleSnapshot:
         self._containers = [(container, container.copy()) for container in found.values()]
         self._flags = [(p, p.requires_grad) for m in modules for p in m.parameters(recurse=False)]
         self._weights = [(p, p.data, p.detach().clone()) for m in modules for p in _tuner_weights(m)]
+
+    def keep_values(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the values of weights of the base model that are about to be overwritten, so that they are restored."""
+        self._weights += [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
 
     def restore(self) -> None:
         """Make the module what it was. Ctrl-C waits until this is done."""

@@ -90,7 +90,7 @@ def from_peft(
     try:
         modes, mode = {m: m.training for m in model.modules()}, model.training
         with scoped_seed(0):  # PEFT fills new layers with random values before it loads them
-            model = _plain_lora(model, path, rank=rank, hub=hub)
+            model = _plain_lora(model, path, rank=rank, snapshot=snapshot, hub=hub)
         for part in model.modules():  # PEFT puts what it loads into eval mode
             part.training = modes.get(part, mode)
         adapter = attach(model, gauge=gauge, modules_to_save=modules_to_save, spectrum=spectrum)
@@ -100,12 +100,14 @@ def from_peft(
         raise
 
 
-def _plain_lora(model: nn.Module, path: object, *, rank: float | None, hub: Mapping[str, Any]) -> nn.Module:
+def _plain_lora(
+    model: nn.Module, path: object, *, rank: float | None, snapshot: ModuleSnapshot, hub: Mapping[str, Any]
+) -> nn.Module:
     """Return the model with a LoRA adapter: loaded from ``path``, and converted if it is of another method."""
     if path is not None:
         check_placement(model)
         check_has_values(model)
-        model = load_peft(model, os.fspath(cast(str, path)), **hub)
+        model = load_peft(model, os.fspath(cast(str, path)), snapshot=snapshot, **hub)
     if isinstance(model, PeftModel) and needs_conversion(model):
         return convert_peft(model, rank=rank)
     if rank is not None:

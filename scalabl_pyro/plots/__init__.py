@@ -8,6 +8,7 @@ from .calibration import reliability
 from .latents import posterior_by_layer
 from .mistakes import confident_mistakes
 from .selection import risk_coverage
+from .shaded_text import tokens
 from .style import MARK as MARK
 from .style import QUIET as QUIET
 from .style import WARM as WARM
@@ -20,5 +21,6 @@ __all__ = [
     "posterior_by_layer",
     "reliability",
     "risk_coverage",
+    "tokens",
     "uncertainty_histogram",
 ]

@@ -14,6 +14,7 @@ from ..model.passes import Passes
 from ..tasks import Completion
 from .scored_texts import ScoredTexts, TokenNumbers
 from .token_readout import FIXED, TokenReadout
+from .token_texts import TokenTexts
 
 
 @torch.no_grad()
@@ -57,8 +58,11 @@ def score(
     if not all(np.isfinite(row.log_probs).all() for row in rows):
         raise FloatingPointError("The log probability of a token is NaN or infinite: the outputs of the LLM overflow.")
     texts = [task.tokenizer.decode(row.tokens) for row in rows]
-    pieces = [[task.tokenizer.decode([token]) for token in row.tokens] for row in rows]
-    return ScoredTexts(tuple(rows), tuple(texts), tuple(pieces), is_mean, time.perf_counter() - start)
+    token_texts = TokenTexts(task.tokenizer)
+    pieces = [token_texts.pieces(row.tokens) for row in rows]
+    others = [[[token_texts.of(int(i)) for i in here] for here in row.top_tokens] for row in rows] if top else []
+    seconds = time.perf_counter() - start
+    return ScoredTexts(tuple(rows), tuple(texts), tuple(pieces), is_mean, seconds, top_pieces=tuple(others))
 
 
 def _of_row(numbers: np.ndarray, tokens: list[int], top: int) -> TokenNumbers:

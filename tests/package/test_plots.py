@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import toy_scores
 from matplotlib import colors
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -75,6 +76,7 @@ PLOTS = {
     "confident_mistakes": lambda posterior, **kw: plots.confident_mistakes({"a": prediction()}, threshold=0.6, **kw),
     "history": lambda posterior, **kw: plots.history(history(), **kw),
     "posterior_by_layer": lambda posterior, **kw: plots.posterior_by_layer(posterior, num_draws=20, **kw),
+    "tokens": lambda posterior, **kw: plots.tokens(toy_scores.scored([["a", " text"]]), **kw),
     "uncertainty_histogram": lambda posterior, **kw: plots.uncertainty_histogram(prediction(), prediction(1), **kw),
 }
 
