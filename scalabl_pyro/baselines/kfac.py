@@ -167,6 +167,7 @@ def kronecker_factors(
     j) of W in their bases has the curvature values_out[i] * values_in[j].
     """
     llm, _ = function
+    task.check_use("A Kronecker-factored Laplace approximation")
     task.check_llm(llm.adapter, examples)
     sides = [side for A, B in factors for side in (A.shape, B.shape)]
     options = {"rank": rank, "exact_up_to": exact_up_to}

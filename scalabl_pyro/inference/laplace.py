@@ -74,6 +74,7 @@ def laplace(
     check_role("posterior", posterior, "posterior", call="laplace(posterior, data)")
     check_count(newton_steps=newton_steps, least=0)
     check_count(batch_size=batch_size)
+    posterior.task.check_use("laplace()")
     prior_at = _normal_prior(posterior.prior, prior_scale)
     examples = encode_data(data, posterior.task.encode, need_target=True)
     likelihood = LogLikelihood(posterior.llm(), posterior.task, examples, batch_size=batch_size)

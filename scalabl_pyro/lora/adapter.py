@@ -103,8 +103,10 @@ class Adapter(Summarized):
         """Whether hooks repeat the rows once per draw at the first adapted block; see ``shared_prefix``.
 
         False for models without an output head (classifiers): they pool over tokens with the rows of their input,
-        which are not repeated.
+        which are not repeated. False for encoder-decoders, whose decoder reads the rows of the encoder.
         """
+        if getattr(getattr(self.module, "config", None), "is_encoder_decoder", False):
+            return False
         return bool(self.blocks_below) and output_head(self.module) is not None
 
     @property

@@ -85,7 +85,9 @@ def _add_hooks(adapter: Adapter, changes: ModuleChanges) -> None:
         return
     changes.add_hook(head.register_forward_pre_hook(ReadPositions(adapter.current_positions)))
     changes.replace_forward(head, ReadOut(adapter.current_readout, head.forward))
-    if (mlp := tokenwise_end(adapter.blocks)) is not None:
+    is_pair = getattr(getattr(adapter.module, "config", None), "is_encoder_decoder", False)
+    mlp = None if is_pair else tokenwise_end(adapter.blocks)  # the blocks may be those of an encoder
+    if mlp is not None:
         changes.replace_forward(mlp, AtPositions(adapter.current_positions, mlp.forward))
     if not adapter.shares_prefix:
         return

@@ -47,15 +47,36 @@ def needs_mask(module: nn.Module, input_ids: Tensor) -> bool:
         >>> needs_mask(RobertaForCausalLM(config), torch.tensor([[3, 4, 5, 6]]))
         True
     """
+    known = looks_ahead(module, input_ids)
+    return _takes_mask(module) if known is None else known
+
+
+def looks_ahead(module: nn.Module, input_ids: Tensor) -> bool | None:
+    """Tell whether the logits of a token depend on the tokens after it.
+
+    Args:
+        module: A language model that takes ``input_ids``.
+        input_ids: Tokens that the module knows, (rows, tokens). The probe consists of them.
+
+    Returns:
+        False for a causal LM, True for a module that looks ahead. None if these tokens do not show it, or if the module
+        is split over several processes.
+
+    Raises:
+        ValueError: The module looks ahead, and a mask does not hide the padding.
+
+    Example:
+        >>> looks_ahead(AutoModelForCausalLM.from_pretrained("gpt2"), torch.tensor([[3, 4, 5, 6]]))
+        False
+    """
     known = _KNOWN.get(module)
-    if known is None and is_sharded(module):  # a pass of one process alone would wait for the others
-        return _takes_mask(module)
-    if known is None and not is_capturing():
+    # In a module that is split, a pass of one process alone would wait for the others.
+    if known is None and not is_sharded(module) and not is_capturing():
         # Latents and hidden states of the present pass are context variables. The probe uses and changes none of them.
         known = contextvars.Context().run(_probe, module, input_ids)
         if known is not None:
             _KNOWN[module] = known
-    return _takes_mask(module) if known is None else known
+    return known
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .binding import Readout
@@ -90,8 +91,7 @@ class AtPositions:
         index = _per_row(positions)
         if not torch.is_tensor(picked) or picked.shape[:2] != index.shape or picked.dim() != 3:
             return self.forward(*args, **kwargs)
-        index = index.to(picked.device).unsqueeze(-1).expand_as(picked)
-        return picked.new_zeros(*first.shape[:2], picked.shape[2]).scatter(1, index, picked)
+        return _put_back(picked, index.to(picked.device), first.shape[1])
 
 
 def tokenwise_end(blocks: Sequence[nn.Module]) -> nn.Module | None:
@@ -117,3 +117,18 @@ def _pick(hidden: Tensor, positions: Tensor) -> Tensor:
     """Select the tokens that are read. The result has shape (rows, T, width)."""
     index = _per_row(positions).to(hidden.device)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1), index]
+
+
+def _put_back(picked: Tensor, index: Tensor, width: int) -> Tensor:
+    """Return (rows, width, features) with the picked tokens at their positions, and 0 elsewhere.
+
+    A position may occur twice in a row, as in rows that are filled up. Its gradient must then flow back once, which
+    ``scatter`` does not do.
+    """
+    rows, count = index.shape
+    if count == 1:
+        return picked.new_zeros(rows, width, picked.shape[2]).scatter(1, index.unsqueeze(-1).expand_as(picked), picked)
+    place = torch.full((rows, width), count, device=index.device)
+    place = place.scatter(1, index, torch.arange(count, device=index.device).expand(rows, count))
+    with_zero = F.pad(picked, (0, 0, 0, 1))
+    return with_zero.gather(1, place.unsqueeze(-1).expand(-1, -1, picked.shape[2]))

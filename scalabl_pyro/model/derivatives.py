@@ -42,6 +42,7 @@ def value_and_gauss_newton(likelihood: LogLikelihood, s: Tensor) -> tuple[Tensor
     Example:
         >>> log_likelihood, H = value_and_gauss_newton(posterior.log_likelihood(train_data), posterior.mean())
     """
+    likelihood.task.check_use("gauss_newton()")
     value = torch.zeros((), dtype=torch.float64)
     total = torch.zeros(len(s), len(s), dtype=torch.float64)
     point = s.to(likelihood.llm.adapter.loc.dtype)

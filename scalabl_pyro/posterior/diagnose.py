@@ -54,6 +54,8 @@ def diagnose(
         return as_diagnosis(findings)
     weights = densities_of(posterior, draws.first(num_draws), rows, num_data=num_data, batch_size=batch_size)
     findings += _compare_with_posterior(posterior, weights, s[:num_draws].numpy(), seed=seed)
+    if posterior.task.scores_only:
+        return as_diagnosis(findings)
     # Shifted to the mean of many draws, the first draws lose the first-order part of their Monte Carlo error.
     centered = s[:PREDICTION_DRAWS] - s[:PREDICTION_DRAWS].mean(0) + s.mean(0)
     examples = encode(rows, posterior.task.encode, need_target=True)

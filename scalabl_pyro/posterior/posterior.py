@@ -122,6 +122,7 @@ class Posterior(TextPosterior):
         check_draws_per_pass(draws_per_pass)
         check_flag(cache_prefix=cache_prefix, progress=progress, keep_draws=keep_draws)
         check_count(num_draws=num_draws, least=0)
+        self.task.check_use("predict()")
         size = min(draws_per_pass or MANY_DRAWS, max(num_draws, 1))
         parts = self.sample_in_parts(num_draws, size=size, seed=seed, design=design)
         examples = encode_data(data, self.task.encode, need_target=False, split="test")
@@ -191,6 +192,7 @@ class Posterior(TextPosterior):
             >>> posterior.predict_linearized(test_data, num_draws=1000).metrics()
         """
         check_count(num_draws=num_draws, batch_size=batch_size)
+        self.task.check_use("predict_linearized()")
         self._in_local_mode(self.guide.covariance)  # families that are not normal refuse
         likelihood = self.log_likelihood(data, batch_size=batch_size, need_target=False)
         self._check_room_for_predictions(likelihood.examples, num_draws)
@@ -222,6 +224,7 @@ class Posterior(TextPosterior):
             >>> posterior.prior_predictive(test_data, num_draws=100).probs
         """
         check_count(num_draws=num_draws, batch_size=batch_size)
+        self.task.check_use("prior_predictive()")
         examples = encode_data(data, self.task.encode, need_target=False, split="test")
         self._check_room_for_predictions(examples, num_draws)
         s = sample_prior(self.prior, num_draws, seed=seed)

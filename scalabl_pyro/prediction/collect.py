@@ -89,6 +89,7 @@ class Collector:
     """
 
     def __init__(self, task: Task, examples: Sequence[Example], *, seed: int | None) -> None:
+        task.check_use("A prediction")
         self.task = task
         self.examples = examples
         #: Names of the classes that rows use, once outputs were seen.

@@ -45,6 +45,8 @@ class TokenReadout:
         """
         tokens = self.tokens.to(hidden.device)
         vocabulary = head(hidden[:, :1]).shape[-1]
+        if self.top > vocabulary:
+            raise ValueError(f"top={self.top} is larger than the vocabulary, which has {vocabulary} tokens.")
         size = max(self.max_logits // (len(hidden) * vocabulary), 1)
         log_weights: Tensor | None = None
         parts = []
@@ -67,9 +69,9 @@ class TokenReadout:
         is_token = tokens != NO_TOKEN
         index = tokens.where(is_token, 0).expand(log_p.shape[:-1]).unsqueeze(-1)
         own = log_p.gather(-1, index)[..., 0].where(is_token, 0.0)  # (S, B, T)
-        summed = own.cumsum(-1)
-        before = summed - own if log_weights is None else summed - own + log_weights.unsqueeze(-1)
-        log_w = before.log_softmax(0)
+        first = torch.zeros_like(own[..., 0]) if log_weights is None else log_weights
+        summed = torch.cat([first.unsqueeze(-1), own], dim=-1).cumsum(-1)  # no difference: it could be inf - inf
+        log_w = summed[..., :-1].log_softmax(0)
         mixture = torch.logsumexp(log_w.unsqueeze(-1) + log_p, dim=0)  # (B, T, V)
         total = entropy(mixture)
         aleatoric = (log_w.exp() * entropy(log_p)).sum(0)
@@ -81,7 +83,7 @@ class TokenReadout:
             shape = (*own.shape, self.top)
             by_draw = log_p.gather(-1, ids.expand(shape))
             numbers = torch.cat([numbers, ids.to(numbers).expand(shape), best.exp().expand(shape), by_draw.exp()], -1)
-        return numbers.flatten(0, 1), before[..., -1] + own[..., -1]
+        return numbers.flatten(0, 1), summed[..., -1]
 
 
 def entropy(log_p: Tensor) -> Tensor:

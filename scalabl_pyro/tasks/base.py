@@ -65,6 +65,8 @@ class Task(Summarized, Program):
     row_fields: Sequence[str] = ()
     #: Whether the task works without a tokenizer.
     without_tokenizer = True
+    #: Whether the likelihood knows the probability of given answers only, as that of texts does.
+    scores_only = False
     #: Names of the classes. None for a likelihood over numbers.
     classes: Sequence[ClassName] | None = None
 
@@ -127,6 +129,20 @@ class Task(Summarized, Program):
             ValueError: A token has no embedding, or an example is longer than the LLM's table of positions.
         """
         check_tokens(examples, adapter.module, self.pad_token_id)
+
+    def check_use(self, call: str) -> None:
+        """Refuse a call that needs what the likelihood does not have. By default, nothing is refused.
+
+        Args:
+            call: Call that needs the probability of every answer, or moments, such as ``"predict()"``.
+
+        Raises:
+            TypeError: The likelihood knows the probability of given answers only.
+        """
+
+    def num_tokens(self, batch: Batch) -> int | None:
+        """Return how many tokens the likelihood of a batch counts. None if an answer is not a sequence of tokens."""
+        return None
 
     def prepare(self, targets: Sequence[float | int], *, are_all: bool) -> None:
         """Learn from training targets what the task must know before training starts. By default, that is nothing.

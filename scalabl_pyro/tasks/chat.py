@@ -34,6 +34,62 @@ RESERVED = (
 THINKING = ("enable_thinking", "thinking")
 
 
+class ChatTemplate:
+    """A chat template with its options.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        options: Options of ``apply_chat_template``, such as ``{"enable_thinking": False}``.
+
+    Raises:
+        ValueError: The template does not read an option.
+
+    Example:
+        >>> from scalabl_pyro.tasks.chat import ChatTemplate
+        >>> tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}.{% endfor %}"
+        >>> ChatTemplate(tokenizer, {}).render([{"role": "user", "content": "the sky"}])
+        'the sky.'
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
+        self.tokenizer: Any = tokenizer
+        self.options = dict(options)
+        names = {name: self.options.get(name) for name in ("chat_template", "tools")}
+        self.text = str(self.tokenizer.get_chat_template(**names))
+        self._check_options()
+
+    def render(self, messages: list[dict[str, Any]], **given: Any) -> str:
+        """Return the text of a conversation.
+
+        Raises:
+            TemplateError: The template refuses it.
+        """
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **given, **self.options))
+
+    def warn_of_date(self) -> None:
+        """Log a warning if the template writes the date of today."""
+        if "strftime_now" in self.text and "date_string" not in self.options:
+            remedy = (
+                "pass chat_options={'date_string': '26 Jul 2024'}"
+                if "date_string" in self.text
+                else "write a fixed date into tokenizer.chat_template"
+            )
+            logger.warning(
+                "The chat template writes the date of today, so prompts and predictions change from day to day: %s.",
+                remedy,
+            )
+
+    def _check_options(self) -> None:
+        read = set(re.findall(r"\w+", self.text)) | {"chat_template"}
+        for name in self.options:
+            if name in RESERVED:
+                raise ValueError(f"chat_options: the task sets {name!r} itself. Leave it out.")
+            if name not in read:
+                switches = [known for known in THINKING if known in read]
+                hint = nearest(name, switches) if switches else "Leave it out."
+                raise ValueError(f"chat_options: the chat template does not read {name!r}. {hint}")
+
+
 class ChatPrompt:
     r"""Text that a chat template writes before the answer of the assistant.
 
@@ -58,11 +114,9 @@ class ChatPrompt:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
         self.tokenizer: Any = tokenizer
-        self.options = dict(options)
-        self._template = self._get_template()
-        self._check_options()
+        self.template = ChatTemplate(tokenizer, options)
         self._check_beginning("?")
-        self._warn_of_date()
+        self.template.warn_of_date()
 
     def __call__(self, text: str) -> str:
         """Return the text before the answer.
@@ -93,26 +147,12 @@ class ChatPrompt:
 
     def _render(self, messages: list[dict[str, str]], **given: Any) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **given, **self.options))
+            return self.template.render(messages, **given)
         except TemplateError as error:
             raise ValueError(
                 f"The chat template refuses a question with an answer: {error}. Use chat=False, or set "
                 "tokenizer.chat_template."
             ) from error
-
-    def _get_template(self) -> str:
-        names = {name: self.options.get(name) for name in ("chat_template", "tools")}
-        return str(self.tokenizer.get_chat_template(**names))
-
-    def _check_options(self) -> None:
-        read = set(re.findall(r"\w+", self._template)) | {"chat_template"}
-        for name in self.options:
-            if name in RESERVED:
-                raise ValueError(f"chat_options: the task sets {name!r} itself. Leave it out.")
-            if name not in read:
-                switches = [known for known in THINKING if known in read]
-                hint = nearest(name, switches) if switches else "Leave it out."
-                raise ValueError(f"chat_options: the chat template does not read {name!r}. {hint}")
 
     def _check_beginning(self, text: str) -> None:
         """Check that the generation prompt contains nothing that the answer does not follow, such as a thought."""
@@ -122,8 +162,8 @@ class ChatPrompt:
         same = next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
         beginning = asked[same:].removesuffix(self.tokenizer.eos_token or "").strip()
         if beginning:
-            switch = next((name for name in THINKING if re.search(rf"\b{name}\b", self._template)), None)
-            hint = f"chat_options={{{switch!r}: False}} or " if switch and switch not in self.options else ""
+            switch = next((name for name in THINKING if re.search(rf"\b{name}\b", self.template.text)), None)
+            hint = f"chat_options={{{switch!r}: False}} or " if switch and switch not in self.template.options else ""
             raise ValueError(
                 f"The generation prompt of the chat template ends with {beginning!r}, which the template does not "
                 f"write before an answer. The LLM would write other text first, such as its thoughts. Use {hint}"
@@ -131,18 +171,6 @@ class ChatPrompt:
             )
         if added := prompt[same:].strip():
             logger.info("The chat template writes %r before an answer, and so the prompt ends with it.", added)
-
-    def _warn_of_date(self) -> None:
-        if "strftime_now" in self._template and "date_string" not in self.options:
-            remedy = (
-                "pass chat_options={'date_string': '26 Jul 2024'}"
-                if "date_string" in self._template
-                else "write a fixed date into tokenizer.chat_template"
-            )
-            logger.warning(
-                "The chat template writes the date of today, so prompts and predictions change from day to day: %s.",
-                remedy,
-            )
 
 
 def check_chat_options(options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Completions: the answer is a text of any length, and its likelihood is that of all its tokens."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -10,18 +9,20 @@ from transformers import PreTrainedTokenizerBase
 
 from .._errors import check_choice, check_flag
 from ..data.batch import Batch, Example
+from ..data.encoding import check_tokens
 from ..data.rows import Row
 from ..lora.adapter import Adapter
 from ..lora.binding import Readout
 from ..lora.forward import LatentLLM
 from ..lora.head_check import ends_with_head
-from ..lora.look_ahead import needs_mask
+from ..lora.look_ahead import looks_ahead
 from ..lora.targets import output_head
-from ..lora.token_log_probs import TokenLogProbs
+from ..lora.token_log_probs import NO_TOKEN, TokenLogProbs
 from ..storage.budget import Budget
-from .base import Task, at_least_float32, field_of, text_of
+from .base import Task, at_least_float32
 from .chat import check_chat_options
-from .completion_tokens import Conversation, Message, Spans, messages_of, tokens_of
+from .completion_rows import CompletionRows
+from .decoder_inputs import decoder_inputs
 from .given_tokens import GivenTokens
 
 #: Which answers of a conversation the likelihood counts.
@@ -40,10 +41,14 @@ class Completion(Task):
         chat: Whether texts are written as a conversation, by the tokenizer's chat template. None does so for lists of
             messages only, as TRL does.
         chat_options: Options of the chat template, such as ``{"enable_thinking": False}``.
-        turns: Which answers of a conversation count: ``"all"`` answers of the assistant, or the ``"last"`` one.
+        turns: Which answers of a conversation count: ``"all"`` answers of the assistant, or the ``"last"`` one. Answers
+            in the prompt never count.
         end_token: Whether the end token belongs to a completion that is given as a text. Without it, generation does
             not learn where to stop. Chat templates write their own end.
-        max_length: Longest row in tokens. A longer row loses the start of its prompt, never a part of its completion.
+        max_length: Longest row in tokens. A longer row loses the start of its prompt, but not its first special token,
+            and never a part of its completion. With an encoder-decoder, it holds for prompt and completion each.
+        encoder_decoder: Whether the model is an encoder-decoder such as T5: the encoder reads the prompt, and the
+            decoder writes the completion.
 
     Raises:
         TypeError: ``tokenizer`` is not a Hugging Face tokenizer, or ``chat_options`` is not a dict.
@@ -58,8 +63,9 @@ class Completion(Task):
     """
 
     row_fields = ("prompt", "completion")
-    options = ("chat", "chat_options", "turns", "end_token", "max_length")
+    options = ("chat", "chat_options", "turns", "end_token", "max_length", "encoder_decoder")
     without_tokenizer = False
+    scores_only = True
 
     def __init__(
         self,
@@ -70,11 +76,16 @@ class Completion(Task):
         turns: Turns = "all",
         end_token: bool = True,
         max_length: int | None = None,
+        encoder_decoder: bool = False,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
         if chat is not None:
             check_flag(chat=chat)
-        check_flag(end_token=end_token)
+        check_flag(end_token=end_token, encoder_decoder=encoder_decoder)
+        if chat and encoder_decoder:
+            raise ValueError(
+                "chat=True writes a conversation, but an encoder-decoder does not continue the prompt: leave it out."
+            )
         check_choice("turns", turns, get_args(Turns))
         if chat and not tokenizer.chat_template:
             raise ValueError("chat=True, but the tokenizer has no chat template: use chat=False.")
@@ -87,7 +98,16 @@ class Completion(Task):
         self.chat_options = check_chat_options(chat_options) or None
         self.turns: str = turns
         self.end_token = end_token
-        self._conversation = Conversation(tokenizer, self.chat_options or {})
+        self.encoder_decoder = encoder_decoder
+        self._rows = CompletionRows(
+            tokenizer,
+            chat=bool(chat),
+            chat_options=self.chat_options or {},
+            only_last=turns == "last",
+            end_token=end_token,
+            max_length=self.max_length,
+            encoder_decoder=encoder_decoder,
+        )
 
     @classmethod
     def from_saved(
@@ -105,45 +125,44 @@ class Completion(Task):
             ValueError: A field is missing or has a wrong form, the completion is empty, or a token runs over the border
                 of prompt and completion.
         """
-        if "messages" not in row and row.get("completion") is None:
-            return Example({"input_ids": self.prompt_tokens(row)}, None, {"positions": []})
-        messages = self._messages(row, with_completion=True)
-        spans = self._spans(row) if messages is None else self._chat_spans(row, messages)
-        ids, counted = tokens_of(spans, functools.partial(self._tokenize, chat=messages is not None))
-        if messages is None and self.end_token:
-            counted.append(len(ids))
-            ids = [*ids, self.tokenizer.eos_token_id]
-        if not counted:
-            raise ValueError("the completion is empty: it has no tokens. Give it a text, or leave the row out.")
-        if counted[0] == 0:
-            raise ValueError("the prompt is empty, so no token stands before the completion. Give it a text.")
-        ids, counted, is_cut = self._shorten(ids, counted)
-        target = [ids[i] for i in counted]
-        return Example({"input_ids": ids}, target, {"positions": [i - 1 for i in counted]}, is_cut=is_cut)
+        return self._rows.encode(row)
 
     def prompt_tokens(self, row: Row) -> list[int]:
         """Return the tokens before the completion, from which generation starts.
 
+        With an encoder-decoder, these are the tokens that the encoder reads.
+
         Raises:
             ValueError: The prompt is missing or has no tokens.
         """
-        messages = self._messages(row, with_completion=False)
-        text = text_of(row, "prompt") if messages is None else self._conversation.before_answer(messages)
-        ids = self._tokenize(text, chat=messages is not None)
-        if not ids:
-            raise ValueError("the prompt is empty: it has no tokens. Give it a text.")
-        return ids if self.max_length is None else ids[-self.max_length :]
+        return self._rows.prompt_tokens(row)
 
     def check_llm(self, adapter: Adapter, examples: Sequence[Example]) -> None:
         """Check that an LLM can read examples of this task, and probe how it computes its logits.
 
         Raises:
-            ValueError: The LLM has no language model head or looks ahead, or lacks a token or a position.
+            ValueError: The LLM has no language model head, looks ahead, is of another kind than ``encoder_decoder``
+                says, or lacks a token or a position.
         """
         super().check_llm(adapter, examples)
+        completions = [Example({"input_ids": e.target}) for e in examples if e.target]
+        if self.encoder_decoder:
+            check_tokens(completions, adapter.module, self.pad_token_id)
         ids = torch.tensor([[i for e in examples[:8] for i in e.inputs["input_ids"]]], device=adapter.device)
         self._check_kind(adapter, ids)
-        ends_with_head(adapter, {"input_ids": ids})
+        ends_with_head(adapter, self._probe_inputs(ids))
+
+    def check_use(self, call: str) -> None:
+        """Refuse what needs the probability of every possible answer."""
+        raise TypeError(
+            f"{call} needs the probability of every possible answer, and completions are too many. Use "
+            "posterior.score(rows) for the probability of given completions, posterior.generate(prompts) to write "
+            "some, and fit() or posthoc(method='vi') to learn a posterior."
+        )
+
+    def num_tokens(self, batch: Batch) -> int | None:
+        """Return the number of tokens that the likelihood of a batch counts."""
+        return None if batch.target is None else int((batch.target != NO_TOKEN).sum())
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Return the log probability of each token of the completions, nats, (..., B, T).
@@ -171,10 +190,15 @@ class Completion(Task):
         Returns:
             Numbers per token, (..., B, T, C).
         """
-        # Padding stands right of the completion, so a causal LM does not see it.
-        inputs: dict[str, Any] = {k: v for k, v in batch.inputs.items() if k != "attention_mask"}
+        inputs: dict[str, Any] = dict(batch.inputs)
+        self._check_kind(llm.adapter, batch.inputs["input_ids"])
+        if self.encoder_decoder:
+            tokens = cast(Tensor, batch.target)
+            inputs["decoder_input_ids"] = decoder_inputs(llm.adapter.module, tokens, self.pad_token_id)
+        else:
+            inputs.pop("attention_mask", None)  # padding stands right of the completion: a causal LM does not see it
         positions = batch.extras["positions"]
-        if ends_with_head(llm.adapter, batch.inputs):
+        if ends_with_head(llm.adapter, self._probe_inputs(batch.inputs["input_ids"])):
             return cast(Tensor, llm(**inputs, s=s, positions=positions, readout=readout).logits)
         logits = llm(**inputs, s=s, positions=positions).logits
         rows = logits.shape[:-2]
@@ -188,65 +212,27 @@ class Completion(Task):
         return GivenTokens(outputs, batch.target)
 
     def _check_kind(self, adapter: Adapter, input_ids: Tensor) -> None:
-        name = type(adapter.module).__name__
-        if output_head(adapter.module) is None or getattr(adapter.module.config, "is_encoder_decoder", False):
-            raise ValueError(f"Completion needs a causal LM, and {name} is none: load it with AutoModelForCausalLM.")
-        if needs_mask(adapter.module, input_ids):
+        module = adapter.module
+        name = type(module).__name__
+        is_pair = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+        if output_head(module) is None:
+            raise ValueError(
+                f"Completion needs a language model, and {name} has no head for tokens: load a causal LM with "
+                "AutoModelForCausalLM."
+            )
+        if is_pair != self.encoder_decoder:
+            raise ValueError(
+                f"{name} is {'an encoder-decoder' if is_pair else 'no encoder-decoder'}: build the task with "
+                f"Completion(tokenizer, encoder_decoder={is_pair})."
+            )
+        if not is_pair and looks_ahead(module, input_ids):
             raise ValueError(
                 f"Completion needs a causal LM, but {name} looks ahead: a token would be predicted from itself. Load a "
                 "causal LM, such as a model of AutoModelForCausalLM with is_decoder=True in its configuration."
             )
 
-    def _messages(self, row: Row, *, with_completion: bool) -> list[Message] | None:
-        """Return the conversation of a row; None for a text without a chat template."""
-        if "messages" in row:
-            messages = messages_of(field_of(row, "messages"), "messages")
-            return messages if with_completion or messages[-1]["role"] != "assistant" else messages[:-1]
-        prompt, completion = field_of(row, "prompt"), row.get("completion") if with_completion else None
-        if not isinstance(prompt, str):
-            answer = [] if completion is None else messages_of(completion, "completion")
-            return [*messages_of(prompt, "prompt"), *answer]
-        if not self.chat:
-            return None
-        asked = [{"role": "user", "content": text_of(row, "prompt")}]
-        answer = [{"role": "assistant", "content": text_of(row, "completion")}] if with_completion else []
-        return [*asked, *answer]
-
-    def _spans(self, row: Row) -> Spans:
-        prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
-        if not completion:
-            raise ValueError("the completion is empty. Give it a text, or leave the row out.")
-        return Spans(prompt + completion, ((len(prompt), len(prompt + completion)),))
-
-    def _chat_spans(self, row: Row, messages: list[Message]) -> Spans:
-        if messages[-1]["role"] != "assistant":
-            raise ValueError(
-                f"the conversation ends with a message of the role {messages[-1]['role']!r}. Its last message must be "
-                "the answer of the 'assistant'."
-            )
-        only_last = self.turns == "last" or "messages" not in row
-        return self._conversation.spans(messages, only_last=only_last)
-
-    @functools.cached_property
-    def _first_tokens(self) -> list[int]:
-        """Special tokens that the tokenizer writes before a text, such as BOS; those behind it are left out."""
-        plain, whole = (self.tokenizer("a", add_special_tokens=flag).input_ids for flag in (False, True))
-        return list(whole[: whole.index(plain[0])]) if plain else []
-
-    def _tokenize(self, text: str, *, chat: bool = False) -> list[int]:
-        return [*([] if chat else self._first_tokens), *self.tokenizer(text, add_special_tokens=False).input_ids]
-
-    def _shorten(self, ids: list[int], counted: list[int]) -> tuple[list[int], list[int], bool]:
-        """Cut the start of the prompt of a row that is too long."""
-        surplus = 0 if self.max_length is None else len(ids) - self.max_length
-        if surplus <= 0:
-            return ids, counted, False
-        if counted[0] <= surplus:
-            raise ValueError(
-                f"max_length={self.max_length} is too small: the completion has {len(ids) - counted[0]} tokens, and "
-                "one token of the prompt must stand before it. Increase max_length, or shorten the completion."
-            )
-        return ids[surplus:], [i - surplus for i in counted], True
+    def _probe_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": input_ids} | ({"decoder_input_ids": input_ids} if self.encoder_decoder else {})
 
 
 def _has_dropout(adapter: Adapter) -> bool:

@@ -1,15 +1,16 @@
 """Tokens of a prompt and its completion, or of a conversation, and which of them the likelihood counts."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from jinja2.exceptions import TemplateError
 
 from .._values import shown, text
+from .chat import ANSWER, ChatTemplate
 
-#: Stands for an answer while a chat template is rendered.
-ANSWER = "ANSWERofTHEassistant"
 Message = dict[str, Any]
 """One turn of a conversation, with ``role`` and ``content``."""
 
@@ -35,44 +36,77 @@ class Conversation:
         options: Options of ``apply_chat_template``.
     """
 
-    def __init__(self, tokenizer: Any, options: dict[str, Any]) -> None:
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
-        self.options = options
+        self.options = dict(options)
 
     def before_answer(self, messages: Sequence[Message]) -> str:
-        """Return all text that the template writes before the next answer of the assistant."""
-        rendered = self._render([*messages, {"role": "assistant", "content": ANSWER}])
-        before, found, _ = rendered.rpartition(ANSWER)
-        if not found:
-            raise ValueError(
-                "the chat template leaves out the answer of the assistant. Set tokenizer.chat_template, or give "
-                "'prompt' and 'completion' as texts with chat=False."
-            )
-        return before
+        """Return all text that the template writes before the next answer of the assistant.
 
-    def spans(self, messages: Sequence[Message], *, only_last: bool) -> Spans:
-        """Render a conversation, and find its answers with the token that ends each of them.
+        Spaces at its end that the tokenizer joins to the answer are left out: they belong to the answer.
 
         Raises:
-            ValueError: The template writes an answer in another way when more turns follow, or leaves text out.
+            ValueError: The template leaves out the answer, or text of the last message.
+        """
+        rendered = self._render([*messages, {"role": "assistant", "content": ANSWER}])
+        before, found, _ = rendered.rpartition(ANSWER)
+        asked = text(messages[-1]["content"]) if messages else ""
+        if not found or (asked or "").strip() not in before:
+            raise ValueError(
+                f"the chat template leaves out {'text of the last message' if found else 'the answer'}, or changes it. "
+                "Set tokenizer.chat_template, or give 'prompt' and 'completion' as texts with chat=False."
+            )
+        stripped = before.rstrip(" ")
+        return before if stripped == before or self._is_border(before) else stripped
+
+    def spans(self, messages: Sequence[Message], turns: Sequence[int]) -> Spans:
+        """Render a conversation, and find answers with the token that ends each of them.
+
+        Args:
+            messages: The conversation.
+            turns: Indices of the answers, at least one.
+
+        Raises:
+            ValueError: An answer is empty, the template writes it in another way when more turns follow, or the
+                template leaves text out.
         """
         whole = self._render(messages)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         counted = []
-        for i in turns[-1:] if only_last else turns:
-            before = self.before_answer(messages[:i])
-            after = self._render(messages[: i + 1])
-            content = messages[i]["content"].strip()
-            if not (
-                whole.startswith(before) and whole.startswith(after) and content in whole[len(before) : len(after)]
-            ):
-                hint = "turns='last'" if i != turns[-1] else "another chat template (tokenizer.chat_template)"
+        for i in turns:
+            content = str(text(messages[i]["content"])).strip()
+            if not content:
+                raise ValueError(f"the answer in turn {i} is empty. Give it a text, or leave the row out.")
+            before, after = self.before_answer(messages[:i]), self._render(messages[: i + 1])
+            if not whole.startswith(after):
                 raise ValueError(
-                    f"the chat template writes turn {i} in another way inside this conversation than at its end, or "
-                    f"leaves text of it out. The tokens of this answer cannot be found: use {hint}."
+                    f"the chat template writes turn {i} in another way when more turns follow it, so its tokens cannot "
+                    "be found: use turns='last', or another chat template (tokenizer.chat_template)."
+                )
+            if not whole.startswith(before) or content not in whole[len(before) : len(after)]:
+                raise ValueError(
+                    f"the chat template changes the answer in turn {i} or leaves a part of it out, such as thoughts. "
+                    "Its tokens cannot be found: set tokenizer.chat_template, or give 'prompt' and 'completion' as "
+                    "texts with chat=False."
                 )
             counted.append((len(before), self._end(whole, len(before), len(after))))
         return Spans(whole, tuple(counted))
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        """The chat template, which is read for the first time here."""
+        if not (self.tokenizer.chat_template or "chat_template" in self.options):
+            raise ValueError(
+                "the row is a conversation, but the tokenizer has no chat template: set tokenizer.chat_template, or "
+                "give 'prompt' and 'completion' as texts."
+            )
+        template = ChatTemplate(self.tokenizer, self.options)
+        template.warn_of_date()
+        return template
+
+    def _is_border(self, before: str) -> bool:
+        """Whether an answer begins with a token of its own behind this text."""
+        alone, with_answer = (self.tokenizer(t, add_special_tokens=False).input_ids for t in (before, before + ANSWER))
+        return bool(with_answer[: len(alone)] == alone)
 
     def _end(self, whole: str, start: int, end: int) -> int:
         """Return where an answer ends: behind its end token, if the template writes one."""
@@ -82,7 +116,7 @@ class Conversation:
 
     def _render(self, messages: Sequence[Message]) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **self.options))
+            return self._template.render(list(messages))
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}.") from error
 
@@ -129,10 +163,11 @@ def messages_of(value: Any, name: str) -> list[Message]:
     Raises:
         ValueError: It is not.
     """
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+    if not isinstance(value, list | tuple | np.ndarray) or len(value) == 0:  # tables give arrays
         raise ValueError(f"the field {name!r} must be a list of messages, got {shown(value)}.")
     for message in value:
-        if not isinstance(message, dict) or text(message.get("role")) is None or text(message.get("content")) is None:
+        is_dict = isinstance(message, Mapping)
+        if not is_dict or text(message.get("role")) is None or text(message.get("content")) is None:
             raise ValueError(
                 f"the field {name!r} has the message {shown(message)}: each message is a dict with the texts 'role' "
                 "and 'content', such as {'role': 'user', 'content': 'What color is the sky?'}."

@@ -15,7 +15,7 @@ from ..distributed.processes import Processes
 from ..lora.fingerprint import check_fingerprint
 from .alike import check_alike
 from .checkpoint_files import Checkpoint, CheckpointFolder
-from .loop import COLUMNS, Trainer
+from .loop import Trainer
 from .options import CheckpointOptions
 from .provenance import versions
 from .run_identity import differences
@@ -89,7 +89,9 @@ class Checkpoints:
             return
         self._check(found)
         try:
-            state = check_record(found.record.get("state"), COLUMNS, step=found.step, num_steps=self.run["num_steps"])
+            state = check_record(
+                found.record.get("state"), trainer.columns, step=found.step, num_steps=self.run["num_steps"]
+            )
             trainer.load_state(found.tensors, state)
         except ValueError as error:
             raise ValueError(f"{found.path} cannot be resumed from: {error}") from error
@@ -198,4 +200,4 @@ class Checkpoints:
 def _largest_state(trainer: Trainer, num_steps: int) -> int:
     """Largest size of a tensor file that a run can write, in bytes: parameters with moments, and a history."""
     learned = sum(tensor.nbytes for tensor in trainer.learned.tensors().values())
-    return 4 * learned + 8 * len(COLUMNS) * num_steps + 2**24
+    return 4 * learned + 8 * len(trainer.columns) * num_steps + 2**24

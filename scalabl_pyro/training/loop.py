@@ -16,8 +16,9 @@ from .._process.stop_signals import StopSignals
 from ..data.batch import Batch
 from ..data.training_batches import Cycle
 from ..lora.sharding import is_sharded
-from ..storage.tensor_files import below, check_keys, not_finite
+from ..storage.tensor_files import below, not_finite
 from .fresh_start import Start
+from .history import COLUMNS, PER_TOKEN, rows_of
 from .messages import StepStatistics, describe_batch, names_of, overflown, reason, too_large, where_not_finite
 from .objective import TrainingObjective
 from .optimizer import set_rates
@@ -31,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 #: How the names of saved tensors begin: columns of the history, and states of random generators.
 HISTORY, RANDOM = "history.", "random."
-#: Columns of the history.
-COLUMNS = ("step", "loss", "nll", "kl", "kl_weight", "grad_norm", "lr", "seconds", "skipped")
-
 #: Number of batches that are kept for a look back at the end.
 NUM_RECENT = 16
 
@@ -67,6 +65,7 @@ class Trainer:
         signals: Signals to deliver between two steps.
         save: Saves the trainer, after every ``save_every`` steps and before a signal is delivered.
         save_every: Number of steps between two calls of ``save``; None for no calls.
+        num_tokens: Counts the tokens of the answers in a batch; None where the answers are not texts.
         start: Whether the first step starts at the values of the wrapping, or at those of an earlier training. A
             resumed run keeps the start that its checkpoint names.
 
@@ -93,6 +92,7 @@ class Trainer:
         save: Callable[["Trainer"], None] = lambda trainer: None,
         save_every: int | None = None,
         start: Start = "fresh",
+        num_tokens: Callable[[Batch], int | None] | None = None,
     ) -> None:
         self.execute = execute
         self.batches = batches
@@ -106,6 +106,8 @@ class Trainer:
         self.save = save
         self.save_every = save_every
         self.start = start
+        self.num_tokens = num_tokens
+        self.columns = COLUMNS if num_tokens is None else (*COLUMNS, PER_TOKEN)
         self.learned = LearnedState(execute.objective, execute.optimizer)
         self.recovery = Recovery(on_nonfinite, self.learned)
         self.history: list[dict[str, float]] = []
@@ -174,7 +176,7 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Give tensors and record of all that a resumption needs, except for the options of the run."""
         assert self.is_whole and not self._pending
-        columns = COLUMNS if self.history else ()
+        columns = self.columns if self.history else ()
         rows = {HISTORY + c: torch.tensor([r[c] for r in self.history], dtype=torch.float64) for c in columns}
         random = {RANDOM + name: state for name, state in self.noise.states().items()}
         record: dict[str, Any] = {"step": self.next_step, "seconds": self.seconds, "columns": list(columns)}
@@ -189,7 +191,7 @@ class Trainer:
         Raises:
             ValueError: The tensors are those of another run, or the data source gives other batches than before.
         """
-        history = _rows(below(tensors, HISTORY), record["columns"])
+        history = rows_of(below(tensors, HISTORY), record["columns"])
         if isinstance(self.batches, Cycle):
             if record["data"] is None:
                 raise ValueError("it does not say where in the data the run was")
@@ -265,7 +267,7 @@ class Trainer:
         return next((cause for cause in found if cause.startswith("site")), found[0])
 
     def _row(self, taken: Pending, statistics: StepStatistics) -> dict[str, float]:
-        return {
+        row = {
             "step": taken.step,
             "loss": statistics.loss,
             "nll": statistics.nll,
@@ -276,24 +278,11 @@ class Trainer:
             "seconds": taken.seconds,
             "skipped": self.recovery.skipped,
         }
+        if self.num_tokens is not None:
+            count = self.num_tokens(taken.batch)
+            row[PER_TOKEN] = statistics.nll * len(taken.batch) / count if count else float("nan")
+        return row
 
     def _kl(self, taken: Pending, statistics: StepStatistics) -> float:
         """KL without its weight, nats per data set."""
         return statistics.weighted_kl * self.num_data / taken.kl_weight if taken.kl_weight else float("nan")
-
-
-def _rows(saved: Mapping[str, Tensor], columns: Sequence[str]) -> list[dict[str, float]]:
-    """Build a history from its columns.
-
-    Raises:
-        ValueError: The columns differ in length, or step counts are not finite.
-    """
-    check_keys("The saved history", set(saved), set(columns))
-    table = {name: saved[name] for name in columns}
-    if any(column.dim() != 1 or len(column) != len(table["step"]) for column in table.values()):
-        raise ValueError("the columns of the saved history differ in length")
-    rows = [dict(zip(table, row, strict=True)) for row in zip(*(c.tolist() for c in table.values()), strict=True)]
-    counted = ("step", "skipped")
-    if not all(((table[name] >= 0) & torch.isfinite(table[name])).all() for name in counted if table):
-        raise ValueError("the saved history has steps that are not finite, or negative")
-    return [row | {name: int(row[name]) for name in counted} for row in rows]

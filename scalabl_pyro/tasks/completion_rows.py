@@ -1,0 +1,174 @@
+"""Rows of completions become tokens: texts, conversations, and pairs for an encoder-decoder."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .._values import is_missing, text
+from ..data.batch import Example
+from ..data.rows import Row
+from .base import field_of, text_of
+from .completion_tokens import Conversation, Message, Spans, messages_of, tokens_of
+from .special_tokens import SpecialTokens
+
+
+class _Conversation(NamedTuple):
+    """A conversation, and the number of messages that belong to its prompt."""
+
+    messages: list[Message]
+    asked: int
+
+
+@dataclass
+class CompletionRows:
+    """Tokenizes rows for :class:`~scalabl_pyro.Completion`, which describes the options.
+
+    Attributes:
+        tokenizer: A Hugging Face tokenizer.
+        chat: Whether texts are written as a conversation.
+        chat_options: Options of the chat template.
+        only_last: Whether only the last answer of a conversation counts.
+        end_token: Whether the end token belongs to a completion that is given as a text.
+        max_length: Longest row in tokens, or None.
+        encoder_decoder: Whether an encoder reads the prompt.
+
+    Example:
+        >>> from scalabl_pyro.tasks.completion_rows import CompletionRows
+        >>> rows = CompletionRows(tokenizer, end_token=False)
+        >>> len(rows.encode({"prompt": "the sky is", "completion": " blue"}).target)
+        1
+    """
+
+    tokenizer: Any
+    chat: bool = False
+    chat_options: Mapping[str, Any] | None = None
+    only_last: bool = False
+    end_token: bool = True
+    max_length: int | None = None
+    encoder_decoder: bool = False
+
+    def __post_init__(self) -> None:
+        self._conversation = Conversation(self.tokenizer, self.chat_options or {})
+        self._special = SpecialTokens(self.tokenizer)
+
+    def encode(self, row: Row) -> Example:
+        """Tokenize prompt and completion; the target is the tokens of the completion, or None if there is none."""
+        if is_missing(row.get("messages")) and is_missing(row.get("completion")):
+            return Example({"input_ids": self.prompt_tokens(row)}, None, {"positions": []})
+        if self.encoder_decoder:
+            return self._encode_pair(row)
+        conversation = self._conversation_of(row)
+        spans = self._spans(row) if conversation is None else self._chat_spans(*conversation)
+        ids, counted = tokens_of(spans, functools.partial(self._tokenize, chat=conversation is not None))
+        if conversation is None and self.end_token:
+            counted.append(len(ids))
+            ids = [*ids, self.tokenizer.eos_token_id]
+        if not counted:
+            raise ValueError("the completion is empty: it has no tokens. Give it a text, or leave the row out.")
+        if counted[0] == 0:
+            raise ValueError("the prompt is empty, so no token stands before the completion. Give it a text.")
+        ids, counted, is_cut = self._shorten(ids, counted)
+        target = [ids[i] for i in counted]
+        return Example({"input_ids": ids}, target, {"positions": [i - 1 for i in counted]}, is_cut=is_cut)
+
+    def prompt_tokens(self, row: Row) -> list[int]:
+        """Return the tokens before the completion, from which generation starts.
+
+        With an encoder-decoder, these are the tokens that the encoder reads.
+
+        Raises:
+            ValueError: The prompt is missing or has no tokens.
+        """
+        if self.encoder_decoder:
+            return self._source(row)[0]
+        conversation = self._conversation_of(row)
+        if conversation is None:
+            ids = self._tokenize(text_of(row, "prompt"))
+        else:
+            messages, asked = conversation
+            asked = len(messages) - (messages[-1]["role"] == "assistant") if asked == 0 else asked
+            ids = self._tokenize(self._conversation.before_answer(messages[:asked]), chat=True)
+        if not ids:
+            raise ValueError("the prompt is empty: it has no tokens. Give it a text.")
+        return self._cut(ids)
+
+    def _conversation_of(self, row: Row) -> _Conversation | None:
+        """Return the conversation of a row, without an answer where it has none; None for texts without a template."""
+        if not is_missing(row.get("messages")):
+            return _Conversation(messages_of(row["messages"], "messages"), 0)
+        prompt, completion = field_of(row, "prompt"), row.get("completion")
+        if text(prompt) is None:
+            asked = messages_of(prompt, "prompt")
+            answer = [] if is_missing(completion) else messages_of(completion, "completion")
+            return _Conversation([*asked, *answer], len(asked))
+        if not self.chat:
+            return None
+        asked = [{"role": "user", "content": text_of(row, "prompt")}]
+        answer = [] if is_missing(completion) else [{"role": "assistant", "content": text_of(row, "completion")}]
+        return _Conversation([*asked, *answer], 1)
+
+    def _spans(self, row: Row) -> Spans:
+        prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
+        if not completion:
+            raise ValueError("the completion is empty. Give it a text, or leave the row out.")
+        return Spans(prompt + completion, ((len(prompt), len(prompt + completion)),))
+
+    def _chat_spans(self, messages: list[Message], asked: int) -> Spans:
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(
+                f"the conversation ends with a message of the role {messages[-1]['role']!r}. Its last message must be "
+                "the answer of the 'assistant'."
+            )
+        answers = [i for i in range(asked, len(messages)) if messages[i]["role"] == "assistant"]
+        return self._conversation.spans(messages, answers[-1:] if self.only_last else answers)
+
+    def _encode_pair(self, row: Row) -> Example:
+        """Encode a row for an encoder-decoder: the prompt, and the completion with its special tokens."""
+        if not is_missing(row.get("messages")):
+            raise ValueError("an encoder-decoder reads a 'prompt', not 'messages': give 'prompt' and 'completion'.")
+        ids, is_cut = self._source(row)
+        completion = self._spans(row).text[len(text_of(row, "prompt")) :]
+        target = list(self.tokenizer(text_target=completion).input_ids)
+        behind, eos = len(self._special.around[1]), self.tokenizer.eos_token_id
+        target = target[: len(target) - behind]
+        if self.end_token:
+            target.append(eos)
+        if self.max_length is not None and len(target) > self.max_length:
+            raise ValueError(
+                f"max_length={self.max_length} is too small: the completion has {len(target)} tokens. Increase "
+                "max_length, or shorten the completion."
+            )
+        return Example({"input_ids": ids}, target, {"positions": list(range(len(target)))}, is_cut=is_cut)
+
+    def _source(self, row: Row) -> tuple[list[int], bool]:
+        """Return the tokens of a prompt for an encoder, with special tokens, and whether its start was cut."""
+        prompt = text_of(row, "prompt")
+        behind = self._special.around[1]
+        ids = self._tokenize(prompt)
+        if not self.tokenizer(prompt, add_special_tokens=False).input_ids:
+            raise ValueError("the prompt is empty: it has no tokens. Give it a text.")
+        whole = [*ids, *behind]
+        cut = self._cut(whole)
+        return cut, len(cut) < len(whole)
+
+    def _tokenize(self, text: str, *, chat: bool = False) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids if chat else self._special.begin(text)
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """Cut the start of a prompt that is too long."""
+        surplus = 0 if self.max_length is None else len(ids) - self.max_length
+        return ids if surplus <= 0 else self._special.cut(ids, surplus)
+
+    def _shorten(self, ids: list[int], counted: list[int]) -> tuple[list[int], list[int], bool]:
+        """Cut the start of the prompt of a row that is too long."""
+        surplus = 0 if self.max_length is None else len(ids) - self.max_length
+        if surplus <= 0:
+            return ids, counted, False
+        if surplus > self._special.removable(ids, counted[0]):
+            raise ValueError(
+                f"max_length={self.max_length} is too small: the row has {len(ids) - counted[0]} tokens from its "
+                "first counted token on, and one token of the prompt must stand before them. Increase max_length, "
+                "shorten the completion, or use turns='last'."
+            )
+        return self._special.cut(ids, surplus), [i - surplus for i in counted], True
