@@ -75,7 +75,7 @@ class Writer:
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         copies = self.num_samples
-        if self.decode == "mixture":  # its rows are repeated here, because a mixture cannot be expanded by generate
+        if self.repeats_rows:
             ids, mask = (x.repeat_interleave(copies, 0) for x in (ids, mask))
             copies = 1
         module: Any = self.llm.llm
@@ -86,7 +86,17 @@ class Writer:
             options["tokenizer"] = self.task.tokenizer
         with eval_mode(module), torch.no_grad(), self._bound(len(ids), copies):
             found = module.generate(input_ids=ids, attention_mask=mask, **options)
-        return [self._until_end(row) for row in found[:, width:].tolist()]
+        start = 1 if self.task.encoder_decoder else width  # a decoder begins with its start token
+        return [self._until_end(row) for row in found[:, start:].tolist()]
+
+    @property
+    def repeats_rows(self) -> bool:
+        """Whether rows are repeated for the samples here, and not by ``generate``.
+
+        A mixture repeats its rows for the draws. An encoder runs before ``generate`` repeats rows, and each row must
+        have its draw there already.
+        """
+        return self.decode == "mixture" or self.task.encoder_decoder
 
     @property
     def end_tokens(self) -> set[int]:
@@ -120,6 +130,8 @@ class Writer:
         if self.decode == "mixture":
             return decode_mixture(adapter, s, rows, **own)
         each = max(copies, int(self.options.get("num_beams", 1)))
+        if self.repeats_rows:
+            s, each = s.repeat_interleave(self.num_samples, 0), 1
         return adapter.bind(s.repeat(rows // len(s), 1).repeat_interleave(each, 0), **own)
 
 
@@ -146,7 +158,7 @@ def generate(writer: Writer, prompts: Sequence[list[int]], *, batch_size: int, p
                 written[i] = texts[place * per_prompt : (place + 1) * per_prompt]
             bar.update(len(chosen))
     flat = [(prompts[i], text) for i in range(len(prompts)) for text in written[i]]
-    examples = [_as_example(prompt, text) for prompt, text in flat]
+    examples = [_as_example(prompt, text, writer.task.encoder_decoder) for prompt, text in flat]
     scored = score(writer.llm, writer.task, writer.s, examples, batch_size=batch_size, progress=progress)
     draws = [k for k in range(len(writer.s)) for _ in range(writer.num_samples)]
     return Generation(
@@ -177,6 +189,11 @@ def _check_prompts(writer: Writer, prompts: Sequence[list[int]]) -> None:
 
 
 def _check_mixture(writer: Writer, prompts: Sequence[list[int]]) -> None:
+    if writer.task.encoder_decoder and (writer.decode == "mixture" or int(writer.options.get("num_beams", 1)) > 1):
+        raise ValueError(
+            "An encoder-decoder can write with decode='draws' or 'mean', and without beams: its encoder runs once per "
+            "row."
+        )
     if writer.decode != "mixture":
         return
     if int(writer.options.get("num_beams", 1)) > 1:
@@ -189,7 +206,9 @@ def _check_mixture(writer: Writer, prompts: Sequence[list[int]]) -> None:
         )
 
 
-def _as_example(prompt: list[int], text: list[int]) -> Example:
+def _as_example(prompt: list[int], text: list[int], is_pair: bool) -> Example:
+    if is_pair:
+        return Example({"input_ids": prompt}, text, {"positions": list(range(len(text)))})
     places = range(len(prompt), len(prompt) + len(text))
     return Example({"input_ids": prompt + text}, text, {"positions": [i - 1 for i in places]})
 

@@ -9,7 +9,15 @@ import tiny
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import Example
@@ -172,6 +180,31 @@ def test_the_mutual_information_is_that_of_all_texts(posterior):
         assert found["standard_error"] < 0.2 * exact
 
 
+def test_an_encoder_decoder_writes_under_each_draw():
+    task = sp.Completion(tokenizer(), encoder_decoder=True)
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    blora = sp.bayesian_lora(T5ForConditionalGeneration(T5Config(vocab_size=80, **size)).double().eval())
+    posterior = sp.fit(blora, task, ROWS, num_steps=10, batch_size=4, lr=0.05, progress=False).posterior
+    posterior.guide.scale = torch.full_like(posterior.guide.scale, 1.0)
+    found = posterior.generate(PROMPTS, num_draws=3, max_new_tokens=5, batch_size=2)
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([task.prompt_tokens({"prompt": prompt})])
+        for index in range(3):
+            with posterior.draw(index) as module:
+                ends = [e for e in (module.generation_config.eos_token_id, 6) if e is not None]
+                options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": ends, "pad_token_id": 0}
+                row = module.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, 1:]
+                expected.append(_cut(row.tolist(), ends))
+    assert tokens_of(found) == expected
+    several = posterior.generate(PROMPTS, num_draws=3, num_samples=2, do_sample=True, max_new_tokens=3)
+    assert several.draw == (0, 0, 1, 1, 2, 2) * 3
+    for options in ({"decode": "mixture"}, {"num_beams": 2}):
+        with pytest.raises(ValueError, match="encoder-decoder can write with"):
+            posterior.generate(PROMPTS, num_draws=2, **options)
+
+
 def test_the_seed_fixes_the_texts_and_no_generator_moves(posterior, unchanged_rng):
     options = {"num_draws": 2, "do_sample": True, "max_new_tokens": 5, "num_samples": 2}
     first, second = (posterior.generate(PROMPTS, seed=3, **options) for _ in range(2))
@@ -288,7 +321,7 @@ def test_conversations_and_rows_are_prompts_too(posterior):
         ([], {}, ValueError, "prompts is empty"),
         ([""], {}, ValueError, "prompt is empty"),
         ([{"question": "the sky"}], {}, ValueError, "no field 'prompt'"),
-        ([3], {}, ValueError, "prompt"),
+        ([None], {}, ValueError, "prompt"),
     ],
 )
 def test_wrong_options_are_explained(posterior, prompts, options, error, message):
