@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .._arguments import known_arguments_of_methods
 from .._errors import check_choice, check_count, check_flag
 from ..data.encoding import encode_data
 from ..data.rows import read_rows
@@ -14,6 +15,7 @@ from ..tasks import Completion
 from .exportable import ExportablePosterior
 
 
+@known_arguments_of_methods
 class TextPosterior(ExportablePosterior):
     """A posterior that scores texts, if its task is :class:`~scalabl_pyro.Completion`."""
 

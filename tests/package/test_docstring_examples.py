@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import arviz as az
@@ -39,11 +40,15 @@ def documented() -> dict[str, object]:
 
 
 EXAMPLES = documented()
+#: Examples whose posterior writes or scores texts.
+TEXTS = {"Posterior.score", "Posterior.generate", "plots.tokens"}
 
 
 @pytest.fixture(scope="module")
 def trained():
-    task, rows = sp.MultipleChoice(tiny.tokenizer()), tiny.question_rows(16)
+    tokenizer, rows = tiny.tokenizer(), tiny.question_rows(16)
+    tokenizer.eos_token = "night"  # completions end with it
+    task = sp.MultipleChoice(tokenizer)
     blora = sp.bayesian_lora(tiny.causal_lm())
     result = sp.fit(blora, task, rows, num_steps=STEPS, lr=1e-2, progress=False)
     point = sp.baselines.mle(tiny.causal_lm(), task, rows, num_steps=STEPS, progress=False).posterior
@@ -84,6 +89,8 @@ def short(monkeypatch, tmp_path):
 def test_the_example_runs(name, trained):
     value = inspect.unwrap(EXAMPLES[name])
     names = {**vars(sys.modules[value.__module__]), **trained, "llm": tiny.causal_lm()}
+    if name in TEXTS:
+        names["posterior"] = replace(trained["posterior"], task=sp.Completion(trained["tokenizer"]))
     if name.endswith("from_pretrained"):
         trained["posterior"].save_pretrained("my-posterior")
     for example in doctest.DocTestParser().get_examples(inspect.getdoc(value)):

@@ -104,6 +104,20 @@ class FailingGuide(sp.guides.NormalGuide):
         return value
 
 
+COMPLETIONS = [{"prompt": "the sky is", "completion": " blue"}]
+
+
+def writer(w: SimpleNamespace) -> sp.Posterior:
+    """The posterior with a task that writes texts."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.eos_token = "night"
+    return replace(w.posterior, task=sp.Completion(tokenizer))
+
+
+def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError("in the middle")
+
+
 def make(tmp_path: Path) -> SimpleNamespace:
     """What the calls work on; the models stand in train mode, with one module in eval mode."""
     llm, task = tiny.causal_lm().train(), sp.MultipleChoice(tiny.tokenizer())
@@ -211,6 +225,21 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
     "Posterior.export_peft": (
         [lambda w: w.posterior.export_peft(new_path(w), draws=2)],
         [lambda w: w.posterior.export_peft(new_path(w), draws=-1), lambda w: w.posterior.export_peft(w.path)],
+    ),
+    "Posterior.score": (
+        [lambda w: writer(w).score(COMPLETIONS, num_draws=2)],
+        [lambda w: writer(w).score([{"prompt": "the sky"}]), lambda w: w.posterior.score(COMPLETIONS)],
+    ),
+    "Posterior.generate": (
+        [
+            lambda w: writer(w).generate(["the sky"], num_draws=2, max_new_tokens=2),
+            lambda w: writer(w).generate(["the sky"], num_draws=2, do_sample=True, decode="mixture", max_new_tokens=2),
+        ],
+        [
+            lambda w: writer(w).generate(["the sky"], max_new_tokens=2, temprature=2.0),
+            lambda w: writer(w).generate(["the sky"], max_new_tokens=2, logits_processor=[broken]),
+            lambda w: w.posterior.generate(["the sky"]),
+        ],
     ),
     "Posterior.merge": ([lambda w: w.posterior.merge(1)], [lambda w: w.posterior.merge(-1)]),
     "fit": (
