@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .._arguments import known_arguments_of_methods
 from .._errors import check_choice, check_count, check_flag
 from ..data.encoding import encode_data
 from ..data.rows import read_rows
@@ -14,6 +15,7 @@ from ..tasks import Completion
 from .exportable import ExportablePosterior
 
 
+@known_arguments_of_methods
 class TextPosterior(ExportablePosterior):
     """A posterior that scores texts, if its task is :class:`~scalabl_pyro.Completion`."""
 
@@ -118,6 +120,11 @@ class TextPosterior(ExportablePosterior):
         check_choice("decode", decode, DECODE)
         check_flag(progress=progress)
         task = self._completion_task("generate")
+        if task.encoder_decoder:
+            raise ValueError(
+                "generate() writes with causal LMs. With an encoder-decoder, call its own generate under one draw: "
+                "with posterior.draw(i) as llm: llm.generate(...)."
+            )
         _check_options(num_samples, options)
         found = [task.prompt_tokens(row) for row in _prompt_rows(prompts)]
         writer = Writer(
