@@ -67,6 +67,7 @@ def calls() -> dict[str, tuple[tuple[str, ...], object]]:
     }
     tasks = {
         "MultipleChoice": lambda w, t: sp.MultipleChoice(t),
+        "Completion": lambda w, t: sp.Completion(t),
         "SequenceClassification": lambda w, t: sp.SequenceClassification(t, classes=["a", "b"]),
         "Regression": lambda w, t: sp.Regression(t),
         "Task": lambda w, t: sp.Task(t),
