@@ -105,16 +105,6 @@ class FailingGuide(sp.guides.NormalGuide):
         return value
 
 
-COMPLETIONS = [{"prompt": "the sky is", "completion": " blue"}]
-
-
-def writer(w: SimpleNamespace) -> sp.Posterior:
-    """The posterior with a task that writes texts."""
-    tokenizer = tiny.tokenizer()
-    tokenizer.eos_token = "night"
-    return replace(w.posterior, task=sp.Completion(tokenizer))
-
-
 def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     raise ZeroDivisionError("in the middle")
 
@@ -228,21 +218,6 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
         [lambda w: w.posterior.export_peft(new_path(w), draws=2)],
         [lambda w: w.posterior.export_peft(new_path(w), draws=-1), lambda w: w.posterior.export_peft(w.path)],
     ),
-    "Posterior.score": (
-        [lambda w: writer(w).score(COMPLETIONS, num_draws=2)],
-        [lambda w: writer(w).score([{"prompt": "the sky"}]), lambda w: w.posterior.score(COMPLETIONS)],
-    ),
-    "Posterior.generate": (
-        [
-            lambda w: writer(w).generate(["the sky"], num_draws=2, max_new_tokens=2),
-            lambda w: writer(w).generate(["the sky"], num_draws=2, do_sample=True, decode="mixture", max_new_tokens=2),
-        ],
-        [
-            lambda w: writer(w).generate(["the sky"], max_new_tokens=2, temprature=2.0),
-            lambda w: writer(w).generate(["the sky"], max_new_tokens=2, logits_processor=[broken]),
-            lambda w: w.posterior.generate(["the sky"]),
-        ],
-    ),
     "Posterior.merge": ([lambda w: w.posterior.merge(1)], [lambda w: w.posterior.merge(-1)]),
     "fit": (
         [
@@ -336,8 +311,16 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
         ],
     ),
     "Posterior.generate": (
-        [lambda w: w.texts.generate(["the sky"], num_draws=2, max_new_tokens=2)],
-        [lambda w: w.posterior.generate(["the sky"]), lambda w: w.texts.generate(["the sky", ""])],
+        [
+            lambda w: w.texts.generate(["the sky"], num_draws=2, max_new_tokens=2),
+            lambda w: w.texts.generate(["the sky"], num_draws=2, do_sample=True, decode="mixture", max_new_tokens=2),
+        ],
+        [
+            lambda w: w.posterior.generate(["the sky"]),
+            lambda w: w.texts.generate(["the sky", ""]),
+            lambda w: w.texts.generate(["the sky"], max_new_tokens=2, temprature=2.0),
+            lambda w: w.texts.generate(["the sky"], max_new_tokens=2, logits_processor=[broken]),
+        ],
     ),
     "Posterior.predict_linearised": (
         [lambda w: _deprecated(lambda: w.posterior.predict_linearised(ROWS, num_draws=3))],
