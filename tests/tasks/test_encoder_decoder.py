@@ -138,8 +138,9 @@ def test_what_encoder_decoders_cannot_do_is_refused():
     with pytest.raises(ValueError, match="positions for 64 tokens"):
         sp.fit(blora, task, long, **FEW)
     posterior = sp.fit(blora, task, rows(), **FEW).posterior
-    with pytest.raises(ValueError, match=r"generate\(\) writes with causal LMs.*posterior.draw"):
-        posterior.generate(["the sky"])
+    with pytest.raises(ValueError, match="positions for 64 tokens only"):
+        posterior.generate(["the sky"], max_new_tokens=64)
+    assert len(posterior.generate(["the sky"], num_draws=2, max_new_tokens=60).answers) == 2
 
 
 def test_a_posterior_of_an_encoder_decoder_is_saved(tmp_path):
