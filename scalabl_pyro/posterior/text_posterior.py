@@ -120,11 +120,6 @@ class TextPosterior(ExportablePosterior):
         check_choice("decode", decode, DECODE)
         check_flag(progress=progress)
         task = self._completion_task("generate")
-        if task.encoder_decoder:
-            raise ValueError(
-                "generate() writes with causal LMs. With an encoder-decoder, call its own generate under one draw: "
-                "with posterior.draw(i) as llm: llm.generate(...)."
-            )
         _check_options(num_samples, options)
         found = [task.prompt_tokens(row) for row in _prompt_rows(prompts)]
         writer = Writer(

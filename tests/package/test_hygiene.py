@@ -29,7 +29,6 @@ from scalabl_pyro.lora import binding, hidden_state_cache
 
 ROWS = tiny.question_rows(8)
 TEXTS = [{**row, "label": float(row["label"])} for row in tiny.text_rows(8)]
-TEXTS = [{"prompt": "the sky is", "completion": " blue"}, {"prompt": "grass", "completion": " green"}]
 FEW = {"num_steps": 2, "progress": False}
 CHAIN = {"num_samples": 4, "warmup_steps": 1, "num_chains": 1, "max_tree_depth": 1, "progress": False}
 
@@ -146,7 +145,6 @@ def make(tmp_path: Path) -> SimpleNamespace:
         no_draws=replace(posterior, guide=guide),
         prediction=posterior.predict(ROWS, num_draws=3),
         numbers=sp.NumericPrediction(np.zeros((3, 4)), np.ones((3, 4)), np.zeros((3, 4)), None, None),
-        texts=replace(posterior, task=sp.Completion(tiny.tokenizer(), end_token=False)),
         scored=toy_scores.scored([["a", " text"]]),
         path=tmp_path,
         number=0,
@@ -325,19 +323,6 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
             lambda w: w.posterior.predict(w.path / "broken.jsonl"),
             lambda w: w.posterior.predict([]),
         ],
-    ),
-    "Posterior.score": (
-        [lambda w: w.texts.score(TEXTS, num_draws=2), lambda w: w.texts.score(TEXTS, num_draws=0, top=2)],
-        [
-            lambda w: w.posterior.score(TEXTS),
-            lambda w: replace(w.texts, guide=w.no_draws.guide).score(TEXTS, num_draws=9),
-            lambda w: w.texts.score(TEXTS, top=10**6),
-            lambda w: w.texts.score([*TEXTS, {"prompt": "the sky"}]),
-        ],
-    ),
-    "Posterior.generate": (
-        [lambda w: w.texts.generate(["the sky"], num_draws=2, max_new_tokens=2)],
-        [lambda w: w.posterior.generate(["the sky"]), lambda w: w.texts.generate(["the sky", ""])],
     ),
     "Posterior.predict_linearised": (
         [lambda w: _deprecated(lambda: w.posterior.predict_linearised(ROWS, num_draws=3))],

@@ -137,9 +137,6 @@ def test_what_encoder_decoders_cannot_do_is_refused():
     long = [{"prompt": "the sky", "completion": " the" * 70}]
     with pytest.raises(ValueError, match="positions for 64 tokens"):
         sp.fit(blora, task, long, **FEW)
-    posterior = sp.fit(blora, task, rows(), **FEW).posterior
-    with pytest.raises(ValueError, match=r"generate\(\) writes with causal LMs.*posterior.draw"):
-        posterior.generate(["the sky"])
 
 
 def test_a_posterior_of_an_encoder_decoder_is_saved(tmp_path):
