@@ -181,7 +181,8 @@ def _check_prompts(writer: Writer, prompts: Sequence[list[int]]) -> None:
     writer.task.check_llm(writer.llm.adapter, [Example({"input_ids": prompt}) for prompt in prompts])
     longest, limit = max(map(len, prompts)), position_limit(module)
     room = writer.options["max_new_tokens"]
-    if limit is not None and longest + room > limit:
+    needed = max(longest, room + 1) if writer.task.encoder_decoder else longest + room  # a decoder has its own row
+    if limit is not None and needed > limit:
         raise ValueError(
             f"A prompt has {longest} tokens, and max_new_tokens={room}, but the model has positions for {limit} tokens "
             "only. Lower max_new_tokens, or pass max_length to the task, which cuts longer prompts."

@@ -28,7 +28,7 @@ from scalabl_pyro.data import read_rows
 from scalabl_pyro.lora import binding, hidden_state_cache
 
 ROWS = tiny.question_rows(8)
-TEXTS = [{**row, "label": float(row["label"])} for row in tiny.text_rows(8)]
+TEXTS = [{"prompt": "the sky is", "completion": " blue"}, {"prompt": "grass", "completion": " green"}]
 FEW = {"num_steps": 2, "progress": False}
 CHAIN = {"num_samples": 4, "warmup_steps": 1, "num_chains": 1, "max_tree_depth": 1, "progress": False}
 
@@ -104,16 +104,6 @@ class FailingGuide(sp.guides.NormalGuide):
         return value
 
 
-COMPLETIONS = [{"prompt": "the sky is", "completion": " blue"}]
-
-
-def writer(w: SimpleNamespace) -> sp.Posterior:
-    """The posterior with a task that writes texts."""
-    tokenizer = tiny.tokenizer()
-    tokenizer.eos_token = "night"
-    return replace(w.posterior, task=sp.Completion(tokenizer))
-
-
 def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     raise ZeroDivisionError("in the middle")
 
@@ -145,6 +135,7 @@ def make(tmp_path: Path) -> SimpleNamespace:
         no_draws=replace(posterior, guide=guide),
         prediction=posterior.predict(ROWS, num_draws=3),
         numbers=sp.NumericPrediction(np.zeros((3, 4)), np.ones((3, 4)), np.zeros((3, 4)), None, None),
+        texts=replace(posterior, task=sp.Completion(tiny.tokenizer(), end_token=False)),
         scored=toy_scores.scored([["a", " text"]]),
         path=tmp_path,
         number=0,
@@ -225,21 +216,6 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
     "Posterior.export_peft": (
         [lambda w: w.posterior.export_peft(new_path(w), draws=2)],
         [lambda w: w.posterior.export_peft(new_path(w), draws=-1), lambda w: w.posterior.export_peft(w.path)],
-    ),
-    "Posterior.score": (
-        [lambda w: writer(w).score(COMPLETIONS, num_draws=2)],
-        [lambda w: writer(w).score([{"prompt": "the sky"}]), lambda w: w.posterior.score(COMPLETIONS)],
-    ),
-    "Posterior.generate": (
-        [
-            lambda w: writer(w).generate(["the sky"], num_draws=2, max_new_tokens=2),
-            lambda w: writer(w).generate(["the sky"], num_draws=2, do_sample=True, decode="mixture", max_new_tokens=2),
-        ],
-        [
-            lambda w: writer(w).generate(["the sky"], max_new_tokens=2, temprature=2.0),
-            lambda w: writer(w).generate(["the sky"], max_new_tokens=2, logits_processor=[broken]),
-            lambda w: w.posterior.generate(["the sky"]),
-        ],
     ),
     "Posterior.merge": ([lambda w: w.posterior.merge(1)], [lambda w: w.posterior.merge(-1)]),
     "fit": (
@@ -322,6 +298,27 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
             lambda w: w.no_draws.predict(ROWS),
             lambda w: w.posterior.predict(w.path / "broken.jsonl"),
             lambda w: w.posterior.predict([]),
+        ],
+    ),
+    "Posterior.score": (
+        [lambda w: w.texts.score(TEXTS, num_draws=2), lambda w: w.texts.score(TEXTS, num_draws=0, top=2)],
+        [
+            lambda w: w.posterior.score(TEXTS),
+            lambda w: replace(w.texts, guide=w.no_draws.guide).score(TEXTS, num_draws=9),
+            lambda w: w.texts.score(TEXTS, top=10**6),
+            lambda w: w.texts.score([*TEXTS, {"prompt": "the sky"}]),
+        ],
+    ),
+    "Posterior.generate": (
+        [
+            lambda w: w.texts.generate(["the sky"], num_draws=2, max_new_tokens=2),
+            lambda w: w.texts.generate(["the sky"], num_draws=2, do_sample=True, decode="mixture", max_new_tokens=2),
+        ],
+        [
+            lambda w: w.posterior.generate(["the sky"]),
+            lambda w: w.texts.generate(["the sky", ""]),
+            lambda w: w.texts.generate(["the sky"], max_new_tokens=2, temprature=2.0),
+            lambda w: w.texts.generate(["the sky"], max_new_tokens=2, logits_processor=[broken]),
         ],
     ),
     "Posterior.predict_linearised": (

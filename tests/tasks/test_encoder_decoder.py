@@ -137,6 +137,10 @@ def test_what_encoder_decoders_cannot_do_is_refused():
     long = [{"prompt": "the sky", "completion": " the" * 70}]
     with pytest.raises(ValueError, match="positions for 64 tokens"):
         sp.fit(blora, task, long, **FEW)
+    posterior = sp.fit(blora, task, rows(), **FEW).posterior
+    with pytest.raises(ValueError, match="positions for 64 tokens only"):
+        posterior.generate(["the sky"], max_new_tokens=64)
+    assert len(posterior.generate(["the sky"], num_draws=2, max_new_tokens=60).answers) == 2
 
 
 def test_a_posterior_of_an_encoder_decoder_is_saved(tmp_path):
