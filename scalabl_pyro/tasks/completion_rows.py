@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .._values import is_missing, text
+from .._values import is_missing
 from ..data.batch import Example
 from ..data.rows import Row
 from .base import field_of, text_of
@@ -98,7 +98,7 @@ class CompletionRows:
         if not is_missing(row.get("messages")):
             return _Conversation(messages_of(row["messages"], "messages"), 0)
         prompt, completion = field_of(row, "prompt"), row.get("completion")
-        if text(prompt) is None:
+        if not isinstance(prompt, str | bytes):
             asked = messages_of(prompt, "prompt")
             answer = [] if is_missing(completion) else messages_of(completion, "completion")
             return _Conversation([*asked, *answer], len(asked))

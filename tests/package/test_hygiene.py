@@ -28,7 +28,6 @@ from scalabl_pyro.data import read_rows
 from scalabl_pyro.lora import binding, hidden_state_cache
 
 ROWS = tiny.question_rows(8)
-TEXTS = [{**row, "label": float(row["label"])} for row in tiny.text_rows(8)]
 TEXTS = [{"prompt": "the sky is", "completion": " blue"}, {"prompt": "grass", "completion": " green"}]
 FEW = {"num_steps": 2, "progress": False}
 CHAIN = {"num_samples": 4, "warmup_steps": 1, "num_chains": 1, "max_tree_depth": 1, "progress": False}

@@ -151,7 +151,7 @@ def test_the_frames_of_scores(posterior):
     np.testing.assert_allclose(frame["epistemic"], frame["total"] - frame["aleatoric"], atol=1e-12)
     np.testing.assert_allclose(frame["log_prob_per_token"] * frame["num_tokens"], frame["log_prob"])
     tokens = scored.tokens(0)
-    assert list(tokens["token"]) == ["blue", "is", "the", "sky", "."]
+    assert list(tokens["token"]) == [" blue", " is", " the", " sky", " ."]
     assert abs(tokens["log_mixture"].sum() - scored.log_prob[0]) < 1e-10
 
 
