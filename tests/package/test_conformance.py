@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyro
 import pytest
+import tiny
 import torch
 import xarray as xr
 import zoo
@@ -234,7 +235,30 @@ def test_the_zoo_is_the_whole_library():
     words = {prior for prior in zoo.PRIORS.values() if isinstance(prior, str)}
     assert words == {*sp.priors.DISTRIBUTIONS, *sp.priors.FAMILIES}
     assert {guide for guide in zoo.GUIDES.values() if isinstance(guide, str)} == set(sp.guides.NAMES)
-    assert {type(kind.make()).__name__ for kind in zoo.TASKS.values()} == set(sp.tasks.TASKS)
+    predicting = {name for name, task in sp.tasks.TASKS.items() if not task.scores_only}
+    assert {type(kind.make()).__name__ for kind in zoo.TASKS.values()} == predicting
+    assert set(sp.tasks.TASKS) - predicting == {"Completion"}  # the next test
+
+
+COMPLETIONS = [
+    {"prompt": f"the {noun} is", "completion": f" {color}{' the sky' * (i % 2)}"}
+    for i, (noun, color) in enumerate([("sky", "blue"), ("night", "black"), ("rose", "red")] * 2)
+]
+
+
+@pytest.mark.parametrize("pair", zoo.BESIDE_CHOICE, ids="-".join)
+def test_completions_take_every_prior_and_guide(pair, tmp_path):
+    """What stands above for predictions holds for scores: finite, different by draw, and the same after loading."""
+    case, task = zoo.Case(*pair, "choice"), sp.Completion(tiny.tokenizer(), end_token=False)
+    options = {"num_steps": 3, "batch_size": 6, "lr": 1e-2, "optimizer": {"warmup": 0.0}, "progress": False}
+    result = sp.fit(case.blora(), task, COMPLETIONS, guide=zoo.GUIDES[case.guide], **options)
+    assert len(result.history) == 3 and np.isfinite(result.history["nll_per_token"]).all()
+    scored = result.posterior.score(COMPLETIONS, num_draws=DRAWS, seed=1)
+    assert scored.log_probs.shape == (DRAWS, 6) and np.isfinite(scored.log_probs).all()
+    assert (np.ptp(scored.log_probs, axis=0).max() > 0) is not case.is_point
+    result.posterior.save_pretrained(tmp_path / "p")
+    loaded = sp.Posterior.from_pretrained(case.kind.llm(), tmp_path / "p")
+    np.testing.assert_array_equal(loaded.score(COMPLETIONS, num_draws=DRAWS, seed=1).log_probs, scored.log_probs)
 
 
 def check_stock_svi(case: zoo.Case, build: Callable[..., Any]) -> None:
