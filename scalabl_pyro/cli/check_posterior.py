@@ -94,6 +94,8 @@ def _files(path: Path, config: SavedConfig, budget: Budget) -> Iterator[Finding]
 
 def _tensors(path: Path, config: SavedConfig, budget: Budget) -> Iterator[Finding]:
     for name in (ADAPTER, POSTERIOR):
+        if _has_grown(path, config, name):  # said above; a file of gigabytes would be read in vain
+            continue
         try:
             tensors = scan_tensors(path, name, budget=budget)
             if name == ADAPTER:
@@ -104,6 +106,12 @@ def _tensors(path: Path, config: SavedConfig, budget: Budget) -> Iterator[Findin
         else:
             numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
             yield Finding(True, f"{name}: {len(tensors)} tensors, {numbers:,} numbers, all finite")
+
+
+def _has_grown(path: Path, config: SavedConfig, name: str) -> bool:
+    """Tell whether a file is larger than it was when it was saved."""
+    expected, file = config.files.entries.get(name), path / name
+    return expected is not None and file.is_file() and file.stat().st_size > expected.bytes
 
 
 def _tokenizer(path: Path, config: SavedConfig, budget: Budget) -> Iterator[Finding]:

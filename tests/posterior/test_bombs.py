@@ -144,6 +144,14 @@ NAMED = {
         guide("normal") | {"place": "doctor", "edits": [(CONFIG, "part", 0, 0, {"guide": {"options": 3}})]},
         "'options' must be of type dict",
     ),
+    "two gigabytes of nothing for the doctor": (
+        {
+            "place": "doctor",
+            "kind": "AutoLowRankMultivariateNormal",
+            "edits": [("adapter_model.safetensors", "shape", 3089, 1, 2**24)],
+        },
+        "has changed since it was saved",
+    ),
     "lines of its own in the doctor": (
         {
             "place": "doctor",
