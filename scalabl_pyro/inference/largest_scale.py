@@ -39,12 +39,12 @@ class NoiseSearch:
         Shi et al., Training-Free Bayesianization for Low-Rank Adapters, NeurIPS 2025, section 3.2.
     """
 
-    tolerance: float
-    max_scale: float
-    num_draws: int
-    num_bisections: int
-    seed: int
-    batch_size: int
+    tolerance: float = 0.003
+    max_scale: float = 1.0
+    num_draws: int = 4
+    num_bisections: int = 6
+    seed: int = 0
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
         check_count(num_draws=self.num_draws, num_bisections=self.num_bisections)

@@ -91,47 +91,23 @@ def posthoc(
     return _INFER[method](point, rows, seed, options)
 
 
-def noise_on_latents(
-    posterior: Posterior,
-    data: Any,
-    *,
-    tolerance: float = 0.003,
-    max_scale: float = 1.0,
-    num_draws: int = 4,
-    num_bisections: int = 6,
-    seed: int = 0,
-    batch_size: int = 16,
-) -> Posterior:
+def noise_on_latents(posterior: Posterior, rows: Any, search: NoiseSearch) -> Posterior:
     """Give all latents the largest standard deviation that keeps the NLL of some rows within a tolerance.
 
     It is the search of :func:`scalabl_pyro.baselines.tfb`, with noise on s instead of noise on A.
 
     Args:
         posterior: Posterior of a trained adapter. Only its mean is used.
-        data: Labeled rows: the training data or a part of it.
-        tolerance: Allowed increase of the NLL of the averaged probabilities, relative to the NLL without noise.
-        max_scale: Largest standard deviation to try.
-        num_draws: Number of draws for each NLL.
-        num_bisections: Number of times the interval from 0 to ``max_scale`` is halved.
-        seed: Seed of the noise.
-        batch_size: Rows per forward pass.
+        rows: Labeled rows: the training data or a part of it.
+        search: Options of the search.
 
     Returns:
         Posterior with a normal guide around the mean, or without noise if no scale passes. Its provenance holds the
         scale and the NLLs.
 
     Raises:
-        ValueError: An option is out of range, or rows have no answers.
+        ValueError: Rows have no answers.
     """
-    search = NoiseSearch(
-        tolerance=tolerance,
-        max_scale=max_scale,
-        num_draws=num_draws,
-        num_bisections=num_bisections,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    rows = rows_for(posterior.task.encode, data)
     loc = posterior.mean()
 
     def with_noise(scale: float) -> Posterior:
@@ -158,7 +134,7 @@ def _mcmc(point: Posterior, rows: Any, seed: int, options: Mapping[str, Any]) ->
 
 
 def _tfb(point: Posterior, rows: Any, seed: int, options: Mapping[str, Any]) -> Posterior:
-    return noise_on_latents(point, rows, seed=seed, **options)
+    return noise_on_latents(point, rows, NoiseSearch(seed=seed, **options))
 
 
 _INFER: dict[str, Callable[[Posterior, Any, int, Mapping[str, Any]], Posterior]] = {
@@ -167,12 +143,12 @@ _INFER: dict[str, Callable[[Posterior, Any, int, Mapping[str, Any]], Posterior]]
     "mcmc": _mcmc,
     "tfb": _tfb,
 }
-#: Functions of this library that take the options of each method.
+#: What takes the options of each method.
 _TAKES: dict[str, tuple[Callable[..., Any], ...]] = {
     "laplace": (laplace,),
     "vi": (refit, fit),
     "mcmc": (mcmc,),
-    "tfb": (noise_on_latents,),
+    "tfb": (NoiseSearch,),
 }
 #: Arguments that ``posthoc`` gives to these functions itself.
 _GIVEN = ("blora", "task", "posterior", "data", "train_data", "seed", "options", "reset")
