@@ -24,6 +24,7 @@ from torchmetrics.functional.classification import binary_auroc
 import scalabl_pyro as sp
 from scalabl_pyro.baselines.factor_posterior import FactorPosterior, as_function, plain_factors
 from scalabl_pyro.data import encode
+from scalabl_pyro.prediction.mixture import log_mean_exp
 from scalabl_pyro.prediction.score import score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes _support importable
@@ -149,7 +150,7 @@ def by_draws(posterior: Any, rows: list[dict], args: argparse.Namespace) -> Scor
     scored = [score(llm, posterior.task, s, examples, batch_size=16) for llm, s in functions(posterior, args)]
     log_probs = np.concatenate([one.log_probs for one in scored])
     count = scored[0].num_tokens.astype(float)
-    mixture = np.logaddexp.reduce(log_probs, axis=0) - np.log(len(log_probs))
+    mixture = log_mean_exp(log_probs)
     return {"num_tokens": count, "log_prob": mixture, "log_prob_per_token": mixture / count}
 
 

@@ -24,7 +24,7 @@ class Example:
         inputs: Lists of one length, by the name of the LLM's argument. ``input_ids`` is required.
         target: Class index or number, or the tokens of a completion. None if the row has no answer.
         extras: Other numbers that the likelihood of the task needs: one per row, or a list of them.
-        is_cut: Whether the text was too long and lost its end.
+        is_cut: Whether the text was too long and lost a part.
 
     Example:
         >>> from scalabl_pyro.data import Example

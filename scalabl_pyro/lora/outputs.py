@@ -28,6 +28,11 @@ def map_tensors(x: Any, function: Callable[[Tensor], Any]) -> Any:
     return x
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert half-precision outputs to float32, in which log-probabilities are computed."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def tensors_in(output: Any) -> list[Tensor]:
     """Return all tensors in an output, also those inside of nested tuples, lists and mappings."""
     if torch.is_tensor(output):

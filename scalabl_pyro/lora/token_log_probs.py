@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .binding import Readout
 from .gradient_checkpointing import RunAgain
+from .outputs import at_least_float32
 from .shared_prefix import repeat_rows
 
 #: Marks a place without a token, as in Hugging Face models.
@@ -47,20 +48,27 @@ class TokenLogProbs:
             return log_probs_of(head(hidden), tokens)
 
         tokens = self.tokens.to(hidden.device)
-        one, count = hidden[:, :1], tokens.shape[1]
-        with torch.no_grad():
-            vocabulary = head(one).shape[-1] if count > 1 else 1
-        size = max(self.max_logits // (len(hidden) * vocabulary), 1)
-        if size >= count:
-            return part(hidden, tokens).unsqueeze(-1)
-        run = RunAgain(part, self.has_dropout) if torch.is_grad_enabled() else part
-        starts = range(0, count, size)
-        parts = [run(hidden[:, i : i + size], tokens[:, i : i + size]) for i in starts]
+        logits = head(hidden[:, :1])
+        rest = parts_behind(logits, tokens.shape[1], self.max_logits)
+        run = RunAgain(part, self.has_dropout) if torch.is_grad_enabled() and len(rest) > 1 else part
+        parts = [log_probs_of(logits, tokens[:, :1]), *(run(hidden[:, here], tokens[:, here]) for here in rest)]
         return torch.cat(parts, dim=1).unsqueeze(-1)
 
     def repeat(self, batch_shape: torch.Size, rows: int) -> Readout:
         """Return the readout for rows that are repeated for each draw."""
         return replace(self, tokens=repeat_rows(self.tokens, batch_shape, rows))
+
+
+def parts_behind(logits: Tensor, count: int, max_logits: int) -> list[slice]:
+    """Divide the tokens behind the first one into parts.
+
+    Args:
+        logits: Logits of the first token, (rows, 1, vocabulary).
+        count: Number of tokens.
+        max_logits: Largest number of logits of one part.
+    """
+    size = max(max_logits // logits.numel(), 1)
+    return [slice(start, start + size) for start in range(1, count, size)]
 
 
 def log_probs_of(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -70,7 +78,7 @@ def log_probs_of(logits: Tensor, tokens: Tensor) -> Tensor:
         logits: (..., T, vocabulary).
         tokens: (..., T); ``NO_TOKEN`` gives 0.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = at_least_float32(logits)
     tokens = tokens.expand(logits.shape[:-1])
     flat = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), ignore_index=NO_TOKEN, reduction="none")
     return -flat.view(tokens.shape)

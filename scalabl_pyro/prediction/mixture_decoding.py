@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..lora.adapter import Adapter
 from ..lora.shared_prefix import repeat_rows
+from .token_readout import log_mixture, log_probs_by_draw
 
 
 class MixtureReadout:
@@ -30,19 +31,17 @@ class MixtureReadout:
 
     def read_tokens(self, tokens: Tensor) -> None:
         """Update the weights by the tokens (rows,) that were chosen after the last pass."""
-        if self._log_p is None:
+        if self._log_p is None or self._log_weights is None:
             return
         index = tokens.to(self._log_p.device).expand(self.num_draws, -1).unsqueeze(-1)
-        chosen = self._log_p.gather(-1, index)[..., 0]
-        self._log_weights = chosen if self._log_weights is None else self._log_weights + chosen
+        self._log_weights = self._log_weights + self._log_p.gather(-1, index)[..., 0]
 
     def __call__(self, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """Return the logarithm of the mixture at the last token."""
-        logits = head(hidden[:, -1:])[:, 0]
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        self._log_p = log_p.unflatten(0, (self.num_draws, -1))
-        weights = self._log_p.new_zeros(self._log_p.shape[:2]) if self._log_weights is None else self._log_weights
-        return torch.logsumexp(weights.log_softmax(0).unsqueeze(-1) + self._log_p, dim=0).unsqueeze(1)
+        self._log_p = log_probs_by_draw(head(hidden[:, -1:])[:, 0], self.num_draws)
+        if self._log_weights is None:
+            self._log_weights = self._log_p.new_zeros(self._log_p.shape[:2])
+        return log_mixture(self._log_p, self._log_weights.log_softmax(0)).unsqueeze(1)
 
     def repeat(self, batch_shape: torch.Size, rows: int) -> "MixtureReadout":
         """Return the readout itself: it has no tensors with one entry per row of the input."""

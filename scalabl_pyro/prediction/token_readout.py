@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..lora.token_log_probs import MAX_LOGITS, NO_TOKEN
+from ..lora.outputs import at_least_float32
+from ..lora.token_log_probs import MAX_LOGITS, NO_TOKEN, parts_behind
 
 #: Numbers per token before those of the most probable tokens: log p under each draw and under the mixture, and the
 #: entropies of the mixture and of the draws.
@@ -44,15 +45,15 @@ class TokenReadout:
         in the mixture, and their probabilities under the draw of the row. All logarithms are natural.
         """
         tokens = self.tokens.to(hidden.device)
-        vocabulary = head(hidden[:, :1]).shape[-1]
+        logits = head(hidden[:, :1])
+        vocabulary = logits.shape[-1]
         if self.top > vocabulary:
             raise ValueError(f"top={self.top} is larger than the vocabulary, which has {vocabulary} tokens.")
-        size = max(self.max_logits // (len(hidden) * vocabulary), 1)
-        log_weights: Tensor | None = None
-        parts = []
-        for start in range(0, tokens.shape[1], size):
-            logits = head(hidden[:, start : start + size])
-            part, log_weights = self._part(logits, tokens[:, start : start + size], log_weights)
+        start = logits.new_zeros(self.num_draws, len(hidden) // self.num_draws)
+        part, log_weights = self._part(logits, tokens[:, :1], at_least_float32(start))
+        parts = [part]
+        for here in parts_behind(logits, tokens.shape[1], self.max_logits):
+            part, log_weights = self._part(head(hidden[:, here]), tokens[:, here], log_weights)
             parts.append(part)
         return torch.cat(parts, dim=1)
 
@@ -62,17 +63,15 @@ class TokenReadout:
             raise ValueError(f"The pass has {batch_shape.numel()} rows, and {self.num_draws} draws of {rows} rows.")
         return replace(self)
 
-    def _part(self, logits: Tensor, tokens: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _part(self, logits: Tensor, tokens: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the numbers of some tokens; return them and the weights (S, B) of the draws behind them."""
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        log_p = log_p.unflatten(0, (self.num_draws, -1))  # (S, B, T, V)
+        log_p = log_probs_by_draw(logits, self.num_draws)  # (S, B, T, V)
         is_token = tokens != NO_TOKEN
         index = tokens.where(is_token, 0).expand(log_p.shape[:-1]).unsqueeze(-1)
         own = log_p.gather(-1, index)[..., 0].where(is_token, 0.0)  # (S, B, T)
-        first = torch.zeros_like(own[..., 0]) if log_weights is None else log_weights
-        summed = torch.cat([first.unsqueeze(-1), own], dim=-1).cumsum(-1)  # no difference: it could be inf - inf
+        summed = torch.cat([log_weights.unsqueeze(-1), own], dim=-1).cumsum(-1)  # no difference: it could be inf - inf
         log_w = summed[..., :-1].log_softmax(0)
-        mixture = torch.logsumexp(log_w.unsqueeze(-1) + log_p, dim=0)  # (B, T, V)
+        mixture = log_mixture(log_p, log_w)  # (B, T, V)
         total = entropy(mixture)
         aleatoric = (log_w.exp() * entropy(log_p)).sum(0)
         token = torch.logsumexp(log_w + own, dim=0).where(is_token, 0.0)
@@ -84,6 +83,21 @@ class TokenReadout:
             by_draw = log_p.gather(-1, ids.expand(shape))
             numbers = torch.cat([numbers, ids.to(numbers).expand(shape), best.exp().expand(shape), by_draw.exp()], -1)
         return numbers.flatten(0, 1), summed[..., -1]
+
+
+def log_probs_by_draw(logits: Tensor, num_draws: int) -> Tensor:
+    """Return log probabilities (S, B, ..., V) of the logits (S * B, ..., V), in float32 or higher."""
+    return at_least_float32(logits).log_softmax(-1).unflatten(0, (num_draws, -1))
+
+
+def log_mixture(log_p: Tensor, log_weights: Tensor) -> Tensor:
+    """Return the log probabilities (..., V) of the mixture of S draws.
+
+    Args:
+        log_p: Log probabilities of each draw, (S, ..., V).
+        log_weights: Logarithms of weights that add up to 1, (S, ...).
+    """
+    return torch.logsumexp(log_weights.unsqueeze(-1) + log_p, dim=0)
 
 
 def entropy(log_p: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +21,7 @@ from ..data.rows import Row
 from ..data.training_batches import seen_targets
 from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
+from ..lora.outputs import at_least_float32
 from ..storage.budget import Budget
 
 
@@ -218,11 +218,6 @@ class Task(Summarized, Program):
 def copy_task(task: Task) -> Task:
     """Copy a task and its parameters; the copy shares the tokenizer."""
     return copy.deepcopy(task, {id(task.tokenizer): task.tokenizer})
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Convert half-precision outputs to float32, in which log-probabilities are computed."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def field_of(row: Row, name: str) -> Any:
