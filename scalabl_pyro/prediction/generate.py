@@ -1,5 +1,6 @@
 """Write texts under the draws of a posterior, and score each text under all draws."""
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -98,7 +99,7 @@ class Writer:
         """
         return self.decode == "mixture" or self.task.encoder_decoder
 
-    @property
+    @functools.cached_property
     def end_tokens(self) -> set[int]:
         """Tokens that end a text: those of the model, and the one that the task teaches."""
         module: Any = self.llm.llm
@@ -146,7 +147,7 @@ def generate(writer: Writer, prompts: Sequence[list[int]], *, batch_size: int, p
     """
     start = time.perf_counter()
     _check_prompts(writer, prompts)
-    _check_mixture(writer, prompts)
+    _check_decode(writer, prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_prompt = writer.num_samples * (len(writer.s) if writer.decode == "draws" else 1)
     written: dict[int, list[list[int]]] = {}
@@ -189,7 +190,7 @@ def _check_prompts(writer: Writer, prompts: Sequence[list[int]]) -> None:
         )
 
 
-def _check_mixture(writer: Writer, prompts: Sequence[list[int]]) -> None:
+def _check_decode(writer: Writer, prompts: Sequence[list[int]]) -> None:
     if writer.task.encoder_decoder and (writer.decode == "mixture" or int(writer.options.get("num_beams", 1)) > 1):
         raise ValueError(
             "An encoder-decoder can write with decode='draws' or 'mean', and without beams: its encoder runs once per "
