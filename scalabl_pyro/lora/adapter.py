@@ -19,7 +19,7 @@ from .module_changes import ModuleChanges
 from .shared_prefix import split_blocks
 from .start import Start
 from .subspace import Subspace
-from .targets import output_head
+from .targets import is_encoder_decoder, output_head
 
 Gauge = Literal["unit_rows", "free"]
 GAUGES: tuple[str, ...] = get_args(Gauge)
@@ -105,9 +105,8 @@ class Adapter(Summarized):
         False for models without an output head (classifiers): they pool over tokens with the rows of their input,
         which are not repeated. False for encoder-decoders, whose decoder reads the rows of the encoder.
         """
-        if getattr(getattr(self.module, "config", None), "is_encoder_decoder", False):
-            return False
-        return bool(self.blocks_below) and output_head(self.module) is not None
+        has_head = output_head(self.module) is not None
+        return bool(self.blocks_below) and has_head and not is_encoder_decoder(self.module)
 
     @property
     def has_fixed_prefix(self) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .adapter import Adapter
+
 
 @contextmanager
 def recompute(blocks: Sequence[nn.Module], *, has_dropout: bool = False) -> Iterator[None]:
@@ -33,6 +35,12 @@ def recompute(blocks: Sequence[nn.Module], *, has_dropout: bool = False) -> Iter
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.forward = forward
+
+
+def dropouts_of(adapter: Adapter) -> list[nn.Dropout]:
+    """Return the dropouts of the LoRA layers; empty if their rate is 0."""
+    every = (dropout for layer in adapter.layers for dropout in layer.lora_dropout.values())
+    return [dropout for dropout in every if isinstance(dropout, nn.Dropout)]
 
 
 class RunAgain:

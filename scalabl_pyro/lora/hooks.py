@@ -17,7 +17,7 @@ from .read_tokens import AtPositions, ReadOut, ReadPositions, tokenwise_end
 from .refuse_save import refuse_saving
 from .shared_prefix import RepeatRows
 from .subspace import Layer, Subspace
-from .targets import output_head
+from .targets import is_encoder_decoder, output_head
 
 
 def activate(
@@ -85,8 +85,8 @@ def _add_hooks(adapter: Adapter, changes: ModuleChanges) -> None:
         return
     changes.add_hook(head.register_forward_pre_hook(ReadPositions(adapter.current_positions)))
     changes.replace_forward(head, ReadOut(adapter.current_readout, head.forward))
-    is_pair = getattr(getattr(adapter.module, "config", None), "is_encoder_decoder", False)
-    mlp = None if is_pair else tokenwise_end(adapter.blocks)  # the blocks may be those of an encoder
+    # The blocks of an encoder-decoder may be those of its encoder.
+    mlp = None if is_encoder_decoder(adapter.module) else tokenwise_end(adapter.blocks)
     if mlp is not None:
         changes.replace_forward(mlp, AtPositions(adapter.current_positions, mlp.forward))
     if not adapter.shares_prefix:

@@ -22,7 +22,7 @@ from .adapter import Adapter
 from .factors import Factors
 from .module_paths import last_name, lies_in
 from .peft_names import quiet_peft
-from .targets import output_head
+from .targets import is_encoder_decoder, output_head
 from .tensors import set_tensor
 
 ADAPTER_NAME = "default"
@@ -169,9 +169,8 @@ def _matched(base: nn.Module, targets: Collection[str]) -> set[str]:
 
 def _task_type(base: nn.Module, modules: Collection[str]) -> TaskType | None:
     """Return the task type under which PEFT saves exactly these modules; None if there is no such type."""
-    config: Any = getattr(base, "config", None)
     if output_head(base) is not None:
-        return TaskType.SEQ_2_SEQ_LM if getattr(config, "is_encoder_decoder", False) else TaskType.CAUSAL_LM
+        return TaskType.SEQ_2_SEQ_LM if is_encoder_decoder(base) else TaskType.CAUSAL_LM
     own = {name for name, _ in base.named_children()} & PEFT_HEADS
     is_classifier = "ForSequenceClassification" in type(base).__name__
     return TaskType.SEQ_CLS if is_classifier and own and set(modules) == own else None

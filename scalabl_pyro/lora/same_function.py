@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .outputs import first_of
 from .sharding import is_sharded
-from .targets import input_embeddings
+from .targets import input_embeddings, is_encoder_decoder
 from .train_mode import apart
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ def _probe_inputs(base: nn.Module) -> dict[str, Tensor] | None:
     step = max(len(usable) // (LENGTH + 1), 1)
     ids = usable[step::step][:LENGTH]
     eos = getattr(config, "eos_token_id", None)
-    if getattr(config, "is_encoder_decoder", False) and isinstance(eos, int):
+    if is_encoder_decoder(base) and isinstance(eos, int):
         ids[-1] = eos
     row = torch.tensor([ids], device=weight.device)
-    names = ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
+    names = ("input_ids", "decoder_input_ids") if is_encoder_decoder(base) else ("input_ids",)
     return dict.fromkeys(names, row)

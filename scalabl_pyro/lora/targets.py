@@ -163,6 +163,11 @@ def is_linear(module: nn.Module) -> bool:
     return looks_linear and (hasattr(module, "qweight") or hasattr(module, "W_q") or hasattr(module, "weight"))
 
 
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Tell whether a module is an encoder-decoder, such as T5, by its configuration."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
 def output_head(module: nn.Module) -> nn.Module | None:
     """Return the layer that turns hidden states into logits over the vocabulary, or None if the module names none."""
     return _named_by(module, "get_output_embeddings")  # encoders have no language-model head

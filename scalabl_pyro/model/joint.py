@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._errors import check_scale
 from .._process.random_state import scoped_seed
 from ..data.batch import Batch
+from ..lora.gradient_checkpointing import dropouts_of
 from ..tasks import Task
 from .bayesian_lora import BayesianLoRA
 
@@ -91,8 +92,7 @@ class TaskModel(nn.Module):
         Dropout draws more random numbers in a process that has more rows. Without a separate stream, the random states
         of the processes would become different.
         """
-        dropouts = (dropout for layer in self.blora.adapter.layers for dropout in layer.lora_dropout.values())
-        if batch.joint is None or not any(isinstance(dropout, nn.Dropout) for dropout in dropouts):
+        if batch.joint is None or not dropouts_of(self.blora.adapter):
             yield
             return
         with scoped_seed(int(torch.randint(2**31, ())) + batch.start):

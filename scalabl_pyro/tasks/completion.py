@@ -14,9 +14,10 @@ from ..data.rows import Row
 from ..lora.adapter import Adapter
 from ..lora.binding import Readout
 from ..lora.forward import LatentLLM
+from ..lora.gradient_checkpointing import dropouts_of
 from ..lora.head_check import ends_with_head
 from ..lora.look_ahead import looks_ahead
-from ..lora.targets import output_head
+from ..lora.targets import is_encoder_decoder, output_head
 from ..lora.token_log_probs import NO_TOKEN, TokenLogProbs
 from ..storage.budget import Budget
 from .base import Task, at_least_float32
@@ -175,7 +176,7 @@ class Completion(Task):
                 "Completion has no list of answers to choose from. Use posterior.score(rows) for the probability of "
                 "given completions, or posterior.generate(prompts) to write some."
             )
-        readout = TokenLogProbs(batch.target, has_dropout=_has_dropout(llm.adapter))
+        readout = TokenLogProbs(batch.target, has_dropout=bool(dropouts_of(llm.adapter)))
         return at_least_float32(self.read(llm, batch, s, readout)[..., 0])
 
     def read(self, llm: LatentLLM, batch: Batch, s: Tensor, readout: Readout) -> Tensor:
@@ -214,7 +215,7 @@ class Completion(Task):
     def _check_kind(self, adapter: Adapter, input_ids: Tensor) -> None:
         module = adapter.module
         name = type(module).__name__
-        is_pair = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+        is_pair = is_encoder_decoder(module)
         if output_head(module) is None:
             raise ValueError(
                 f"Completion needs a language model, and {name} has no head for tokens: load a causal LM with "
@@ -233,8 +234,3 @@ class Completion(Task):
 
     def _probe_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         return {"input_ids": input_ids} | ({"decoder_input_ids": input_ids} if self.encoder_decoder else {})
-
-
-def _has_dropout(adapter: Adapter) -> bool:
-    dropouts = (d for layer in adapter.layers for d in layer.lora_dropout.values())
-    return any(isinstance(d, torch.nn.Dropout) for d in dropouts)

@@ -17,6 +17,7 @@ from ..data.rows import Row
 from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
 from ..lora.look_ahead import needs_mask
+from ..lora.targets import is_encoder_decoder
 from ..storage.budget import Budget
 from .base import Task, at_least_float32, text_of, texts_of
 from .chat import ChatPrompt, check_chat_options
@@ -288,7 +289,7 @@ class MultipleChoice(Task):
 
 def _check_kind(llm: nn.Module) -> None:
     """Raise a ValueError for an encoder-decoder, which does not continue the prompt."""
-    if getattr(getattr(llm, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(llm):
         raise ValueError(
             f"MultipleChoice needs a causal LM, but {type(llm).__name__} is an encoder-decoder. Load a causal LM "
             "(AutoModelForCausalLM), or use SequenceClassification with a classification model."

@@ -10,7 +10,7 @@ from torch import nn
 
 from .._process.pyro_modes import local_params
 from .._process.random_state import Stream
-from ..lora.gradient_checkpointing import recompute
+from ..lora.gradient_checkpointing import dropouts_of, recompute
 from ..lora.train_mode import sole_use
 from ..model.bayesian_lora import BayesianLoRA
 
@@ -31,10 +31,10 @@ def training_scope(blora: BayesianLoRA, *, gradient_checkpointing: bool = False)
         ValueError: The model has no blocks to run again.
     """
     blocks = _blocks(blora) if gradient_checkpointing else ()
-    dropouts = [dropout for layer in blora.adapter.layers for dropout in layer.lora_dropout.values()]
+    dropouts = dropouts_of(blora.adapter)
     with (
         sole_use(blora.llm),
-        recompute(blocks, has_dropout=any(isinstance(dropout, nn.Dropout) for dropout in dropouts)),
+        recompute(blocks, has_dropout=bool(dropouts)),
         torch.enable_grad(),
     ):
         for dropout in dropouts:
