@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import itertools
 import numbers
 import os
 from collections.abc import Iterable
@@ -24,15 +23,16 @@ class ScalaBLWarning(UserWarning):
 
 
 def stacklevel_outside() -> int:
-    """Return the ``stacklevel`` of ``warnings.warn`` that names the user's line: the first frame outside this package.
+    """Return the ``stacklevel`` of ``warnings.warn`` that names the user's line: the one that called this package.
+
+    Frames of other libraries may stand between those of this package, such as a decorator of torch.
 
     Example:
         >>> warnings.warn("Few rows.", ScalaBLWarning, stacklevel=stacklevel_outside())
     """
     package = __name__.partition(".")[0]
-    callers = inspect.stack(context=0)[1:]
-    inside = itertools.takewhile(lambda c: c.frame.f_globals.get("__name__", "").partition(".")[0] == package, callers)
-    return 1 + sum(1 for _ in inside)
+    names = [caller.frame.f_globals.get("__name__", "") for caller in inspect.stack(context=0)]
+    return 1 + max(i for i, name in enumerate(names) if name.partition(".")[0] == package)
 
 
 def nearest(name: str, allowed: Iterable[str], *, limit: int = 3) -> str:

@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 from torch import Tensor
 
 from .._arguments import check_role, known_arguments_of_methods
-from .._errors import ScalaBLWarning, check_scale
+from .._errors import ScalaBLWarning, check_scale, stacklevel_outside
 from ..prediction.averaged import AveragedNumericPrediction, AveragedPrediction
 from ..prediction.mixture import log_mean_exp
 from ..prediction.result import NumericPrediction, Prediction
@@ -116,7 +116,7 @@ def fit_temperature(prediction: Prediction | NumericPrediction) -> float:
             f"The NLL of the validation rows is still falling at temperature {temperature:.3g}: they are all answered "
             "right, or they hold no information about the temperature. Use more validation rows.",
             ScalaBLWarning,
-            stacklevel=3,
+            stacklevel=stacklevel_outside(),
         )
     return temperature
 

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from .._errors import ScalaBLWarning
+from .._errors import ScalaBLWarning, stacklevel_outside
 from .module_paths import lies_in
 from .peft_names import and_more
 from .sharding import is_piece, is_sharded
@@ -136,7 +136,7 @@ def unsaved_tensors(
             f"The checkpoint of the base model did not hold {new[0].name!r}{and_more(new)}. It has random values, "
             "is not trained, and is saved with the posterior. To train it, name its module in modules_to_save.",
             ScalaBLWarning,
-            stacklevel=4,
+            stacklevel=stacklevel_outside(),
         )
     biases = any(getattr(config, "bias", "none") != "none" for config in configs)
     residual = any(_changes_base(getattr(config, "init_lora_weights", True)) for config in configs)

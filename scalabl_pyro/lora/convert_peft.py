@@ -15,7 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .._errors import ScalaBLWarning
+from .._errors import ScalaBLWarning, stacklevel_outside
 from .base_tensors import ORDINARY
 from .peft_names import method_of
 
@@ -186,5 +186,5 @@ def _tell(errors: Mapping[str, float], ranks: tuple[int, int], method: str) -> N
         f"The adapter of the method {method} became LoRA of {rank}. The relative error of its updates is at most "
         f"{errors[worst]:.2%} (layer {worst!r}). For a smaller error, pass a larger rank to from_peft(rank=...).",
         ScalaBLWarning,
-        stacklevel=4,
+        stacklevel=stacklevel_outside(),
     )

@@ -17,7 +17,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .._errors import ScalaBLWarning
+from .._errors import ScalaBLWarning, stacklevel_outside
 from .module_snapshot import ModuleSnapshot
 from .peft_names import and_more, method_of
 
@@ -91,7 +91,7 @@ def _warn_of_another_name(base: nn.Module, config: PeftConfig, path: str) -> Non
             f"The adapter in {path} names the base model {trained_on!r}, and this model is {own!r}. If these are two "
             "models, load the first one: the shapes fit, but the function would be another.",
             ScalaBLWarning,
-            stacklevel=5,
+            stacklevel=stacklevel_outside(),
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .._errors import ScalaBLWarning
+from .._errors import ScalaBLWarning, stacklevel_outside
 from .._process.cuda_capture import is_capturing
 from .adapter import Adapter
 from .outputs import tensors_in
@@ -76,7 +76,7 @@ class EffectCheck:
                     f"The first pass did not use {_some(idle)}. Their latents learn from other inputs only. If no "
                     "input uses these layers, leave them out with exclude_modules.",
                     ScalaBLWarning,
-                    stacklevel=2,
+                    stacklevel=stacklevel_outside(),
                 )
         self._is_over = True
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .._errors import ScalaBLWarning
+from .._errors import ScalaBLWarning, stacklevel_outside
 
 #: Parts of the names of settings that do not change predictions, or that users set after loading.
 _LEFT_OUT: tuple[str, ...] = (
@@ -44,7 +44,7 @@ def warn_of_other_settings(saved: object, found: Mapping[str, Any]) -> None:
             f"The base model has other settings than in training: {changes}. Its weights are the same, but predictions "
             "may differ. Build the base model with the configuration of training.",
             ScalaBLWarning,
-            stacklevel=5,
+            stacklevel=stacklevel_outside(),
         )
 
 

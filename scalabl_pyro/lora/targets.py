@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from .._errors import ScalaBLWarning, nearest
+from .._errors import ScalaBLWarning, nearest, stacklevel_outside
 from .._values import plain
 from .default_targets import attention_layers, suitable, summary, used_layers
 from .module_paths import block_of, has_suffix, last_name, lies_in
@@ -221,7 +221,7 @@ def _warn_of_fused_experts(module: nn.Module) -> None:
             f"'all-linear' leaves out {len(fused)} parameters of fused experts, such as {fused[0]!r}. They hold "
             f"{share:.0%} of the model's weights and cannot carry LoRA.",
             ScalaBLWarning,
-            stacklevel=4,
+            stacklevel=stacklevel_outside(),
         )
 
 

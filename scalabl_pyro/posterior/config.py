@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .._errors import ScalaBLWarning
+from .._errors import ScalaBLWarning, stacklevel_outside
 from .._values import shown
 from ..storage import directories, json_reader, untrusted_files
 from ..storage.manifest import Entry, Manifest
@@ -138,7 +138,7 @@ def parse_config(content: bytes) -> SavedConfig:
         if minor <= FORMAT_MINOR:
             raise ValueError(f"{what}. Format {version}.{minor} has no such fields, so the file is damaged.")
         note = f"{CONFIG_FILE}{what}. scalabl_pyro {parsed.library_version} wrote it; these fields are ignored."
-        warnings.warn(note, ScalaBLWarning, stacklevel=5)
+        warnings.warn(note, ScalaBLWarning, stacklevel=stacklevel_outside())
     return parsed
 
 

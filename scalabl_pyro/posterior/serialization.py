@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import guides, priors, tasks
 from .._arguments import check_path, check_role, known_arguments
-from .._errors import ScalaBLWarning
+from .._errors import ScalaBLWarning, stacklevel_outside
 from .._process.lock import LOCK
 from .._version import __version__
 from ..guides import Guide
@@ -219,7 +219,7 @@ def _warn_of_lost_heads(config: SavedConfig, llm: nn.Module) -> None:
             f"scalabl_pyro {config.library_version} did not save the modules {lost} of this classifier. Predictions "
             "are those of training only if the checkpoint of the base model holds them.",
             ScalaBLWarning,
-            stacklevel=4,
+            stacklevel=stacklevel_outside(),
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 from transformers import PreTrainedTokenizerBase
 
-from .._errors import ScalaBLWarning, check_scale
+from .._errors import ScalaBLWarning, check_scale, stacklevel_outside
 from .._values import number, shown
 from ..data.batch import Batch
 from .standardized_normal import StandardizedNormal
@@ -138,7 +138,7 @@ class Regression(TextTask):
             f"The training targets have the mean {mean:.4g} and the standard deviation {spread:.4g}, but {known}. The "
             f"model may learn nothing. Pass a new Regression(..., standardize=({mean:.4g}, {spread:.4g})).",
             ScalaBLWarning,
-            stacklevel=4,
+            stacklevel=stacklevel_outside(),
         )
 
 

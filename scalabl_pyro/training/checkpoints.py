@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .._arguments import check_path
-from .._errors import ScalaBLWarning
+from .._errors import ScalaBLWarning, stacklevel_outside
 from ..distributed.processes import Processes
 from ..lora.fingerprint import check_fingerprint
 from .alike import check_alike
@@ -151,7 +151,7 @@ class Checkpoints:
                 f"The last checkpoint is that of step {self._saved_step}; later ones could not be written: "
                 f"{self._failure}. Save the posterior elsewhere.",
                 ScalaBLWarning,
-                stacklevel=4,
+                stacklevel=stacklevel_outside(),
             )
 
     def _write(self, folder: CheckpointFolder, trainer: Trainer) -> None:
