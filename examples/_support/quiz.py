@@ -9,10 +9,7 @@ from pathlib import Path
 QUIZ = Path("/usr/share/games/bsdgames/quiz")
 #: Question, and the column of its subject and of its answer, by file.
 TOPICS = {
-    "africa": ("What is the capital of {}?", 0, 1),
-    "america": ("What is the capital of {}?", 0, 1),
-    "asia": ("What is the capital of {}?", 0, 1),
-    "europe": ("What is the capital of {}?", 0, 1),
+    **dict.fromkeys(("africa", "america", "asia", "europe"), ("What is the capital of {}?", 0, 1)),
     "province": ("What is the capital of the province {}?", 0, 1),
     "state": ("What is the capital of the state {}?", 0, 1),
     "babies": ("What is a young {} called?", 1, 0),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from completions import tokenizer
 
 import scalabl_pyro as sp
 from scalabl_pyro.lora.token_log_probs import NO_TOKEN
@@ -113,12 +114,6 @@ def test_a_draw_that_excludes_a_token_has_no_weight_behind_it():
 
 
 # posterior.score ----------------------------------------------------------------------------------------------
-
-
-def tokenizer():
-    tok = tiny.tokenizer()
-    tok.eos_token = "."
-    return tok
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,17 @@
 """Training on completions, and what a posterior of them can do."""
 
 import numpy as np
-import pyro
 import pytest
 import tiny
 import torch
 from completions import EXACT, FEW, NOUNS, adapted, batch_of, draws_of, posterior_of, rows, tokenizer
 from pyro import distributions as dist
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO
+from stock import train_with_stock_svi
 
 import scalabl_pyro as sp
 from scalabl_pyro._process.random_state import derive_seed
 from scalabl_pyro.data import Example, TrainingBatches, encode
-from scalabl_pyro.model.joint import TaskModel
-from scalabl_pyro.training.objective import ScopedGuide
 
 
 @pytest.fixture
@@ -75,20 +73,7 @@ def test_stock_svi_and_fit_reach_equal_parameters(stock_pyro, task):
     twin = adapted()
     guide = sp.guides.as_guide("normal", twin, seed=derive_seed(seed, "initial scales"))
     batches = TrainingBatches(encode(data, task.encode, need_target=True), size, task.pad_token_id, seed=seed)
-    model, scoped = (
-        TaskModel(twin, task, num_data=len(data), draws="per_example"),
-        ScopedGuide(guide, draws="per_example"),
-    )
-    svi = SVI(
-        pyro.poutine.scale(model, 1 / len(data)),
-        pyro.poutine.scale(scoped, 1 / len(data)),
-        pyro.optim.AdamW({"lr": 1e-2, "weight_decay": 0.0}),
-        TraceMeanField_ELBO(),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, "noise"))
-        for step in range(steps):
-            svi.step(batches(step))
+    train_with_stock_svi(twin, task, guide, batches, num_data=len(data), steps=steps, seed=seed)
     torch.testing.assert_close(fitted.guide.loc, guide.loc.data, **EXACT)
     torch.testing.assert_close(fitted.guide.scale, guide.scale.data, **EXACT)
     for (A, B), (own_A, own_B) in zip(fitted.factors, twin.adapter.factors(), strict=True):

@@ -7,7 +7,8 @@ import pyro.distributions as dist
 import pytest
 import tiny
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from stock import train_with_stock_svi
 from torch import nn
 from torch.distributions import kl_divergence
 
@@ -170,18 +171,7 @@ def test_stock_svi_and_fit_reach_equal_parameters_from_equal_seeds(stock_pyro, t
     guide = sp.guides.as_guide("normal", twin, seed=derive_seed(seed, "initial scales"))
     examples = encode(rows, task.encode, need_target=True)
     batches = TrainingBatches(examples, size, task.pad_token_id, seed=seed)
-    model = TaskModel(twin, task, num_data=len(rows), draws="per_example")
-    per_example = 1 / len(rows)  # fit's loss is in nats per example
-    svi = SVI(
-        pyro.poutine.scale(model, per_example),
-        pyro.poutine.scale(ScopedGuide(guide, draws="per_example"), per_example),
-        pyro.optim.AdamW({"lr": 1e-2, "weight_decay": 0.0}),
-        TraceMeanField_ELBO(),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, "noise"))
-        for step in range(steps):
-            svi.step(batches(step))
+    train_with_stock_svi(twin, task, guide, batches, num_data=len(rows), steps=steps, seed=seed)
 
     torch.testing.assert_close(fitted.guide.loc, guide.loc.data, rtol=0, atol=1e-9)
     torch.testing.assert_close(fitted.guide.scale, guide.scale.data, rtol=0, atol=1e-9)
