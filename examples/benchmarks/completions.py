@@ -5,7 +5,7 @@
 
 All sides train LoRA of rank 8 on the same layers of a model with random weights, on the same rows, with the same batch
 size. Half of the tokens of a row belong to its completion. Each side runs in a process of its own, which gives its peak
-memory: that of the GPU if there is one, else that of the process.
+memory: that of the GPU if there is one, else that of the process. One process writes with 1 and 8 draws in turn.
 """
 
 import argparse
@@ -36,6 +36,8 @@ from _support.timing import TARGETS
 
 #: Words of the texts, one token each.
 WORDS = 400
+#: Seconds of each run, by the name of the work.
+Seconds = dict[str, list[float]]
 #: Steps that warm up before the timed ones.
 WARM = 3
 
@@ -60,8 +62,8 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     for name in SIDES:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            found[name] = pool.submit(measure, name, vars(args)).result()
-        print(name, found[name], flush=True)
+            found |= pool.submit(measure, name, vars(args)).result()
+        print(found, flush=True)
     ratios = {
         "step": found["fit"]["seconds"] / found["PEFT and Trainer"]["seconds"],
         "memory": found["fit"]["peak_bytes"] / found["PEFT and Trainer"]["peak_bytes"],
@@ -75,8 +77,8 @@ def main() -> None:
     args.out.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
-def measure(name: str, given: dict[str, Any]) -> dict[str, float]:
-    """Run one side; return the median seconds of a step and the peak memory in bytes."""
+def measure(name: str, given: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Run one side; return the median seconds of each of its works and the peak memory in bytes."""
     args = argparse.Namespace(**given)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -84,7 +86,7 @@ def measure(name: str, given: dict[str, Any]) -> dict[str, float]:
     seconds = SIDES[name](llm, args)
     of_process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else of_process
-    return {"seconds": statistics.median(seconds[WARM:]), "peak_bytes": float(peak)}
+    return {work: {"seconds": statistics.median(s[WARM:]), "peak_bytes": float(peak)} for work, s in seconds.items()}
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -105,17 +107,17 @@ def texts(args: argparse.Namespace) -> list[dict]:
     ]
 
 
-def train_ours(llm, args: argparse.Namespace) -> list[float]:
+def train_ours(llm, args: argparse.Namespace) -> Seconds:
     """Return the seconds of each step of ``fit``."""
     task = sp.Completion(word_tokenizer())
     blora = sp.bayesian_lora(llm, target_modules=TARGETS)
     ends: list[float] = []
     options = {"num_steps": args.steps + WARM, "batch_size": args.rows, "progress": False}
     sp.fit(blora, task, texts(args), callbacks=[lambda row: ends.append(now())], **options)
-    return [after - before for before, after in itertools.pairwise(ends)]
+    return {"fit": [after - before for before, after in itertools.pairwise(ends)]}
 
 
-def train_peft(llm, args: argparse.Namespace) -> list[float]:
+def train_peft(llm, args: argparse.Namespace) -> Seconds:
     """Return the seconds of each step of Trainer, with the loss on the completion only."""
     task = sp.Completion(word_tokenizer())
     rows = []
@@ -141,25 +143,23 @@ def train_peft(llm, args: argparse.Namespace) -> list[float]:
         )
         collator = DataCollatorForSeq2Seq(task.tokenizer)
         Trainer(model, options, train_dataset=rows, data_collator=collator, callbacks=[Clock()]).train()
-    return [after - before for before, after in itertools.pairwise(ends)]
+    return {"PEFT and Trainer": [after - before for before, after in itertools.pairwise(ends)]}
 
 
-def write(num_draws: int) -> Callable[..., list[float]]:
-    """Return a side that generates with some draws."""
-
-    def run(llm, args: argparse.Namespace) -> list[float]:
-        task = sp.Completion(word_tokenizer())
-        blora = sp.bayesian_lora(llm, target_modules=TARGETS)
-        posterior = sp.fit(blora, task, texts(args), num_steps=1, batch_size=1, progress=False).posterior
-        prompts = [texts(args)[0]["prompt"]]
-        seconds = []
-        for seed in range(args.steps + WARM):
+def write(llm, args: argparse.Namespace) -> Seconds:
+    """Return the seconds of each text that 1 draw and 8 draws write, in turn."""
+    task = sp.Completion(word_tokenizer())
+    blora = sp.bayesian_lora(llm, target_modules=TARGETS)
+    posterior = sp.fit(blora, task, texts(args), num_steps=1, batch_size=1, progress=False).posterior
+    prompts = [texts(args)[0]["prompt"]]
+    seconds: Seconds = {"generate, 1 draw": [], "generate, 8 draws": []}
+    options = {"do_sample": True, "max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
+    for seed in range(args.steps + WARM):
+        for work, num_draws in zip(seconds, (1, 8), strict=True):
             start = now()
-            posterior.generate(prompts, num_draws=num_draws, do_sample=True, max_new_tokens=args.new_tokens, seed=seed)
-            seconds.append(now() - start)
-        return seconds
-
-    return run
+            posterior.generate(prompts, num_draws=num_draws, seed=seed, **options)
+            seconds[work].append(now() - start)
+    return seconds
 
 
 def now() -> float:
@@ -169,12 +169,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-SIDES: dict[str, Callable[..., list[float]]] = {
-    "PEFT and Trainer": train_peft,
-    "fit": train_ours,
-    "generate, 1 draw": write(1),
-    "generate, 8 draws": write(8),
-}
+SIDES: dict[str, Callable[..., Seconds]] = {"PEFT and Trainer": train_peft, "fit": train_ours, "generate": write}
 
 if __name__ == "__main__":
     main()
