@@ -63,6 +63,7 @@ def tfb(
         >>> posterior.provenance["scale"], posterior.predict(test_data).metrics()
     """
     check_role("posterior", posterior, "posterior", call="tfb(posterior, anchor_data)")
+    posterior.task.check_use("baselines.tfb()")
     search = NoiseSearch(
         tolerance=tolerance,
         max_scale=max_scale,

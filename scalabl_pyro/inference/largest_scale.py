@@ -2,13 +2,15 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .._errors import ScalaBLWarning, check_count, check_positive, check_scale, stacklevel_outside
+from ..posterior.posterior import Posterior
 from ..prediction.mixture import log_mean_exp
 from ..prediction.result import NumericPrediction, Prediction
+from ..prediction.scored_texts import ScoredTexts
 
 
 class Predicts(Protocol):
@@ -62,8 +64,8 @@ class NoiseSearch:
         @functools.cache
         def nll(scale: float) -> float:
             draws = self.num_draws if scale > 0 else 0
-            prediction = with_noise(scale).predict(rows, num_draws=draws, seed=self.seed, batch_size=self.batch_size)
-            return mixture_nll(prediction)
+            options = {"num_draws": draws, "seed": self.seed, "batch_size": self.batch_size}
+            return mixture_nll(answered(with_noise(scale), rows, options))
 
         limit = nll(0.0) + self.tolerance * abs(nll(0.0))
         scale = largest_passing(lambda tried: nll(tried) <= limit, self.max_scale, self.num_bisections)
@@ -100,6 +102,16 @@ def largest_passing(passes: Callable[[float], bool], limit: float, num_bisection
     return low
 
 
-def mixture_nll(prediction: Prediction | NumericPrediction) -> float:
+def answered(
+    posterior: Predicts, rows: Any, options: Mapping[str, Any]
+) -> Prediction | NumericPrediction | ScoredTexts:
+    """Return what a posterior says of rows with answers: a prediction, or the scores of completions."""
+    if isinstance(posterior, Posterior) and posterior.task.scores_only:
+        return posterior.score(rows, **options)
+    prediction: Prediction | NumericPrediction = posterior.predict(rows, **options)
+    return prediction.with_answers()
+
+
+def mixture_nll(found: Prediction | NumericPrediction | ScoredTexts) -> float:
     """Return the NLL of the mixture of the draws, in nats per row."""
-    return float(-log_mean_exp(prediction.with_answers().log_likelihood).mean())
+    return float(-log_mean_exp(found.log_likelihood).mean())

@@ -158,7 +158,7 @@ class Completion(Task):
         raise TypeError(
             f"{call} needs the probability of every possible answer, and completions are too many. Use "
             "posterior.score(rows) for the probability of given completions, posterior.generate(prompts) to write "
-            "some, and fit() or posthoc(method='vi') to learn a posterior."
+            "some, and fit() or posthoc(method='vi' or 'tfb') to learn a posterior."
         )
 
     def num_tokens(self, batch: Batch) -> int | None:

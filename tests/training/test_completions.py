@@ -1,5 +1,7 @@
 """Training on completions, and what a posterior of them can do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -149,7 +151,7 @@ REFUSED = {
     "prior_predictive": lambda p: p.prior_predictive(rows()),
     "laplace": lambda p: sp.laplace(p, rows()),
     "posthoc": lambda p: sp.posthoc(p.blora(), p.task, rows(), method="laplace"),
-    "tfb": lambda p: sp.posthoc(p.blora(), p.task, rows(), method="tfb"),
+    "tfb": lambda p: sp.baselines.tfb(p, rows()),
     "temperature": lambda p: sp.baselines.temperature_scaling(p, rows()),
 }
 
@@ -161,8 +163,26 @@ def trained():
 
 @pytest.mark.parametrize("call", REFUSED)
 def test_what_needs_all_answers_is_refused_with_the_way_out(trained, call):
-    with pytest.raises(TypeError, match=r"every possible answer.*score\(rows\).*generate\(prompts\).*method='vi'"):
+    with pytest.raises(
+        TypeError, match=r"every possible answer.*score\(rows\).*generate\(prompts\).*method='vi' or 'tfb'"
+    ):
         REFUSED[call](trained)
+
+
+def test_tfb_finds_the_largest_noise_that_keeps_the_scores_of_completions(task):
+    blora = posterior_of(adapted(), task, num_steps=30).blora()
+    options = {"num_draws": 4, "seed": 3}
+    found = sp.posthoc(blora, task, rows(), method="tfb", tolerance=0.05, num_bisections=8, **options)
+
+    def nll(posterior, scale):
+        guide = sp.guides.NormalGuide(found.guide.loc, torch.full_like(found.guide.loc, scale))
+        noisy = replace(posterior, guide=guide.requires_grad_(False).eval())
+        return -noisy.score(rows(), **options).log_prob.mean()
+
+    scale, limit = found.provenance["scale"], 1.05 * -found.score(rows(), num_draws=0).log_prob.mean()
+    assert 0 < scale < 1 and torch.all(found.guide.scale == scale)
+    assert found.provenance["anchor_nll"] == pytest.approx(nll(found, scale), rel=1e-9) and nll(found, scale) <= limit
+    assert nll(found, scale + 2**-8) > limit  # one bisection further
 
 
 def test_other_methods_of_posthoc_take_completions(task):
