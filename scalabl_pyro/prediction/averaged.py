@@ -119,15 +119,23 @@ class AveragedNumericPrediction(WithoutDraws, NumberScores):
             return np.full(len(self.mean), np.nan)
         return self.epistemic * (self.num_draws / (self.num_draws - 1))
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self, data: Any = None, *, review_above: float | None = None) -> pd.DataFrame:
         """Make a table of one line per row.
+
+        Args:
+            data: The rows that were predicted. Their columns then come first, and a DataFrame gives its index.
+            review_above: Limit of ``sd``. The column ``needs_review`` tells whether the ``sd`` of a row is larger.
 
         Returns:
             Columns ``prediction`` (mean), ``sd`` (predictive standard deviation), ``total``, ``aleatoric`` and
-            ``epistemic`` (variances), and ``target`` where the answers are known. Bounds of an interval need single
-            draws, so ``low`` and ``high`` are not there.
+            ``epistemic`` (variances), the columns that were asked for, and ``target`` where the answers are known.
+            Bounds of an interval need single draws, so ``low`` and ``high`` are not there.
+
+        Raises:
+            ValueError: ``data`` has another number of rows, or a column with one of these names, or the limit is not a
+                number.
         """
-        return self._table()
+        return self._table(data, review_above)
 
     def _summary(self) -> Mapping[str, object]:
         facts = {"rows": self._num_rows(), "draws": self.num_draws}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -181,23 +181,29 @@ class NumericPrediction(NumberScores):
         """(N,) log density of the target under the mixture, nats: NaN where a row lacks it, None if all rows do."""
         return None if self.target is None else log_mean_exp(self.log_likelihood)
 
-    def to_frame(self, *, level: float = 0.9) -> pd.DataFrame:
+    def to_frame(self, data: Any = None, *, level: float = 0.9, review_above: float | None = None) -> pd.DataFrame:
         """Make a table of one line per row.
 
         Args:
+            data: The rows that were predicted. Their columns then come first, and a DataFrame gives its index.
             level: Probability inside the predictive interval.
+            review_above: Limit of ``sd``. The column ``needs_review`` tells whether the ``sd`` of a row is larger.
 
         Returns:
             Columns ``prediction`` (mean), ``sd`` (predictive standard deviation), ``total``, ``aleatoric`` and
             ``epistemic`` (variances), ``low`` and ``high`` (bounds of :meth:`interval`; NaN where the draws are too few
-            for it), and ``target`` where the answers are known.
+            for it), the columns that were asked for, and ``target`` where the answers are known.
+
+        Raises:
+            ValueError: ``data`` has another number of rows, or a column with one of these names, or a number is out of
+                range.
         """
         try:
             bounds = self.interval(level)
         except ValueError:
             metrics.check_level(level)
             bounds = np.full((len(self.mean), 2), np.nan)
-        return self._table(low=bounds[:, 0], high=bounds[:, 1])
+        return self._table(data, review_above, low=bounds[:, 0], high=bounds[:, 1])
 
     def _summary(self) -> Mapping[str, object]:
         likelihood = "normal" if self.is_normal else "not normal"

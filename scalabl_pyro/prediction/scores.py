@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 
 from .. import metrics
 from .._arguments import known_arguments_of_methods
+from .._errors import check_flag
 from ..data.labels import ClassName
 from ..metrics import Array
 from .answered import Answered
+from .row_table import beside_rows, needs_review
 
 
 @known_arguments_of_methods
@@ -116,9 +118,39 @@ class ClassScores(Scores):
         options["log_likelihood"] = scored.log_mixture
         return metrics.classification_report(scored.probs, cast(Array, scored.target), **options)
 
-    def to_frame(self) -> pd.DataFrame:
-        """Make a table of predicted class, its probability, uncertainties and known target, one line per row."""
+    def to_frame(
+        self, data: Any = None, *, class_probs: bool = False, review_above: float | None = None
+    ) -> pd.DataFrame:
+        """Make a table of one line per row.
+
+        Args:
+            data: The rows that were predicted. Their columns then come first, and a DataFrame gives its index.
+            class_probs: Whether to add a column ``p(name)`` per class, with its averaged probability.
+            review_above: Limit of the doubt, which is 1 - ``probability``. The column ``needs_review`` tells whether
+                the doubt of a row is larger.
+
+        Returns:
+            Columns ``prediction`` (name of the most probable class), ``probability``, ``total``, ``aleatoric`` and
+            ``epistemic`` (nats), the columns that were asked for, and ``target`` where answers are known.
+
+        Raises:
+            ValueError: ``data`` has another number of rows, or a column with one of these names, or the limit is not a
+                number.
+
+        Example:
+            >>> import numpy as np
+            >>> from scalabl_pyro import Prediction
+            >>> found = Prediction(np.log([[[0.9, 0.1], [0.4, 0.6]]]), None, ("yes", "no"))
+            >>> frame = found.to_frame([{"id": 7}, {"id": 8}], class_probs=True, review_above=0.3)
+            >>> frame[["id", "prediction", "p(no)", "needs_review"]].round(2)
+               id prediction  p(no)  needs_review
+            0   7        yes    0.1         False
+            1   8         no    0.6          True
+        """
+        check_flag(class_probs=class_probs)
         probs = self.probs
+        review = needs_review(1 - probs.max(1), review_above)
+        each = {f"p({name})": probs[:, i] for i, name in enumerate(self.classes)} if class_probs else {}
         frame = pd.DataFrame(
             {
                 "prediction": np.asarray(self.classes, dtype=object)[probs.argmax(1)],
@@ -126,12 +158,14 @@ class ClassScores(Scores):
                 "total": self.total,
                 "aleatoric": self.aleatoric,
                 "epistemic": self.epistemic,
+                **each,
+                **review,
             }
         )
         if self.target is not None:
             names = np.asarray([*self.classes, None], dtype=object)  # the last one for -1
             frame["target"] = names[self.target]
-        return frame
+        return beside_rows(frame, data)
 
     def _summary(self) -> Mapping[str, object]:
         facts = {"rows": self._num_rows(), "draws": self.num_draws, "classes": len(self.classes)}
@@ -183,8 +217,10 @@ class NumberScores(Scores):
 
         return metrics.report(scores, len(error), **options)
 
-    def _table(self, **more: Array) -> pd.DataFrame:
+    def _table(self, data: Any, review_above: float | None, **more: Array) -> pd.DataFrame:
         """Make a table of mean, standard deviation, variances, more columns, and known target, one line per row."""
-        columns = {"prediction": self.mean, "sd": np.sqrt(self.total), "total": self.total}
+        sd = np.sqrt(self.total)
+        columns = {"prediction": self.mean, "sd": sd, "total": self.total}
+        more = {**more, **needs_review(sd, review_above)}
         frame = pd.DataFrame({**columns, "aleatoric": self.aleatoric, "epistemic": self.epistemic, **more})
-        return frame if self.target is None else frame.assign(target=self.target)
+        return beside_rows(frame if self.target is None else frame.assign(target=self.target), data)
