@@ -8,6 +8,7 @@ from .._errors import check_choice, check_count, check_flag
 from ..data.encoding import encode_data
 from ..data.rows import read_rows
 from ..prediction.generate import DECODE, Decode, Writer, generate
+from ..prediction.generate_options import check_options
 from ..prediction.generated import Generation
 from ..prediction.score import score
 from ..prediction.scored_texts import ScoredTexts
@@ -100,7 +101,7 @@ class TextPosterior(ExportablePosterior):
             max_new_tokens: Largest number of tokens per text.
             options: Other options of ``generate`` of transformers: ``do_sample``, ``num_beams``, ``temperature``,
                 ``top_k``, ``top_p``, ``stop_strings`` and so on. Without them, each draw takes its most probable token.
-                Sampling options in the model's own generation configuration are not used.
+                Of the model's own generation configuration, only its special tokens and its cache are used.
 
         Returns:
             Texts, their tokens, log probabilities under all draws, and uncertainties.
@@ -120,7 +121,7 @@ class TextPosterior(ExportablePosterior):
         check_choice("decode", decode, DECODE)
         check_flag(progress=progress)
         task = self._completion_task("generate")
-        _check_options(num_samples, options)
+        options = check_options(decode, num_samples, options)
         found = [task.prompt_tokens(row) for row in _prompt_rows(prompts)]
         writer = Writer(
             llm=self.llm(),
@@ -152,14 +153,3 @@ def _prompt_rows(prompts: Any) -> list[Any]:
     if not rows:
         raise ValueError("prompts is empty: give one prompt or more.")
     return [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
-
-
-def _check_options(num_samples: int, options: Mapping[str, Any]) -> None:
-    """Check the options that this library must know; transformers checks the others."""
-    if given := sorted({"num_return_sequences", "return_dict_in_generate", "output_scores"} & set(options)):
-        raise ValueError(f"{given[0]}: use num_samples for the number of texts. The result holds their scores.")
-    if num_samples > 1 and not options.get("do_sample") and int(options.get("num_beams", 1)) < num_samples:
-        raise ValueError(
-            f"num_samples={num_samples} without do_sample=True would give the same text {num_samples} times: pass "
-            f"do_sample=True, or num_beams={num_samples} or more."
-        )
