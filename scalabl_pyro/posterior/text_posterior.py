@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from .._arguments import known_arguments_of_methods
 from .._errors import check_choice, check_count, check_flag
-from ..data.encoding import encode_data
+from ..data.encoding import encode, encode_data
 from ..data.rows import read_rows
 from ..prediction.generate import DECODE, Decode, Writer, generate
 from ..prediction.generate_options import check_options
@@ -122,7 +125,7 @@ class TextPosterior(ExportablePosterior):
         check_flag(progress=progress)
         task = self._completion_task("generate")
         options = check_options(decode, num_samples, options)
-        found = [task.prompt_tokens(row) for row in _prompt_rows(prompts)]
+        examples = encode(_prompt_rows(prompts), task.encode_prompt, need_target=False)
         writer = Writer(
             llm=self.llm(),
             task=task,
@@ -133,7 +136,7 @@ class TextPosterior(ExportablePosterior):
             seed=seed,
             options={"max_new_tokens": max_new_tokens, **options},
         )
-        return generate(writer, found, batch_size=batch_size, progress=progress)
+        return generate(writer, [e.inputs["input_ids"] for e in examples], batch_size=batch_size, progress=progress)
 
     def _completion_task(self, call: str) -> Completion:
         task = self.task
@@ -147,9 +150,12 @@ class TextPosterior(ExportablePosterior):
 
 def _prompt_rows(prompts: Any) -> list[Any]:
     """Return a row per prompt."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | bytes | Mapping):
         raise ValueError("Give a list of prompts, such as ['What color is the sky?'].")
-    rows = list(prompts) if isinstance(prompts, Sequence) else read_rows(prompts, split="test")
+    is_list = isinstance(prompts, Sequence | pd.Series | pd.Index) or (isinstance(prompts, np.ndarray) and prompts.ndim)
+    rows = list(prompts) if is_list else read_rows(prompts, split="test")
     if not rows:
         raise ValueError("prompts is empty: give one prompt or more.")
+    if all(isinstance(row, Mapping) and {"role", "content"} <= set(row) for row in rows):
+        raise ValueError("prompts is one conversation. Give a list of conversations: [messages].")
     return [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
