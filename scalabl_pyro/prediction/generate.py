@@ -20,7 +20,7 @@ from ..lora.train_mode import eval_mode
 from ..tasks import Completion
 from ..tasks.decoder_inputs import start_token
 from .generate_check import takes_padding, warn_of_other_logits
-from .generate_options import HARMLESS, PURE, flat_tokens, without_own_options
+from .generate_options import HARMLESS, PURE, flat_tokens, is_neutral, without_own_options
 from .generated import Generation
 from .mixture_decoding import decode_mixture
 from .score import score
@@ -58,7 +58,8 @@ class Writer:
     @property
     def is_pure(self) -> bool:
         """Whether a text is a draw from the model, so that averages over texts are estimates of expectations."""
-        return bool(self.options.get("do_sample")) and set(self.options) <= HARMLESS and self.decode != "mean"
+        shaping = [n for n, value in self.options.items() if n not in HARMLESS and not is_neutral(n, value)]
+        return bool(self.options.get("do_sample")) and not shaping and self.decode != "mean"
 
     def write(self, prompts: Sequence[list[int]]) -> list[Written]:
         """Write the texts of some prompts in one batch.
@@ -77,7 +78,15 @@ class Writer:
         stops = self._ends.begin()
         options = {**self._options, "num_return_sequences": copies, "stopping_criteria": [stops]}
         with eval_mode(module), torch.no_grad(), self._bound(len(ids), copies):
-            found = module.generate(input_ids=ids, attention_mask=mask, **options)
+            try:
+                found = module.generate(input_ids=ids, attention_mask=mask, **options)
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise FloatingPointError(
+                    "The probabilities of the next token are NaN: the outputs of the LLM overflow, or the options "
+                    "forbid all tokens."
+                ) from error
         start = 1 if self.task.encoder_decoder else ids.shape[1]  # a decoder begins with its start token
         texts = []
         for i, row in enumerate(found[:, start:].tolist()):

@@ -11,7 +11,16 @@ from .._errors import check_count, check_flag
 from .._values import integer
 
 #: Options that change neither the probabilities of the tokens nor their choice at random.
-HARMLESS = {"max_new_tokens", "do_sample", "stop_strings", "eos_token_id", "use_cache", "cache_implementation"}
+HARMLESS = {
+    "max_new_tokens",
+    "do_sample",
+    "stop_strings",
+    "eos_token_id",
+    "use_cache",
+    "cache_implementation",
+    "prefill_chunk_size",
+    "streamer",
+}
 #: Options that this library sets itself, with what to do instead.
 RESERVED = {
     **dict.fromkeys(
@@ -137,6 +146,21 @@ def without_own_options(module: Any) -> dict[str, Any]:
     own = module.generation_config.to_dict()
     names = [name for name, value in own.items() if value is not None and hasattr(plain, name)]
     return {n: NEUTRAL.get(n, getattr(plain, n)) for n in names if n not in OF_MODEL and not n.startswith("_")}
+
+
+def is_neutral(name: str, value: Any) -> bool:
+    """Tell whether an option of ``generate`` has a value that changes nothing in pure sampling.
+
+    Args:
+        name: Name of the option.
+        value: Its value.
+
+    Example:
+        >>> is_neutral("temperature", 1.0), is_neutral("top_k", 50)
+        (True, False)
+    """
+    plain = {**NEUTRAL, **PURE}
+    return value is None or (isinstance(value, int | float) and name in plain and bool(value == plain[name]))
 
 
 def flat_tokens(tokens: Any) -> list[int]:

@@ -79,6 +79,33 @@ def test_options_that_would_be_lost_or_mislead_are_refused(posterior, options, e
         posterior.generate(PROMPTS, **options)
 
 
+def test_options_that_change_nothing_leave_texts_pure(posterior):
+    options = {"num_draws": 2, "do_sample": True, "max_new_tokens": 2}
+    for extra in ({"temperature": 1.0}, {"num_beams": 1}, {"top_k": 0}, {"min_p": None}, {"prefill_chunk_size": 1}):
+        assert posterior.generate(PROMPTS, **options, **extra).is_pure, extra
+    for extra in ({"temperature": 0.5}, {"top_k": 50}, {"min_p": 0.1}, {"num_beams": 2}):
+        found = posterior.generate(PROMPTS, **options, **extra)
+        assert not found.is_pure, extra
+    for number in (3, -1, "0"):
+        with pytest.raises(ValueError, match="the prompts have the numbers 0 to 2"):
+            found.texts(number)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_probabilities_that_are_nan_are_told(posterior, do_sample):
+    weight = posterior.llm().llm.model.layers[1].mlp.down_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    try:
+        for decode in ("draws", "mixture"):
+            with pytest.raises(FloatingPointError, match="outputs of the LLM overflow"):
+                posterior.generate(PROMPTS, num_draws=2, decode=decode, do_sample=do_sample, max_new_tokens=2)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
 def test_end_tokens_may_be_arrays_and_tensors(posterior):
     options = {"num_draws": 4, "max_new_tokens": 5, "do_sample": True}
     expected = tokens_of(posterior.generate(PROMPTS, eos_token_id=[3, 6], **options))
