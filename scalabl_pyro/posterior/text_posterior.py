@@ -104,7 +104,7 @@ class TextPosterior(ExportablePosterior):
             max_new_tokens: Largest number of tokens per text.
             options: Other options of ``generate`` of transformers: ``do_sample``, ``num_beams``, ``temperature``,
                 ``top_k``, ``top_p``, ``stop_strings`` and so on. Without them, each draw takes its most probable token.
-                Of the model's own generation configuration, only its special tokens and its cache are used.
+                The model's own generation configuration gives its special tokens and its cache only.
 
         Returns:
             Texts, their tokens, log probabilities under all draws, and uncertainties.

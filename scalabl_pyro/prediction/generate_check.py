@@ -23,30 +23,27 @@ logger = logging.getLogger(__name__)
 
 #: Number of tokens of the prompt, of padding left of it, and of tokens that are written.
 READ, PADDING, WRITTEN = 4, 3, 2
-#: Whether padding left of a prompt changes nothing, by module.
-_TAKES_PADDING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-#: Whether ``generate`` computes what a plain pass computes, by module.
-_AS_A_PASS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+#: Results of the probe by module, and by its dtype, its attention, and the number of tokens of padding.
+_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
 def takes_padding(module: nn.Module, prompt: list[int], pad: int) -> bool:
     """Tell whether padding left of a prompt, and a mask that hides it, change nothing of a text.
 
-    The first call for a module runs the probe. Later calls return the same result.
+    The first call for a module runs it on two short rows. Later calls return the same result.
 
     Args:
         module: A causal LM.
         prompt: Tokens that it knows.
         pad: Token for the padding.
     """
-    if module not in _TAKES_PADDING and not _cannot_probe(module):
-        same = _TAKES_PADDING[module] = contextvars.Context().run(_probe, module, prompt, padding=PADDING, pad=pad)
-        if not same:
-            logger.info(
-                "Padding left of a prompt changes the logits of %s, so each batch has prompts of one length only.",
-                type(module).__name__,
-            )
-    return _TAKES_PADDING.get(module, True)
+    same = _known(module, prompt, padding=PADDING, pad=pad)
+    if not same:
+        logger.info(
+            "Padding left of a prompt changes the logits of %s, so each batch has prompts of one length only.",
+            type(module).__name__,
+        )
+    return same
 
 
 def warn_of_other_logits(module: nn.Module, prompt: list[int], pad: int, start: int | None = None) -> None:
@@ -58,9 +55,7 @@ def warn_of_other_logits(module: nn.Module, prompt: list[int], pad: int, start: 
         pad: Token for padding, which the probe does not use.
         start: Start token of the decoder of an encoder-decoder; None for a causal LM.
     """
-    if module not in _AS_A_PASS and not _cannot_probe(module):
-        _AS_A_PASS[module] = contextvars.Context().run(_probe, module, prompt, padding=0, pad=pad, start=start)
-    if not _AS_A_PASS.get(module, True):
+    if not _known(module, prompt, padding=0, pad=pad, start=start):
         logger.warning(
             "generate of %s computes other logits than its forward pass, which learned and which scores texts. So "
             "texts are not drawn from the probabilities that they are scored with.",
@@ -68,8 +63,16 @@ def warn_of_other_logits(module: nn.Module, prompt: list[int], pad: int, start: 
         )
 
 
-def _cannot_probe(module: nn.Module) -> bool:
-    return is_sharded(module) or is_capturing()
+def _known(module: Any, prompt: list[int], *, padding: int, pad: int, start: int | None = None) -> bool:
+    if is_sharded(module) or is_capturing():  # a pass of one process alone would wait for the others
+        return True
+    attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    key = (next(module.parameters()).dtype, attention, padding)
+    known = _KNOWN.setdefault(module, {})
+    if key not in known:
+        # Latents of the present pass are context variables. The probe uses and changes none of them.
+        known[key] = contextvars.Context().run(_probe, module, prompt, padding=padding, pad=pad, start=start)
+    return known[key]
 
 
 @torch.no_grad()

@@ -107,6 +107,13 @@ def test_encoder_decoders_write_and_score_as_plain_passes_over_each_row(family):
         torch.testing.assert_close(torch.as_tensor(row.log_probs[2]), expected, rtol=0, atol=1e-10)
 
 
+def test_another_dtype_is_probed_again():
+    """In float32, BLOOM takes padding; in float64, it gives NaN."""
+    llm = model_of(Causal, DECODERS["bloom"]).float()
+    assert takes_padding(llm, [3, 4, 5, 6], 0)
+    assert not takes_padding(llm.double(), [3, 4, 5, 6], 0)
+
+
 def test_a_model_whose_generate_computes_something_else_is_named(caplog):
     """RoBERTa counts positions from 1 in a pass and from 0 in generate; RWKV mixes the rows of a batch."""
     size = {name: SIZE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")}
