@@ -186,7 +186,9 @@ def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
     """
     allowed = list(allowed)
     if not isinstance(given, str) or given not in allowed:
-        raise ValueError(f"{what}={given!r} is unknown. {nearest(str(given), allowed)}")
+        shown = repr(given)
+        shown = shown if len(shown) <= MAX_COMPARED else f"{shown[:MAX_SHOWN]}..."  # a file of a stranger may be long
+        raise ValueError(f"{what}={shown} is unknown. {nearest(str(given), allowed)}")
 
 
 def describe(value: object) -> str:

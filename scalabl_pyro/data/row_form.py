@@ -12,10 +12,12 @@ class RowForm:
     Args:
         task: Name of the task; empty if the task is not known.
         names: Names of the fields: first the text, last the answer. Empty if they are not known.
+        writes: Whether the task writes answers with ``generate``, and has no ``predict``.
     """
 
     task: str = ""
     names: Sequence[str] = ()
+    writes: bool = False
 
     @property
     def fields(self) -> str:
@@ -29,7 +31,8 @@ class RowForm:
     @property
     def advice(self) -> str:
         """A sentence that names the fields; empty if no task is known."""
-        return f"{self.task} reads rows {self.fields}; predict needs no answer." if self.task else ""
+        without = f"generate needs no {self.names[-1]!r}" if self.writes and self.names else "predict needs no answer"
+        return f"{self.task} reads rows {self.fields}; {without}." if self.task else ""
 
     @property
     def from_texts(self) -> str:
@@ -57,7 +60,8 @@ def form_for(encode_row: Callable[..., Any]) -> RowForm:
     """
     task = getattr(encode_row, "__self__", None)
     names = getattr(task, "row_fields", None)
-    return ANY_FORM if names is None else RowForm(type(task).__name__, tuple(names))
+    writes = bool(getattr(task, "scores_only", False))
+    return ANY_FORM if names is None else RowForm(type(task).__name__, tuple(names), writes)
 
 
 def _in_words(names: Sequence[str]) -> str:

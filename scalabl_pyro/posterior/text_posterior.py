@@ -3,11 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from .._arguments import known_arguments_of_methods
 from .._errors import check_choice, check_count, check_flag
-from ..data.encoding import encode_data
+from ..data.encoding import encode, encode_data
 from ..data.rows import read_rows
 from ..prediction.generate import DECODE, Decode, Writer, generate
+from ..prediction.generate_options import check_options
 from ..prediction.generated import Generation
 from ..prediction.score import score
 from ..prediction.scored_texts import ScoredTexts
@@ -100,7 +104,7 @@ class TextPosterior(ExportablePosterior):
             max_new_tokens: Largest number of tokens per text.
             options: Other options of ``generate`` of transformers: ``do_sample``, ``num_beams``, ``temperature``,
                 ``top_k``, ``top_p``, ``stop_strings`` and so on. Without them, each draw takes its most probable token.
-                Sampling options in the model's own generation configuration are not used.
+                The model's own generation configuration gives its special tokens and its cache only.
 
         Returns:
             Texts, their tokens, log probabilities under all draws, and uncertainties.
@@ -120,8 +124,8 @@ class TextPosterior(ExportablePosterior):
         check_choice("decode", decode, DECODE)
         check_flag(progress=progress)
         task = self._completion_task("generate")
-        _check_options(num_samples, options)
-        found = [task.prompt_tokens(row) for row in _prompt_rows(prompts)]
+        options = check_options(decode, num_samples, options)
+        examples = encode(_prompt_rows(prompts), task.encode_prompt, need_target=False)
         writer = Writer(
             llm=self.llm(),
             task=task,
@@ -132,7 +136,7 @@ class TextPosterior(ExportablePosterior):
             seed=seed,
             options={"max_new_tokens": max_new_tokens, **options},
         )
-        return generate(writer, found, batch_size=batch_size, progress=progress)
+        return generate(writer, [e.inputs["input_ids"] for e in examples], batch_size=batch_size, progress=progress)
 
     def _completion_task(self, call: str) -> Completion:
         task = self.task
@@ -146,20 +150,12 @@ class TextPosterior(ExportablePosterior):
 
 def _prompt_rows(prompts: Any) -> list[Any]:
     """Return a row per prompt."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | bytes | Mapping):
         raise ValueError("Give a list of prompts, such as ['What color is the sky?'].")
-    rows = list(prompts) if isinstance(prompts, Sequence) else read_rows(prompts, split="test")
+    is_list = isinstance(prompts, Sequence | pd.Series | pd.Index) or (isinstance(prompts, np.ndarray) and prompts.ndim)
+    rows = list(prompts) if is_list else read_rows(prompts, split="test")
     if not rows:
         raise ValueError("prompts is empty: give one prompt or more.")
+    if all(isinstance(row, Mapping) and {"role", "content"} <= set(row) for row in rows):
+        raise ValueError("prompts is one conversation. Give a list of conversations: [messages].")
     return [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
-
-
-def _check_options(num_samples: int, options: Mapping[str, Any]) -> None:
-    """Check the options that this library must know; transformers checks the others."""
-    if given := sorted({"num_return_sequences", "return_dict_in_generate", "output_scores"} & set(options)):
-        raise ValueError(f"{given[0]}: use num_samples for the number of texts. The result holds their scores.")
-    if num_samples > 1 and not options.get("do_sample") and int(options.get("num_beams", 1)) < num_samples:
-        raise ValueError(
-            f"num_samples={num_samples} without do_sample=True would give the same text {num_samples} times: pass "
-            f"do_sample=True, or num_beams={num_samples} or more."
-        )

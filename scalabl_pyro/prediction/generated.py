@@ -57,7 +57,12 @@ class Generation(Summarized):
 
         Args:
             prompt: Number of the prompt.
+
+        Raises:
+            ValueError: No prompt has this number.
         """
+        if prompt not in range(len(self.prompts)):
+            raise ValueError(f"prompt={prompt!r}: the prompts have the numbers 0 to {len(self.prompts) - 1}.")
         return list(self.answers[prompt * self.per_prompt : (prompt + 1) * self.per_prompt])
 
     @property

@@ -243,7 +243,28 @@ def text_of(row: Row, name: str) -> str:
     found = text(value)
     if found is None:
         raise ValueError(f"the field {name!r} holds {shown(value)}, which is not a text: give one str per row.")
+    check_characters(found, name)
     return found
+
+
+def check_characters(value: str, name: str) -> None:
+    """Check that a text consists of whole characters. Half of a pair of surrogates is none, and no tokenizer reads it.
+
+    Args:
+        value: The text.
+        name: Name of its field.
+
+    Raises:
+        ValueError: It contains half a character.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(value[error.start]):04X}"
+        raise ValueError(
+            f"the field {name!r} contains half a character, {half}, at place {error.start}. Read the file with the "
+            "right encoding, or replace it: text.encode('utf-8', 'replace').decode()."
+        ) from None
 
 
 def texts_of(row: Row, name: str) -> list[str]:
@@ -261,7 +282,10 @@ def texts_of(row: Row, name: str) -> list[str]:
     found = [text(value) for value in values]
     if wrong := [value for value, one in zip(values, found, strict=True) if one is None]:
         raise ValueError(f"{name} must be a list of texts, but it contains {shown(wrong[0])}.")
-    return [one for one in found if one is not None]
+    texts = [one for one in found if one is not None]
+    for one in texts:
+        check_characters(one, name)
+    return texts
 
 
 def _short(value: Any, limit: int = 40) -> str:

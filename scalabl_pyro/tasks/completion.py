@@ -88,7 +88,7 @@ class Completion(Task):
                 "chat=True writes a conversation, but an encoder-decoder does not continue the prompt: leave it out."
             )
         check_choice("turns", turns, get_args(Turns))
-        if chat and not tokenizer.chat_template:
+        if chat and not (tokenizer.chat_template or "chat_template" in (chat_options or {})):
             raise ValueError("chat=True, but the tokenizer has no chat template: use chat=False.")
         if end_token and not chat and tokenizer.eos_token_id is None:
             raise ValueError(
@@ -136,7 +136,11 @@ class Completion(Task):
         Raises:
             ValueError: The prompt is missing or has no tokens.
         """
-        return self._rows.prompt_tokens(row)
+        return self.encode_prompt(row).inputs["input_ids"]
+
+    def encode_prompt(self, row: Row) -> Example:
+        """Tokenize what stands before the completion, as an example without an answer; see :meth:`prompt_tokens`."""
+        return self._rows.encode_prompt(row)
 
     def check_llm(self, adapter: Adapter, examples: Sequence[Example]) -> None:
         """Check that an LLM can read examples of this task, and probe how it computes its logits.

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .._values import is_missing
+from .._values import is_missing, text
 from ..data.batch import Example
 from ..data.rows import Row
 from .base import field_of, text_of
 from .completion_tokens import Conversation, Message, Spans, messages_of, tokens_of
 from .special_tokens import SpecialTokens
+
+NO_TOKENS = "the completion is empty: it has no tokens. Give it a text, or leave the row out."
 
 
 class _Conversation(NamedTuple):
@@ -55,50 +57,52 @@ class CompletionRows:
     def encode(self, row: Row) -> Example:
         """Tokenize prompt and completion; the target is the tokens of the completion, or None if there is none."""
         if is_missing(row.get("messages")) and is_missing(row.get("completion")):
-            return Example({"input_ids": self.prompt_tokens(row)}, None, {"positions": []})
+            return self.encode_prompt(row)
         if self.encoder_decoder:
             return self._encode_pair(row)
         conversation = self._conversation_of(row)
         spans = self._spans(row) if conversation is None else self._chat_spans(*conversation)
         ids, counted = tokens_of(spans, functools.partial(self._tokenize, chat=conversation is not None))
+        if not counted:
+            raise ValueError(NO_TOKENS)
         if conversation is None and self.end_token:
             counted.append(len(ids))
             ids = [*ids, self.tokenizer.eos_token_id]
-        if not counted:
-            raise ValueError("the completion is empty: it has no tokens. Give it a text, or leave the row out.")
         if counted[0] == 0:
             raise ValueError("the prompt is empty, so no token stands before the completion. Give it a text.")
         ids, counted, is_cut = self._shorten(ids, counted)
         target = [ids[i] for i in counted]
         return Example({"input_ids": ids}, target, {"positions": [i - 1 for i in counted]}, is_cut=is_cut)
 
-    def prompt_tokens(self, row: Row) -> list[int]:
-        """Return the tokens before the completion, from which generation starts.
+    def encode_prompt(self, row: Row) -> Example:
+        """Return the tokens before the completion, from which generation starts, as an example without an answer.
 
         With an encoder-decoder, these are the tokens that the encoder reads.
 
         Raises:
             ValueError: The prompt is missing or has no tokens.
         """
-        if self.encoder_decoder:
-            return self._source(row)[0]
-        conversation = self._conversation_of(row)
-        if conversation is None:
-            ids = self._tokenize(text_of(row, "prompt"))
-        else:
-            messages, asked = conversation
-            asked = len(messages) - (messages[-1]["role"] == "assistant") if asked == 0 else asked
-            ids = self._tokenize(self._conversation.before_answer(messages[:asked]), chat=True)
+        ids = self._source(row) if self.encoder_decoder else self._asked(row)
         if not ids:
             raise ValueError("the prompt is empty: it has no tokens. Give it a text.")
-        return self._cut(ids)
+        cut = self._cut(ids)
+        return Example({"input_ids": cut}, None, {"positions": []}, is_cut=len(cut) < len(ids))
+
+    def _asked(self, row: Row) -> list[int]:
+        """Return all tokens before the completion."""
+        conversation = self._conversation_of(row)
+        if conversation is None:
+            return self._tokenize(text_of(row, "prompt"))
+        messages, asked = conversation
+        asked = len(messages) - (messages[-1]["role"] == "assistant") if asked == 0 else asked
+        return self._tokenize(self._conversation.before_answer(messages[:asked]), chat=True)
 
     def _conversation_of(self, row: Row) -> _Conversation | None:
         """Return the conversation of a row, without an answer where it has none; None for texts without a template."""
         if not is_missing(row.get("messages")):
             return _Conversation(messages_of(row["messages"], "messages"), 0)
         prompt, completion = field_of(row, "prompt"), row.get("completion")
-        if not isinstance(prompt, str | bytes):
+        if text(prompt) is None:
             asked = messages_of(prompt, "prompt")
             answer = [] if is_missing(completion) else messages_of(completion, "completion")
             return _Conversation([*asked, *answer], len(asked))
@@ -127,30 +131,30 @@ class CompletionRows:
         """Encode a row for an encoder-decoder: the prompt, and the completion with its special tokens."""
         if not is_missing(row.get("messages")):
             raise ValueError("an encoder-decoder reads a 'prompt', not 'messages': give 'prompt' and 'completion'.")
-        ids, is_cut = self._source(row)
+        ids = self._source(row)
+        cut = self._cut(ids)
         completion = self._spans(row).text[len(text_of(row, "prompt")) :]
         target = list(self.tokenizer(text_target=completion).input_ids)
-        behind, eos = len(self._special.around[1]), self.tokenizer.eos_token_id
+        before, behind = map(len, self._special.around)
         target = target[: len(target) - behind]
+        if len(target) <= before:
+            raise ValueError(NO_TOKENS)
         if self.end_token:
-            target.append(eos)
+            target.append(self.tokenizer.eos_token_id)
         if self.max_length is not None and len(target) > self.max_length:
             raise ValueError(
                 f"max_length={self.max_length} is too small: the completion has {len(target)} tokens. Increase "
                 "max_length, or shorten the completion."
             )
-        return Example({"input_ids": ids}, target, {"positions": list(range(len(target)))}, is_cut=is_cut)
+        positions = list(range(len(target)))
+        return Example({"input_ids": cut}, target, {"positions": positions}, is_cut=len(cut) < len(ids))
 
-    def _source(self, row: Row) -> tuple[list[int], bool]:
-        """Return the tokens of a prompt for an encoder, with special tokens, and whether its start was cut."""
+    def _source(self, row: Row) -> list[int]:
+        """Return the tokens of a prompt for an encoder, with special tokens."""
         prompt = text_of(row, "prompt")
-        behind = self._special.around[1]
-        ids = self._tokenize(prompt)
         if not self.tokenizer(prompt, add_special_tokens=False).input_ids:
             raise ValueError("the prompt is empty: it has no tokens. Give it a text.")
-        whole = [*ids, *behind]
-        cut = self._cut(whole)
-        return cut, len(cut) < len(whole)
+        return [*self._tokenize(prompt), *self._special.around[1]]
 
     def _tokenize(self, text: str, *, chat: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids if chat else self._special.begin(text)

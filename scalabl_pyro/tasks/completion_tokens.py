@@ -9,6 +9,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from .._values import shown, text
+from .base import check_characters
 from .chat import ANSWER, ChatTemplate
 
 Message = dict[str, Any]
@@ -46,15 +47,18 @@ class Conversation:
         Spaces at its end that the tokenizer joins to the answer are left out: they belong to the answer.
 
         Raises:
-            ValueError: The template leaves out the answer, or text of the last message.
+            ValueError: The template leaves out the answer, or text of a message that is not an answer.
         """
         rendered = self._render([*messages, {"role": "assistant", "content": ANSWER}])
         before, found, _ = rendered.rpartition(ANSWER)
-        asked = text(messages[-1]["content"]) if messages else ""
-        if not found or (asked or "").strip() not in before:
+        # Templates may leave out thoughts of earlier answers, but nothing that was asked or told.
+        told = [m for m in messages if m["role"] not in ("assistant", "tool")]
+        lost = [m["role"] for m in told if str(text(m["content"])).strip() not in before]
+        if lost or not found:
+            what = f"text of a message of the role {lost[0]!r}" if found else "the answer"
             raise ValueError(
-                f"the chat template leaves out {'text of the last message' if found else 'the answer'}, or changes it. "
-                "Set tokenizer.chat_template, or give 'prompt' and 'completion' as texts with chat=False."
+                f"the chat template leaves out {what}, or changes it. Set tokenizer.chat_template, or give 'prompt' "
+                "and 'completion' as texts with chat=False."
             )
         stripped = before.rstrip(" ")
         return before if stripped == before or self._is_border(before) else stripped
@@ -88,7 +92,8 @@ class Conversation:
                     "Its tokens cannot be found: set tokenizer.chat_template, or give 'prompt' and 'completion' as "
                     "texts with chat=False."
                 )
-            counted.append((len(before), self._end(whole, len(before), len(after))))
+            behind = whole.index(content, len(before)) + len(content)  # an end token inside the text does not end it
+            counted.append((len(before), self._end(whole, behind, len(after))))
         return Spans(whole, tuple(counted))
 
     @functools.cached_property
@@ -172,4 +177,5 @@ def messages_of(value: Any, name: str) -> list[Message]:
                 f"the field {name!r} has the message {shown(message)}: each message is a dict with the texts 'role' "
                 "and 'content', such as {'role': 'user', 'content': 'What color is the sky?'}."
             )
+        check_characters(str(text(message["content"])), name)
     return [dict(message) for message in value]

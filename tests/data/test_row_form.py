@@ -114,3 +114,9 @@ def test_a_key_error_that_is_not_about_the_row():
 
     with pytest.raises(ValueError, match=r"^Row 0: KeyError 'no'\. The row has the fields \['text'\]\.$"):
         encode([{"text": "no"}], encode_row, need_target=False)
+
+
+def test_a_task_that_writes_its_answers_is_not_told_of_predict():
+    task = sp.Completion(tiny.tokenizer(), chat=False, end_token=False)
+    with pytest.raises(ValueError, match=r"fields 'prompt' and 'completion'; generate needs no 'completion'\.$"):
+        encode([{"words": "a"}], task.encode, need_target=True)

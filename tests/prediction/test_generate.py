@@ -18,24 +18,12 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from written import PROMPTS, ROWS, tokenizer, tokens_of, wide
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import Example
 from scalabl_pyro.prediction.mixture import log_mean_exp
 from scalabl_pyro.prediction.score import score
-
-PROMPTS = ["the sky is", "the night", "the sky and the night and the sky are"]
-ROWS = [
-    {"prompt": "the sky is", "completion": " blue"},
-    {"prompt": "the night is", "completion": " red the sky"},
-    {"prompt": "the sky", "completion": " is red"},
-] * 4
-
-
-def tokenizer():
-    own = tiny.tokenizer()
-    own.eos_token = "night"
-    return own
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +31,7 @@ def posterior():
     """A posterior in float64 whose draws write different texts."""
     task = sp.Completion(tokenizer(), chat=False)
     blora = sp.bayesian_lora(tiny.causal_lm().double())
-    fitted = sp.fit(blora, task, ROWS, num_steps=30, batch_size=4, lr=0.05, progress=False).posterior
-    fitted.guide.scale = torch.full_like(fitted.guide.scale, 1.0)
-    return fitted
+    return wide(blora, task)
 
 
 def plain_tokens(module, task, prompt, **options):
@@ -59,10 +45,6 @@ def plain_tokens(module, task, prompt, **options):
 def _cut(row, ends):
     place = next((i for i, token in enumerate(row) if token in ends), len(row))
     return row[: place + 1]
-
-
-def tokens_of(found):
-    return [row.tokens.tolist() for row in found.scored.rows]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

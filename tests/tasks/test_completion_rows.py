@@ -101,7 +101,7 @@ def test_templates_that_rewrite_earlier_turns():
     ("template", "message"),
     [
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out the answer"),
-        ("{{ messages[-1].content }}", "leaves out text of the last message"),
+        ("{{ messages[-1].content }}", "leaves out text of a message of the role 'user'"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "leaves out the answer, or changes it"),
         ("{% for m in messages %}{{ m.content | replace('blue', 'red') }}{% endfor %}", "changes the answer in turn 1"),
         ("{{ raise_exception('only users') }}", "refuses the conversation: only users"),
