@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..posterior.adapter_file import ADAPTER, check_adapter_keys
 from ..posterior.config import CONFIG_FILE, SavedConfig, read_config
@@ -19,6 +18,7 @@ from ..storage.tensor_files import scan_tensors
 from ..tasks.registry import TASKS, from_options
 from ..training.checkpoint_files import CheckpointFolder
 from .finding import Finding
+from .loading import base_model
 
 #: Bytes that may be read and hashed. The model, which could give a tighter limit, is not loaded yet.
 MAX_BYTES = 2**33
@@ -135,7 +135,7 @@ def _with_model(path: Path, config: SavedConfig, model: str) -> Finding:
     if own:
         return Finding(True, f"not compared with {model}: classes of your own: {', '.join(own)}")
     try:
-        llm = _base_model(config, model)
+        llm = base_model(config, model)
     except (OSError, ValueError) as error:
         return Finding(False, f"the base model {model} cannot be read: {error}", "give its hub name or its directory")
     try:
@@ -154,13 +154,3 @@ def _loaded(llm: nn.Module, path: Path) -> Iterator[Posterior]:
         yield posterior
     finally:
         posterior.blora().unload()
-
-
-def _base_model(config: SavedConfig, model: str) -> nn.Module:
-    if str(config.base_model.get("class")).endswith("ForSequenceClassification"):
-        classes = config.task["options"].get("classes")
-        outputs = len(classes) if isinstance(classes, list) else 1
-        return AutoModelForSequenceClassification.from_pretrained(
-            model, num_labels=outputs, dtype="auto", trust_remote_code=False
-        )
-    return AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)

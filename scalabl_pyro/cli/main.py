@@ -1,66 +1,156 @@
-"""The command ``python -m scalabl_pyro``. Only this file of the package writes to the terminal."""
+"""The command ``scalabl-pyro``, also ``python -m scalabl_pyro``: its options, and which function runs."""
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from transformers.utils import logging as hf_logging
+
 from .._version import __version__
-from .check_installation import examine_installation
-from .check_posterior import examine_posterior
-from .finding import Finding
+from ..posterior.engines import LIMITS
+from .doctor import doctor
+from .evaluate import evaluate
+from .export import export
+from .predict import predict
+from .terminal import say
+
+EXAMPLES = """\
+examples:
+  scalabl-pyro doctor                                     check the installation
+  scalabl-pyro predict post/ new.csv --model NAME --out predictions.csv --review-above 0.3
+  scalabl-pyro evaluate post/ test.csv --model NAME --out report.html
+  scalabl-pyro export post/ adapters/ --model NAME --draws 8 --engine vllm
+"""
+#: What a user can mend. The message of such an error says how, so no traceback is shown.
+EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, ImportError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: Words after ``python -m scalabl_pyro``; by default those of the process.
+        arguments: Words after ``scalabl-pyro``; by default those of the process.
 
     Returns:
-        Exit status: 0 if no problem was found, 1 otherwise. Invalid arguments end the process with status 2.
+        Exit status: 0 if all is well, 1 after a problem. Wrong options end the process with status 2.
 
     Example:
         >>> main(["doctor", "my_posterior"])
         0
     """
-    parser = argparse.ArgumentParser(prog="python -m scalabl_pyro", description="Bayesian LoRA as a Pyro program.")
+    given = _parser().parse_args(arguments)
+    if given.command == "doctor" and given.model is not None and given.path is None:
+        _parser().error("--model compares a posterior with its base model, so the path of a posterior is needed too")
+    options = {name: value for name, value in vars(given).items() if name not in ("command", "run")}
+    try:
+        with _quiet_loading():
+            return int(given.run(**options))
+    except EXPECTED as error:
+        say(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silence what transformers prints while it loads a model; errors still raise."""
+    logger = logging.getLogger("transformers")
+    level, had_bars = logger.level, hf_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if had_bars:
+            hf_logging.enable_progress_bar()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scalabl-pyro",
+        description="Bayesian LoRA: predict with a saved posterior, judge it, export it, or check its files.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    doctor = commands.add_parser("doctor", help="check the installation, or a saved posterior")
-    doctor.add_argument(
+    _add_doctor(commands)
+    _add_predict(commands)
+    _add_evaluate(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    own = commands.add_parser("doctor", help="check the installation, or a saved posterior")
+    own.add_argument(
         "path", nargs="?", type=Path, help="directory of a saved posterior; without it, the installation is checked"
     )
-    doctor.add_argument("--model", help="hub name or directory of the base model that the posterior is compared with")
-    given = parser.parse_args(arguments)
-    if given.model is not None and given.path is None:
-        parser.error("--model compares a posterior with its base model, so the path of a posterior is needed too")
-    return _doctor(given.path, given.model)
+    own.add_argument("--model", help="hub name or directory of the base model that the posterior is compared with")
+    own.set_defaults(run=doctor)
 
 
-def _doctor(path: Path | None, model: str | None) -> int:
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # the findings hold its messages
-    problems = 0
-    for finding in _whole(examine_installation() if path is None else examine_posterior(path, model)):
-        problems += not finding.ok
-        say(str(finding))
-    say(f"\n{problems} problem{'' if problems == 1 else 's'} found." if problems else "\nNo problems found.")
-    return 1 if problems else 0
+def _add_predict(commands: argparse._SubParsersAction) -> None:
+    own = commands.add_parser(
+        "predict",
+        help="predict the rows of a table",
+        description="Predict the rows of a table. Its columns come first in the output, then the prediction, its "
+        "probability, and total, aleatoric and epistemic uncertainty.",
+    )
+    _add_common(own, "table of rows: .csv, .tsv, .parquet, .json or .jsonl")
+    own.add_argument(
+        "--out", type=Path, help="file for the table: .csv, .tsv, .parquet or .jsonl; without it, the terminal shows it"
+    )
+    own.add_argument("--class-probs", action="store_true", help="add a column per class")
+    own.add_argument(
+        "--review-above",
+        type=float,
+        metavar="LIMIT",
+        help="mark the rows that a person should see: those whose doubt, 1 - probability, is larger (for numbers: the "
+        "standard deviation)",
+    )
+    own.set_defaults(run=predict)
 
 
-def _whole(findings: Iterator[Finding]) -> Iterator[Finding]:
-    """Yield the findings; an error in a check becomes the last one."""
-    try:
-        yield from findings
-    except Exception as error:  # files of strangers may break a check in any way
-        text = f"the check ended with {type(error).__name__}: {error}"
-        yield Finding(False, text, "do not use these files, and report this problem")
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    own = commands.add_parser(
+        "evaluate",
+        help="compare predictions with known answers, and write a report",
+        description="Compare predictions with known answers. The report has metrics with intervals, pictures of "
+        "calibration and of risk against coverage, figures per class, and the rows to look at.",
+    )
+    _add_common(own, "table of rows with answers")
+    own.add_argument("--out", type=Path, help="file of the report, .html or .md")
+    own.add_argument("--bootstrap", type=int, default=1000, help="resamples behind the intervals (default: 1000)")
+    own.set_defaults(run=evaluate)
 
 
-def say(text: str) -> None:
-    """Write a text to the terminal. Unprintable characters, as names in untrusted files may hold, become ``?``."""
-    clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(clean.encode(encoding, "replace").decode(encoding) + "\n")
-    sys.stdout.flush()
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    own = commands.add_parser(
+        "export",
+        help="write draws as plain LoRA adapters",
+        description="Write draws of the posterior as plain PEFT adapters, which vLLM, SGLang, llama.cpp and PEFT read.",
+    )
+    own.add_argument("path", type=Path, help="directory of the saved posterior")
+    own.add_argument("out", type=Path, help="new directory for the adapters")
+    own.add_argument("--model", required=True, help="hub name or directory of the base model")
+    own.add_argument("--draws", default="mean", help="'mean', or the number of draws (default: mean)")
+    own.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    own.add_argument("--engine", choices=sorted(LIMITS), help="engine whose limits are checked")
+    own.add_argument("--device", default="auto", help="device, such as cpu or cuda:0 (default: a GPU if there is one)")
+    own.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON")
+    own.set_defaults(run=export)
+
+
+def _add_common(own: argparse.ArgumentParser, table: str) -> None:
+    own.add_argument("path", type=Path, help="directory of the saved posterior")
+    own.add_argument("data", help=table)
+    own.add_argument("--model", required=True, help="hub name or directory of the base model")
+    own.add_argument("--num-draws", type=int, default=10, help="draws to average; 0 is the mean of s (default: 10)")
+    own.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    own.add_argument("--batch-size", type=int, default=16, help="rows per forward pass (default: 16)")
+    own.add_argument("--device", default="auto", help="device, such as cpu or cuda:0 (default: a GPU if there is one)")
+    own.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON")

@@ -12,6 +12,7 @@ Example:
 
 from .arrays import Array as Array
 from .arrays import Labels as Labels
+from .by_class import confusion_matrix, report_by_class
 from .calibration import Bins as Bins
 from .calibration import adaptive_ece, ece, reliability
 from .intervals import check_level as check_level
@@ -37,6 +38,7 @@ __all__ = [
     "brier",
     "classification_report",
     "confident_mistakes",
+    "confusion_matrix",
     "ece",
     "entropy",
     "error_auroc",
@@ -44,5 +46,6 @@ __all__ = [
     "ood_auroc",
     "reliability",
     "report",
+    "report_by_class",
     "risk_coverage",
 ]

@@ -65,6 +65,22 @@ def write_file(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file that others may read: it has its old content or its new one, never a part.
+
+    Args:
+        path: Path of the file.
+        data: Its content.
+    """
+    part = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    try:
+        write_file(part, data)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def _move_into_place(staging: Path, path: Path, *, old: Path) -> None:
     if not path.exists():
         os.replace(staging, path)

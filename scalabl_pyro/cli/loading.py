@@ -1,0 +1,58 @@
+"""Load what the commands work on: a base model, and a posterior on top of it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from ..posterior.config import SavedConfig, read_config
+from ..posterior.posterior import Posterior
+
+
+def base_model(config: SavedConfig, model: str) -> nn.Module:
+    """Load the base model of a saved posterior, with the kind of head that its task reads.
+
+    Args:
+        config: Configuration of the posterior.
+        model: Hub name or directory of the base model. No code of a stranger runs.
+
+    Raises:
+        OSError, ValueError: The model cannot be read.
+    """
+    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False}
+    if str(config.base_model.get("class")).endswith("ForSequenceClassification"):
+        classes = config.task["options"].get("classes")
+        outputs = len(classes) if isinstance(classes, list) else 1
+        return AutoModelForSequenceClassification.from_pretrained(model, num_labels=outputs, **options)
+    kind = AutoModelForSeq2SeqLM if config.task["options"].get("encoder_decoder") else AutoModelForCausalLM
+    return kind.from_pretrained(model, **options)
+
+
+def load_posterior(path: Path, model: str, device: str) -> Posterior:
+    """Load a saved posterior on its base model.
+
+    Args:
+        path: Directory of the posterior.
+        model: Hub name or directory of the base model.
+        device: Name of a device, or ``"auto"`` for a GPU if there is one.
+
+    Raises:
+        OSError, ValueError: A file is missing or damaged, or the posterior belongs to another model.
+    """
+    config = read_config(path)
+    try:
+        llm = base_model(config, model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the base model {model} cannot be read: {error} Give its hub name or its directory with --model."
+        ) from error
+    return Posterior.from_pretrained(llm.to(device_of(device)).eval(), path)
+
+
+def device_of(name: str) -> str:
+    """Return the name of a device; ``"auto"`` is a GPU if there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,35 @@
+"""Write a table in the form that the name of its file asks for."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from ..storage.directories import replace_file
+
+WRITE: dict[str, Callable[[pd.DataFrame], str | bytes]] = {
+    ".csv": lambda frame: frame.to_csv(index=False),
+    ".tsv": lambda frame: frame.to_csv(index=False, sep="\t"),
+    ".parquet": lambda frame: frame.to_parquet(index=False),
+    ".jsonl": lambda frame: frame.to_json(orient="records", lines=True, force_ascii=False),
+}
+
+
+def check_table_name(path: Path | None) -> None:
+    """Check the name of a table that is to be written, before hours of work.
+
+    Raises:
+        ValueError: Its ending is unknown, or its folder does not exist.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() not in WRITE:
+        raise ValueError(f"--out {path}: the name must end in {', '.join(WRITE)}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {path}: the folder {path.parent} does not exist.")
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table. A file of that name is replaced once the table is complete."""
+    content = WRITE[path.suffix.lower()](frame)
+    replace_file(path, content.encode() if isinstance(content, str) else content)

@@ -1,0 +1,32 @@
+"""What the command line writes to the terminal. Only this file of the package does so."""
+
+import json
+import sys
+from typing import Any, TextIO
+
+
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Write a text to the terminal. Unprintable characters, as names in untrusted files may hold, become ``?``.
+
+    Args:
+        text: The text.
+        file: Where it goes; by default to the standard output.
+    """
+    out = sys.stdout if file is None else file
+    clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    encoding = out.encoding or "utf-8"
+    out.write(clean.encode(encoding, "replace").decode(encoding) + "\n")
+    out.flush()
+
+
+def say_json(values: Any) -> None:
+    """Write values as one JSON document to the standard output. NaN becomes null."""
+    say(json.dumps(_without_nan(values), indent=1, ensure_ascii=False))
+
+
+def _without_nan(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _without_nan(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_without_nan(value) for value in values]
+    return None if isinstance(values, float) and values != values else values

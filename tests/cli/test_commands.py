@@ -1,0 +1,164 @@
+"""``scalabl-pyro predict``, ``evaluate`` and ``export`` do what the library does, and say what is wrong in one line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+
+import scalabl_pyro as sp
+from scalabl_pyro.cli import main as cli
+
+ROWS = [{**row, "id": i} for i, row in enumerate(tiny.question_rows(12))]
+NUMBERS = [{"text": row["question"], "label": float(i % 3)} for i, row in enumerate(ROWS)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model, a posterior of classes and one of numbers, and their rows."""
+    here = tmp_path_factory.mktemp("files")
+    tiny.causal_lm().save_pretrained(here / "base")
+    blora = sp.bayesian_lora(tiny.causal_lm())
+    task = sp.MultipleChoice(tiny.tokenizer())
+    sp.fit(blora, task, ROWS, num_steps=3, batch_size=4, progress=False).posterior.save_pretrained(here / "post")
+    tiny.classifier(num_labels=1).save_pretrained(here / "base-numbers")
+    numbers = sp.bayesian_lora(tiny.classifier(num_labels=1))
+    task = sp.Regression(tiny.tokenizer())
+    fitted = sp.fit(numbers, task, NUMBERS, num_steps=3, batch_size=4, progress=False).posterior
+    fitted.save_pretrained(here / "post-numbers")
+    for name, rows in (("rows", ROWS), ("numbers", NUMBERS)):
+        (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return here
+
+
+@pytest.fixture
+def run(folder, capsys, monkeypatch):
+    def here(*words):
+        monkeypatch.chdir(folder)
+        code = cli.main([*map(str, words)])
+        found = capsys.readouterr()
+        return code, found.out, found.err
+
+    return here
+
+
+def expected(folder, **options):
+    posterior = sp.Posterior.from_pretrained(tiny.causal_lm(), folder / "post")
+    return posterior.predict(ROWS, **options)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "parquet", "jsonl"])
+def test_predict_writes_the_table_that_the_library_makes(run, folder, ending):
+    out = folder / f"found.{ending}"
+    words = ["predict", "post", "rows.jsonl", "--model", "base", "--out", out, "--num-draws", 4, "--seed", 2]
+    code, said, _ = run(*words, "--class-probs", "--review-above", 0.5)
+    assert code == 0 and said.startswith(f"12 rows predicted: {out}\n")
+    read = {"csv": pd.read_csv, "parquet": pd.read_parquet, "tsv": lambda p: pd.read_csv(p, sep="\t")}
+    found = read.get(ending, lambda p: pd.read_json(p, lines=True))(out)
+    own = expected(folder, num_draws=4, seed=2).to_frame(ROWS, class_probs=True, review_above=0.5)
+    assert list(found.columns) == list(own.columns)
+    np.testing.assert_allclose(found["probability"], own["probability"], rtol=1e-6)
+    assert found["needs_review"].tolist() == own["needs_review"].tolist()
+    assert f"{own['needs_review'].sum()} of 12 rows need a review." in said
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]  # no half-written file
+
+
+def test_predict_shows_the_table_or_gives_json(run, folder):
+    code, said, _ = run("predict", "post", "rows.jsonl", "--model", "base", "--num-draws", 0)
+    assert code == 0 and "probability" in said
+    code, said, _ = run("predict", "post", "rows.jsonl", "--model", "base", "--num-draws", 0, "--json")
+    own = expected(folder, num_draws=0).to_frame(ROWS)
+    assert code == 0
+    assert [row["id"] for row in json.loads(said)["predictions"]] == list(range(12))
+    np.testing.assert_allclose([row["total"] for row in json.loads(said)["predictions"]], own["total"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("ending", ["html", "md"])
+def test_the_report_has_the_metrics_the_pictures_and_the_rows_to_look_at(run, folder, ending):
+    out = folder / f"report.{ending}"
+    code, said, _ = run(
+        "evaluate", "post", "rows.jsonl", "--model", "base", "--num-draws", 4, "--bootstrap", 50, "--out", out
+    )
+    table = expected(folder, num_draws=4).metrics(bootstrap=50)
+    assert code == 0 and f"{table.loc['value', 'nll']:.3f}" in said and str(out) in said
+    text = out.read_text()
+    for title in ("Metrics", "Calibration", "Risk and coverage", "Each class", "Confusion", "Most doubtful rows"):
+        assert title in text
+    assert f"{table.loc['low', 'accuracy']:.3f}" in text and ROWS[0]["question"] in text
+    pictures = (
+        re.findall(r"data:image/png;base64,", text) if ending == "html" else list(folder.glob("report_pic*/*.png"))
+    )
+    assert len(pictures) == 2 and "<script" not in text
+
+
+def test_a_report_of_numbers(run, folder):
+    code, said, _ = run(
+        "evaluate", "post-numbers", "numbers.jsonl", "--model", "base-numbers", "--bootstrap", 20, "--out", "n.html"
+    )
+    assert code == 0 and "rmse" in said
+    assert "Surprising rows" in (folder / "n.html").read_text()
+
+
+def test_the_report_shows_texts_of_rows_as_texts(run, folder):
+    rows = [{**row, "note": "<script>alert(1)</script> | a\nb"} for row in ROWS]
+    (folder / "odd.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("odd.html", "odd.md"):
+        assert run("evaluate", "post", "odd.jsonl", "--model", "base", "--num-draws", 0, "--out", name)[0] == 0
+        text = (folder / name).read_text()
+        assert "<script>" not in text and "&lt;script&gt;alert(1)" in text
+    assert "\\| a b" in (folder / "odd.md").read_text()
+
+
+def test_evaluate_gives_metrics_as_json(run, folder):
+    code, said, _ = run("evaluate", "post", "rows.jsonl", "--model", "base", "--num-draws", 4, "--json")
+    found = json.loads(said)["metrics"]
+    assert code == 0
+    assert found["value"]["nll"] == pytest.approx(expected(folder, num_draws=4).metrics().loc["value", "nll"])
+    assert found["low"]["ece"] is None  # has no interval
+
+
+def test_export_writes_adapters(run, folder):
+    code, said, _ = run("export", "post", "adapters", "--model", "base", "--draws", 2, "--json")
+    assert code == 0 and [Path(p).name for p in json.loads(said)["adapters"]] == ["draw-0", "draw-1"]
+    assert (folder / "adapters" / "draw-1" / "adapter_config.json").exists()
+    assert run("export", "post", "adapters", "--model", "base")[0] == 1  # exists
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "post", "rows.jsonl", "--model", "base", "--out", "x.pdf"], "--out x.pdf: the name must end in"),
+        (["predict", "post", "rows.jsonl", "--model", "base", "--out", "no/x.csv"], "the folder no does not exist"),
+        (["predict", "post", "none.jsonl", "--model", "base"], "none.jsonl does not exist"),
+        (["predict", "nothing", "rows.jsonl", "--model", "base"], "nothing"),
+        (["predict", "post", "rows.jsonl", "--model", "missing-folder/x"], "missing-folder"),
+        (["predict", "post", "rows.jsonl", "--model", "base", "--num-draws", -1], "num_draws=-1"),
+        (["evaluate", "post", "rows.jsonl", "--model", "base", "--out", "x.pdf"], "must end in .html or .md"),
+        (["export", "post", "out", "--model", "base", "--draws", "many"], "--draws many: give a whole number"),
+    ],
+)
+def test_what_is_wrong_stands_in_one_line(run, words, message):
+    code, said, error = run(*words)
+    assert code == 1 and not said
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+def test_rows_without_answers_cannot_be_evaluated(run, folder):
+    rows = [{k: v for k, v in row.items() if k != "answer"} for row in ROWS]
+    (folder / "open.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, error = run("evaluate", "post", "open.jsonl", "--model", "base")
+    assert code == 1 and "no answers" in error
+
+
+def test_the_program_explains_itself():
+    for words in ([], ["predict"], ["evaluate"], ["export"], ["doctor"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "scalabl_pyro", *words, "--help"], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0 and "scalabl-pyro" in done.stdout
+    assert subprocess.run([sys.executable, "-m", "scalabl_pyro", "predict"], capture_output=True).returncode == 2
