@@ -121,7 +121,7 @@ class TextPosterior(ExportablePosterior):
         check_flag(progress=progress)
         task = self._completion_task("generate")
         _check_options(num_samples, options)
-        found = [task.prompt_tokens(row) for row in _prompt_rows(prompts)]
+        found = [task.prompt_tokens(row) for row in _prompt_rows(prompts, task.prompt)]
         writer = Writer(
             llm=self.llm(),
             task=task,
@@ -144,14 +144,14 @@ class TextPosterior(ExportablePosterior):
         return task
 
 
-def _prompt_rows(prompts: Any) -> list[Any]:
-    """Return a row per prompt."""
+def _prompt_rows(prompts: Any, name: str) -> list[Any]:
+    """Return a row per prompt. ``name`` is that of its field."""
     if isinstance(prompts, str | Mapping):
         raise ValueError("Give a list of prompts, such as ['What color is the sky?'].")
     rows = list(prompts) if isinstance(prompts, Sequence) else read_rows(prompts, split="test")
     if not rows:
         raise ValueError("prompts is empty: give one prompt or more.")
-    return [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
+    return [row if isinstance(row, Mapping) else {name: row} for row in rows]
 
 
 def _check_options(num_samples: int, options: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Tasks for classification models: the answer comes from the head, for a text or a pair of texts."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,10 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .._values import is_missing
 from ..data.batch import Batch, Example
-from ..data.labels import ClassName, as_classes, check_order, class_index
+from ..data.labels import ClassName, as_classes, class_index
+from ..data.model_names import check_model_names
 from ..data.rows import Row
 from ..lora.forward import LatentLLM
 from .base import Task, text_of
+from .choice_columns import check_column
 
 
 class TextTask(Task):
@@ -33,8 +34,7 @@ class TextTask(Task):
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
         for name, value in {"text": text, "text_pair": text_pair or "", "target": target}.items():
-            if not isinstance(value, str):
-                raise ValueError(f"{name}={value!r} must be a string, the name of a field of the rows.")
+            check_column(name, value)
         self.text, self.text_pair, self.target = text, text_pair, target
 
     @property
@@ -48,8 +48,12 @@ class TextTask(Task):
         encoded = self.tokenizer(*texts, truncation=self.max_length is not None, max_length=self.max_length)
         inputs = {k: list(v) for k, v in encoded.items() if k != "attention_mask"}
         is_cut = self.max_length is not None and len(self.tokenizer(*texts).input_ids) > self.max_length
+        return Example(inputs, self.answer_of(row), is_cut=is_cut)
+
+    def answer_of(self, row: Row) -> Any:
+        """Return the answer of a row as a number; None if the row has no answer."""
         value = row.get(self.target)
-        return Example(inputs, None if is_missing(value) else self.parse_target(value), is_cut=is_cut)
+        return None if is_missing(value) else self.parse_target(value)
 
     def parse_target(self, value: Any) -> float | int | None:
         """Convert the answer in a row to a class index or a number; None if it says that the answer is not known."""
@@ -128,7 +132,23 @@ class SequenceClassification(TextTask):
         return dist.Categorical(logits=outputs)
 
     def _check_names(self, id2label: Any) -> None:
-        names = [] if not isinstance(id2label, Mapping) else [id2label.get(i) for i in range(len(id2label))]
-        if len(names) == len(self.classes) and not all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):
-            advice = f"Use classes={names}, the order of the model's outputs, or set model.config.id2label."
-            check_order(self.classes, names, whose="the model's config.id2label", advice=advice)
+        check_model_names(self.classes, id2label)
+
+
+def single_output(outputs: Tensor) -> Tensor:
+    """Return the output of a model with one output, (...), from its outputs (..., 1).
+
+    Raises:
+        ValueError: The model has several outputs.
+
+    Example:
+        >>> import torch
+        >>> single_output(torch.ones(2, 1))
+        tensor([1., 1.])
+    """
+    if outputs.shape[-1] != 1:
+        raise ValueError(
+            f"The model's head has {outputs.shape[-1]} outputs; regression needs num_labels=1. Load the model with "
+            "num_labels=1."
+        )
+    return outputs[..., 0]
