@@ -44,7 +44,7 @@ def note_columns(rows: Sequence[Mapping[str, Any]], form: RowForm, examples: Seq
         form: Fields that the task reads.
         examples: The rows, tokenized.
     """
-    for name in form.names[:-1]:
+    for name in form.texts:
         values = [plain(row.get(name)) for row in rows]
         if empty := [i for i, value in enumerate(values) if isinstance(value, str) and not value.strip()]:
             logger.warning(

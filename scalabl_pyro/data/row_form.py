@@ -12,10 +12,17 @@ class RowForm:
     Args:
         task: Name of the task; empty if the task is not known.
         names: Names of the fields: first the text, last the answer. Empty if they are not known.
+        num_answers: Number of fields of the answer.
     """
 
     task: str = ""
     names: Sequence[str] = ()
+    num_answers: int = 1
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The fields besides those of the answer."""
+        return self.names[: -self.num_answers]
 
     @property
     def fields(self) -> str:
@@ -36,7 +43,7 @@ class RowForm:
         """Code that makes rows of a list of texts."""
         if self.task and not self.names:
             return "[{NAME: text} for text in texts], where NAME is the field of the text"
-        first, *others = self.names[:-1] or ("text",)
+        first, *others = self.texts or ("text",)
         return f"[{{{', '.join([f'{first!r}: text', *(f'{name!r}: ...' for name in others)])}}} for text in texts]"
 
 
@@ -57,7 +64,7 @@ def form_for(encode_row: Callable[..., Any]) -> RowForm:
     """
     task = getattr(encode_row, "__self__", None)
     names = getattr(task, "row_fields", None)
-    return ANY_FORM if names is None else RowForm(type(task).__name__, tuple(names))
+    return ANY_FORM if names is None else RowForm(type(task).__name__, tuple(names), getattr(task, "num_answers", 1))
 
 
 def _in_words(names: Sequence[str]) -> str:

@@ -69,6 +69,8 @@ class Task(Summarized, Program):
     scores_only = False
     #: Names of the classes. None for a likelihood over numbers.
     classes: Sequence[ClassName] | None = None
+    #: What :func:`scalabl_pyro.tasks.from_data` guessed from a table, in words.
+    guessed: str | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, *, max_length: int | None = None) -> None:
         super().__init__()
@@ -214,7 +216,8 @@ class Task(Summarized, Program):
         values = {name: getattr(self, name, None) for name in self.options}
         usual = {name: value for name, value in self.added_options.items() if isinstance(value, str)}
         values = {name: value for name, value in values.items() if name not in usual or usual[name] != value}
-        return {name: _short(value) for name, value in values.items() if value is not None}
+        shown = {name: _short(value) for name, value in values.items() if value is not None}
+        return shown if self.guessed is None else {**shown, "guessed": f"({self.guessed})"}
 
 
 def copy_task(task: Task) -> Task:

@@ -1,9 +1,10 @@
 """Tasks for classification models: the answer comes from the head, for a text or a pair of texts."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from ..data.rows import Row
 from ..lora.forward import LatentLLM
 from .base import Task, text_of
 from .choice_columns import check_column
+from .weighted_categorical import WeightedCategorical, balanced_weights, check_class_weights
 
 
 class TextTask(Task):
@@ -91,10 +93,15 @@ class SequenceClassification(TextTask):
         text_pair: Name of the field of a second text. Default: there is none.
         target: Name of the field of the label.
         max_length: Number of tokens of the longest text. A longer text loses its end. Default: texts are not cut.
+        class_weights: Weight of the log likelihood of each class, or ``"balanced"`` for N / (C * N_c) with the counts
+            of the first fit. Inference then has a weighted likelihood, also in ``laplace``, ``mcmc`` and ``loo``:
+            frequent classes lose probability, and the posterior is wider or narrower than that of the data. Default:
+            all classes have the weight 1.
 
     Raises:
         TypeError: ``tokenizer`` is not a Hugging Face tokenizer.
-        ValueError: There are fewer than two classes, two of them have one name, or they mix texts and numbers.
+        ValueError: There are fewer than two classes, two of them have one name, they mix texts and numbers, or
+            ``class_weights`` are not one positive number per class.
 
     Example:
         >>> from scalabl_pyro import SequenceClassification
@@ -103,7 +110,8 @@ class SequenceClassification(TextTask):
         1
     """
 
-    options = ("classes", *TextTask.options)
+    options = ("classes", *TextTask.options, "class_weights")
+    added_options: ClassVar[Mapping[str, Any]] = {"class_weights": None}
 
     def __init__(
         self,
@@ -114,13 +122,32 @@ class SequenceClassification(TextTask):
         text_pair: str | None = None,
         target: str = "label",
         max_length: int | None = None,
+        class_weights: Literal["balanced"] | Sequence[float] | None = None,
     ) -> None:
         super().__init__(tokenizer, text=text, text_pair=text_pair, target=target, max_length=max_length)
         self.classes: tuple[ClassName, ...] = as_classes(classes)
+        self.class_weights = check_class_weights(class_weights, len(self.classes))
+        self._is_balanced = self.class_weights == "balanced"
 
     def parse_target(self, value: Any) -> int | None:
         """Return the index of a class, given by its index or its name; None if the class is not known."""
         return class_index(value, self.classes)
+
+    def prepare(self, targets: Sequence[float | int], *, are_all: bool) -> None:
+        """Learn balanced weights of the classes from the training targets, if they are asked for.
+
+        Raises:
+            ValueError: The weights are asked for, and these are not all targets.
+        """
+        if self.class_weights == "balanced":
+            if not are_all:
+                raise ValueError("class_weights='balanced' needs the classes of all rows: pass rows, or give numbers.")
+            self.class_weights = balanced_weights(targets, len(self.classes))
+
+    def restart(self) -> None:
+        """Forget the weights that :meth:`prepare` learned."""
+        if self._is_balanced:
+            self.class_weights = "balanced"
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Categorical:
         """Build the categorical distribution over the classes."""
@@ -129,7 +156,13 @@ class SequenceClassification(TextTask):
                 f"The model's head has {outputs.shape[-1]} outputs, but the task has {len(self.classes)} classes. "
                 f"Load the model with num_labels={len(self.classes)}."
             )
-        return dist.Categorical(logits=outputs)
+        return self._categorical(outputs)
+
+    def _categorical(self, logits: Tensor) -> dist.Categorical:
+        """Build the distribution with these logits, and with the weights of the classes."""
+        if self.class_weights is None or isinstance(self.class_weights, str):  # not known before the first fit
+            return dist.Categorical(logits=logits)
+        return WeightedCategorical(logits, torch.tensor(self.class_weights, dtype=logits.dtype, device=logits.device))
 
     def _check_names(self, id2label: Any) -> None:
         check_model_names(self.classes, id2label)
