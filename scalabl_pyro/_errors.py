@@ -18,6 +18,18 @@ class MissingFieldError(ValueError):
     """A row lacks a field that its task reads."""
 
 
+class MissingValueError(ValueError):
+    """A field that a task reads has no value.
+
+    Attributes:
+        name: Name of the field.
+    """
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 class ScalaBLWarning(UserWarning):
     """Warns that something works, but probably not the way the user meant it."""
 

@@ -19,7 +19,7 @@ def check_usefulness(prediction: Prediction | NumericPrediction) -> list[Finding
     The value of ``skill`` is the share of the baseline's NLL (classes) or squared error (numbers) that the predictions
     save: 1 is perfect, 0 is as good as the baseline.
     """
-    if prediction.target is None:
+    if prediction.target is None or not isinstance(prediction, Prediction | NumericPrediction):
         return []
     if isinstance(prediction, NumericPrediction):
         answers = np.asarray(prediction.target, dtype=np.float64)

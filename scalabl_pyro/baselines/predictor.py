@@ -148,9 +148,8 @@ def predict_functions(
 def concatenate(predictions: Sequence[Prediction | NumericPrediction]) -> Prediction | NumericPrediction:
     """Join the draws of several predictions of the same rows along the first axis."""
     first = predictions[0]
-    per_draw = ("log_probs",) if isinstance(first, Prediction) else ("means", "variances", "replicates", "log_density")
     joined: dict[str, Any] = {}
-    for name in per_draw:
+    for name in first.PER_DRAW:
         parts = [cast(Any, getattr(p, name)) for p in predictions]
         joined[name] = None if parts[0] is None else np.concatenate(parts)
     seconds = sum(p.seconds for p in predictions)

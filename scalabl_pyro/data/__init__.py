@@ -3,6 +3,7 @@
 from .batch import Batch, Example, collate, evaluation_batches
 from .encoding import check_tokens, encode
 from .rows import Row, as_question, read_rows
+from .split import stratified_split
 from .training_batches import Cycle, TrainingBatches, training_source
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "encode",
     "evaluation_batches",
     "read_rows",
+    "stratified_split",
     "training_source",
 ]

@@ -13,7 +13,7 @@ from .labels import ClassIndex
 from .row_form import ANY_FORM, RowForm
 
 TABLES = (("pandas", "DataFrame"), ("polars", "DataFrame"), ("pyarrow", "Table"))
-EXPECTED = "Expected rows (a list of dicts, a Dataset, the path of a .jsonl file)"
+EXPECTED = "Expected rows (a list of dicts, a DataFrame, a Dataset, the path of a .csv, .parquet or .jsonl file)"
 
 
 def as_rows(source: Any, form: RowForm = ANY_FORM) -> list[Mapping[str, Any]]:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from .._arguments import known_arguments
-from .._errors import MissingFieldError
+from .._errors import MissingFieldError, MissingValueError
 from .._process.lock import LOCK
 from .._values import is_missing, plain
 from ..lora.position_table import position_limit, trained_positions
 from ..lora.targets import input_embeddings
 from .batch import Example
+from .column_notes import count_of_gaps, note_columns, rows_in_words
 from .containers import check_row
 from .row_form import form_for
 from .rows import Row, rows_for
@@ -62,11 +63,13 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
         >>> encode([{"text": "ab", "label": 1}], encode_row, need_target=True)[0].inputs
         {'input_ids': [97, 98]}
     """
-    examples = []
+    examples: list[Example] = []
+    unanswered: list[int] = []
     form = form_for(encode_row)
+    rows = list(rows)
     for i, row in enumerate(rows):
         check_row(row, i, form)
-        where = f"Row {i}" + (f" (id {row['id']!r})" if "id" in row else "")
+        where = _name_of(row, i)
         try:
             with LOCK:  # two threads cannot use a fast tokenizer at once
                 example = _plain(encode_row(row))
@@ -75,11 +78,17 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
             raise ValueError(missing.rstrip()) from error
         except MissingFieldError as error:
             raise ValueError(f"{where}: {error} {form.advice}".rstrip()) from error
+        except MissingValueError as error:
+            raise ValueError(f"{where}: {error}{count_of_gaps(rows, error.name)}") from error
         except (ValueError, TypeError) as error:
             message = error.args[0] if error.args else error
             raise ValueError(f"{where}: {message}") from error
-        _check_example(example, row, where, need_target=need_target)
+        _check_example(example, where)
+        if example.target is None:
+            unanswered.append(i)
         examples.append(example)
+    if need_target and unanswered:
+        raise ValueError(_without_answer(rows, unanswered))
     if not examples:
         raise ValueError("The data set has no rows.")
     if cut := sum(example.is_cut for example in examples):
@@ -89,31 +98,40 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
             cut,
             len(examples),
         )
+    note_columns(rows, form, examples)
     return examples
+
+
+def _name_of(row: Row, i: int) -> str:
+    return f"Row {i}" + (f" (id {row['id']!r})" if "id" in row else "")
+
+
+def _without_answer(rows: Sequence[Row], unanswered: Sequence[int]) -> str:
+    """Say which rows have no answer, and what to do."""
+    first = unanswered[0]
+    count = f" {rows_in_words(unanswered, len(rows))} have none." if len(unanswered) > 1 else ""
+    return (
+        f"{_name_of(rows[first], first)} has no answer, but training and the likelihood need one.{count} The row has "
+        f"the fields {list(rows[first])}. Add the answer in the field that the task reads, or leave these rows out."
+    )
 
 
 def _plain(example: Example) -> Example:
     """Give an example a Python number as its target, or None where the row has no answer."""
-    if isinstance(example.target, list):
+    if isinstance(example.target, list | tuple):
         return example
     target = None if is_missing(example.target) else plain(example.target)
     return example if target is example.target else replace(example, target=target)
 
 
-def _check_example(example: Example, row: Row, where: str, *, need_target: bool) -> None:
+def _check_example(example: Example, where: str) -> None:
     if len(example) == 0:
         raise ValueError(f"{where} is empty: its text gives no tokens. Give the row a text, or leave it out.")
-    if example.target is None:
-        if need_target:
-            raise ValueError(
-                f"{where} has no answer, but training and the likelihood need one. The row has the fields {list(row)}. "
-                "Add the answer in the field that the task reads."
-            )
-    elif isinstance(example.target, list):
+    if example.target is None or isinstance(example.target, list | tuple):
         return
-    elif not isinstance(example.target, numbers.Real):
+    if not isinstance(example.target, numbers.Real):
         raise TypeError(f"{where}: the answer {example.target!r} is not a number. The task must encode it as one.")
-    elif not math.isfinite(example.target):
+    if not math.isfinite(example.target):
         raise ValueError(f"{where}: the answer {example.target} is not finite. Correct the row, or leave it out.")
 
 

@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any
 
 from .._errors import nearest
-from .._values import integer, is_missing, plain, shown
+from .._values import integer, is_missing, number, plain, shown
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,9 @@ def class_index(label: Any, classes: Sequence[ClassName], *, what: str = "label"
     given, names = plain(label), [str(name) for name in classes]
     if isinstance(given, str):
         if given not in names:
-            raise ValueError(f"{what} {label!r} is not a class. {nearest(given, names)}")
+            is_number = number(given, from_text=True) is not None
+            hint = " It is a number as a text: convert the column to numbers." if is_number else ""
+            raise ValueError(f"{what} {label!r} is not a class. {nearest(given, names)}{hint}")
         return names.index(given)
     whole = integer(given)
     if _kind(classes[0]) != "text":

@@ -12,12 +12,19 @@ class RowForm:
     Args:
         task: Name of the task; empty if the task is not known.
         names: Names of the fields: first the text, last the answer. Empty if they are not known.
+        num_answers: Number of fields of the answer.
         writes: Whether the task writes answers with ``generate``, and has no ``predict``.
     """
 
     task: str = ""
     names: Sequence[str] = ()
+    num_answers: int = 1
     writes: bool = False
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The fields besides those of the answer."""
+        return self.names[: -self.num_answers]
 
     @property
     def fields(self) -> str:
@@ -39,7 +46,7 @@ class RowForm:
         """Code that makes rows of a list of texts."""
         if self.task and not self.names:
             return "[{NAME: text} for text in texts], where NAME is the field of the text"
-        first, *others = self.names[:-1] or ("text",)
+        first, *others = self.texts or ("text",)
         return f"[{{{', '.join([f'{first!r}: text', *(f'{name!r}: ...' for name in others)])}}} for text in texts]"
 
 
@@ -60,8 +67,10 @@ def form_for(encode_row: Callable[..., Any]) -> RowForm:
     """
     task = getattr(encode_row, "__self__", None)
     names = getattr(task, "row_fields", None)
+    if names is None:
+        return ANY_FORM
     writes = bool(getattr(task, "scores_only", False))
-    return ANY_FORM if names is None else RowForm(type(task).__name__, tuple(names), writes)
+    return RowForm(type(task).__name__, tuple(names), getattr(task, "num_answers", 1), writes)
 
 
 def _in_words(names: Sequence[str]) -> str:

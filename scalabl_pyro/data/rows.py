@@ -1,4 +1,4 @@
-"""Rows: dicts from a JSONL file, from a Hugging Face data set, or from any container of rows.
+"""Rows: dicts from a file, from a Hugging Face data set, or from any container of rows.
 
 A task turns each row into an :class:`~scalabl_pyro.data.Example`.
 """
@@ -31,15 +31,16 @@ NO_ROWS = {
 def read_rows(
     source: str | os.PathLike[str] | Iterable[Row], *, split: str = "train", **load_options: Any
 ) -> list[Row]:
-    """Read the rows of a JSONL file, a Hugging Face data set, or an iterable of dicts.
+    """Read the rows of a file, a table, a Hugging Face data set, or an iterable of dicts.
 
     Rows of known multiple-choice data sets from the hub are converted to one form, see :func:`as_question`.
 
     Args:
-        source: Path of a ``.jsonl`` file, ``"hf://owner/name"`` for a data set of the hub, or the rows: an iterable of
-            dicts, a dict of columns, a ``datasets.Dataset``, a pandas or polars DataFrame, a pyarrow table, a NumPy
-            structured array, or a map-style torch Dataset. Any other string is refused, so that a text never leaves
-            the machine as the name of a data set.
+        source: Path of a ``.csv``, ``.tsv``, ``.parquet``, ``.jsonl`` or ``.json`` file, ``"hf://owner/name"`` for a
+            data set of the hub, or the rows: an iterable of dicts, a dict of columns, a ``datasets.Dataset``, a pandas
+            or polars DataFrame, a pyarrow table, a NumPy structured array, or a map-style torch Dataset. Files other
+            than Parquet may be compressed (``.csv.gz``). Any other string is refused, so that a text never leaves the
+            machine as the name of a data set.
         split: Split of a hub data set.
         load_options: Options of ``datasets.load_dataset``, such as ``name="ARC-Easy"`` for a configuration.
 
@@ -47,10 +48,11 @@ def read_rows(
         The rows, at least one.
 
     Raises:
-        FileNotFoundError: The ``.jsonl`` file does not exist.
+        FileNotFoundError: The file does not exist.
         TypeError: ``source`` is a single row, a list of texts, several splits, or no container, or it is not a hub
             data set while there are load options.
-        ValueError: ``source`` is a text or a folder, a line is not a JSON object, or there are no rows.
+        ValueError: ``source`` is a text or a folder, a file does not have the form that its name says, or there are no
+            rows.
 
     Example:
         >>> import pathlib, tempfile

@@ -125,7 +125,7 @@ class TextPosterior(ExportablePosterior):
         check_flag(progress=progress)
         task = self._completion_task("generate")
         options = check_options(decode, num_samples, options)
-        examples = encode(_prompt_rows(prompts), task.encode_prompt, need_target=False)
+        examples = encode(_prompt_rows(prompts, task.prompt), task.encode_prompt, need_target=False)
         writer = Writer(
             llm=self.llm(),
             task=task,
@@ -148,8 +148,8 @@ class TextPosterior(ExportablePosterior):
         return task
 
 
-def _prompt_rows(prompts: Any) -> list[Any]:
-    """Return a row per prompt."""
+def _prompt_rows(prompts: Any, name: str) -> list[Any]:
+    """Return a row per prompt. ``name`` is that of its field."""
     if isinstance(prompts, str | bytes | Mapping):
         raise ValueError("Give a list of prompts, such as ['What color is the sky?'].")
     is_list = isinstance(prompts, Sequence | pd.Series | pd.Index) or (isinstance(prompts, np.ndarray) and prompts.ndim)
@@ -158,4 +158,4 @@ def _prompt_rows(prompts: Any) -> list[Any]:
         raise ValueError("prompts is empty: give one prompt or more.")
     if all(isinstance(row, Mapping) and {"role", "content"} <= set(row) for row in rows):
         raise ValueError("prompts is one conversation. Give a list of conversations: [messages].")
-    return [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
+    return [row if isinstance(row, Mapping) else {name: row} for row in rows]

@@ -14,6 +14,7 @@ from ..data.labels import ClassName
 from ..model.passes import Passes
 from ..tasks import Task, at_least_float32
 from .answered import join_targets
+from .label_sets import LabelSetPrediction, join_label_sets
 from .result import NumericPrediction, Prediction
 
 Part = tuple[Tensor, dict[str, Tensor]]
@@ -30,7 +31,7 @@ def predict_batches(
     seed: int,
     is_mean: bool = False,
     progress: bool = False,
-) -> Prediction | NumericPrediction:
+) -> Any:
     """Predict all rows from a function that gives the outputs of a batch.
 
     Args:
@@ -60,7 +61,7 @@ def predict_from_outputs(
     seed: int = 0,
     is_mean: bool = False,
     seconds: float = float("nan"),
-) -> Prediction | NumericPrediction:
+) -> Any:
     """Predict all rows from outputs that were computed elsewhere.
 
     Args:
@@ -115,19 +116,37 @@ class Collector:
             if not self.classes:
                 self.classes = used_classes(self.task, self.examples, log_probs.shape[-1])
             kept = {"log_probs": log_probs[..., : len(self.classes)]}  # a prompt may have up to 26 choices
+        elif is_label_sets(d):
+            self.classes = tuple(self.task.classes or range(d.event_shape[0]))
+            kept = {"log_odds": at_least_float32(d.base_dist.logits), **self._densities(d, batch)}
         else:
             self.is_normal = isinstance(d, torch.distributions.Normal)
             kept = {"means": d.mean, "variances": d.variance}
             if self.noise is not None:
                 with self.noise.use():
                     kept["replicates"] = d.sample()
-            if self.filled is not None:
-                own = batch.index.cpu()
-                unknown = torch.tensor([self.targets[i] is None for i in own.tolist()], device=batch.index.device)
-                density = d.log_prob(self.filled[own].to(batch.index.device))
-                kept["log_density"] = density.masked_fill(unknown, torch.nan)
+            kept |= self._densities(d, batch)
         shape = (len(outputs), len(batch))
         return batch.index.cpu(), {k: v.expand(*shape, *v.shape[2:]).cpu() for k, v in kept.items()}
+
+    def _densities(self, d: Any, batch: Batch) -> dict[str, Tensor]:
+        """Return the log density of the targets, NaN where a row has none; nothing if no row has one."""
+        if self.filled is None:
+            return {}
+        own = batch.index.cpu()
+        unknown = torch.tensor([self.targets[i] is None for i in own.tolist()], device=batch.index.device)
+        return {"log_density": d.log_prob(self.filled[own].to(batch.index.device)).masked_fill(unknown, torch.nan)}
+
+
+def is_label_sets(d: Any) -> bool:
+    """Whether a distribution is that of any number of labels per row: independent Bernoulli distributions.
+
+    Example:
+        >>> is_label_sets(dist.Bernoulli(torch.ones(2, 3)).to_event(1))
+        True
+    """
+    base = getattr(d, "base_dist", None)
+    return isinstance(base, torch.distributions.Bernoulli) and len(d.event_shape) == 1
 
 
 def _check_outputs(batch: Batch, outputs: Tensor) -> None:
@@ -142,12 +161,16 @@ def _check_outputs(batch: Batch, outputs: Tensor) -> None:
 
 def _as_prediction(
     parts: Sequence[Part], collect: Collector, examples: Sequence[Example], *, is_mean: bool, seconds: float
-) -> Prediction | NumericPrediction:
+) -> Prediction | NumericPrediction | LabelSetPrediction:
     """Join what was kept of each batch, rows back in the order of the data."""
     order = torch.cat([index for index, _ in parts]).argsort()
     kept = {k: torch.cat([part[k] for _, part in parts], dim=1)[:, order].numpy() for k in parts[0][1]}
-    target = join_targets([e.target for e in examples], are_classes="log_probs" in kept)
     arrays: dict[str, Any] = dict(kept)
+    if "log_odds" in arrays:
+        arrays.setdefault("log_density", None)
+        labels = join_label_sets([e.target for e in examples], len(collect.classes))
+        return LabelSetPrediction(target=labels, classes=collect.classes, is_mean=is_mean, seconds=seconds, **arrays)
+    target = join_targets([e.target for e in examples], are_classes="log_probs" in kept)
     if "log_probs" not in arrays:
         arrays.setdefault("log_density", None)
         arrays["is_normal"] = collect.is_normal

@@ -99,6 +99,11 @@ class _Averages:
         self.found.add(index.numpy(), kept)
 
     def _start(self, kept: Kept) -> ClassAverages | NumberAverages:
+        if "log_odds" in kept:
+            raise TypeError(
+                f"keep_draws=False keeps averages of classes and numbers, and {type(self.collect.task).__name__} has "
+                "several labels per row: predict with keep_draws=True."
+            )
         if "log_probs" not in kept:
             return NumberAverages(len(self.examples), are_answered="log_density" in kept)
         target = join_targets([e.target for e in self.examples], are_classes=True)

@@ -7,20 +7,32 @@ A task is the likelihood half of the Pyro program. To write one, subclass :class
 
 from .base import Task, at_least_float32, copy_task
 from .completion import Completion
+from .counts import CountRegression
+from .from_data import from_data
+from .label_completion import LabelCompletion
+from .multi_label import MultiLabelClassification
 from .multiple_choice import MultipleChoice
+from .ordered import OrderedClassification
 from .registry import TASKS, from_options, to_config
 from .regression import Regression
+from .robust import RobustRegression
 from .text import SequenceClassification
 
 __all__ = [
     "TASKS",
     "Completion",
+    "CountRegression",
+    "LabelCompletion",
+    "MultiLabelClassification",
     "MultipleChoice",
+    "OrderedClassification",
     "Regression",
+    "RobustRegression",
     "SequenceClassification",
     "Task",
     "at_least_float32",
     "copy_task",
+    "from_data",
     "from_options",
     "to_config",
 ]

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .._arguments import check_role
 from .._display import Summarized
-from .._errors import MissingFieldError, nearest
+from .._errors import MissingFieldError, MissingValueError, nearest
 from .._process.lock import LOCK
 from .._process.pyro_modes import Program
 from .._values import integer, is_missing, shown, text
@@ -69,6 +69,8 @@ class Task(Summarized, Program):
     scores_only = False
     #: Names of the classes. None for a likelihood over numbers.
     classes: Sequence[ClassName] | None = None
+    #: What :func:`scalabl_pyro.tasks.from_data` guessed from a table, in words.
+    guessed: str | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None, *, max_length: int | None = None) -> None:
         super().__init__()
@@ -210,9 +212,12 @@ class Task(Summarized, Program):
         return self.likelihood(outputs, batch)
 
     def _summary(self) -> dict[str, object]:
-        """Options that have a value, each one short."""
+        """Options that have a value, each one short. Fields with their usual names are left out."""
         values = {name: getattr(self, name, None) for name in self.options}
-        return {name: _short(value) for name, value in values.items() if value is not None}
+        usual = {name: value for name, value in self.added_options.items() if isinstance(value, str)}
+        values = {name: value for name, value in values.items() if name not in usual or usual[name] != value}
+        shown = {name: _short(value) for name, value in values.items() if value is not None}
+        return shown if self.guessed is None else {**shown, "guessed": f"({self.guessed})"}
 
 
 def copy_task(task: Task) -> Task:
@@ -229,7 +234,8 @@ def field_of(row: Row, name: str) -> Any:
     if name not in row:
         raise MissingFieldError(f"the row has no field {name!r}. {nearest(name, map(str, row))}")
     if is_missing(row[name]):
-        raise ValueError(f"the field {name!r} has no value ({row[name]}): fill it, or leave the row out.")
+        message = f"the field {name!r} has no value ({row[name]}): fill it, or leave the row out."
+        raise MissingValueError(message, name)
     return row[name]
 
 

@@ -1,11 +1,14 @@
-"""Checks of the labels and the template of multiple-choice questions, before any text is tokenized."""
+"""Checks of the labels, the template and the model of multiple-choice questions, before any text is tokenized."""
 
 import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
 
+from torch import nn
+
 from .._values import shown
+from ..lora.targets import is_encoder_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -46,4 +49,28 @@ def check_template(template: str) -> None:
             "The template contains %s, which stands in each prompt as it is. Only {question} and {choices} are filled: "
             "write other fields into the question of each row.",
             ", ".join(sorted(others)),
+        )
+
+
+def check_is_causal(llm: nn.Module) -> None:
+    """Raise a ValueError for an encoder-decoder, which does not continue the prompt."""
+    if is_encoder_decoder(llm):
+        raise ValueError(
+            f"MultipleChoice needs a causal LM, but {type(llm).__name__} is an encoder-decoder. Load a causal LM "
+            "(AutoModelForCausalLM), or use SequenceClassification with a classification model."
+        )
+
+
+def check_number(count: int, most: int, *, least: int = 2) -> None:
+    """Raise a ValueError if a row has too few or too many choices.
+
+    Args:
+        count: Number of choices.
+        most: Number of labels.
+        least: Smallest number of choices.
+    """
+    if not least <= count <= most:
+        raise ValueError(
+            f"the row has {count} choices. This task has {most} labels, so it allows 2 to {most} choices. By default, "
+            "labels are the letters that the tokenizer writes as one token; pass labels= for others."
         )

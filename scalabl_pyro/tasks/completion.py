@@ -1,7 +1,7 @@
 """Completions: the answer is a text of any length, and its likelihood is that of all its tokens."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -22,10 +22,13 @@ from ..lora.token_log_probs import NO_TOKEN, TokenLogProbs
 from ..storage.budget import Budget
 from .base import Task, at_least_float32
 from .chat import check_chat_options
+from .choice_columns import check_column
 from .completion_rows import CompletionRows
 from .decoder_inputs import decoder_inputs
 from .given_tokens import GivenTokens
 
+#: Names of the fields of a row, by option.
+COLUMNS = {"prompt": "prompt", "target": "completion", "messages": "messages"}
 #: Which answers of a conversation the likelihood counts.
 Turns = Literal["all", "last"]
 
@@ -34,8 +37,8 @@ class Completion(Task):
     """Task for texts of any length: the LLM continues a prompt, or answers in a conversation.
 
     Rows have one of the forms of TRL: ``{"prompt": str, "completion": str}``, the same with lists of messages, or
-    ``{"messages": [...]}``. The log likelihood of a row is the sum over the tokens of its completion,
-    sum_t log p(y_t | y_<t, x, s), and one row is one observation. Tokens of the prompt do not count.
+    ``{"messages": [...]}``; the names of the fields are options. The log likelihood of a row is the sum over the tokens
+    of its completion, sum_t log p(y_t | y_<t, x, s), and one row is one observation. Tokens of the prompt do not count.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a pad token.
@@ -50,6 +53,9 @@ class Completion(Task):
             and never a part of its completion. With an encoder-decoder, it holds for prompt and completion each.
         encoder_decoder: Whether the model is an encoder-decoder such as T5: the encoder reads the prompt, and the
             decoder writes the completion.
+        prompt: Name of the field of the prompt.
+        target: Name of the field of the completion.
+        messages: Name of the field of the conversation.
 
     Raises:
         TypeError: ``tokenizer`` is not a Hugging Face tokenizer, or ``chat_options`` is not a dict.
@@ -63,8 +69,8 @@ class Completion(Task):
         2
     """
 
-    row_fields = ("prompt", "completion")
-    options = ("chat", "chat_options", "turns", "end_token", "max_length", "encoder_decoder")
+    options = ("chat", "chat_options", "turns", "end_token", "max_length", "encoder_decoder", *COLUMNS)
+    added_options: ClassVar[Mapping[str, Any]] = COLUMNS
     without_tokenizer = False
     scores_only = True
 
@@ -78,6 +84,9 @@ class Completion(Task):
         end_token: bool = True,
         max_length: int | None = None,
         encoder_decoder: bool = False,
+        prompt: str = "prompt",
+        target: str = "completion",
+        messages: str = "messages",
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
         if chat is not None:
@@ -100,6 +109,9 @@ class Completion(Task):
         self.turns: str = turns
         self.end_token = end_token
         self.encoder_decoder = encoder_decoder
+        for name, value in {"prompt": prompt, "target": target, "messages": messages}.items():
+            check_column(name, value)
+        self.prompt, self.target, self.messages = prompt, target, messages
         self._rows = CompletionRows(
             tokenizer,
             chat=bool(chat),
@@ -108,7 +120,15 @@ class Completion(Task):
             end_token=end_token,
             max_length=self.max_length,
             encoder_decoder=encoder_decoder,
+            prompt=prompt,
+            target=target,
+            messages=messages,
         )
+
+    @property
+    def row_fields(self) -> Sequence[str]:  # type: ignore[override]
+        """Names of the fields of a row with a prompt."""
+        return (self.prompt, self.target)
 
     @classmethod
     def from_saved(

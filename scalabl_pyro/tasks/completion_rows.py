@@ -34,6 +34,9 @@ class CompletionRows:
         end_token: Whether the end token belongs to a completion that is given as a text.
         max_length: Longest row in tokens, or None.
         encoder_decoder: Whether an encoder reads the prompt.
+        prompt: Name of the field of the prompt.
+        target: Name of the field of the completion.
+        messages: Name of the field of the conversation.
 
     Example:
         >>> from scalabl_pyro.tasks.completion_rows import CompletionRows
@@ -49,6 +52,9 @@ class CompletionRows:
     end_token: bool = True
     max_length: int | None = None
     encoder_decoder: bool = False
+    prompt: str = "prompt"
+    target: str = "completion"
+    messages: str = "messages"
 
     def __post_init__(self) -> None:
         self._conversation = Conversation(self.tokenizer, self.chat_options or {})
@@ -56,7 +62,7 @@ class CompletionRows:
 
     def encode(self, row: Row) -> Example:
         """Tokenize prompt and completion; the target is the tokens of the completion, or None if there is none."""
-        if is_missing(row.get("messages")) and is_missing(row.get("completion")):
+        if is_missing(row.get(self.messages)) and is_missing(row.get(self.target)):
             return self.encode_prompt(row)
         if self.encoder_decoder:
             return self._encode_pair(row)
@@ -92,28 +98,28 @@ class CompletionRows:
         """Return all tokens before the completion."""
         conversation = self._conversation_of(row)
         if conversation is None:
-            return self._tokenize(text_of(row, "prompt"))
+            return self._tokenize(text_of(row, self.prompt))
         messages, asked = conversation
         asked = len(messages) - (messages[-1]["role"] == "assistant") if asked == 0 else asked
         return self._tokenize(self._conversation.before_answer(messages[:asked]), chat=True)
 
     def _conversation_of(self, row: Row) -> _Conversation | None:
         """Return the conversation of a row, without an answer where it has none; None for texts without a template."""
-        if not is_missing(row.get("messages")):
-            return _Conversation(messages_of(row["messages"], "messages"), 0)
-        prompt, completion = field_of(row, "prompt"), row.get("completion")
+        if not is_missing(row.get(self.messages)):
+            return _Conversation(messages_of(row[self.messages], self.messages), 0)
+        prompt, completion = field_of(row, self.prompt), row.get(self.target)
         if text(prompt) is None:
-            asked = messages_of(prompt, "prompt")
-            answer = [] if is_missing(completion) else messages_of(completion, "completion")
+            asked = messages_of(prompt, self.prompt)
+            answer = [] if is_missing(completion) else messages_of(completion, self.target)
             return _Conversation([*asked, *answer], len(asked))
         if not self.chat:
             return None
-        asked = [{"role": "user", "content": text_of(row, "prompt")}]
-        answer = [] if is_missing(completion) else [{"role": "assistant", "content": text_of(row, "completion")}]
+        asked = [{"role": "user", "content": text_of(row, self.prompt)}]
+        answer = [] if is_missing(completion) else [{"role": "assistant", "content": text_of(row, self.target)}]
         return _Conversation([*asked, *answer], 1)
 
     def _spans(self, row: Row) -> Spans:
-        prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
+        prompt, completion = text_of(row, self.prompt), text_of(row, self.target)
         if not completion:
             raise ValueError("the completion is empty. Give it a text, or leave the row out.")
         return Spans(prompt + completion, ((len(prompt), len(prompt + completion)),))
@@ -129,11 +135,14 @@ class CompletionRows:
 
     def _encode_pair(self, row: Row) -> Example:
         """Encode a row for an encoder-decoder: the prompt, and the completion with its special tokens."""
-        if not is_missing(row.get("messages")):
-            raise ValueError("an encoder-decoder reads a 'prompt', not 'messages': give 'prompt' and 'completion'.")
+        if not is_missing(row.get(self.messages)):
+            raise ValueError(
+                f"an encoder-decoder reads a {self.prompt!r}, not {self.messages!r}: give {self.prompt!r} and "
+                f"{self.target!r}."
+            )
         ids = self._source(row)
         cut = self._cut(ids)
-        completion = self._spans(row).text[len(text_of(row, "prompt")) :]
+        completion = self._spans(row).text[len(text_of(row, self.prompt)) :]
         target = list(self.tokenizer(text_target=completion).input_ids)
         before, behind = map(len, self._special.around)
         target = target[: len(target) - behind]
@@ -151,7 +160,7 @@ class CompletionRows:
 
     def _source(self, row: Row) -> list[int]:
         """Return the tokens of a prompt for an encoder, with special tokens."""
-        prompt = text_of(row, "prompt")
+        prompt = text_of(row, self.prompt)
         if not self.tokenizer(prompt, add_special_tokens=False).input_ids:
             raise ValueError("the prompt is empty: it has no tokens. Give it a text.")
         return [*self._tokenize(prompt), *self._special.around[1]]

@@ -3,11 +3,11 @@
 import re
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .._values import shown
@@ -17,11 +17,11 @@ from ..data.rows import Row
 from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
 from ..lora.look_ahead import needs_mask
-from ..lora.targets import is_encoder_decoder
 from ..storage.budget import Budget
-from .base import Task, at_least_float32, text_of, texts_of
+from .base import Task, at_least_float32
 from .chat import ChatPrompt, check_chat_options
-from .choice_options import check_labels, check_template
+from .choice_columns import ChoiceColumns
+from .choice_options import check_is_causal, check_labels, check_number, check_template
 from .label_tokens import check_end, find_label_tokens, separator
 
 #: Labels where none are given: as many of these letters as the tokenizer knows as one token.
@@ -31,9 +31,9 @@ LETTERS = tuple(string.ascii_uppercase)
 class MultipleChoice(Task):
     """Task for multiple-choice questions. The LLM answers with one token, the label (A, B, C, ...) of a choice.
 
-    Rows are ``{"question": str, "choices": [str, ...], "answer": int}``. The answer may also be a label or the text of
-    a choice. In prediction it may be missing (None, NaN, or -1). The likelihood is categorical; its logits are those of
-    the labels at the last prompt token.
+    Rows are ``{"question": str, "choices": [str, ...], "answer": int}``; the names of the fields are options. The
+    answer may also be a label or the text of a choice. In prediction it may be missing (None, NaN, or -1). The
+    likelihood is categorical; its logits are those of the labels at the last prompt token.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a pad token.
@@ -43,6 +43,9 @@ class MultipleChoice(Task):
         chat: Whether to apply the tokenizer's chat template to the prompt. By default, it is applied if it exists.
         chat_options: Options of the chat template, such as ``{"enable_thinking": False}``. They are passed to the
             tokenizer's ``apply_chat_template``, and saved with the task.
+        question: Name of the field of the question.
+        choices: Name of the field of the list of choices, or a tuple of names, one per choice.
+        target: Name of the field of the answer.
         max_length: Longest prompt in tokens. A longer question loses its end.
 
     Raises:
@@ -58,8 +61,8 @@ class MultipleChoice(Task):
         ['What color is the sky?', 'A. red', 'B. blue', 'Answer:']
     """
 
-    row_fields = ("question", "choices", "answer")
-    options = ("labels", "template", "chat", "chat_options", "max_length")
+    options = ("labels", "template", "chat", "chat_options", "question", "choices", "target", "max_length")
+    added_options: ClassVar[Mapping[str, Any]] = {"question": "question", "choices": "choices", "target": "answer"}
     without_tokenizer = False
 
     def __init__(
@@ -70,10 +73,13 @@ class MultipleChoice(Task):
         template: str = "{question}\n{choices}\nAnswer:",
         chat: bool | None = None,
         chat_options: Mapping[str, Any] | None = None,
+        question: str = "question",
+        choices: str | Sequence[str] = "choices",
+        target: str = "answer",
         max_length: int | None = None,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
-        self._set_options(labels, template, chat, chat_options)
+        self._set_options(ChoiceColumns(question, choices, target), labels, template, chat, chat_options)
         self._learn_tokens()
 
     @classmethod
@@ -92,11 +98,17 @@ class MultipleChoice(Task):
         budget.spend("characters", size * len(labels), "the task, with its labels and its template,")
         task = cls.__new__(cls)
         Task.__init__(task, tokenizer, max_length=options.get("max_length"))
-        task._set_options(labels, template, options.get("chat"), options.get("chat_options"))
+        columns = ChoiceColumns(*(options[name] for name in cls.added_options))
+        task._set_options(columns, labels, template, options.get("chat"), options.get("chat_options"))
         return task
 
     def _set_options(
-        self, labels: Sequence[str] | None, template: str, chat: bool | None, chat_options: Mapping[str, Any] | None
+        self,
+        columns: ChoiceColumns,
+        labels: Sequence[str] | None,
+        template: str,
+        chat: bool | None,
+        chat_options: Mapping[str, Any] | None,
     ) -> None:
         """Check and keep the options; the tokenizer does not run."""
         tokenizer = self.tokenizer
@@ -108,6 +120,8 @@ class MultipleChoice(Task):
             )
         if chat and not tokenizer.chat_template:
             raise ValueError("chat=True, but the tokenizer has no chat template: use chat=False.")
+        self.columns = columns
+        self.question, self.choices, self.target = columns.question, columns.choices, columns.target
         self.template = template
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
         self.chat_options = check_chat_options(chat_options) or None
@@ -117,6 +131,11 @@ class MultipleChoice(Task):
         self._labels_are_given = labels is not None
         self._chat: ChatPrompt | None = None
         self._has_tokens = False
+
+    @property
+    def row_fields(self) -> Sequence[str]:  # type: ignore[override]
+        """Names of the fields of a row."""
+        return self.columns.names
 
     @property
     def classes(self) -> Sequence[str]:  # type: ignore[override]
@@ -131,14 +150,13 @@ class MultipleChoice(Task):
 
     def encode(self, row: Row) -> Example:
         """Tokenize the prompt, and find the index of the answer and the number of choices."""
-        choices = texts_of(row, "choices")
-        if len(choices) < 2:
-            self._refuse_number(len(choices))
+        choices = self.columns.choices_of(row)
+        check_number(len(choices), len(self.labels))
         ids = self._prompt_tokens(row)
         is_cut = self.max_length is not None and len(ids) > self.max_length
         if is_cut:
             ids = self._shorten(row, len(ids))
-        answer = choice_index(row.get("answer"), self.labels, choices)
+        answer = choice_index(self.columns.answer_of(row), self.labels, choices)
         return Example({"input_ids": ids}, answer, {"num_choices": len(choices)}, is_cut=is_cut)
 
     def prompt(self, row: Row) -> str:
@@ -161,7 +179,7 @@ class MultipleChoice(Task):
         Raises:
             ValueError: The LLM is an encoder-decoder, reads padding in spite of a mask, or lacks a token or a position.
         """
-        _check_kind(adapter.module)
+        check_is_causal(adapter.module)
         super().check_llm(adapter, examples)
         self._label_ids = self.label_ids.to(adapter.device)  # a step that is captured cannot move it
         tokens = [token for example in examples[:8] for token in example.inputs["input_ids"]]
@@ -173,7 +191,7 @@ class MultipleChoice(Task):
         Raises:
             ValueError: The model is not a causal LM, lacks the token of a label, or reads padding in spite of a mask.
         """
-        _check_kind(llm.llm)
+        check_is_causal(llm.llm)
         self._learn_tokens()
         # Padding stands right of the last token, so a causal LM does not see it. Without a mask, attention uses its
         # fastest kernel, and the host does not wait to read the mask.
@@ -201,11 +219,10 @@ class MultipleChoice(Task):
 
     def _fill(self, row: Row) -> str:
         """Return the template with question and choices."""
-        choices = texts_of(row, "choices")
-        if len(choices) > len(self.labels):
-            self._refuse_number(len(choices))
+        choices = self.columns.choices_of(row)
+        check_number(len(choices), len(self.labels), least=0)
         lines = "\n".join(f"{label}. {choice}" for label, choice in zip(self.labels, choices, strict=False))
-        fill = {"{choices}": lines, "{question}": text_of(row, "question")}
+        fill = {"{choices}": lines, "{question}": self.columns.question_of(row)}
         return re.sub(r"\{(choices|question)\}", lambda match: fill[match[0]], self.template)
 
     def _text_before_label(self, row: Row) -> str:
@@ -226,7 +243,7 @@ class MultipleChoice(Task):
         """Find the token of each label after a prompt, if it is not known yet."""
         if self._has_tokens:
             return
-        row = {"question": "?", "choices": ["?", "?"]}
+        row = self.columns.example()
         before = self._text_before_label(row)
         check_end(self.tokenizer, self._tokens, before)
         text = self._fill(row)
@@ -263,21 +280,14 @@ class MultipleChoice(Task):
             )
         return tokens[:-1]
 
-    def _refuse_number(self, count: int) -> None:
-        most = len(self.labels)
-        raise ValueError(
-            f"the row has {count} choices. This task has {most} labels, so it allows 2 to {most} choices. By default, "
-            "labels are the letters that the tokenizer writes as one token; pass labels= for others."
-        )
-
     def _shorten(self, row: Row, length: int) -> list[int]:
         """Cut the end of the question, but never the choices or the end of the prompt."""
         assert self.max_length is not None
-        question = self.tokenizer(text_of(row, "question"), add_special_tokens=False).input_ids
+        question = self.tokenizer(self.columns.question_of(row), add_special_tokens=False).input_ids
         ids: list[int] = []
         while question and length > self.max_length:
             question = question[: self.max_length - length]
-            ids = self._prompt_tokens({**row, "question": self.tokenizer.decode(question)})
+            ids = self._prompt_tokens({**row, self.columns.question: self.tokenizer.decode(question)})
             length = len(ids)
         if not question:
             raise ValueError(
@@ -285,12 +295,3 @@ class MultipleChoice(Task):
                 "Increase max_length."
             )
         return ids
-
-
-def _check_kind(llm: nn.Module) -> None:
-    """Raise a ValueError for an encoder-decoder, which does not continue the prompt."""
-    if is_encoder_decoder(llm):
-        raise ValueError(
-            f"MultipleChoice needs a causal LM, but {type(llm).__name__} is an encoder-decoder. Load a causal LM "
-            "(AutoModelForCausalLM), or use SequenceClassification with a classification model."
-        )

@@ -10,13 +10,22 @@ from .._errors import nearest
 from ..storage.budget import Budget
 from .base import Task
 from .completion import Completion
+from .counts import CountRegression
+from .label_completion import LabelCompletion
+from .multi_label import MultiLabelClassification
 from .multiple_choice import MultipleChoice
+from .ordered import OrderedClassification
 from .regression import Regression
+from .robust import RobustRegression
 from .text import SequenceClassification
 
 #: Classes of this library, by name.
 TASKS: dict[str, type[Task]] = {
-    task.__name__: task for task in (MultipleChoice, SequenceClassification, Regression, Completion)
+    task.__name__: task
+    for task in (
+        *(MultipleChoice, SequenceClassification, Regression, Completion),
+        *(LabelCompletion, MultiLabelClassification, OrderedClassification, CountRegression, RobustRegression),
+    )
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import pyro.distributions as dist
 import torch
+from numpy.typing import NDArray
 from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints, transform_to
@@ -16,7 +17,7 @@ from .._errors import ScalaBLWarning, check_scale, stacklevel_outside
 from .._values import number, shown
 from ..data.batch import Batch
 from .standardized_normal import StandardizedNormal
-from .text import TextTask
+from .text import TextTask, single_output
 
 #: Mean and standard deviation at which a new head can learn targets that are not standardized.
 LARGEST_RAW = 10.0
@@ -80,8 +81,10 @@ class Regression(TextTask):
         """Convert a number, or a text that holds one, to a float."""
         found = number(value, from_text=True)
         if found is None:
+            is_comma = isinstance(value, str) and number(value.replace(",", ".", 1), from_text=True) is not None
+            hint = " Numbers have a decimal point: read the file with pandas.read_csv(path, decimal=',')." * is_comma
             raise ValueError(
-                f"the answer {shown(value)} is not a number. Give a number, or leave it out in prediction."
+                f"the answer {shown(value)} is not a number. Give a number, or leave it out in prediction.{hint}"
             )
         return found
 
@@ -96,7 +99,7 @@ class Regression(TextTask):
             are_all: Whether these are all of them. A part of them teaches nothing: its mean is not that of all rows.
         """
         values = np.asarray(targets, dtype=np.float64)
-        mean, spread = float(values.mean()), float(values.std())
+        mean, spread = self._center_and_spread(values)
         if self.standardize is True and are_all:
             scale = spread if spread > 1e-12 * max(abs(mean), 1e-300) else 1.0  # all targets are equal
             self.standardize = (mean, scale)
@@ -115,15 +118,14 @@ class Regression(TextTask):
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Normal:
         """Build the normal distribution of y around the single output."""
-        if outputs.shape[-1] != 1:
-            raise ValueError(
-                f"The model's head has {outputs.shape[-1]} outputs; regression needs num_labels=1. Load the model with "
-                "num_labels=1."
-            )
         mean, scale = self.mean_and_scale
         # The scale has the precision of the outputs; otherwise a float64 model would get float32 log densities.
         noise = cast(Tensor, self.noise_scale).to(outputs.dtype) / scale
-        return StandardizedNormal(outputs[..., 0], noise, center=mean, unit=scale)
+        return StandardizedNormal(single_output(outputs), noise, center=mean, unit=scale)
+
+    def _center_and_spread(self, values: NDArray[np.float64]) -> tuple[float, float]:
+        """Return the mean and the scale by which training targets are standardized."""
+        return float(values.mean()), float(values.std())
 
     def _check_units(self, mean: float, spread: float) -> None:
         """Warn if a head cannot reach targets with this mean and standard deviation."""

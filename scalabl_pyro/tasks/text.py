@@ -1,19 +1,22 @@
 """Tasks for classification models: the answer comes from the head, for a text or a pair of texts."""
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .._values import is_missing
 from ..data.batch import Batch, Example
-from ..data.labels import ClassName, as_classes, check_order, class_index
+from ..data.labels import ClassName, as_classes, class_index
+from ..data.model_names import check_model_names
 from ..data.rows import Row
 from ..lora.forward import LatentLLM
 from .base import Task, text_of
+from .choice_columns import check_column
+from .weighted_categorical import WeightedCategorical, balanced_weights, check_class_weights
 
 
 class TextTask(Task):
@@ -33,8 +36,7 @@ class TextTask(Task):
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
         for name, value in {"text": text, "text_pair": text_pair or "", "target": target}.items():
-            if not isinstance(value, str):
-                raise ValueError(f"{name}={value!r} must be a string, the name of a field of the rows.")
+            check_column(name, value)
         self.text, self.text_pair, self.target = text, text_pair, target
 
     @property
@@ -48,8 +50,12 @@ class TextTask(Task):
         encoded = self.tokenizer(*texts, truncation=self.max_length is not None, max_length=self.max_length)
         inputs = {k: list(v) for k, v in encoded.items() if k != "attention_mask"}
         is_cut = self.max_length is not None and len(self.tokenizer(*texts).input_ids) > self.max_length
+        return Example(inputs, self.answer_of(row), is_cut=is_cut)
+
+    def answer_of(self, row: Row) -> Any:
+        """Return the answer of a row as a number; None if the row has no answer."""
         value = row.get(self.target)
-        return Example(inputs, None if is_missing(value) else self.parse_target(value), is_cut=is_cut)
+        return None if is_missing(value) else self.parse_target(value)
 
     def parse_target(self, value: Any) -> float | int | None:
         """Convert the answer in a row to a class index or a number; None if it says that the answer is not known."""
@@ -87,10 +93,15 @@ class SequenceClassification(TextTask):
         text_pair: Name of the field of a second text. Default: there is none.
         target: Name of the field of the label.
         max_length: Number of tokens of the longest text. A longer text loses its end. Default: texts are not cut.
+        class_weights: Weight of the log likelihood of each class, or ``"balanced"`` for N / (C * N_c) with the counts
+            of the first fit. Inference then has a weighted likelihood, also in ``laplace``, ``mcmc`` and ``loo``:
+            frequent classes lose probability, and the posterior is wider or narrower than that of the data. Default:
+            all classes have the weight 1.
 
     Raises:
         TypeError: ``tokenizer`` is not a Hugging Face tokenizer.
-        ValueError: There are fewer than two classes, two of them have one name, or they mix texts and numbers.
+        ValueError: There are fewer than two classes, two of them have one name, they mix texts and numbers, or
+            ``class_weights`` are not one positive number per class.
 
     Example:
         >>> from scalabl_pyro import SequenceClassification
@@ -99,7 +110,8 @@ class SequenceClassification(TextTask):
         1
     """
 
-    options = ("classes", *TextTask.options)
+    options = ("classes", *TextTask.options, "class_weights")
+    added_options: ClassVar[Mapping[str, Any]] = {"class_weights": None}
 
     def __init__(
         self,
@@ -110,13 +122,32 @@ class SequenceClassification(TextTask):
         text_pair: str | None = None,
         target: str = "label",
         max_length: int | None = None,
+        class_weights: Literal["balanced"] | Sequence[float] | None = None,
     ) -> None:
         super().__init__(tokenizer, text=text, text_pair=text_pair, target=target, max_length=max_length)
         self.classes: tuple[ClassName, ...] = as_classes(classes)
+        self.class_weights = check_class_weights(class_weights, len(self.classes))
+        self._is_balanced = self.class_weights == "balanced"
 
     def parse_target(self, value: Any) -> int | None:
         """Return the index of a class, given by its index or its name; None if the class is not known."""
         return class_index(value, self.classes)
+
+    def prepare(self, targets: Sequence[float | int], *, are_all: bool) -> None:
+        """Learn balanced weights of the classes from the training targets, if they are asked for.
+
+        Raises:
+            ValueError: The weights are asked for, and these are not all targets.
+        """
+        if self.class_weights == "balanced":
+            if not are_all:
+                raise ValueError("class_weights='balanced' needs the classes of all rows: pass rows, or give numbers.")
+            self.class_weights = balanced_weights(targets, len(self.classes))
+
+    def restart(self) -> None:
+        """Forget the weights that :meth:`prepare` learned."""
+        if self._is_balanced:
+            self.class_weights = "balanced"
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Categorical:
         """Build the categorical distribution over the classes."""
@@ -125,10 +156,32 @@ class SequenceClassification(TextTask):
                 f"The model's head has {outputs.shape[-1]} outputs, but the task has {len(self.classes)} classes. "
                 f"Load the model with num_labels={len(self.classes)}."
             )
-        return dist.Categorical(logits=outputs)
+        return self._categorical(outputs)
+
+    def _categorical(self, logits: Tensor) -> dist.Categorical:
+        """Build the distribution with these logits, and with the weights of the classes."""
+        if self.class_weights is None or isinstance(self.class_weights, str):  # not known before the first fit
+            return dist.Categorical(logits=logits)
+        return WeightedCategorical(logits, torch.tensor(self.class_weights, dtype=logits.dtype, device=logits.device))
 
     def _check_names(self, id2label: Any) -> None:
-        names = [] if not isinstance(id2label, Mapping) else [id2label.get(i) for i in range(len(id2label))]
-        if len(names) == len(self.classes) and not all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):
-            advice = f"Use classes={names}, the order of the model's outputs, or set model.config.id2label."
-            check_order(self.classes, names, whose="the model's config.id2label", advice=advice)
+        check_model_names(self.classes, id2label)
+
+
+def single_output(outputs: Tensor) -> Tensor:
+    """Return the output of a model with one output, (...), from its outputs (..., 1).
+
+    Raises:
+        ValueError: The model has several outputs.
+
+    Example:
+        >>> import torch
+        >>> single_output(torch.ones(2, 1))
+        tensor([1., 1.])
+    """
+    if outputs.shape[-1] != 1:
+        raise ValueError(
+            f"The model's head has {outputs.shape[-1]} outputs; regression needs num_labels=1. Load the model with "
+            "num_labels=1."
+        )
+    return outputs[..., 0]

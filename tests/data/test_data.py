@@ -436,7 +436,10 @@ def test_rows_of_known_hub_data_sets_get_one_form(row, expected):
     assert as_question(row) == expected
 
 
-@pytest.mark.parametrize("name", ["batch", "encoding", "rows", "training_batches"])
+TABLE_FILES = ["column_notes", "columns", "model_names", "split", "table_files"]
+
+
+@pytest.mark.parametrize("name", ["batch", "encoding", "rows", "training_batches", *TABLE_FILES])
 def test_examples_of_docstrings_run(name):
     result = doctest.testmod(importlib.import_module(f"scalabl_pyro.data.{name}"))
     assert result.attempted and not result.failed

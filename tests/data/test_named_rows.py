@@ -29,7 +29,7 @@ def folder(tmp_path):
     """A folder with two data sets and a file of another kind."""
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": name}))
-    (tmp_path / "table.csv").write_text("question\none\n")
+    (tmp_path / "table.xlsx").write_text("question\none\n")
     return tmp_path
 
 
@@ -90,8 +90,8 @@ def test_a_folder_is_not_concatenated(folder, kind):
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
 def test_a_file_of_another_kind_is_named(folder, kind):
-    with pytest.raises(ValueError, match=r"table\.csv' is a file, but its name does not end in \.jsonl"):
-        read_rows(kind(folder / "table.csv"))
+    with pytest.raises(ValueError, match=r"table\.xlsx' is a file, but its name does not end in \.jsonl"):
+        read_rows(kind(folder / "table.xlsx"))
 
 
 @pytest.mark.parametrize("name", ["hf://owner/name", "hf://datasets/owner/name"])

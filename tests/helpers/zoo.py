@@ -126,7 +126,41 @@ TASKS = {
         [{**row, "label": row["label"] / 2} for row in tiny.text_rows(ROWS)],
         num_classes=None,
     ),
+    "labels": TaskKind(
+        lambda: sp.tasks.MultiLabelClassification(tiny.tokenizer(), classes=["a", "b", "c"]),
+        lambda: tiny.classifier("llama", num_labels=3),
+        [{**row, "labels": [[], ["a"], ["a", "c"], ["b"]][i % 4]} for i, row in enumerate(tiny.text_rows(ROWS))],
+        num_classes=3,
+    ),
+    "names": TaskKind(
+        lambda: sp.tasks.LabelCompletion(tiny.tokenizer(), classes=["red sky", "green", "the night"]),
+        tiny.causal_lm,
+        tiny.text_rows(ROWS),
+        num_classes=3,
+    ),
+    "stars": TaskKind(
+        lambda: sp.tasks.OrderedClassification(tiny.tokenizer(), classes=[0, 1, 2]),
+        lambda: tiny.classifier("llama", num_labels=1),
+        tiny.text_rows(ROWS),
+        num_classes=3,
+    ),
+    "counts": TaskKind(
+        lambda: sp.tasks.CountRegression(tiny.tokenizer()),
+        lambda: tiny.classifier("llama", num_labels=1),
+        tiny.text_rows(ROWS),
+        num_classes=None,
+    ),
+    "robust": TaskKind(
+        lambda: sp.tasks.RobustRegression(tiny.tokenizer()),
+        lambda: tiny.classifier("llama", num_labels=1),
+        [{**row, "label": row["label"] / 2} for row in tiny.text_rows(ROWS)],
+        num_classes=None,
+    ),
 }
+#: Tasks that are like others but for the likelihood: one pair of prior and guide is enough for the default suite.
+ALIKE = ("labels", "names", "stars", "counts", "robust")
+#: Tasks with parameters of their own.
+LEARNED = ("regression", "stars", "robust")
 
 
 @dataclass(frozen=True)
@@ -160,7 +194,7 @@ class Case:
     @property
     def learned(self) -> set[str]:
         """Which parts have something to train."""
-        extras = {"prior": self.prior == "empirical", "task": self.task == "regression"}
+        extras = {"prior": self.prior == "empirical", "task": self.task in LEARNED}
         return {"point", "guide", *(part for part, has in extras.items() if has)}
 
     def blora(self) -> sp.BayesianLoRA:
@@ -189,9 +223,13 @@ BESIDE_CHOICE = [pair for pair in PAIRS if "normal" in pair]
 CASES = [
     *[Case(*pair, "choice") for pair in PAIRS],
     *[Case(*pair, task) for task in ("classification", "regression") for pair in BESIDE_CHOICE],
+    *[Case("normal", guide, task) for task in ALIKE for guide in ("normal", "delta")],
 ]
 #: All other combinations, for which the default suite has no time.
-REST = [Case(*pair, task) for task in ("classification", "regression") for pair in PAIRS if pair not in BESIDE_CHOICE]
+REST = [
+    *[Case(*pair, task) for task in ("classification", "regression") for pair in PAIRS if pair not in BESIDE_CHOICE],
+    *[case for task in ALIKE for pair in BESIDE_CHOICE if (case := Case(*pair, task)) not in CASES],
+]
 
 
 @dataclass(frozen=True)

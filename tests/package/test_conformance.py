@@ -88,6 +88,9 @@ class TestEveryCombination:
                 assert moment.shape == (DRAWS, rows) and np.isfinite(moment).all()
             assert prediction.mean.shape == prediction.total.shape == (rows,)
             assert (prediction.variances > 0).all()
+        elif case.task == "labels":
+            assert prediction.log_odds.shape == (DRAWS, rows, classes) and np.isfinite(prediction.log_odds).all()
+            assert prediction.probs.shape == (rows, classes) and prediction.total.shape == (rows,)
         else:
             assert prediction.log_probs.shape == (DRAWS, rows, classes)
             np.testing.assert_allclose(logsumexp(prediction.log_probs, axis=-1), 0, atol=1e-5)
@@ -103,7 +106,7 @@ class TestEveryCombination:
         history = fitted.result.history
         assert len(history) == 3 and np.isfinite(history.to_numpy()).all()
         assert {name.split(".")[0] for name in fitted.start} == case.learned
-        assert any("score" in name for name in fitted.start) is (case.task != "choice")
+        assert any("score" in name for name in fitted.start) is (case.task not in ("choice", "names"))
         for name, reached in fitted.reached.items():
             assert reached.any() if any(part in name for part in PARTLY_USED) else reached.all(), name
             assert torch.isfinite(fitted.end[name]).all(), name
@@ -159,6 +162,10 @@ class TestEveryCombination:
 
     @every_case
     def test_arviz_gets_named_draws_and_predictions(self, case, posterior, prediction):
+        if case.task == "labels":
+            with pytest.raises(TypeError, match="prediction is a LabelSetPrediction"):
+                posterior.to_arviz(num_draws=DRAWS, seed=1, prediction=prediction)
+            return
         idata = posterior.to_arviz(num_draws=DRAWS, seed=1, prediction=prediction)
         group = dataset(idata, "posterior")
         dims = {name: [f"{name}_dim_{i}" for i in range(len(shape))] for name, shape in case.sites.items()}
@@ -296,7 +303,7 @@ def shapes(draws: sp.Draws) -> dict[str, tuple[int, ...]]:
 
 
 def scores(prediction: Any) -> np.ndarray:
-    return prediction.log_probs if isinstance(prediction, sp.Prediction) else prediction.means
+    return next(v for name in ("log_probs", "log_odds", "means") if (v := getattr(prediction, name, None)) is not None)
 
 
 def dataset(idata: Any, group: str) -> xr.Dataset:

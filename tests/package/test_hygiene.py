@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 from pyro import infer, poutine
 
 import scalabl_pyro as sp
-from scalabl_pyro.data import read_rows
+from scalabl_pyro.data import read_rows, stratified_split
 from scalabl_pyro.lora import binding, hidden_state_cache
 
 ROWS = tiny.question_rows(8)
@@ -437,6 +437,10 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
     "priors.as_prior": (
         [lambda w: [sp.priors.as_prior(p, w.blora.subspace) for p in (1.0, "horseshoe", dist.Normal(0.0, 1.0))]],
         [lambda w: sp.priors.as_prior("nothing", w.blora.subspace)],
+    ),
+    "data.stratified_split": (
+        [lambda w: stratified_split(ROWS, by="answer")],
+        [lambda w: stratified_split(ROWS, by="absent"), lambda w: stratified_split(ROWS, by="answer", share=2)],
     ),
     "data.read_rows": ([lambda w: read_rows(w.path / "rows.jsonl")], [lambda w: read_rows(w.path / "broken.jsonl")]),
 }

@@ -63,6 +63,9 @@ def calls() -> dict[str, tuple[tuple[str, ...], object]]:
         "Posterior.diagnose": lambda w, d: w.posterior.diagnose(d),
         "Posterior.log_likelihood": lambda w, d: w.posterior.log_likelihood(d),
         "Posterior.log_weights": lambda w, d: w.posterior.log_weights(d),
+        "data.stratified_split": lambda w, d: data.encode(
+            data.stratified_split(d, by="answer")[0], w.task.encode, need_target=True
+        ),
         "data.read_rows": lambda w, d: data.encode(data.read_rows(d), w.task.encode, need_target=True),
     }
     tasks = {
