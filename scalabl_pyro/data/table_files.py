@@ -46,7 +46,7 @@ def read_table_file(path: Path) -> list[Row]:
     """Read the rows of a file. Its name says its form, see :func:`kind_of_file`.
 
     An empty cell of a CSV file is a missing value. The words ``NA``, ``None`` and ``null`` are texts, because they may
-    be the names of classes.
+    be the names of classes. Codes such as ``007`` are texts too.
 
     Args:
         path: Path of a file that exists.
@@ -75,8 +75,8 @@ def _read_separated(path: Path, separator: str) -> list[Row]:
     """Read a CSV or TSV file with pandas."""
     try:
         table = pd.read_csv(
-            path, sep=separator, keep_default_na=False, na_values=[""], encoding="utf-8-sig", low_memory=False
-        )
+            path, sep=separator, keep_default_na=False, na_values=[""], encoding="utf-8-sig", dtype=str
+        ).apply(_typed)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}). Save the file in UTF-8.") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error, OSError, EOFError, zlib.error) as error:
@@ -88,6 +88,21 @@ def _read_separated(path: Path, separator: str) -> list[Row]:
             f"pandas.read_csv(path, sep={found[0]!r}), and pass the table."
         )
     return as_rows(table)
+
+
+def _typed(column: Any) -> Any:
+    """Return a column of texts as numbers or truth values, where all of them are written so.
+
+    Codes such as ``007`` stay texts: as numbers they would name other classes.
+    """
+    known = column.dropna()
+    if known.empty or known.str.match(r"\s*[+-]?0\d").any():
+        return column
+    numbers = pd.to_numeric(column, errors="coerce")
+    if numbers[known.index].notna().all():
+        return numbers
+    truth = column.str.lower().map({"true": True, "false": False})
+    return truth if truth[known.index].notna().all() else column
 
 
 def _read_parquet(path: Path) -> list[Row]:

@@ -64,7 +64,8 @@ class LabelSetPrediction(Scores):
     @property
     def labels(self) -> NDArray[np.bool_]:
         """(N, K) whether the probability of a label is 1/2 or more."""
-        return self.probs >= 0.5
+        chosen: NDArray[np.bool_] = np.greater_equal(self.probs, 0.5)
+        return chosen
 
     @property
     def total(self) -> Array:
@@ -117,7 +118,8 @@ class LabelSetPrediction(Scores):
         if self.target is not None:
             names = self._names(np.asarray(self.target) == 1)
             known = self.is_answered
-            frame["target"] = [row if is_known else None for row, is_known in zip(names, known, strict=True)]
+            shown = [row if is_known else None for row, is_known in zip(names, known, strict=True)]
+            frame["target"] = pd.Series(shown, dtype=object)
         return frame
 
     def _names(self, chosen: NDArray[np.bool_]) -> list[list[ClassName]]:

@@ -216,7 +216,7 @@ class Task(Summarized, Program):
         values = {name: getattr(self, name, None) for name in self.options}
         usual = {name: value for name, value in self.added_options.items() if isinstance(value, str)}
         values = {name: value for name, value in values.items() if name not in usual or usual[name] != value}
-        shown = {name: _short(value) for name, value in values.items() if value is not None}
+        shown: dict[str, object] = {name: _short(value) for name, value in values.items() if value is not None}
         return shown if self.guessed is None else {**shown, "guessed": f"({self.guessed})"}
 
 

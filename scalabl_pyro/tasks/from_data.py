@@ -91,8 +91,8 @@ def from_data(
         (('blue', 'green'), 'note', 'class')
     """
     if task is not None and task not in TABLE_TASKS:
-        names = ", ".join(kind.__name__ for kind in TABLE_TASKS)
-        raise TypeError(f"task={shown(task)}: expected one of the classes {names}. Others read rows of a fixed form.")
+        allowed = ", ".join(kind.__name__ for kind in TABLE_TASKS)
+        raise TypeError(f"task={shown(task)}: expected one of the classes {allowed}. Others read rows of a fixed form.")
     columns = columns_of(read_rows(data, split=split))
     module = getattr(getattr(llm, "adapter", None), "module", llm)
     is_causal = module is not None and output_head(module) is not None
@@ -101,7 +101,7 @@ def from_data(
         return _say(known(tokenizer, **options), "its rows have the fields of this task")
     target = _target(columns, options)
     kind, why = (task, "as you say") if task is not None else _kind(target, is_causal=is_causal)
-    given = {"text": _text(columns, target, options), "target": target.name, **options}
+    given: dict[str, Any] = {"text": _text(columns, target, options), "target": target.name, **options}
     if kind in WITH_CLASSES and "classes" not in given:
         names = _order(target.classes, None if kind is OrderedClassification else module)
         given["classes"] = list(map(str, names)) if kind is LabelCompletion and not _are_texts(names) else names
@@ -177,7 +177,9 @@ def _kind(target: Column, *, is_causal: bool) -> tuple[type[Task], str]:
 def _order(classes: tuple[ClassName, ...], module: nn.Module | None) -> tuple[ClassName, ...]:
     """Return the classes in the order of the outputs of a model that has names for them."""
     id2label = getattr(getattr(module, "config", None), "id2label", None)
-    if not isinstance(id2label, Mapping) or output_head(module) is not None:  # causal LMs have two unused names
+    if (
+        module is None or not isinstance(id2label, Mapping) or output_head(module) is not None
+    ):  # causal LMs have two unused names
         return classes
     names = [str(id2label.get(i)) for i in range(len(id2label))]
     by_name = {str(name).casefold(): name for name in classes}

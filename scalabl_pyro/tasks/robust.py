@@ -82,7 +82,7 @@ class RobustRegression(Regression):
             raise ValueError(f"df={shown(df)}: expected a finite number above 2, so that the variance exists.")
         self.df = found
 
-    def likelihood(self, outputs: Tensor, batch: Batch) -> StandardizedStudentT:  # type: ignore[override]
+    def likelihood(self, outputs: Tensor, batch: Batch) -> StandardizedStudentT:
         """Build the t distribution of y around the single output."""
         center, unit = self.mean_and_scale
         noise = cast(Tensor, self.noise_scale).to(outputs.dtype) / unit

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import tiny
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import containers, read_rows
@@ -103,6 +103,10 @@ REFUSED = {
     "single row": (ROWS[0], r"fields 'text', 'label'\. A single row goes into a list: \[row\]"),
     "question": (tiny.question_rows(1)[0], r"A single row"),
     "splits": (DatasetDict(train=Dataset.from_list(ROWS)), r"splits \['train'\].*data\['train'\]"),
+    "splits of a stream": (
+        IterableDatasetDict({"train": IterableDataset.from_generator(lambda: iter(ROWS))}),
+        r"splits \['train'\].*data\['train'\]",
+    ),
     "splits as lists": ({"train": ROWS, "test": ROWS}, r"splits \['train', 'test'\].*data\['train'\]"),
     "splits as tables": ({"train": pd.DataFrame(ROWS)}, r"splits \['train'\].*data\['train'\]"),
     "list of texts": (["the sky", "grass"], r"Row 0 is a str .*; expected a dict.*pass \[\{'text': text\}"),

@@ -52,6 +52,16 @@ def test_a_file_gives_its_rows(tmp_path, name, kind):
     assert [{k: None if is_missing(v) else v for k, v in row.items()} for row in found] == ROWS
 
 
+def test_a_csv_column_has_the_type_that_its_cells_have_in_common(tmp_path):
+    text = "code,whole,real,truth,mixed,gap\n007,1,1,True,1,\n012,2,2.5,false,NA,3\n"
+    (tmp_path / "rows.csv").write_text(text)
+    first, second = read_rows(tmp_path / "rows.csv")
+    assert second == {"code": "012", "whole": 2, "real": 2.5, "truth": False, "mixed": "NA", "gap": 3}
+    assert first["code"] == "007" and first["truth"] is True and is_missing(first["gap"])
+    by_name = pd.read_csv(tmp_path / "rows.csv", keep_default_na=False, na_values=[""])
+    assert [row["real"] for row in (first, second)] == by_name["real"].tolist()
+
+
 def test_the_class_names_of_a_parquet_file_are_kept(tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["yes", "no"])})
     data = Dataset.from_dict({"text": ["the sky", "grass"], "label": [0, 1]}, features=features)
