@@ -1,5 +1,7 @@
 """Load what the commands work on: a base model, and a posterior on top of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,17 @@ def base_model(config: SavedConfig, model: str) -> nn.Module:
     return kind.from_pretrained(model, **options)
 
 
+@contextmanager
+def reading(model: str) -> Iterator[None]:
+    """Name the base model in errors of transformers that cannot read it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the base model {model} cannot be read: {error} Give its hub name or its directory with --model."
+        ) from error
+
+
 def load_posterior(path: Path, model: str, device: str) -> Posterior:
     """Load a saved posterior on its base model.
 
@@ -42,12 +55,8 @@ def load_posterior(path: Path, model: str, device: str) -> Posterior:
         OSError, ValueError: A file is missing or damaged, or the posterior belongs to another model.
     """
     config = read_config(path)
-    try:
+    with reading(model):
         llm = base_model(config, model)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the base model {model} cannot be read: {error} Give its hub name or its directory with --model."
-        ) from error
     return Posterior.from_pretrained(llm.to(device_of(device)).eval(), path)
 
 

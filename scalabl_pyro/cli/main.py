@@ -14,12 +14,14 @@ from ..posterior.engines import LIMITS
 from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
+from .fit import fit
 from .predict import predict
 from .terminal import say
 
 EXAMPLES = """\
 examples:
   scalabl-pyro doctor                                     check the installation
+  scalabl-pyro fit train.csv --model NAME --text note --label class --out post/
   scalabl-pyro predict post/ new.csv --model NAME --out predictions.csv --review-above 0.3
   scalabl-pyro evaluate post/ test.csv --model NAME --out report.html
   scalabl-pyro export post/ adapters/ --model NAME --draws 8 --engine vllm
@@ -71,13 +73,14 @@ def _quiet_loading() -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scalabl-pyro",
-        description="Bayesian LoRA: predict with a saved posterior, judge it, export it, or check its files.",
+        description="Bayesian LoRA: fit a posterior to a table, predict with it, judge it, export it, or check it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_doctor(commands)
+    _add_fit(commands)
     _add_predict(commands)
     _add_evaluate(commands)
     _add_export(commands)
@@ -91,6 +94,28 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     )
     own.add_argument("--model", help="hub name or directory of the base model that the posterior is compared with")
     own.set_defaults(run=doctor)
+
+
+def _add_fit(commands: argparse._SubParsersAction) -> None:
+    own = commands.add_parser(
+        "fit",
+        help="learn a posterior from a table with answers",
+        description="Learn a posterior from a table with answers, and save it. The task is guessed from the table: "
+        "classes, several labels per row, numbers, or completions. The command says what it guessed.",
+    )
+    own.add_argument("data", help="table of rows with answers: .csv, .tsv, .parquet, .json or .jsonl")
+    own.add_argument("--model", required=True, help="hub name or directory of the base model")
+    own.add_argument("--out", type=Path, required=True, help="new directory of the posterior")
+    own.add_argument("--text", help="column of the text (default: guessed)")
+    own.add_argument("--label", help="column of the answer (default: guessed)")
+    own.add_argument("--max-length", type=int, help="longest text in tokens; longer texts are cut (default: no limit)")
+    own.add_argument("--num-steps", type=int, default=1000, help="optimizer steps (default: 1000)")
+    own.add_argument("--batch-size", type=int, default=16, help="rows per step (default: 16)")
+    own.add_argument("--rank", type=int, default=8, help="rank of the LoRA layers (default: 8)")
+    own.add_argument("--seed", type=int, default=0, help="seed of the training (default: 0)")
+    own.add_argument("--device", default="auto", help="device, such as cpu or cuda:0 (default: a GPU if there is one)")
+    own.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON")
+    own.set_defaults(run=fit)
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:

@@ -87,7 +87,7 @@ class LabelSetPrediction(Scores):
         """(N,) whether the labels of a row are known."""
         if self.target is None:
             return np.zeros(self._num_rows(), dtype=bool)
-        return (np.asarray(self.target) >= 0).all(1)
+        return np.asarray((np.asarray(self.target) >= 0).all(1))
 
     @property
     def log_likelihood(self) -> Array:

@@ -129,9 +129,38 @@ def test_export_writes_adapters(run, folder):
     assert run("export", "post", "adapters", "--model", "base")[0] == 1  # exists
 
 
+TABLES = {
+    "classes": ({"note": [row["question"] for row in ROWS], "class": ["blue", "red", "green"] * 4}, "LabelCompletion"),
+    "numbers": ({"note": [row["question"] for row in ROWS], "price": [0.5 * i for i in range(12)]}, "Regression"),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_becomes_a_posterior_that_predicts_tables(run, folder, kind):
+    columns, task = TABLES[kind]
+    pd.DataFrame(columns).to_csv(folder / "train.csv", index=False)
+    tiny.tokenizer().save_pretrained(folder / "base")
+    words = ["--model", "base", "--out", f"new-{kind}", "--num-steps", 4, "--batch-size", 4, "--device", "cpu"]
+    code, said, error = run("fit", "train.csv", *words)
+    assert code == 0, error
+    assert said.startswith(f"{task}: text in 'note', answer in") and "12 rows, 4 steps" in said
+    pd.DataFrame({"note": columns["note"]}).to_csv(folder / "new.csv", index=False)
+    code, said, error = run("predict", f"new-{kind}", "new.csv", "--model", "base", "--out", "found.csv", "--json")
+    assert code == 0, error
+    found = pd.read_csv(folder / "found.csv")
+    assert json.loads(said)["rows"] == 12 and found["note"].tolist() == columns["note"]
+    assert set(found["prediction"]) <= {"blue", "red", "green"} if kind == "classes" else found["sd"].gt(0).all()
+    code, said, _ = run("evaluate", f"new-{kind}", "train.csv", "--model", "base", "--out", "r.html")
+    assert code == 0 and "nll" in said
+    code, _, error = run("fit", "train.csv", *words)
+    assert code == 1 and "exists and is not empty" in error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["fit", "rows.jsonl", "--model", "missing-folder/x", "--out", "p"], "missing-folder"),
+        (["fit", "none.csv", "--model", "base", "--out", "p"], "none.csv does not exist"),
         (["predict", "post", "rows.jsonl", "--model", "base", "--out", "x.pdf"], "--out x.pdf: the name must end in"),
         (["predict", "post", "rows.jsonl", "--model", "base", "--out", "no/x.csv"], "the folder no does not exist"),
         (["predict", "post", "none.jsonl", "--model", "base"], "none.jsonl does not exist"),
@@ -156,7 +185,7 @@ def test_rows_without_answers_cannot_be_evaluated(run, folder):
 
 
 def test_the_program_explains_itself():
-    for words in ([], ["predict"], ["evaluate"], ["export"], ["doctor"]):
+    for words in ([], ["fit"], ["predict"], ["evaluate"], ["export"], ["doctor"]):
         done = subprocess.run(
             [sys.executable, "-m", "scalabl_pyro", *words, "--help"], capture_output=True, text=True, timeout=120
         )
