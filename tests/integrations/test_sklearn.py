@@ -1,5 +1,6 @@
 """The estimators do what scikit-learn's tools need, on texts; the base model of the user stays as it is."""
 
+import doctest
 import io
 import subprocess
 import sys
@@ -312,3 +313,11 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", [ScalaBLClassifier, ScalaBLRegressor])
+def test_the_example_of_a_docstring_runs(kind):
+    names = {"model": tiny.classifier(num_labels=2), "model_of_numbers": tiny.classifier(num_labels=1)}
+    test = doctest.DocTestParser().get_doctest(kind.__doc__, {**names, "tokenizer": tiny.tokenizer()}, "x", None, 0)
+    found = doctest.DocTestRunner(verbose=False).run(test)
+    assert found.attempted and not found.failed

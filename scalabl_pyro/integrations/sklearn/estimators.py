@@ -122,7 +122,7 @@ class ScalaBLClassifier(ClassifierMixin, TextEstimator):
 
         Args:
             X: N texts.
-            y: (N,) labels, for metrics and plots.
+            y: (N,) labels, for metrics, plots and :mod:`scalabl_pyro.conformal`.
 
         Returns:
             A prediction whose classes are in the order of ``classes_``.
@@ -211,7 +211,7 @@ class ScalaBLRegressor(RegressorMixin, TextEstimator):
 
         Args:
             X: N texts.
-            y: (N,) numbers, for metrics and plots.
+            y: (N,) numbers, for metrics, plots and :mod:`scalabl_pyro.conformal`.
 
         Returns:
             The prediction.
