@@ -146,8 +146,8 @@ class ScalaBLRegressor(RegressorMixin, TextEstimator):
 
     Args:
         model: Name or path of a Hugging Face model, which each fit loads with a new head of one output. Or a loaded
-            ``AutoModelForSequenceClassification`` with one output; then ``tokenizer`` is needed.
-        options: Those of :class:`ScalaBLClassifier`.
+            ``AutoModelForSequenceClassification`` with one output; then ``tokenizer`` is needed. All other arguments
+            are those of :class:`ScalaBLClassifier`.
 
     Attributes:
         posterior_: The :class:`~scalabl_pyro.Posterior`.
