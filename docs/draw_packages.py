@@ -17,8 +17,8 @@ PICTURE = ROOT / "docs" / "images" / "packages.svg"
 
 #: Each package imports only packages that stand before it.
 LINE = (
-    "_process storage lora priors data tasks model guides distributed metrics prediction analysis posterior plots "
-    "training inference baselines cli"
+    "_process storage lora priors data tasks model guides distributed metrics prediction analysis posterior conformal "
+    "plots training inference baselines integrations cli"
 ).split()
 
 

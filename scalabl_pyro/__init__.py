@@ -1,6 +1,6 @@
 """Make any Hugging Face LLM with LoRA adapters Bayesian, as a Pyro program (ScalaBL, UAI 2025)."""
 
-from . import baselines, distributed, guides, metrics, plots, priors
+from . import baselines, conformal, distributed, guides, metrics, plots, priors
 from ._errors import ScalaBLWarning
 from ._version import __version__
 from .inference.ensemble import ensemble
@@ -40,6 +40,7 @@ __all__ = [
     "baselines",
     "bayesian_lora",
     "compare",
+    "conformal",
     "distributed",
     "ensemble",
     "fit",

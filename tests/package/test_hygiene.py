@@ -425,6 +425,32 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
         [lambda w: sp.plots.uncertainty_histogram(None, None)],
     ),
     "plots.risk_coverage": ([lambda w: sp.plots.risk_coverage(w.prediction)], [lambda w: sp.plots.risk_coverage(None)]),
+    "conformal.coverage_law": (
+        [lambda w: sp.conformal.coverage_law(20, 0.9)],
+        [lambda w: sp.conformal.coverage_law(2, 0.9)],
+    ),
+    "conformal.prediction_sets": (
+        [lambda w: sp.conformal.prediction_sets(w.prediction, level=0.5).apply(w.prediction)],
+        [
+            lambda w: sp.conformal.prediction_sets(w.prediction, level=0.99),
+            lambda w: sp.conformal.prediction_sets(None),
+        ],
+    ),
+    "conformal.prediction_intervals": (
+        [
+            lambda w: sp.conformal.prediction_intervals(replace(w.numbers, target=np.ones(4)), level=0.5).apply(
+                w.numbers
+            )
+        ],
+        [lambda w: sp.conformal.prediction_intervals(w.numbers), lambda w: sp.conformal.prediction_intervals(None)],
+    ),
+    "conformal.selective_answers": (
+        [lambda w: sp.conformal.selective_answers(w.prediction, risk=0.9).apply(w.prediction)],
+        [
+            lambda w: sp.conformal.selective_answers(w.prediction),
+            lambda w: sp.conformal.selective_answers(w.prediction, risk=0.9, score=lambda p: 1 / 0),
+        ],
+    ),
     "guides.as_guide": (
         [
             lambda w: [
@@ -588,7 +614,7 @@ def test_the_calls_cover_every_public_function():
             methods = {n for n, m in own.items() if not n.startswith("_") and callable(getattr(value, n))}
             methods -= {n for n, m in own.items() if isinstance(m, property)}
             names |= {f"{name}.{n}" for n in methods}
-        elif name in ("baselines", "plots"):
+        elif name in ("baselines", "conformal", "plots"):
             own = {n for n, v in vars(value).items() if inspect.isfunction(v) and not n.startswith("_")}
             names |= {f"{name}.{n}" for n in own if getattr(value, n).__module__.startswith(value.__name__)}
     assert sorted(names - ELSEWHERE - set(CALLS)) == []

@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: A package imports only what stands left of it.
 LINE = """
 _version _deprecated _values _probabilities _errors _arguments _display | _process | storage | lora | priors | data
-| tasks | model | guides | distributed | metrics | prediction | analysis | posterior | plots | training | inference
-| baselines | cli | __main__
+| tasks | model | guides | distributed | metrics | prediction | analysis | posterior | conformal | plots | training
+| inference | baselines | integrations | cli | __main__
 """.replace("|", " ").split()
 
 
