@@ -5,6 +5,7 @@ from typing import Any
 
 from .._arguments import known_arguments_of_methods
 from .._errors import check_choice, check_count, check_flag
+from .._process.lock import LOCK
 from ..data.encoding import encode_data
 from ..data.rows import read_rows
 from ..prediction.generate import DECODE, Decode, Writer, generate
@@ -121,7 +122,8 @@ class TextPosterior(ExportablePosterior):
         check_flag(progress=progress)
         task = self._completion_task("generate")
         _check_options(num_samples, options)
-        found = [task.prompt_tokens(row) for row in _prompt_rows(prompts)]
+        with LOCK:  # two threads cannot use a fast tokenizer at once
+            found = [task.prompt_tokens(row) for row in _prompt_rows(prompts)]
         writer = Writer(
             llm=self.llm(),
             task=task,
