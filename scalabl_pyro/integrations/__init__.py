@@ -8,9 +8,19 @@ import importlib
 from typing import Any
 
 #: Public names, and the module that each comes from.
-_HOMES = {"ScalaBLClassifier": "sklearn", "ScalaBLRegressor": "sklearn"}
+_HOMES = {
+    "make_app": "service",
+    "serve": "service",
+    "ScalaBLClassifier": "sklearn",
+    "ScalaBLRegressor": "sklearn",
+}
 
-__all__ = ["ScalaBLClassifier", "ScalaBLRegressor"]
+__all__ = [
+    "ScalaBLClassifier",
+    "ScalaBLRegressor",
+    "make_app",
+    "serve",
+]
 
 
 def __getattr__(name: str) -> Any:

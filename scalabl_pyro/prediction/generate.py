@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .._process.random_state import scoped_seed
 from ..data.batch import Example
+from ..lora.adapter import Adapter
 from ..lora.forward import AdaptedLLM
 from ..lora.head_check import ends_with_head
 from ..lora.position_table import position_limit
@@ -168,7 +169,8 @@ def generate(writer: Writer, prompts: Sequence[list[int]], *, batch_size: int, p
         progress: Whether to show a progress bar.
     """
     start = time.perf_counter()
-    _check_prompts(writer, prompts)
+    room = writer.options["max_new_tokens"]
+    check_prompts(writer.task, writer.llm.adapter, prompts, max_new_tokens=room)
     _check_decode(writer, prompts)
     per_prompt = writer.num_samples * (len(writer.s) if writer.decode == "draws" else 1)
     written: dict[int, list[Written]] = {}
@@ -211,19 +213,28 @@ def _batches(writer: Writer, prompts: Sequence[list[int]], batch_size: int) -> I
             yield group[first : first + batch_size]
 
 
-def _check_prompts(writer: Writer, prompts: Sequence[list[int]]) -> None:
-    """Raise ValueError if the LLM cannot read a prompt, or has no positions for the text behind it."""
-    module = writer.llm.llm
+def check_prompts(task: Completion, adapter: Adapter, prompts: Sequence[list[int]], *, max_new_tokens: int) -> None:
+    """Check that the LLM can read prompts, and has positions for the texts behind them.
+
+    Args:
+        task: Task that writes the prompts.
+        adapter: Adapter inside the LLM.
+        prompts: Tokens of P prompts.
+        max_new_tokens: Largest number of tokens per text.
+
+    Raises:
+        ValueError: It has not, or it cannot write texts.
+    """
+    module = adapter.module
     if not callable(getattr(module, "generate", None)):
         raise ValueError(f"{type(module).__name__} has no method generate: load a causal LM of transformers.")
-    writer.task.check_llm(writer.llm.adapter, [Example({"input_ids": prompt}) for prompt in prompts])
+    task.check_llm(adapter, [Example({"input_ids": prompt}) for prompt in prompts])
     longest, limit = max(map(len, prompts)), position_limit(module)
-    room = writer.options["max_new_tokens"]
-    needed = max(longest, room + 1) if writer.task.encoder_decoder else longest + room  # a decoder has its own row
-    if limit is not None and needed > limit:
+    needed = max(longest, max_new_tokens + 1) if task.encoder_decoder else longest + max_new_tokens
+    if limit is not None and needed > limit:  # a decoder has its own row of positions
         raise ValueError(
-            f"A prompt has {longest} tokens, and max_new_tokens={room}, but the model has positions for {limit} tokens "
-            "only. Lower max_new_tokens, or pass max_length to the task, which cuts longer prompts."
+            f"A prompt has {longest} tokens, and max_new_tokens={max_new_tokens}, but the model has positions for "
+            f"{limit} tokens only. Lower max_new_tokens, or pass max_length to the task, which cuts longer prompts."
         )
 
 

@@ -49,6 +49,7 @@ SCRIPTS = {
     ),
     "benchmarks/designs.py": (["--tiny", "--out", "designs.json"], DATA),
     "benchmarks/serving.py": (["--tiny", "--out", "serving.json"], DATA),
+    "benchmarks/service.py": (["--tiny", "--out", "service.json"], [*DATA, "fastapi", "uvicorn"]),
     "benchmarks/serve_vllm.py": (["--tiny", "--work", "work", "--out", "serving_vllm.json"], DATA),
     "benchmarks/serve_llama_cpp.py": (["--tiny", "--draws", "2", "--work", "work"], DATA),
     "benchmarks/posthoc.py": (["--tiny", "--lines", "laplace", "vi", "tfb", "--out", "out"], DATA),
