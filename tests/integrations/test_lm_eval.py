@@ -207,6 +207,14 @@ def test_mistakes_are_named(posterior):
         ScalaBLLM(posterior=sp.Posterior.capture(blora, task, guide, provenance={}))
 
 
+def test_nan_is_not_an_answer():
+    own = posterior_of(tiny.causal_lm())
+    with torch.no_grad():
+        own.adapter.module.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="NaN"):
+        ScalaBLLM(posterior=own, num_draws=2).loglikelihood(requests(PAIRS))
+
+
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.models", None)
     with pytest.raises(ImportError, match=r"pip install 'scalabl-pyro\[lm-eval\]'"):

@@ -109,6 +109,7 @@ def score_rows(
 
     Raises:
         ValueError: The LLM looks ahead: a token would be predicted from itself.
+        FloatingPointError: A log probability is NaN.
     """
     device = llm.adapter.device
     width, longest = max(map(len, rows)), max(len(one) for row in continuations for one in row)
@@ -123,6 +124,8 @@ def score_rows(
     readout = ContinuationReadout(tokens.to(device), len(s), dtype)
     numbers = _read(llm, ids, s.to(device).unsqueeze(1), positions.to(device), readout)
     by_row = numbers.unflatten(-1, (-1, COLUMNS)).double().cpu().numpy()  # (S, B, T, G, COLUMNS)
+    if np.isnan(by_row).any():
+        raise FloatingPointError("The log probability of a token is NaN: the outputs of the LLM overflow.")
     return [
         [Scored(by_row[:, b, :, g, 0].sum(-1), bool(by_row[0, b, :, g, 1].all())) for g in range(len(given))]
         for b, given in enumerate(continuations)

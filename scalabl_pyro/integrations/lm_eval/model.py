@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 #: What writes the texts of ``generate_until``.
 Decode = Literal["mixture", "mean", "draw"]
-#: Context tokens, and continuation tokens.
-Tokens = tuple[list[int], list[int]]
 
 
 @register_model(MODEL_NAME)
@@ -107,7 +105,8 @@ class ScalaBLLM(HFLM):
     def loglikelihood_rolling(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[float]:
         """Compute the log likelihood of whole texts, nats; a text that is too long is divided as in ``HFLM``."""
         texts = [request.args[0] for request in requests]
-        windows, owner = [], []
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owner: list[int] = []
         for number, text in enumerate(texts):
             found = get_rolling_token_windows(
                 self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
