@@ -1,19 +1,15 @@
-"""Labeled data for ArviZ, for both of its generations.
+"""Groups of labeled data for ArviZ: draws, statistics of a sampler, and values per row."""
 
-ArviZ 0.x (Python 3.11) reads ``InferenceData``, ArviZ 1.x an ``xarray.DataTree``. Groups are built with xarray
-alone, and always have the dimensions ``chain`` and ``draw``, which LOO and summary of both generations need.
-"""
-
-import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from packaging.version import Version
 
 from ..lora.subspace import Subspace
 from ..metrics import Array
+from ..prediction.inference_data import arviz_version, with_draws
+from ..prediction.inference_data import to_arviz as to_arviz
 
 
 def posterior_group(sites: Mapping[str, Array], subspace: Subspace) -> xr.Dataset:
@@ -37,7 +33,7 @@ def posterior_group(sites: Mapping[str, Array], subspace: Subspace) -> xr.Datase
             variables[name] = (("chain", "draw", "latent"), value)
             coords["latent"] = subspace.labels()
             coords["latent_layer"] = ("latent", np.repeat(subspace.names, subspace.ranks))
-    return _with_draws(xr.Dataset(variables, coords=coords))
+    return with_draws(xr.Dataset(variables, coords=coords))
 
 
 def sample_stats_group(statistics: Mapping[str, Array]) -> xr.Dataset:
@@ -51,7 +47,7 @@ def sample_stats_group(statistics: Mapping[str, Array]) -> xr.Dataset:
     values: dict[str, Array] = {
         name: np.asarray(value).astype(kinds.get(name, float)) for name, value in statistics.items()
     }
-    return _with_draws(xr.Dataset({name: (("chain", "draw"), value) for name, value in values.items()}))
+    return with_draws(xr.Dataset({name: (("chain", "draw"), value) for name, value in values.items()}))
 
 
 def per_row_group(name: str, values: Array, rows: Array | None = None) -> xr.Dataset:
@@ -67,7 +63,7 @@ def per_row_group(name: str, values: Array, rows: Array | None = None) -> xr.Dat
         4
     """
     values = np.asarray(values)
-    return _with_draws(
+    return with_draws(
         xr.Dataset(
             {name: (("chain", "draw", "row"), values[None])}, coords={"row": _row_numbers(values.shape[1], rows)}
         )
@@ -81,16 +77,6 @@ def observed_group(name: str, values: Array, rows: Array | None = None) -> xr.Da
 
 def _row_numbers(count: int, rows: Array | None) -> Array:
     return np.arange(count) if rows is None else rows
-
-
-def to_arviz(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> Any:
-    """Make ``InferenceData`` for ArviZ 0.x, or an ``xarray.DataTree`` for ArviZ 1.x, or where ArviZ is missing."""
-    tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items()})
-    if arviz_version() < (1, 0):
-        import arviz
-
-        return arviz.InferenceData.from_datatree(tree)
-    return tree
 
 
 def psislw(log_ratio: Array) -> tuple[Array, float]:
@@ -108,16 +94,3 @@ def psislw(log_ratio: Array) -> tuple[Array, float]:
 
         smoothed, k = array_stats.psislw(-log_ratio)  # this one takes log likelihoods and changes their sign
     return np.asarray(smoothed), float(k)
-
-
-def arviz_version() -> tuple[int, int]:
-    """Find major and minor version of the installed ArviZ; (1, 0) where only its split packages are installed."""
-    try:
-        version = Version(importlib.metadata.version("arviz"))
-    except importlib.metadata.PackageNotFoundError:
-        return (1, 0)
-    return version.major, version.minor
-
-
-def _with_draws(data: xr.Dataset) -> xr.Dataset:
-    return data.assign_coords(chain=np.arange(data.sizes["chain"]), draw=np.arange(data.sizes["draw"]))

@@ -13,7 +13,9 @@ import xarray as xr
 from .._arguments import known_arguments_of_methods
 from .._display import Summarized
 from .._errors import check_choice
+from .._version import __version__
 from ..metrics import Array
+from .inference_data import to_arviz, with_draws
 from .scored_texts import ScoredTexts
 
 
@@ -172,6 +174,33 @@ class Generation(Summarized):
             {"log_prob": (("prompt", "sample", "draw"), log_probs), **by_text},
             coords={"prompt": list(self.prompts), "text": (("prompt", "sample"), np.reshape(self.answers, shape))},
         )
+
+    def to_arviz(self) -> Any:
+        """Return the texts and their scores as ``InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (ArviZ 1.x).
+
+        - ``posterior_predictive`` has ``log_prob``, the log probability of each whole text under each draw, nats, with
+          the dimensions ``chain``, ``draw``, ``prompt`` and ``sample``. The draws wrote the texts themselves, so these
+          are not log likelihoods of data, and LOO does not apply.
+        - ``constant_data`` has, with the dimensions ``prompt`` and ``sample``: ``text``, ``num_tokens``, ``finished``,
+          ``total``, ``aleatoric`` and ``epistemic`` (nats), and ``written_by``, the number of the draw, or -1 if no
+          single draw wrote the text.
+
+        Example:
+            >>> found = posterior.generate(["the sky is"], num_draws=8, do_sample=True)
+            >>> az.summary(found.to_arviz(), group="posterior_predictive")
+        """
+        data = self.to_xarray().drop_vars(["prompt", "text"])
+        places = ("prompt", "sample")
+        shape = (len(self.prompts), self.per_prompt)
+        own = {"text": np.reshape(self.answers, shape), "finished": np.reshape(self.finished, shape)}
+        own["written_by"] = np.reshape([-1 if draw is None else draw for draw in self.draw], shape)
+        coords: dict[str, Any] = {"prompt": np.arange(shape[0]), "sample": np.arange(shape[1])}
+        coords["prompt_text"] = ("prompt", list(self.prompts))
+        log_prob = data["log_prob"].expand_dims("chain").transpose("chain", "draw", *places)
+        constant = data.drop_vars("log_prob").assign({name: (places, value) for name, value in own.items()})
+        groups = {"posterior_predictive": with_draws(log_prob.to_dataset()), "constant_data": constant}
+        attrs = {"inference_library": "scalabl_pyro", "inference_library_version": __version__, "decode": self.decode}
+        return to_arviz({name: group.assign_coords(coords) for name, group in groups.items()}, attrs)
 
     def _repr_html_(self) -> str:
         table = self.summary().to_html(escape=True, float_format=lambda value: f"{value:.3g}")

@@ -19,6 +19,7 @@ from pyro.infer import autoguide
 import scalabl_pyro as sp
 from scalabl_pyro.analysis import arviz_data
 from scalabl_pyro.guides import EmpiricalGuide
+from scalabl_pyro.prediction import inference_data
 from scalabl_pyro.prediction.draws import sample_prior
 from scalabl_pyro.priors import Prior
 
@@ -290,7 +291,7 @@ def test_regression_without_answers_has_no_likelihood(regression):
 def test_prior_groups_come_on_request_in_both_generations(posterior, prediction, generation, monkeypatch):
     if GENERATION == 1 and generation == 0:
         pytest.skip("InferenceData is not installed")
-    monkeypatch.setattr(arviz_data, "arviz_version", lambda: (generation, 23))
+    monkeypatch.setattr(inference_data, "arviz_version", lambda: (generation, 23))
     of_prior = posterior.prior_predictive(ROWS, num_draws=7, seed=3)
     idata = posterior.to_arviz(num_draws=7, seed=3, prediction=prediction, prior=True, prior_prediction=of_prior)
     names = set(idata.groups()) if generation == 0 else {name.lstrip("/") for name in idata.groups} - {""}

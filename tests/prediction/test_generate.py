@@ -339,3 +339,25 @@ def test_other_tasks_are_told_which_task_writes_texts():
     for call in (posterior.generate, posterior.score):
         with pytest.raises(TypeError, match="needs a posterior of the task Completion, and this one has"):
             call(["the sky is"])
+
+
+def test_arviz_reads_texts_and_their_scores(posterior, tmp_path):
+    import arviz as az
+
+    found = posterior.generate([*PROMPTS, PROMPTS[0]], num_draws=4, do_sample=True, max_new_tokens=4, num_samples=2)
+    data = found.to_arviz()
+    group = data["posterior_predictive"]
+    log_prob, constant = group["log_prob"], data["constant_data"]
+    assert log_prob.dims == ("chain", "draw", "prompt", "sample") and log_prob.shape == (1, 4, 4, 8)
+    assert log_prob.values[0, 3, 1, 2] == found.scored.log_probs[3, 10]
+    assert constant["num_tokens"].dims == ("prompt", "sample")
+    np.testing.assert_array_equal(constant["num_tokens"].values.ravel(), found.scored.num_tokens)
+    np.testing.assert_array_equal(constant["epistemic"].values.ravel(), found.scored.epistemic)
+    assert constant["text"].values.ravel().tolist() == list(found.answers)
+    assert constant["written_by"].values.ravel().tolist() == list(found.draw)
+    assert constant["prompt_text"].values.tolist() == list(found.prompts)
+    summary = az.summary(data, group="posterior_predictive", kind="stats", round_to=12)
+    np.testing.assert_allclose(summary["mean"].astype(float), found.scored.log_probs.mean(0), rtol=1e-9)
+    data.to_netcdf(tmp_path / "texts.nc")
+    mean = posterior.generate(PROMPTS[:1], num_draws=2, decode="mean", max_new_tokens=3).to_arviz()
+    assert mean["constant_data"]["written_by"].values.tolist() == [[-1]]
