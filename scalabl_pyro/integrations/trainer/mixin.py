@@ -99,16 +99,10 @@ class ScalaBLMixin(EvaluatesUnderDraws):
         blora.adapter.check_attached()
         check_has_values(blora.llm)
         check_placement(blora.llm)
-        own: dict[str, Any] = {
-            "kl_weight": kl_weight,
-            "elbo": elbo,
-            "draws": draws,
-            "init_scale": init_scale,
-            "lr_A": lr_A,
-        }
-        own |= {"lr_loc": lr_loc, "lr_scale": lr_scale, "factor_scale": factor_scale}
         args = trainer_options["args"]
-        self.options: TrainingOptions = training_options(args, lr=lr, **own)
+        rates = {"lr": lr, "lr_A": lr_A, "lr_loc": lr_loc, "lr_scale": lr_scale}
+        loss: dict[str, Any] = {"kl_weight": kl_weight, "elbo": elbo, "draws": draws, "factor_scale": factor_scale}
+        self.options: TrainingOptions = training_options(args, rates, init_scale=init_scale, **loss)
         self.task = _completion_of(trainer_options.get("processing_class")) if task is None else task
         self._moved = choose_start(blora, self.task, reset=False)
         check_finite(point_estimates=blora.point_estimates, prior=blora.prior, task=self.task)
@@ -182,7 +176,9 @@ class ScalaBLMixin(EvaluatesUnderDraws):
         module.begin(size)
         if isinstance(data, EncodedRows) and (targets := [e.target for e in data.examples if e.target is not None]):
             self.task.prepare(targets, are_all=True)
-        self._terms, self._run = LossTerms(), None
+        self._terms = LossTerms()
+        if self._run is None:  # before the task learns, whose options are part of the run
+            self._run = run_of(module, self.options, data)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build AdamW with the parameter groups of :func:`scalabl_pyro.fit`."""
@@ -272,20 +268,15 @@ class ScalaBLMixin(EvaluatesUnderDraws):
         folder.mkdir(parents=True, exist_ok=True)
         self.posterior().save_pretrained(folder / POSTERIOR)
         if _internal_call:
-            write_state(folder, self.elbo_module, step=self.state.global_step, run=self._identity())
+            write_state(folder, self.elbo_module, step=self.state.global_step, run=self._run or {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        read_state(resume_from_checkpoint, self.elbo_module, run=self._identity(), with_noise=True)
+        read_state(resume_from_checkpoint, self.elbo_module, run=self._run or {}, with_noise=True)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
-        read_state(best, self.elbo_module, run=self._identity(), with_noise=False)
-
-    def _identity(self) -> dict[str, Any]:
-        if self._run is None:
-            self._run = run_of(self.elbo_module, self.options, getattr(self, "train_dataset", None))
-        return self._run
+        read_state(best, self.elbo_module, run=self._run or {}, with_noise=False)
 
 
 def _completion_of(tokenizer: Any) -> Completion:
