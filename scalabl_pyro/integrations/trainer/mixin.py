@@ -1,5 +1,6 @@
 """Makes a Trainer maximize the ELBO, evaluate under draws, and save posteriors."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,8 @@ from .rates import training_options
 from .records import LossTerms, describe_training, run_of
 from .refusals import check_arguments, check_placement, check_training_arguments
 from .step_checks import StepChecks
+
+logger = logging.getLogger(__name__)
 
 
 class ScalaBLMixin(EvaluatesUnderDraws):
@@ -105,6 +108,11 @@ class ScalaBLMixin(EvaluatesUnderDraws):
         self.options: TrainingOptions = training_options(args, rates, init_scale=init_scale, **loss)
         self.task = _completion_of(trainer_options.get("processing_class")) if task is None else task
         self._moved = choose_start(blora, self.task, reset=False)
+        if self._moved:
+            logger.warning(
+                "an earlier training changed %s, and this one goes on from there; wrap the LLM again to start afresh",
+                " and ".join(self._moved),
+            )
         check_finite(point_estimates=blora.point_estimates, prior=blora.prior, task=self.task)
         scale_seed = derive_seed(args.seed, "initial scales")
         family = as_guide(guide, blora, init_scale=init_scale, seed=scale_seed)
@@ -118,7 +126,7 @@ class ScalaBLMixin(EvaluatesUnderDraws):
             seed=derive_seed(args.seed, "noise"),
         )
         self.num_data, self.num_draws = num_data, num_draws
-        self._terms = LossTerms()
+        self._terms, self._is_first_batch = LossTerms(), True
         self._seconds = 0.0
         self._run: dict[str, Any] | None = None
         trainer_options["compute_metrics"] = MetricsUnderDraws(self.task, trainer_options.get("compute_metrics"))
@@ -176,7 +184,7 @@ class ScalaBLMixin(EvaluatesUnderDraws):
         module.begin(size)
         if isinstance(data, EncodedRows) and (targets := [e.target for e in data.examples if e.target is not None]):
             self.task.prepare(targets, are_all=True)
-        self._terms = LossTerms()
+        self._terms, self._is_first_batch = LossTerms(), True
         if self._run is None:  # before the task learns, whose options are part of the run
             self._run = run_of(module, self.options, data)
 
@@ -229,7 +237,8 @@ class ScalaBLMixin(EvaluatesUnderDraws):
         if rows > len(batch) and module.is_sum_over_rows:
             batch = replace(batch, start=start, joint=rows)
         weight = weight_at(self.options.kl_weight, step)
-        loss, terms = model(batch, weight, continues=start > 0, validate=self._terms.steps == 1)
+        loss, terms = model(batch, weight, continues=start > 0, validate=self._is_first_batch)
+        self._is_first_batch = False
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"At step {step}: the loss is {loss.item()}: {module.explain(batch)}. Parameters keep their values "
