@@ -3,11 +3,15 @@ _HOMES = {
     "serve": "service",
     "ScalaBLClassifier": "sklearn",
     "ScalaBLRegressor": "sklearn",
+    "ScalaBLMixin": "trainer",
+    "ScalaBLTrainer": "trainer",
 }
 
 __all__ = [
     "ScalaBLClassifier",
+    "ScalaBLMixin",
     "ScalaBLRegressor",
+    "ScalaBLTrainer",
     "make_app",
     "serve",
 ]

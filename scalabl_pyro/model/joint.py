@@ -9,6 +9,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from .._errors import check_scale
+from .._process.full_precision import autocast_again
 from .._process.random_state import scoped_seed
 from ..data.batch import Batch
 from ..lora.gradient_checkpointing import dropouts_of
@@ -66,7 +67,7 @@ class TaskModel(nn.Module):
             pyro.factor("factor_prior", self.log_factor_prior())
         if batch.joint is not None and self.draws == "per_example":
             s = s[..., batch.start : batch.start + len(batch), :]
-        with self._own_masks(batch):
+        with self._own_masks(batch), autocast_again():
             outputs = self.task.outputs(self.blora, batch, s)
         with pyro.plate("data", self.num_data, subsample=batch.index):
             return pyro.sample("label", self.task(outputs, batch), obs=batch.target)

@@ -19,7 +19,6 @@ from pyro.infer import (
     TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
 )
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from ..guides.closed_form_kl import closed_kl
 from ..model.joint import TaskModel, latent_scope
 from ..priors import Prior
 from .device_elbo import device_loss, stays_on_device
+from .record_nll import RecordNLL
 from .scope import without_nan_warnings
 from .score_function import LeaveOneOutELBO, is_reparametrized
 
@@ -94,34 +94,6 @@ class ScopedGuide(nn.Module):
             return self.guide()
 
 
-class RecordNLL(Messenger):
-    """Record what the runs of the model inside it observed, such as one run per particle of an ELBO.
-
-    Attributes:
-        runs: Number of runs of the model.
-        factor_prior: Log density of the MAP prior on A and B, nats.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.runs = 0
-        self.factor_prior: Tensor | float = 0.0
-        self._sum: Tensor | float = 0.0
-
-    @property
-    def value(self) -> Tensor | None:
-        """Negative log likelihood, averaged over the runs, nats per example; None before the first run."""
-        return self._sum / self.runs if torch.is_tensor(self._sum) else None
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] == "label" and msg["is_observed"]:
-            with torch.no_grad():
-                self._sum = self._sum - msg["fn"].log_prob(msg["value"]).mean()
-            self.runs += 1
-        elif msg["name"] == "factor_prior":
-            self.factor_prior = msg["fn"].log_factor.detach().mean()
-
-
 class Objective(nn.Module):
     """An ELBO of one model and guide as something to differentiate.
 
@@ -149,22 +121,49 @@ class Objective(nn.Module):
             (3,) Loss, NLL, and KL times its weight, nats per example.
         """
         num_data = self.model.num_data
-        with RecordNLL() as record, self._quiet():
+        with RecordNLL() as record, self._quiet(), full_precision():
             try:
                 surrogate = self._differentiable(batch, kl_weight)
                 if surrogate is None:
                     loss = self._own_backward(batch, kl_weight, factor=share / num_data) / num_data
                 else:
                     loss = (surrogate / num_data).detach()
-            except ValueError as error:  # Pyro's validation finds NaN in arguments of a distribution before we do
-                if "invalid values" not in str(error):
+            except ValueError as error:
+                if not _found_nan(error):
                     raise
                 return torch.full((3,), float("nan"), device=batch.index.device)
         if surrogate is not None:
             (surrogate * (share / num_data)).backward()
+        return self._terms(loss, record)
+
+    def loss(self, batch: Batch, kl_weight: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the loss for a caller that runs the backward pass itself.
+
+        Returns:
+            () Loss to differentiate, and (3,) loss, NLL, and KL times its weight, nats per example. All are NaN if
+            an argument of a distribution is.
+
+        Raises:
+            TypeError: The estimator has no loss that can be differentiated.
+        """
+        with RecordNLL() as record, self._quiet(), full_precision():
+            try:
+                surrogate = self._differentiable(batch, kl_weight)
+            except ValueError as error:
+                if not _found_nan(error):
+                    raise
+                nan = torch.full((4,), float("nan"), device=batch.index.device)
+                return nan[0], nan[1:]
+        if surrogate is None:
+            raise TypeError(f"{type(self.elbo).__name__} computes its own gradients: use Trace_ELBO instead.")
+        loss = surrogate / self.model.num_data
+        return loss, self._terms(loss.detach(), record)
+
+    def _terms(self, loss: Tensor, record: RecordNLL) -> Tensor:
+        """(3,) Loss, NLL and weighted KL, nats per example."""
         nll = record.value
         assert nll is not None
-        weighted_kl = loss - nll + record.factor_prior / num_data
+        weighted_kl = loss - nll + record.factor_prior / self.model.num_data
         return torch.stack([loss, nll.to(loss), weighted_kl])
 
     def finish(self) -> None:
@@ -199,6 +198,11 @@ class Objective(nn.Module):
             new = None if parameter.grad is None else parameter.grad * factor
             parameter.grad = new if old is None else old if new is None else old + new
         return torch.as_tensor(float(loss), device=batch.index.device)
+
+
+def _found_nan(error: ValueError) -> bool:
+    """Whether Pyro's validation found NaN in an argument of a distribution, before we do."""
+    return "invalid values" in str(error)
 
 
 def allows_row_draws(elbo: ELBO) -> bool:

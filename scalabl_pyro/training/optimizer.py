@@ -1,6 +1,6 @@
 """One AdamW over named parameter groups, its learning-rate schedule, and the gradient norm."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,10 +35,25 @@ def build_optimizer(
         capturable: Whether step counts and learning rates are tensors on the device, which a CUDA graph reads at each
             replay.
     """
+    groups = parameter_groups(
+        model, guide, lr=lr, lr_A=lr_A, lr_loc=lr_loc, lr_scale=lr_scale, weight_decay=weight_decay
+    )
+    for group in groups if capturable else []:
+        group["lr"] = torch.tensor(group["lr"], device=model.blora.device)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=capturable)
+
+
+def parameter_groups(
+    model: TaskModel, guide: Guide, *, lr: float, lr_A: float, lr_loc: float, lr_scale: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Sort all trained parameters into named groups, each with its learning rate and its weight decay.
+
+    Groups without parameters are left out. The arguments are those of :func:`build_optimizer`.
+    """
     point = list(model.blora.point_estimates.named_parameters())
     scales = [*_named(guide, scale=True), *_named(model.blora.prior, scale=True)]
     decay_A = weight_decay if model.blora.adapter.gauge == "free" else 0.0
-    groups: list[Mapping[str, Any]] = [
+    groups: list[dict[str, Any]] = [
         {"name": "A", "params": [p for n, p in point if n.endswith("/A")], "lr": lr_A, "weight_decay": decay_A},
         {"name": "B", "params": [p for n, p in point if n.endswith("/B")], "lr": lr, "weight_decay": weight_decay},
         {"name": "heads", "params": [p for n, p in point if not n.endswith(("/A", "/B"))], "lr": lr_A},
@@ -46,11 +61,8 @@ def build_optimizer(
         {"name": "loc", "params": _named(guide, scale=False), "lr": lr_loc},
         {"name": "scale", "params": scales, "lr": lr_scale},
     ]
-    trainable = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
-    trainable = [g for g in trainable if g["params"]]
-    for group in trainable if capturable else []:
-        group["lr"] = torch.tensor(group["lr"], device=model.blora.device)
-    return torch.optim.AdamW(trainable, weight_decay=0.0, fused=True, capturable=capturable)
+    trainable = [{"weight_decay": 0.0} | g | {"params": [p for p in g["params"] if p.requires_grad]} for g in groups]
+    return [group for group in trainable if group["params"]]
 
 
 def _named(module: nn.Module, *, scale: bool) -> list[nn.Parameter]:

@@ -10,6 +10,8 @@ from torch import nn
 
 from .._display import html_table
 from ..guides import Guide
+from ..lora.adapter import Adapter
+from ..lora.factors import Factors
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
 from ..tasks import Task
@@ -83,13 +85,29 @@ class TrainingError(FloatingPointError):
 
 
 @torch.no_grad()
+def unit_rows(adapter: Adapter, factors: Factors) -> Factors:
+    """Give the rows of each A unit norm, where training ignores their norms.
+
+    Args:
+        adapter: The layers.
+        factors: A and B of each layer. Fixed ones have unit rows already, and keep every bit.
+    """
+    if adapter.gauge != "unit_rows":
+        return factors
+    trained = [live.requires_grad for live, _ in adapter.factors()]
+    return tuple(
+        (nn.functional.normalize(A, dim=-1) if is_trained else A, B)
+        for (A, B), is_trained in zip(factors, trained, strict=True)
+    )
+
+
+@torch.no_grad()
 def freeze(blora: BayesianLoRA, task: Task, guide: Guide, provenance: dict[str, Any]) -> Posterior:
     """Copy what was learned into a posterior, and leave the module at the posterior mean."""
     adapter = blora.adapter
-    if adapter.gauge == "unit_rows":
-        for A, _ in adapter.factors():
-            if A.requires_grad:  # fixed factors have unit rows already, and must keep every bit
-                A.copy_(nn.functional.normalize(A, dim=-1))
+    for (live, _), (A, _) in zip(adapter.factors(), unit_rows(adapter, adapter.factors()), strict=True):
+        if A is not live:
+            live.copy_(A)
     posterior = Posterior.capture(blora, task, guide, provenance=provenance)
     adapter.rest_at(posterior.mean())
     return posterior

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ class LearnedState:
 
     Args:
         objective: The objective, which holds all modules.
-        optimizer: The optimizer of their parameters.
+        optimizer: The optimizer of their parameters; None where somebody else keeps its moments.
     """
 
-    def __init__(self, objective: TrainingObjective, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, objective: TrainingObjective, optimizer: torch.optim.Optimizer | None) -> None:
         self.objective = objective
         self.optimizer = optimizer
 
@@ -31,7 +31,7 @@ class LearnedState:
         moments = {
             f"optimizer.{number}.{key}": value
             for number, parameter in enumerate(self._parameters())
-            for key, value in self.optimizer.state.get(parameter, {}).items()
+            for key, value in cast(Any, self.optimizer).state.get(parameter, {}).items()
         }
         return self._modules() | moments
 
@@ -80,7 +80,7 @@ class LearnedState:
             self._load_moments(parameter, below(moments, prefix))
 
     def _load_moments(self, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
-        state: dict[str, Any] = self.optimizer.state[parameter]
+        state: dict[str, Any] = cast(Any, self.optimizer).state[parameter]
         for key, tensor in saved.items():
             if key in state:
                 state[key].copy_(tensor)
@@ -92,7 +92,8 @@ class LearnedState:
             state[key].zero_()  # as before the first update of this parameter
 
     def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"]]
 
     def _modules(self) -> dict[str, Tensor]:
         own = {f"module.{k}": v for k, v in self.objective.state_dict().items()}

@@ -18,7 +18,8 @@ from scalabl_pyro.data import Batch, encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import NormalGuide
 from scalabl_pyro.model.joint import TaskModel
-from scalabl_pyro.training.objective import RecordNLL, ScopedGuide
+from scalabl_pyro.training.objective import ScopedGuide
+from scalabl_pyro.training.record_nll import RecordNLL
 
 N, NOISE, PRIOR_SCALE = 64, 0.5, 1.25
 
