@@ -155,8 +155,7 @@ def fit(
         patience=patience,
         **as_groups(optimizer=optimizer, checkpoint=checkpoint, hardware=hardware, evaluation=evaluation),
     )
-    processes = current_processes()
-    checkpoints = Checkpoints(checkpoint_dir, options.checkpoint, processes=processes)
+    checkpoints = Checkpoints(checkpoint_dir, options.checkpoint, processes=current_processes())
     program = build_program(
         blora,
         task,
@@ -165,7 +164,7 @@ def fit(
         guide=guide,
         num_data=num_data,
         options=options,
-        processes=processes,
+        processes=checkpoints.processes,
         keeps_digest=checkpoints.is_on,
         reset=reset,
     )
