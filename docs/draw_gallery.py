@@ -26,6 +26,8 @@ PAGE = DOCS / "gallery.md"
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n+(?:!\[[^\]]*\]\((?P<picture>images/[^)]+)\))?", re.M | re.S)
 
 ROWS, TOKENS, BLOCKS, STEPS = {"train": 100, "test": 200, "other": 200}, 48, 4, 60
+#: Number of test rows that are scored during the training.
+HELD_OUT = 40
 #: Words of an article that are the prompt, and words that continue it.
 PROMPT, CONTINUATION = 8, 40
 
@@ -44,7 +46,8 @@ def trained() -> dict[str, object]:
     names = {"scored": scored_text(llm, tokenizer, train, test, lora=lora, **budget)}
     plain = scalabl_pyro.baselines.mle(llm, task, train, lr=5e-3, lora=lora, **budget).posterior
     names |= {"lora": plain.predict(test, num_draws=0, cache_prefix=True)}
-    result = scalabl_pyro.fit(scalabl_pyro.bayesian_lora(plain.blora().unload(), **lora), task, train, **budget)
+    blora = scalabl_pyro.bayesian_lora(plain.blora().unload(), **lora)
+    result = scalabl_pyro.fit(blora, task, train, eval_data=test[:HELD_OUT], eval_every=10, **budget)
     names |= {"result": result, "posterior": result.posterior}
     for name, rows in {"prediction": test, "outside": newsgroups(count=ROWS["other"], seed=0)}.items():
         names[name] = result.posterior.predict(rows, num_draws=10, seed=0, cache_prefix=True)

@@ -16,7 +16,7 @@ from .prediction.draws import Draws
 from .prediction.result import NumericPrediction, Prediction
 from .tasks import Completion, MultipleChoice, Regression, SequenceClassification, Task
 from .training.fit import fit
-from .training.options import CheckpointOptions, HardwareOptions, OptimizerOptions
+from .training.option_groups import CheckpointOptions, EvaluationOptions, HardwareOptions, OptimizerOptions
 from .training.result import FitResult, TrainingError
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "CheckpointOptions",
     "Completion",
     "Draws",
+    "EvaluationOptions",
     "FitResult",
     "HardwareOptions",
     "MultipleChoice",

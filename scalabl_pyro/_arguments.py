@@ -155,10 +155,12 @@ SYNONYMS = {
     **dict.fromkeys(("dataset", "train_dataset", "rows", "train_rows", "data"), ("train_data", "data")),
     **dict.fromkeys(("model", "base_model", "network"), ("blora", "module", "llm")),
     **dict.fromkeys(("output_dir", "ckpt_dir"), ("checkpoint_dir",)),
+    **dict.fromkeys(("eval_steps", "val_check_interval", "eval_freq", "validation_freq"), ("eval_every",)),
+    **dict.fromkeys(("early_stopping", "early_stopping_patience", "early_stopping_rounds"), ("patience",)),
 }
 
 
-#: Names that trainers of other libraries use for rows that are not trained on.
+#: Names that trainers use for rows that are not trained on.
 EVALUATION = ("eval_data", "eval_dataset", "val_data", "valid_data", "validation_data", "dev_data", "test_data")
 
 
@@ -176,6 +178,8 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     if not allowed:
         return "It takes none."
+    if name in EVALUATION and "eval_data" in allowed:
+        return "Did you mean 'eval_data'?"
     if name in EVALUATION and "train_data" in allowed:
         return "It takes training rows only. Predict other rows afterwards: result.posterior.predict(rows)."
     for synonym in SYNONYMS.get(name, ()):

@@ -25,7 +25,7 @@ from ..posterior.posterior import Posterior
 from ..priors import Prior, as_prior
 from ..tasks import Task
 from ..training.fit import fit
-from ..training.options import optimizer_with
+from ..training.option_groups import optimizer_with
 from ..training.result import FitResult
 from .factor_posterior import FactorPosterior, NoisyLoRA, WeightNoise
 from .point_lora import plain_lora, unloaded_on_error

@@ -203,6 +203,8 @@ def as_function(posterior: Posterior, factors: Factors) -> Function:
 class NoisyLoRA(BayesianLoRA):
     """An adapted LLM that adds noise to A in training, different for each row. Subclasses define the noise."""
 
+    adds_noise = True
+
     def row_noise(self, s: Tensor, rows: int) -> Sequence[RowNoise]:
         """Return the noise of each layer for ``rows`` rows, given the value of the site ``"s"``."""
         raise NotImplementedError(f"{type(self).__name__} must define row_noise(s, rows).")

@@ -12,7 +12,7 @@ from ..guides import DeltaGuide
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..tasks import Task
 from ..training.fit import fit
-from ..training.options import optimizer_with
+from ..training.option_groups import optimizer_with
 from ..training.result import FitResult
 
 #: Default learning rate of point estimates. It had the lowest mean NLL on validation data; larger rates overfit.

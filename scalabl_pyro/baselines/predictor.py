@@ -23,7 +23,7 @@ from ..model.passes import Passes
 from ..prediction.collect import predict_batches
 from ..prediction.result import NumericPrediction, Prediction
 from ..tasks import Task
-from ..training.result import last_step
+from ..training.result import evaluations_of, last_step
 
 Function = tuple[AdaptedLLM, Tensor]
 """An LLM with its own factors, and the latents s (D,) that it is called with."""
@@ -104,6 +104,15 @@ class BaselineResult:
 
     posterior: Predictor
     history: pd.DataFrame
+
+    @property
+    def evaluations(self) -> pd.DataFrame:
+        """Rows of the history in which held-out rows were scored; see :attr:`scalabl_pyro.FitResult.evaluations`.
+
+        Raises:
+            ValueError: The method had no ``eval_data``.
+        """
+        return evaluations_of(self.history)
 
     def __repr__(self) -> str:
         return f"BaselineResult(\n  posterior={self.posterior!r},\n  history={len(self.history)} steps,\n)"

@@ -52,6 +52,9 @@ class BayesianLoRA(Program):
         (10, 5, 3)
     """
 
+    #: Whether a pass adds noise of its own, besides that of s. Then one pass takes one draw of s.
+    adds_noise = False
+
     def __init__(self, adapter: Adapter, *, prior: PriorLike = 1.0) -> None:
         super().__init__()
         self.adapter = adapter

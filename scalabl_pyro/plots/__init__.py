@@ -12,12 +12,13 @@ from .shaded_text import tokens
 from .style import MARK as MARK
 from .style import QUIET as QUIET
 from .style import WARM as WARM
-from .training import history
+from .training import history, loss
 from .uncertainty import uncertainty_histogram
 
 __all__ = [
     "confident_mistakes",
     "history",
+    "loss",
     "posterior_by_layer",
     "reliability",
     "risk_coverage",

@@ -16,7 +16,7 @@ from ..lora.fingerprint import check_fingerprint
 from .alike import check_alike
 from .checkpoint_files import Checkpoint, CheckpointFolder
 from .loop import Trainer
-from .options import CheckpointOptions
+from .option_groups import CheckpointOptions
 from .provenance import versions
 from .run_identity import differences
 from .training_state import check_record

@@ -2,14 +2,11 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from pyro.infer import ELBO
-from tqdm.auto import tqdm
 
 from .._arguments import check_role, known_arguments
 from .._deprecated import renamed_arguments
@@ -19,26 +16,23 @@ from .._process.stop_signals import StopSignals
 from ..distributed.processes import Processes, collective, current_processes
 from ..guides import INIT_SCALE, GuideLike
 from ..model.bayesian_lora import BayesianLoRA
-from ..posterior.posterior import Posterior
 from ..tasks import Task
-from .alike import check_alike
+from .build_trainer import build_trainer
 from .checkpoints import Checkpoints
 from .loop import Callback, Trainer
-from .messages import explained
-from .options import (
+from .option_groups import (
     GROUPS,
     MOVED_TO_GROUPS,
     CheckpointOptions,
-    DrawsPerBatch,
+    EvaluationOptions,
     HardwareOptions,
-    OnNonfinite,
     OptimizerOptions,
-    TrainingOptions,
     as_groups,
 )
-from .outcome import MIN_STEPS, ended_worse, predicts_one_class
-from .program import TrainingProgram, build_program, build_trainer
-from .result import FitResult, TrainingError, freeze
+from .options import DrawsPerBatch, OnNonfinite, TrainingOptions
+from .program import TrainingProgram, build_program
+from .result import FitResult
+from .run import make_result, train
 from .run_identity import begin_alike
 from .scope import training_scope
 from .start_check import check_start
@@ -55,6 +49,9 @@ def fit(
     task: Task,
     train_data: Any,
     *,
+    eval_data: Any = None,
+    eval_every: int | None = None,
+    patience: int | None = None,
     guide: GuideLike = "normal",
     num_steps: int = 1000,
     batch_size: int = 16,
@@ -66,6 +63,7 @@ def fit(
     init_scale: float = INIT_SCALE,
     num_data: int | None = None,
     on_nonfinite: OnNonfinite = "raise",
+    evaluation: EvaluationOptions | Mapping[str, Any] | None = None,
     optimizer: OptimizerOptions | Mapping[str, Any] | None = None,
     hardware: HardwareOptions | Mapping[str, Any] | None = None,
     checkpoint_dir: str | Path | None = None,
@@ -82,6 +80,14 @@ def fit(
         task: The likelihood.
         train_data: Rows for the task (dicts, a ``datasets.Dataset``, the path of a JSONL file), or an iterable of
             :class:`~scalabl_pyro.data.Batch` that can be restarted, such as a DataLoader.
+        eval_data: Held-out rows with answers, which are scored while the training runs; no step trains on them. The
+            scores stand in the history, see :class:`FitResult`, and do not change the training. Of a hub data set,
+            it is the split "validation".
+        eval_every: Number of steps between two evaluations; the last step is always evaluated. Default: a tenth of
+            ``num_steps``.
+        patience: Number of evaluations in a row without a lower held-out NLL after which training stops. With it, the
+            posterior holds A, B, guide, heads and task parameters of the evaluation with the lowest NLL, whether
+            training stopped early or not. Default: no early stop, and the posterior is that of the last step.
         guide: Family of the approximate posterior q(s), see :func:`scalabl_pyro.guides.as_guide`.
         num_steps: Number of optimizer steps.
         batch_size: Rows per step, of all processes together; see the page *Several GPUs*.
@@ -97,6 +103,8 @@ def fit(
         on_nonfinite: What to do after a loss or gradient that is not finite. ``"raise"`` stops. ``"skip"`` leaves the
             step out, and stops after 10 in a row. ``"restore"`` also returns to the parameters of up to 50 steps ago,
             and stops if it happens again within 50 steps.
+        evaluation: Number of draws and rows per pass of the evaluations: :class:`scalabl_pyro.EvaluationOptions`, or a
+            dict of them.
         optimizer: Further options of AdamW: :class:`scalabl_pyro.OptimizerOptions`, or a dict of them.
         hardware: Options that trade memory for time: :class:`scalabl_pyro.HardwareOptions`, or a dict of them.
         checkpoint_dir: Directory of the checkpoints of this run, see the page *Resume*. With it, SIGTERM ends
@@ -131,6 +139,7 @@ def fit(
         >>> result.history["loss"].iloc[-1]
     """
     _check_objects(blora, task, callbacks, progress=progress, reset=reset)
+    _check_evaluation(eval_data, eval_every=eval_every, patience=patience, evaluation=evaluation)
     options = TrainingOptions(
         num_steps=num_steps,
         batch_size=batch_size,
@@ -142,29 +151,40 @@ def fit(
         init_scale=init_scale,
         seed=seed,
         on_nonfinite=on_nonfinite,
-        **as_groups(optimizer=optimizer, checkpoint=checkpoint, hardware=hardware),
+        eval_every=eval_every,
+        patience=patience,
+        **as_groups(optimizer=optimizer, checkpoint=checkpoint, hardware=hardware, evaluation=evaluation),
     )
-    processes = current_processes()
-    checkpoints = Checkpoints(checkpoint_dir, options.checkpoint, processes=processes)
+    checkpoints = Checkpoints(checkpoint_dir, options.checkpoint, processes=current_processes())
     program = build_program(
         blora,
         task,
         train_data,
+        eval_data=eval_data,
         guide=guide,
         num_data=num_data,
         options=options,
-        processes=processes,
+        processes=checkpoints.processes,
         keeps_digest=checkpoints.is_on,
         reset=reset,
     )
+    return _run(program, checkpoints, callbacks, progress=progress)
+
+
+def _run(
+    program: TrainingProgram, checkpoints: Checkpoints, callbacks: Sequence[Callback], *, progress: bool
+) -> FitResult:
+    """Train, and freeze what was learned."""
+    processes, options = program.processes, program.options
     signals = StopSignals(terminate=checkpoints.is_on)
     has_callbacks = any(processes.all_gather(lambda: bool(callbacks)))  # some log in the first process only
     trainer = build_trainer(program, checkpoints=checkpoints, signals=signals, read_each_step=has_callbacks)
     stop = partial(_any_stops, processes, callbacks) if has_callbacks else None
+    blora = program.model.blora
     with training_scope(blora, gradient_checkpointing=options.hardware.gradient_checkpointing), signals:
         _begin(program, trainer, checkpoints)
-        error = _train(trainer, checkpoints, num_steps=num_steps, stop=stop, progress=progress)
-    return _result(program, trainer, error)
+        error = train(trainer, checkpoints, num_steps=options.num_steps, stop=stop, progress=progress)
+    return make_result(program, trainer, error)
 
 
 def _begin(program: TrainingProgram, trainer: Trainer, checkpoints: Checkpoints) -> None:
@@ -180,98 +200,6 @@ def _begin(program: TrainingProgram, trainer: Trainer, checkpoints: Checkpoints)
         )
 
 
-def _train(
-    trainer: Trainer,
-    checkpoints: Checkpoints,
-    *,
-    num_steps: int,
-    stop: Callable[[dict[str, float]], bool] | None,
-    progress: bool,
-) -> TrainingError | None:
-    """Take all steps.
-
-    Args:
-        trainer: Takes the steps.
-        checkpoints: Checkpoints of the run.
-        num_steps: Number of steps of the run.
-        stop: Calls the callbacks with a history row, and says whether to stop.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        Why training ended early, or None.
-    """
-    with tqdm(total=num_steps, disable=not progress, desc="fit", unit="step") as bar:
-        bar.update(trainer.next_step)
-        try:
-            with explained(lambda: trainer.next_step), checkpoints.ending(trainer):
-                for row in trainer.run(range(trainer.next_step, num_steps)):
-                    bar.update(int(row["step"]) + 1 - bar.n)
-                    shown = [name for name in ("loss", "nll", "kl") if row[name] == row[name]]  # a point has no KL
-                    bar.set_postfix({name: f"{row[name]:.4g}" for name in shown}, refresh=False)
-                    if stop is not None and stop(row):
-                        logger.info("a callback stopped the training at step %d", row["step"])
-                        break
-        except FloatingPointError as failure:
-            return TrainingError(str(failure))
-        except KeyboardInterrupt as interrupt:
-            if trainer.execute.processes.are_several and not trainer.signals.delivered:
-                interrupt.add_note(
-                    "fit() was interrupted in this process alone, in the middle of its work. The other processes end "
-                    "with LostProcess. One Ctrl-C ends all processes after the running step, with what was learned."
-                )
-                raise
-            list(trainer.read())
-            logger.warning(
-                "interrupted after %d of %d steps; the posterior is what was learned so far",
-                len(trainer.history),
-                num_steps,
-            )
-    if names := trainer.overflown():  # a later step would have been rejected
-        more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
-        return TrainingError(
-            f"At step {trainer.next_step - 1}: the update was too large: {names[0]}{more} not finite any more. Lower "
-            "the learning rates."
-        )
-    return None
-
-
-def _result(program: TrainingProgram, trainer: Trainer, error: TrainingError | None) -> FitResult:
-    """Freeze what was learned.
-
-    Raises:
-        TrainingError: ``error``, with what was learned before it.
-    """
-    if error is None:
-        check_alike(program.processes, trainer.learned)
-    history = program.processes.from_rank_zero(lambda: trainer.history)  # the seconds of one clock
-    program.processes.broadcast(list(trainer.learned.tensors().values()))
-    provenance = program.provenance(history, trainer.seconds, trainer.start)
-
-    def result() -> FitResult:
-        posterior = freeze(program.model.blora, program.model.task, program.guide, provenance)
-        warnings = () if error else _look_back(posterior, trainer, history, program.options.hardware.micro_batch_size)
-        return FitResult(posterior, pd.DataFrame(history), warnings)
-
-    if error is not None:
-        with suppress(ValueError):  # the parameters may not make a posterior
-            error.result = result() if history else None
-        raise error
-    return result()
-
-
-def _look_back(
-    posterior: Posterior, trainer: Trainer, history: list[dict[str, float]], rows_per_pass: int | None
-) -> tuple[str, ...]:
-    """Say and log what is wrong with the end of a training."""
-    found = [ended_worse(history)]
-    if len(history) >= MIN_STEPS:
-        found.append(predicts_one_class(posterior, list(trainer.recent), rows_per_pass=rows_per_pass))
-    warnings = tuple(text for text in found if text is not None)
-    for text in warnings:
-        logger.warning("%s", text)
-    return warnings
-
-
 def _check_objects(blora: BayesianLoRA, task: Task, callbacks: Sequence[Callback], **switches: bool) -> None:
     call = "fit(blora, task, train_data)"
     check_role("blora", blora, "blora", call=call)
@@ -280,6 +208,16 @@ def _check_objects(blora: BayesianLoRA, task: Task, callbacks: Sequence[Callback
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks={callbacks!r}: expected a list of functions, such as callbacks=[print].")
     check_flag(**switches)
+
+
+def _check_evaluation(eval_data: Any, **options: Any) -> None:
+    """Refuse options of evaluations without held-out rows, which would do nothing."""
+    given = [name for name, value in options.items() if value is not None]
+    if eval_data is None and given:
+        raise ValueError(
+            f"{given[0]}={options[given[0]]!r} needs eval_data=, the held-out rows that are scored while the training "
+            "runs. Pass rows with answers that are not in train_data."
+        )
 
 
 def _any_stops(processes: Processes, callbacks: Sequence[Callback], row: dict[str, float]) -> bool:

@@ -1,16 +1,59 @@
-"""The history of a training: its columns, and its rows read back from a checkpoint."""
+"""The history of a training: its columns, the row of a step, and its rows read back from a checkpoint."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..data.batch import Batch
 from ..storage.tensor_files import check_keys
+from .messages import StepStatistics
 
 #: Columns of the history.
 COLUMNS = ("step", "loss", "nll", "kl", "kl_weight", "grad_norm", "lr", "seconds", "skipped")
 #: Further column, where the answers are texts.
 PER_TOKEN = "nll_per_token"
+#: Further column, where held-out rows are scored: whether the posterior holds the state after this step.
+KEPT = "kept"
+
+
+class Pending(NamedTuple):
+    """A step whose statistics the host has not read yet."""
+
+    step: int
+    batch: Batch
+    kl_weight: float
+    rate: float
+    seconds: float
+    statistics: Tensor
+
+
+def row_of(taken: Pending, statistics: StepStatistics, *, num_data: int, skipped: int) -> dict[str, float]:
+    """Build the history row of a step.
+
+    Args:
+        taken: The step.
+        statistics: What the host has read of it.
+        num_data: Number of rows of the data set.
+        skipped: Number of steps so far that changed no parameter.
+    """
+    return {
+        "step": taken.step,
+        "loss": statistics.loss,
+        "nll": statistics.nll,
+        "kl": kl_of(taken, statistics, num_data),
+        "kl_weight": taken.kl_weight,
+        "grad_norm": statistics.grad_norm,
+        "lr": taken.rate,
+        "seconds": taken.seconds,
+        "skipped": skipped,
+    }
+
+
+def kl_of(taken: Pending, statistics: StepStatistics, num_data: int) -> float:
+    """Compute the KL of a step without its weight, nats per data set. NaN if the weight is 0."""
+    return statistics.weighted_kl * num_data / taken.kl_weight if taken.kl_weight else float("nan")
 
 
 def rows_of(saved: Mapping[str, Tensor], columns: Sequence[str]) -> list[dict[str, float]]:

@@ -4,9 +4,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from ..data.training_batches import Cycle
 from ..lora.sharding import is_sharded
 from ..storage.tensor_files import below, not_finite
 from .fresh_start import Start
-from .history import COLUMNS, PER_TOKEN, rows_of
+from .held_out import HeldOut
+from .history import COLUMNS, PER_TOKEN, Pending, kl_of, row_of, rows_of
 from .messages import StepStatistics, describe_batch, names_of, overflown, reason, too_large, where_not_finite
 from .objective import TrainingObjective
 from .optimizer import set_rates
@@ -30,23 +31,12 @@ from .training_state import LearnedState
 
 logger = logging.getLogger(__name__)
 
-#: How the names of saved tensors begin: columns of the history, and states of random generators.
-HISTORY, RANDOM = "history.", "random."
+#: How the names of saved tensors begin: columns of the history, states of random generators, and the best state.
+HISTORY, RANDOM, BEST = "history.", "random.", "best."
 #: Number of batches that are kept for a look back at the end.
 NUM_RECENT = 16
 
 Callback = Callable[[dict[str, float]], bool | None]
-
-
-class Pending(NamedTuple):
-    """A step whose statistics the host has not read yet."""
-
-    step: int
-    batch: Batch
-    kl_weight: float
-    rate: float
-    seconds: float
-    statistics: Tensor
 
 
 class Trainer:
@@ -66,6 +56,7 @@ class Trainer:
         save: Saves the trainer, after every ``save_every`` steps and before a signal is delivered.
         save_every: Number of steps between two calls of ``save``; None for no calls.
         num_tokens: Counts the tokens of the answers in a batch; None where the answers are not texts.
+        held_out: Evaluates held-out rows, and may end the run; None where there are no such rows.
         start: Whether the first step starts at the values of the wrapping, or at those of an earlier training. A
             resumed run keeps the start that its checkpoint names.
 
@@ -93,6 +84,7 @@ class Trainer:
         save_every: int | None = None,
         start: Start = "fresh",
         num_tokens: Callable[[Batch], int | None] | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         self.execute = execute
         self.batches = batches
@@ -107,7 +99,8 @@ class Trainer:
         self.save_every = save_every
         self.start = start
         self.num_tokens = num_tokens
-        self.columns = COLUMNS if num_tokens is None else (*COLUMNS, PER_TOKEN)
+        self.held_out = held_out
+        self.columns = (*COLUMNS, *((PER_TOKEN,) if num_tokens else ()), *(held_out.columns if held_out else ()))
         self.learned = LearnedState(execute.objective, execute.optimizer)
         self.recovery = Recovery(on_nonfinite, self.learned)
         self.history: list[dict[str, float]] = []
@@ -132,14 +125,19 @@ class Trainer:
         """
         validates = not is_sharded(self.execute.objective.model.blora.llm)  # other processes would wait for ever
         with self.execute.check or nullcontext():
+            if self._is_evaluation(self.next_step) and self.history:  # the run was stopped between step and evaluation
+                yield from self._evaluated([])
             for step in steps:
+                if self.held_out is not None and self.held_out.is_over:
+                    return
                 if not self._pending:
                     self.recovery.remember(step)
                 is_stopped = self._take(step, validate=validates and step == steps[0])
                 is_due = self.save_every is not None and (step + 1) % self.save_every == 0
+                is_evaluation = self._is_evaluation(step + 1) and not is_stopped
                 must_read = step in (steps[0], steps[-1]) or is_due or is_stopped  # the first step is slow anyway
-                if must_read or len(self._pending) >= self.read_every:
-                    yield from self.read()
+                if must_read or is_evaluation or len(self._pending) >= self.read_every:
+                    yield from self._evaluated(self.read()) if is_evaluation else self.read()
                 if is_due or is_stopped:
                     self.save(self)
                     self.recovery.remember(step + 1, now=is_due)  # where a run that resumes from here begins
@@ -163,6 +161,27 @@ class Trainer:
                 self.history.append(row)
                 yield row
 
+    def _is_evaluation(self, num_taken: int) -> bool:
+        return self.held_out is not None and self.held_out.is_due(num_taken)
+
+    def _evaluated(self, rows: Iterable[dict[str, float]]) -> Iterator[dict[str, float]]:
+        """Yield rows, and hold the last one back until it has the scores of the held-out rows."""
+        last = None
+        try:
+            for row in rows:
+                if last is not None:
+                    yield last
+                last = row
+            if self.held_out is not None and self.history:
+                self.held_out.evaluate(self.history[-1], self.next_step, self.learned)
+                last = self.history[-1]
+        except FloatingPointError:
+            if last is not None:
+                yield last
+            raise
+        if last is not None:
+            yield last
+
     def overflown(self) -> list[str]:
         """List the names of parameters and moments that have no finite value."""
         moments = not_finite(below(self.learned.trained(), "optimizer."))
@@ -183,7 +202,9 @@ class Trainer:
         record["start"] = self.start
         record["recovery"] = self.recovery.record()
         record["data"] = self.batches.position() if isinstance(self.batches, Cycle) else None
-        return self.learned.tensors() | rows | random, record
+        record["evaluation"] = self.held_out.record() if self.held_out else None
+        best = {BEST + name: tensor for name, tensor in (self.held_out.tensors() if self.held_out else {}).items()}
+        return self.learned.tensors() | rows | random | best, record
 
     def load_state(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Continue from a :meth:`state`.
@@ -207,7 +228,9 @@ class Trainer:
                 "but its noise differs from that of an uninterrupted run",
                 unmatched,
             )
-        self.learned.load({k: v for k, v in tensors.items() if not k.startswith((HISTORY, RANDOM))})
+        if self.held_out is not None:
+            self.held_out.load_state(below(tensors, BEST), record.get("evaluation"), self.learned)
+        self.learned.load({k: v for k, v in tensors.items() if not k.startswith((HISTORY, RANDOM, BEST))})
         self.history = history
         self.start = "continued" if record.get("start") == "continued" else "fresh"
         self.recovery.load_record(record["recovery"])
@@ -242,7 +265,9 @@ class Trainer:
         return bool(result.signal)
 
     def _recover(self, taken: Pending, statistics: StepStatistics) -> None:
-        facts = describe_batch(taken.batch, statistics, self._kl(taken, statistics), self.execute.objective.guide)
+        facts = describe_batch(
+            taken.batch, statistics, kl_of(taken, statistics, self.num_data), self.execute.objective.guide
+        )
         self.is_whole = False
         if statistics.had_finite_gradient:  # whatever the policy: the next update would be as large
             check, is_last = self.execute.update_check, self.next_step == taken.step + 1
@@ -267,22 +292,9 @@ class Trainer:
         return next((cause for cause in found if cause.startswith("site")), found[0])
 
     def _row(self, taken: Pending, statistics: StepStatistics) -> dict[str, float]:
-        row = {
-            "step": taken.step,
-            "loss": statistics.loss,
-            "nll": statistics.nll,
-            "kl": self._kl(taken, statistics),
-            "kl_weight": taken.kl_weight,
-            "grad_norm": statistics.grad_norm,
-            "lr": taken.rate,
-            "seconds": taken.seconds,
-            "skipped": self.recovery.skipped,
-        }
-        if self.num_tokens is not None:
-            count = self.num_tokens(taken.batch)
-            row[PER_TOKEN] = statistics.nll * len(taken.batch) / count if count else float("nan")
-        return row
+        row = row_of(taken, statistics, num_data=self.num_data, skipped=self.recovery.skipped)
+        return {name: math.nan for name in self.columns} | row | self._per_token(taken.batch, statistics.nll)
 
-    def _kl(self, taken: Pending, statistics: StepStatistics) -> float:
-        """KL without its weight, nats per data set."""
-        return statistics.weighted_kl * self.num_data / taken.kl_weight if taken.kl_weight else float("nan")
+    def _per_token(self, batch: Batch, nll: float) -> dict[str, float]:
+        count = self.num_tokens(batch) if self.num_tokens is not None else None
+        return {PER_TOKEN: nll * len(batch) / count} if count else {}

@@ -1,151 +1,36 @@
 """Options of a training: checked when they are made, immutable, and the identity of a run."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from pyro.infer import ELBO
 
-from .._arguments import known_arguments_of_methods, suggest
-from .._errors import (
-    check_auto_flag,
-    check_choice,
-    check_count,
-    check_flag,
-    check_not_negative,
-    check_positive,
-    check_scale,
-    check_share,
-    describe,
-    is_number,
-)
+from .._arguments import known_arguments_of_methods
+from .._errors import check_choice, check_count, check_positive, check_scale
 from .._process.random_state import as_seed
-from .._values import plain
 from ..guides import INIT_SCALE
 from .objective import weight_at
+from .option_groups import (
+    GROUPS,
+    CheckpointOptions,
+    EvaluationOptions,
+    HardwareOptions,
+    OptimizerOptions,
+    make_plain,
+)
 
-Schedule = Literal["linear", "constant"]
 DrawsPerBatch = Literal["per_example", "shared"]
 OnNonfinite = Literal["raise", "skip", "restore"]
-Group = TypeVar("Group")
+
+#: Number of evaluations in a run whose caller does not say how often.
+NUM_EVALUATIONS = 10
 
 #: Fields of TrainingOptions that may differ between a run and its resumption. ``draws`` is described by the model,
-#: which knows what the guide allows.
-NOT_IN_IDENTITY = frozenset({"optimizer", "checkpoint", "hardware", "on_nonfinite", "draws"})
-
-
-@known_arguments_of_methods
-@dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
-    """Options of AdamW beside the learning rates ``lr`` and ``lr_A``.
-
-    Args:
-        lr_loc: Learning rate of the guide's locations. Default: ``lr``.
-        lr_scale: Learning rate of the guide's scales, which are learned as logarithms.
-        weight_decay: Decay of B, and of A if the gauge leaves A free. It is decoupled from the loss: each step shrinks
-            them by learning rate times decay, which must be 1 at most.
-        factor_scale: Standard deviation of a normal MAP prior on B, and on A if the gauge leaves A free. It is a term
-            of the loss.
-        warmup: Share of the steps in which the learning rates rise from 0.
-        schedule: Learning rates after the warm-up: ``"linear"`` decay to 0, or ``"constant"``.
-        max_grad_norm: Largest global gradient norm. Larger gradients are scaled down to it. Default: no limit.
-
-    Raises:
-        ValueError: A value is out of its range.
-
-    Example:
-        >>> options = scalabl_pyro.OptimizerOptions(lr_scale=1e-2, schedule="constant")
-        >>> options.warmup
-        0.06
-    """
-
-    lr_loc: float | None = None
-    lr_scale: float = 3e-2
-    weight_decay: float = 0.0
-    factor_scale: float | None = None
-    warmup: float = 0.06
-    schedule: Schedule = "linear"
-    max_grad_norm: float | None = None
-
-    def __post_init__(self) -> None:
-        _make_plain(self)
-        if self.factor_scale is not None:
-            check_scale(factor_scale=self.factor_scale)
-        check_positive(lr_scale=self.lr_scale, **({} if self.lr_loc is None else {"lr_loc": self.lr_loc}))
-        check_not_negative(weight_decay=self.weight_decay)
-        check_choice("schedule", self.schedule, ("linear", "constant"))
-        check_share(warmup=self.warmup)
-        limit = self.max_grad_norm
-        if limit is not None and (not is_number(limit) or not limit > 0):
-            raise ValueError(f"max_grad_norm={limit!r} must be positive. Leave it out for no limit.")
-
-
-@known_arguments_of_methods
-@dataclass(frozen=True, kw_only=True)
-class CheckpointOptions:
-    """When checkpoints are written to ``checkpoint_dir``, and what a call does with those it finds there.
-
-    Args:
-        every: Number of steps between two checkpoints.
-        keep: Number of most recent checkpoints to keep.
-        resume: ``"auto"`` resumes from the newest valid checkpoint if there is one. True requires a checkpoint. False
-            requires that the directory holds none.
-
-    Raises:
-        ValueError: A value is out of its range.
-
-    Example:
-        >>> scalabl_pyro.CheckpointOptions(every=50).keep
-        2
-    """
-
-    every: int = 100
-    keep: int = 2
-    resume: bool | Literal["auto"] = "auto"
-
-    def __post_init__(self) -> None:
-        _make_plain(self)
-        check_count(every=self.every, keep=self.keep)
-        check_auto_flag(resume=self.resume)
-
-
-@known_arguments_of_methods
-@dataclass(frozen=True, kw_only=True)
-class HardwareOptions:
-    """Options that trade memory for time. They change the result by rounding at most.
-
-    Args:
-        micro_batch_size: Rows per forward pass of each process. Gradients of the same ELBO are accumulated. Default:
-            the whole batch.
-        cache_prefix: Whether to compute the blocks below the first adapted block once per row, and to keep their
-            output on the device (tokens x width numbers per row) for all later epochs.
-        cuda_graph: Whether to capture the whole step as a CUDA graph, once per batch shape, and to replay it: one
-            launch per step instead of thousands, with the same losses. Prompts are padded to multiples of 16 tokens,
-            so that shapes repeat. ``"auto"`` captures where the step allows it, and logs why if it does not. True
-            raises an error instead.
-        gradient_checkpointing: Whether to keep only the input of each block and to run the block again in the backward
-            pass, with the same draws. It takes about a third more time and far less memory.
-
-    Raises:
-        ValueError: A value is out of its range.
-        TypeError: A switch is not a bool.
-
-    Example:
-        >>> scalabl_pyro.HardwareOptions(micro_batch_size=4).cuda_graph
-        'auto'
-    """
-
-    micro_batch_size: int | None = None
-    cache_prefix: bool = False
-    cuda_graph: bool | Literal["auto"] = "auto"
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        _make_plain(self)
-        if self.micro_batch_size is not None:
-            check_count(micro_batch_size=self.micro_batch_size)
-        check_auto_flag(cuda_graph=self.cuda_graph)
-        check_flag(cache_prefix=self.cache_prefix, gradient_checkpointing=self.gradient_checkpointing)
+#: which knows what the guide allows. Options of evaluations belong to the held-out rows, if there are any.
+NOT_IN_IDENTITY = frozenset(
+    {"optimizer", "checkpoint", "hardware", "on_nonfinite", "draws", "eval_every", "patience", "evaluation"}
+)
 
 
 @known_arguments_of_methods
@@ -166,9 +51,12 @@ class TrainingOptions:
         init_scale: Largest initial standard deviation of the guide.
         seed: Seed of the data order, the initial scales and the noise.
         on_nonfinite: What to do after a step that is not finite.
+        eval_every: Number of steps between two evaluations; None for ten evaluations in the run.
+        patience: Number of evaluations in a row without a lower held-out NLL after which the run ends; None for no end.
         optimizer: Options of the optimizer.
         checkpoint: Options of checkpoints.
         hardware: Options that trade memory for time.
+        evaluation: Options of evaluations on held-out rows.
 
     Raises:
         ValueError: A value is out of its range.
@@ -185,12 +73,15 @@ class TrainingOptions:
     init_scale: float = INIT_SCALE
     seed: int = 0
     on_nonfinite: OnNonfinite = "raise"
+    eval_every: int | None = None
+    patience: int | None = None
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     hardware: HardwareOptions = field(default_factory=HardwareOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
     def __post_init__(self) -> None:
-        _make_plain(self)
+        make_plain(self)
         check_count(num_steps=self.num_steps, batch_size=self.batch_size)
         check_positive(lr=self.lr, lr_A=self.lr_A)
         check_scale(init_scale=self.init_scale)
@@ -199,6 +90,8 @@ class TrainingOptions:
         if self.elbo is not None and not isinstance(self.elbo, ELBO):
             raise TypeError(f"elbo={self.elbo!r}: expected an instance such as pyro.infer.Trace_ELBO().")
         as_seed(self.seed)
+        given = {"eval_every": self.eval_every, "patience": self.patience}
+        check_count(**{name: value for name, value in given.items() if value is not None})
         for name, kind in GROUPS.items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected scalabl_pyro.{kind.__name__}(...).")
@@ -212,88 +105,12 @@ class TrainingOptions:
         """Learning rate of the guide's locations."""
         return self.lr if self.optimizer.lr_loc is None else self.optimizer.lr_loc
 
+    @property
+    def steps_between_evaluations(self) -> int:
+        """Number of steps from one evaluation to the next."""
+        return self.eval_every or max(self.num_steps // NUM_EVALUATIONS, 1)
+
     def identity(self) -> dict[str, Any]:
         """Options that make another run, by name. The groups are flat, as in checkpoints."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_IN_IDENTITY}
         return own | {f.name: getattr(self.optimizer, f.name) for f in fields(self.optimizer)}
-
-
-#: Option groups of ``fit``.
-GROUPS: dict[str, type] = {
-    "optimizer": OptimizerOptions,
-    "checkpoint": CheckpointOptions,
-    "hardware": HardwareOptions,
-}
-
-#: Flat spellings of release 0.1, and the option group that each belongs to now.
-MOVED_TO_GROUPS = {
-    **{f.name: f"optimizer.{f.name}" for f in fields(OptimizerOptions)},
-    **{f.name: f"hardware.{f.name}" for f in fields(HardwareOptions)},
-    **{"checkpoint_every": "checkpoint.every", "keep_checkpoints": "checkpoint.keep", "resume": "checkpoint.resume"},
-    **{"loc_lr": "optimizer.lr_loc", "scale_lr": "optimizer.lr_scale"},
-}
-
-
-def as_group(name: str, kind: type[Group], given: Group | Mapping[str, Any] | None) -> Group:
-    """Read an option group of ``fit``.
-
-    Args:
-        name: Name of the argument.
-        kind: Class of the group.
-        given: An instance, a dict of its fields, or None for the defaults.
-
-    Returns:
-        The group.
-
-    Raises:
-        TypeError: ``given`` is something else, or it has a key that the group lacks.
-    """
-    if given is None:
-        return kind()
-    if isinstance(given, kind):
-        return given
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            f"{name}={given!r}: expected scalabl_pyro.{kind.__name__}(...), or a dict of its options."
-            if isinstance(given, int | float | str | list)
-            else f"{name} is {describe(given)}, expected scalabl_pyro.{kind.__name__}(...), or a dict of its options."
-        )
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    for key in given:
-        if key not in known:
-            raise TypeError(f"{name}={given!r}: {kind.__name__} has no option {key!r}. {suggest(str(key), known)}")
-    return kind(**given)
-
-
-def as_groups(**given: Any) -> dict[str, Any]:
-    """Read all option groups of ``fit``, by name; see :func:`as_group`."""
-    return {name: as_group(name, GROUPS[name], value) for name, value in given.items()}
-
-
-def optimizer_with(given: OptimizerOptions | Mapping[str, Any] | None, **own: Any) -> OptimizerOptions:
-    """Options of the optimizer with other defaults, for a method that has its own.
-
-    Args:
-        given: What the caller gave as ``optimizer=``. A field of an instance counts as given if it differs from the
-            default of the class; a dict says it exactly.
-        own: Values of the fields that the caller did not give.
-
-    Returns:
-        The options.
-
-    Raises:
-        TypeError: ``given`` is neither options nor a dict of them, or it has a key that the group lacks.
-    """
-    options = as_group("optimizer", OptimizerOptions, given)
-    if isinstance(given, Mapping):
-        unset = own.keys() - given.keys()
-    else:
-        default = OptimizerOptions()
-        unset = {name for name in own if getattr(options, name) == getattr(default, name)}
-    return replace(options, **{name: own[name] for name in unset})
-
-
-def _make_plain(options: Any) -> None:
-    """Turn NumPy and torch scalars into Python values, which checkpoints can hold."""
-    for option in fields(options):
-        object.__setattr__(options, option.name, plain(getattr(options, option.name)))

@@ -1,4 +1,4 @@
-"""Builds what a training needs from the arguments of ``fit``: data, guide, objective, step and trainer."""
+"""Builds what a training needs from the arguments of ``fit``: data, guide and objective."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from .._process.random_state import Stream, derive_seed
-from .._process.stop_signals import StopSignals
+from .._process.random_state import derive_seed
 from ..data.batch import Batch
+from ..data.held_out import HeldOutRows, read_held_out
 from ..data.training_batches import TrainingBatches, training_source
 from ..distributed.processes import Processes
 from ..guides import Guide, GuideLike, ParticleGuide, as_guide
@@ -20,25 +19,17 @@ from ..lora.position_table import position_limit
 from ..model.bayesian_lora import BayesianLoRA
 from ..model.joint import TaskModel
 from ..tasks import Task
-from .checkpoints import Checkpoints
-from .cuda_graphs import GRAPH_TOKENS, GraphedStep, uses_graph
+from .cuda_graphs import GRAPH_TOKENS
 from .fresh_start import Start, choose_start
-from .gradient_check import GradientCheck
-from .loop import Trainer
-from .objective import Objective, ScopedGuide, TrainingObjective, allows_row_draws, elbo_for, weight_at
-from .optimizer import build_optimizer, parameters_of, rate_schedule
+from .held_out_scores import HeldOutScores
+from .objective import Objective, ScopedGuide, TrainingObjective, allows_row_draws, elbo_for
 from .options import TrainingOptions
 from .provenance import as_json, describe_data, describe_options, versions
-from .run_identity import describe_run
+from .run_identity import EVAL_DATA, describe_run
 from .score_function import LeaveOneOutELBO
 from .shared_batches import check_shareable
 from .start_check import check_finite
-from .step import EagerStep
 from .svgd import SteinObjective
-from .update_check import UpdateCheck, logarithms_of
-
-#: Number of steps after which the host reads the losses of a GPU, because it has to wait for each reading.
-READ_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -55,6 +46,7 @@ class TrainingProgram:
         options: The options of the run.
         processes: Processes that train together.
         moved: What was trained before, in words; the training goes on from it.
+        held_out: Scores of held-out rows, or None.
     """
 
     model: TaskModel
@@ -66,6 +58,7 @@ class TrainingProgram:
     options: TrainingOptions
     processes: Processes
     moved: Sequence[str] = ()
+    held_out: HeldOutScores | None = None
 
     @property
     def device(self) -> torch.device:
@@ -74,15 +67,27 @@ class TrainingProgram:
 
     def identity(self) -> dict[str, Any]:
         """Identity of the run, for checkpoints."""
-        return describe_run(self.model, self.guide, self.batches, self.options.identity())
+        options = self.options.identity() | self._identity_of_evaluations()
+        return describe_run(self.model, self.guide, self.batches, options)
 
     def identity_of_processes(self, checkpoint_every: int | None) -> dict[str, Any]:
         """Identity of the run, and all else that must be equal in processes that train together."""
         hardware = {"micro_batch_size": self.options.hardware.micro_batch_size, "device": self.device.type}
         rest = {"on_nonfinite": self.options.on_nonfinite, "checkpoint_every": checkpoint_every}
-        return describe_run(self.model, self.guide, self.batches, self.options.identity() | hardware | rest)
+        options = self.options.identity() | self._identity_of_evaluations() | hardware | rest
+        return describe_run(self.model, self.guide, self.batches, options)
 
-    def provenance(self, history: list[dict[str, float]], seconds: float, start: Start) -> dict[str, Any]:
+    def _identity_of_evaluations(self) -> dict[str, Any]:
+        """What decides the state that a run keeps. Empty without held-out rows, as in checkpoints of such runs."""
+        if self.held_out is None:
+            return {}
+        options = self.options
+        own = {"eval_every": options.steps_between_evaluations, "patience": options.patience}
+        return own | {"eval_num_draws": self.held_out.num_draws, EVAL_DATA: self.held_out.rows.digest}
+
+    def provenance(
+        self, history: list[dict[str, float]], seconds: float, start: Start, evaluation: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """What a posterior stores about its training, see :mod:`scalabl_pyro.training.provenance`."""
         options = self.options
         record = {
@@ -103,6 +108,10 @@ class TrainingProgram:
             "data": describe_data(self.batches, self.model.num_data),
             "versions": versions(),
         }
+        if self.held_out is not None:
+            rows = self.held_out.rows
+            data = {"num_rows": len(rows.examples), "sha256": rows.digest, "num_draws": self.held_out.num_draws}
+            record["evaluation"] = data | (evaluation or {})
         return as_json(record)
 
 
@@ -111,6 +120,7 @@ def build_program(
     task: Task,
     train_data: Any,
     *,
+    eval_data: Any = None,
     guide: GuideLike,
     num_data: int | None,
     options: TrainingOptions,
@@ -124,6 +134,7 @@ def build_program(
         blora: The LLM.
         task: The likelihood.
         train_data: Rows, or batches.
+        eval_data: Held-out rows, or None.
         guide: Posterior family.
         num_data: N, or None to count the rows.
         options: The options of the run.
@@ -151,6 +162,7 @@ def build_program(
     )
     if isinstance(batches, TrainingBatches):
         task.check_llm(blora.adapter, batches.examples)
+    rows = None if eval_data is None else _read_held_out(eval_data, task, batches)
     moved = choose_start(blora, task, reset=reset)  # after the data were read: bad rows change nothing
     if reset:
         task.restart()
@@ -173,77 +185,18 @@ def build_program(
         objective = SteinObjective(model, cast(ParticleGuide, family))
     else:
         objective = Objective(elbo, model, ScopedGuide(family, draws=draws))
-    return TrainingProgram(model, family, objective, type(elbo).__name__, batches, store, options, processes, moved)
+    scores = None
+    if rows is not None:
+        own: dict[str, Any] = {"seed": options.seed, "processes": processes, "cache_prefix": hardware.cache_prefix}
+        scores = HeldOutScores(rows, blora, task, family, options=options.evaluation, **own)
+    estimator = type(elbo).__name__
+    return TrainingProgram(model, family, objective, estimator, batches, store, options, processes, moved, scores)
 
 
-def build_trainer(
-    program: TrainingProgram, *, checkpoints: Checkpoints, signals: StopSignals, read_each_step: bool
-) -> Trainer:
-    """Build the optimizer, the step and the trainer of a program.
-
-    Args:
-        program: What is trained on what.
-        checkpoints: Checkpoints of the run.
-        signals: Signals that this process receives.
-        read_each_step: Whether somebody waits for the history row of each step.
-
-    Raises:
-        ValueError: ``cuda_graph=True``, but the step cannot be captured.
-    """
-    options, optimizer_options, hardware = program.options, program.options.optimizer, program.options.hardware
-    graphed = uses_graph(
-        hardware.cuda_graph,
-        program.objective,
-        keeps_prefix=program.store is not None,
-        are_several=program.processes.are_several,
-    )
-    optimizer = build_optimizer(
-        program.model,
-        program.guide,
-        lr=options.lr,
-        lr_A=options.lr_A,
-        lr_loc=options.lr_loc,
-        lr_scale=optimizer_options.lr_scale,
-        weight_decay=optimizer_options.weight_decay,
-        capturable=graphed,
-    )
-    step = (GraphedStep if graphed else EagerStep)(
-        program.objective,
-        optimizer,
-        device=program.device,
-        micro_batch_size=hardware.micro_batch_size,
-        max_grad_norm=optimizer_options.max_grad_norm,
-        store=program.store,
-        processes=program.processes,
-        signals=signals,
-        check=GradientCheck(program.model.blora),
-        update_check=UpdateCheck(
-            parameters_of(optimizer),
-            logarithms=_trained_logarithms(program),
-            largest_rate=max(options.lr, options.lr_A, options.lr_loc, optimizer_options.lr_scale),
-        ),
-    )
-    return Trainer(
-        step,
-        batches=program.batches,
-        noise=Stream(derive_seed(options.seed, "noise")),
-        kl_weight=lambda step: weight_at(options.kl_weight, step),
-        rate=rate_schedule(optimizer_options.schedule, optimizer_options.warmup, options.num_steps),
-        lr=options.lr,
-        num_data=program.model.num_data,
-        start="continued" if program.moved else "fresh",
-        read_every=1 if read_each_step or program.device.type == "cpu" else READ_EVERY,
-        on_nonfinite=options.on_nonfinite,
-        signals=signals,
-        save=checkpoints.save_together,
-        save_every=checkpoints.every,
-        num_tokens=program.model.task.num_tokens if program.model.task.scores_only else None,
-    )
-
-
-def _trained_logarithms(program: TrainingProgram) -> list[Tensor]:
-    found = [*logarithms_of(program.guide), *logarithms_of(program.model)]
-    return list({id(p): p for p in found if p.requires_grad}.values())
+def _read_held_out(eval_data: Any, task: Task, batches: Callable[[int], Batch]) -> HeldOutRows:
+    train = batches.examples if isinstance(batches, TrainingBatches) else ()
+    classes = None if task.scores_only else task.classes
+    return read_held_out(eval_data, task.encode, train=train, classes=classes)
 
 
 def _width_multiple(blora: BayesianLoRA) -> int:

@@ -25,7 +25,7 @@ def describe_options(options: TrainingOptions, history: Sequence[Mapping[str, fl
     Returns:
         Values by name, with one dict per group.
     """
-    groups = ("optimizer", "checkpoint", "hardware")
+    groups = ("optimizer", "checkpoint", "hardware", "evaluation")
     own = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in groups}
     if callable(options.kl_weight):
         last = max(len(history) - 1, 0)

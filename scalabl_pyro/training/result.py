@@ -15,6 +15,8 @@ from ..lora.factors import Factors
 from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
 from ..tasks import Task
+from .held_out_scores import EVAL, NLL
+from .history import KEPT
 
 #: Number of characters of the posterior's repr that the repr of a result shows.
 MAX_REPR = 1000
@@ -31,8 +33,12 @@ class FitResult:
             the factors B), ``seconds`` since the start, and ``skipped`` (number of steps so far that changed no
             parameter, because the loss or the gradient was NaN or infinite). :class:`~scalabl_pyro.Completion` adds
             ``nll_per_token``, the NLL of the batch divided by the number of its completion tokens (nats).
+            With ``eval_data`` there are scores of the held-out rows, NaN at steps that were not evaluated: ``eval_nll``
+            (nats per row, of the average over draws), and ``eval_accuracy`` and ``eval_ece`` of classes, ``eval_rmse``
+            of numbers, or ``eval_nll_per_token`` of texts. ``kept`` says whether the posterior is that of this step.
         warnings: What is wrong with the end of the training, one sentence each: the loss or the NLL is above its start,
             or one class is predicted for all recent rows. Empty if neither was seen.
+        settled: Whether loss, guide and steps had settled at the end, and what to change, in one line.
 
     Example:
         >>> result = scalabl_pyro.fit(blora, task, rows, num_steps=100)
@@ -42,15 +48,30 @@ class FitResult:
     posterior: Posterior
     history: pd.DataFrame
     warnings: tuple[str, ...] = ()
+    settled: str = ""
+
+    @property
+    def evaluations(self) -> pd.DataFrame:
+        """Rows of the history in which held-out rows were scored: step, training NLL, the scores, ``kept``.
+
+        Raises:
+            ValueError: ``fit`` had no ``eval_data``.
+        """
+        return evaluations_of(self.history)
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name}={value}" for name, value in self._summary().items())
-        warnings = "".join(f"  warning: {text}\n" for text in self.warnings)
-        return f"FitResult({numbers})\n{warnings}" + textwrap.indent(f"posterior: {self._describe_posterior()}", "  ")
+        lines = [*(f"warning: {text}" for text in self.warnings), *filter(None, [self.settled])]
+        notes = "".join(f"  {line}\n" for line in lines)
+        return f"FitResult({numbers})\n{notes}" + textwrap.indent(f"posterior: {self._describe_posterior()}", "  ")
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
-        facts = [*self._summary().items(), *(("warning", text) for text in self.warnings)]
+        notes = [
+            *(("warning", text) for text in self.warnings),
+            *(("settled", text) for text in [self.settled] if text),
+        ]
+        facts = [*self._summary().items(), *notes]
         return html_table("FitResult", [*facts, ("posterior", self._describe_posterior())])
 
     def _describe_posterior(self) -> str:
@@ -67,10 +88,30 @@ class FitResult:
 
 
 def last_step(history: pd.DataFrame) -> dict[str, str]:
-    """Return the number of steps of a history, and loss, NLL, KL and seconds of the last one, as texts."""
+    """Return the number of steps of a history, and loss, NLL, KL and seconds of the last one, as texts.
+
+    With held-out rows there are also the step whose state the posterior holds, and its held-out NLL.
+    """
     last = {} if history.empty else history.iloc[-1].to_dict()
     names = [name for name in ("loss", "nll", "kl", "seconds") if name in last]
-    return {"steps": str(len(history))} | {name: f"{last[name]:.4g}" for name in names}
+    shown = {"steps": str(len(history))} | {name: f"{last[name]:.4g}" for name in names}
+    if KEPT not in history or not history[KEPT].any():
+        return shown
+    kept = history[history[KEPT]].iloc[-1]
+    scores = {} if kept[NLL] != kept[NLL] else {NLL: f"{kept[NLL]:.4g}"}
+    return shown | {"kept_step": str(int(kept["step"]))} | scores
+
+
+def evaluations_of(history: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a history in which held-out rows were scored; see :attr:`FitResult.evaluations`.
+
+    Raises:
+        ValueError: The history has no scores.
+    """
+    if NLL not in history:
+        raise ValueError("Nothing was evaluated: pass held-out rows, fit(..., eval_data=rows).")
+    names = [name for name in history if name in ("member", "step", "nll", KEPT) or str(name).startswith(EVAL)]
+    return history.loc[history[NLL].notna(), names].reset_index(drop=True)
 
 
 class TrainingError(FloatingPointError):

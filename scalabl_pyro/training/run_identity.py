@@ -20,7 +20,8 @@ from ..model.joint import TaskModel
 from .loop import Trainer
 
 #: Entries that are digests.
-DATA, FIXED = "train_data", "what is held fixed (frozen parameters, numbers of the prior)"
+DATA, EVAL_DATA = "train_data", "eval_data"
+FIXED = "what is held fixed (frozen parameters, numbers of the prior)"
 #: Number of steps at which KL schedules are compared.
 SCHEDULE_PROBES = 9
 
@@ -99,7 +100,7 @@ def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[st
             continue
         if isinstance(was, dict) and isinstance(now, dict):
             found += [f"{name}: {inner}" for inner in differences(was, now)]
-        elif name in (DATA, FIXED) or len(f"{was}{now}") > 200:
+        elif name in (DATA, EVAL_DATA, FIXED) or len(f"{was}{now}") > 200:
             found.append(f"{name} differs")
         else:
             found.append(f"{name} is {now!r}, was {was!r}")

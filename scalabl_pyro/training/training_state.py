@@ -33,7 +33,7 @@ class LearnedState:
             for number, parameter in enumerate(self._parameters())
             for key, value in cast(Any, self.optimizer).state.get(parameter, {}).items()
         }
-        return self._modules() | moments
+        return self.modules() | moments
 
     def trained(self) -> dict[str, Tensor]:
         """Give the live tensors that updates change: trained parameters, and their moments."""
@@ -48,11 +48,27 @@ class LearnedState:
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Overwrite the live tensors in place, because a captured graph continues to use them.
 
+        Args:
+            saved: Tensors of the modules, and the optimizer's moments. Moments that are missing become zero.
+
         Raises:
             ValueError: Names, shapes, types or fixed numbers differ, or parameters are not finite. Nothing is
                 overwritten then.
         """
-        modules, parameters = self._modules(), self._parameters()
+        self.check(saved)
+        for name, live in self.modules().items():
+            live.copy_(saved[name])
+        for number, parameter in enumerate(self._parameters()):
+            self._load_moments(parameter, below(saved, f"optimizer.{number}."))
+
+    @torch.no_grad()
+    def check(self, saved: Mapping[str, Tensor]) -> None:
+        """Check that saved tensors can be loaded.
+
+        Raises:
+            ValueError: Names, shapes, types or fixed numbers differ, or parameters are not finite.
+        """
+        modules, parameters = self.modules(), self._parameters()
         mine = tuple(f"optimizer.{number}." for number in range(len(parameters)))
         moments = {k: v for k, v in saved.items() if k.startswith(mine)}
         check_keys("The saved state", set(saved) - set(moments), set(modules))
@@ -74,10 +90,6 @@ class LearnedState:
             _check(name, saved[name], live.shape, live.dtype, finite=is_finite)
             if name in fixed and not torch.equal(saved[name].to(live.device), live):
                 raise ValueError(f"{name!r} is held fixed in a run, but was saved with other numbers.")
-        for name, live in modules.items():
-            live.copy_(saved[name])
-        for parameter, prefix in zip(parameters, mine, strict=True):
-            self._load_moments(parameter, below(moments, prefix))
 
     def _load_moments(self, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
         state: dict[str, Any] = cast(Any, self.optimizer).state[parameter]
@@ -95,7 +107,8 @@ class LearnedState:
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return [parameter for group in groups for parameter in group["params"]]
 
-    def _modules(self) -> dict[str, Tensor]:
+    def modules(self) -> dict[str, Tensor]:
+        """Give the live tensors of all modules by name, without the moments: ``module.*``, ``heads.*``."""
         own = {f"module.{k}": v for k, v in self.objective.state_dict().items()}
         for (
             name,

@@ -415,6 +415,10 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
         [lambda w: sp.plots.history(sp.fit(w.blora, w.task, ROWS, **FEW).history)],
         [lambda w: sp.plots.history(None)],
     ),
+    "plots.loss": (
+        [lambda w: sp.plots.loss(sp.fit(w.blora, w.task, ROWS, **FEW).history)],
+        [lambda w: sp.plots.loss(None)],
+    ),
     "plots.posterior_by_layer": (
         [lambda w: sp.plots.posterior_by_layer(w.posterior, num_draws=5)],
         [lambda w: sp.plots.posterior_by_layer(w.no_draws)],

@@ -38,6 +38,13 @@ def numbers(seed=0, rows=40):
     return sp.NumericPrediction(means, variances, means, None, None)
 
 
+def evaluated():
+    """A history with held-out rows at every fifth step, of which the second is kept."""
+    frame = history()
+    scored = frame["step"] % 5 == 4
+    return frame.assign(eval_nll=np.where(scored, 0.9 - 0.01 * frame["step"], np.nan), kept=frame["step"] == 9)
+
+
 def history(steps=30, seed=0):
     rng = np.random.default_rng(seed)
     nll, kl = rng.uniform(0.5, 1.0, steps), rng.uniform(1.0, 2.0, steps)
@@ -75,6 +82,7 @@ PLOTS = {
     "risk_coverage": lambda posterior, **kw: plots.risk_coverage(prediction(), **kw),
     "confident_mistakes": lambda posterior, **kw: plots.confident_mistakes({"a": prediction()}, threshold=0.6, **kw),
     "history": lambda posterior, **kw: plots.history(history(), **kw),
+    "loss": lambda posterior, **kw: plots.loss(evaluated(), **kw),
     "posterior_by_layer": lambda posterior, **kw: plots.posterior_by_layer(posterior, num_draws=20, **kw),
     "tokens": lambda posterior, **kw: plots.tokens(toy_scores.scored([["a", " text"]]), **kw),
     "uncertainty_histogram": lambda posterior, **kw: plots.uncertainty_histogram(prediction(), prediction(1), **kw),
@@ -485,6 +493,28 @@ def test_history_shows_loss_and_parts_raw_and_smoothed():
         assert smooth.get_ydata()[0] == values[0]
         assert smooth.get_ydata()[-1] == pytest.approx(values[-5:].mean())
         assert smooth.get_color() == raw.get_color()
+
+
+def test_loss_shows_both_nlls_and_the_kept_step():
+    frame = evaluated()
+    ax = plots.loss(frame, smooth=5)
+    lines = labeled(ax)
+    assert legend(ax) == list(lines) == ["training batches", "held-out rows", "posterior"]
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), frame["nll"])
+    assert lines["training batches"].get_ydata()[-1] == pytest.approx(frame["nll"][-5:].mean())
+    scored = frame[frame["eval_nll"].notna()]
+    np.testing.assert_array_equal(lines["held-out rows"].get_xydata(), scored[["step", "eval_nll"]])
+    assert list(lines["posterior"].get_xdata()) == [9, 9]
+    assert legend(plots.loss(history(), ax=plt.figure().subplots())) == ["training batches"]
+
+
+def test_loss_of_a_fit_can_be_plotted():
+    blora, task = sp.bayesian_lora(tiny.causal_lm()), sp.MultipleChoice(tiny.tokenizer())
+    rows = list({row["question"]: row for row in tiny.question_rows(40)}.values())
+    result = sp.fit(blora, task, rows[:4], eval_data=rows[4:8], num_steps=4, eval_every=2, progress=False)
+    lines = labeled(plots.loss(result.history))
+    assert lines["held-out rows"].get_ydata().tolist() == result.evaluations["eval_nll"].tolist()
+    assert list(lines["posterior"].get_xdata()) == [3, 3]
 
 
 def test_history_of_a_fit_can_be_plotted():

@@ -20,7 +20,9 @@ from scalabl_pyro._process.random_state import derive_seed
 from scalabl_pyro.data import collate, encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import Guide, NormalGuide
-from scalabl_pyro.training.options import GROUPS, TrainingOptions, optimizer_with
+from scalabl_pyro.training import progress
+from scalabl_pyro.training.option_groups import GROUPS, optimizer_with
+from scalabl_pyro.training.options import TrainingOptions
 
 ROWS = tiny.question_rows(16)
 
@@ -402,8 +404,8 @@ def test_a_method_with_rates_of_its_own_leaves_the_callers_alone(given):
 
 
 def test_fit_has_few_options_and_groups_cannot_change():
-    assert len(inspect.signature(sp.fit).parameters) <= 22  # 32 before the groups
-    for group in (sp.OptimizerOptions(), sp.CheckpointOptions(), sp.HardwareOptions(), TrainingOptions()):
+    assert len(inspect.signature(sp.fit).parameters) <= 26  # 32 before the groups
+    for group in (*(kind() for kind in GROUPS.values()), TrainingOptions()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(group, dataclasses.fields(group)[0].name, 1)
 
@@ -571,9 +573,18 @@ def test_gradients_can_be_clipped(task):
     assert not torch.equal(run(1e-6), run(None))
 
 
-def test_the_progress_bar_shows_the_loss(blora, task, capsys):
+def test_the_progress_bar_shows_the_loss(blora, task, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_shows_bars", lambda: True)
     fit(blora, task, progress=True)
     assert "loss=" in capsys.readouterr().err
+
+
+def test_a_log_file_gets_twenty_lines_instead_of_a_bar(blora, task, capsys):
+    result = fit(blora, task, num_steps=60, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 20 and "\r" not in "".join(lines)
+    assert lines[-1].startswith(f"fit: step 60 of 60, loss {result.history['loss'].iloc[-1]:.4g}, nll ")
+    assert lines[-1].endswith("passed, 00:00 left)")
 
 
 def test_cut_prompts_are_reported(blora, tokenizer, caplog):

@@ -270,8 +270,9 @@ def test_a_checkpoint_with_such_numbers_is_not_resumed(tmp_path, name):
 @pytest.mark.parametrize("state", ["exp_avg_sq", "exp_avg"])
 def test_a_checkpoint_with_moments_that_are_not_finite_is_not_written(tmp_path, caplog, state, monkeypatch):
     made = []
-    build = sp.training.program.build_optimizer
-    monkeypatch.setattr(sp.training.program, "build_optimizer", lambda *a, **k: made.append(build(*a, **k)) or made[0])
+    build = sp.training.build_trainer.build_optimizer
+    trainer = sp.training.build_trainer
+    monkeypatch.setattr(trainer, "build_optimizer", lambda *a, **k: made.append(build(*a, **k)) or made[0])
 
     def spoil(row):
         if row["step"] == 1:

@@ -148,7 +148,7 @@ def test_seconds_and_progress_go_on_from_where_they_were(tmp_path, capsys):
     assert resumed.history["seconds"].is_monotonic_increasing
     assert resumed.history["step"].tolist() == list(range(8))
     assert resumed.posterior.provenance["num_steps"] == 8
-    assert "8/8" in capsys.readouterr().err
+    assert "fit: step 8 of 8" in capsys.readouterr().err
 
 
 def test_resuming_leaves_the_global_random_state_alone(tmp_path, unchanged_rng):
