@@ -16,6 +16,7 @@ from .evaluate import evaluate
 from .export import export
 from .fit import fit
 from .predict import predict
+from .serve import serve
 from .terminal import say
 
 EXAMPLES = """\
@@ -24,6 +25,7 @@ examples:
   scalabl-pyro fit train.csv --model NAME --text note --label class --out post/
   scalabl-pyro predict post/ new.csv --model NAME --out predictions.csv --review-above 0.3
   scalabl-pyro evaluate post/ test.csv --model NAME --out report.html
+  scalabl-pyro serve post/ --model NAME --port 8000
   scalabl-pyro export post/ adapters/ --model NAME --draws 8 --engine vllm
 """
 #: What a user can mend. The message of such an error says how, so no traceback is shown.
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_evaluate(commands)
     _add_export(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -170,12 +173,31 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     own.set_defaults(run=export)
 
 
+def _add_serve(commands: argparse._SubParsersAction) -> None:
+    own = commands.add_parser(
+        "serve",
+        help="answer requests over HTTP",
+        description='Answer requests over HTTP: POST /predict with {"rows": [...]}, GET /health. There is neither '
+        "encryption nor a password. Ctrl-C ends the service.",
+    )
+    own.add_argument("path", type=Path, help="directory of the saved posterior")
+    own.add_argument("--model", required=True, help="hub name or directory of the base model")
+    own.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    own.add_argument("--port", type=int, default=8000, help="port to listen at (default: 8000)")
+    _add_draws(own)
+    own.set_defaults(run=serve)
+
+
 def _add_common(own: argparse.ArgumentParser, table: str) -> None:
     own.add_argument("path", type=Path, help="directory of the saved posterior")
     own.add_argument("data", help=table)
     own.add_argument("--model", required=True, help="hub name or directory of the base model")
+    own.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON")
+    _add_draws(own)
+
+
+def _add_draws(own: argparse.ArgumentParser) -> None:
     own.add_argument("--num-draws", type=int, default=10, help="draws to average; 0 is the mean of s (default: 10)")
     own.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     own.add_argument("--batch-size", type=int, default=16, help="rows per forward pass (default: 16)")
     own.add_argument("--device", default="auto", help="device, such as cpu or cuda:0 (default: a GPU if there is one)")
-    own.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON")

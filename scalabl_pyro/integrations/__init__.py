@@ -25,3 +25,15 @@ __all__ = [
     "make_app",
     "serve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the bridge that defines a name."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """Public names."""
+    return sorted(__all__)

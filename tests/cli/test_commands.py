@@ -1,9 +1,14 @@
 """``scalabl-pyro predict``, ``evaluate`` and ``export`` do what the library does, and say what is wrong in one line."""
 
+import contextlib
 import json
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -185,9 +190,38 @@ def test_rows_without_answers_cannot_be_evaluated(run, folder):
 
 
 def test_the_program_explains_itself():
-    for words in ([], ["fit"], ["predict"], ["evaluate"], ["export"], ["doctor"]):
+    for words in ([], ["serve"], ["fit"], ["predict"], ["evaluate"], ["export"], ["doctor"]):
         done = subprocess.run(
             [sys.executable, "-m", "scalabl_pyro", *words, "--help"], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0 and "scalabl-pyro" in done.stdout
     assert subprocess.run([sys.executable, "-m", "scalabl_pyro", "predict"], capture_output=True).returncode == 2
+
+
+def test_serve_answers_requests_with_the_numbers_of_predict(folder):
+    pytest.importorskip("uvicorn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", "post", "--model", "base", "--port", str(port), "--num-draws", "3", "--device", "cpu"]
+    command = [sys.executable, "-m", "scalabl_pyro", *words]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.2)
+        body = json.dumps({"rows": ROWS[:3]}).encode()
+        request = urllib.request.Request(f"{url}/predict", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found = json.load(answer)
+    finally:
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    assert "Traceback" not in said
+    own = expected(folder, num_draws=3).to_frame()
+    rows = found["predictions"] if "predictions" in found else found["rows"]
+    np.testing.assert_allclose([row["probability"] for row in rows], own["probability"][:3], atol=1e-5)
