@@ -126,7 +126,9 @@ def _warn_of_new_classes(train: Sequence[Example], examples: Sequence[Example], 
     new = Counter(e.target for e in examples if e.target not in trained)
     if not new:
         return
-    named = _some([f"{classes[int(target)]!r} ({count} rows)" for target, count in sorted(new.items())])
+    named = _some(
+        [f"{classes[int(target)]!r} ({count} row{'s' if count > 1 else ''})" for target, count in sorted(new.items())]
+    )
     warnings.warn(
         f"eval_data has answers that no row of train_data has: {named}. They cannot be learned, so their NLL is high "
         "whatever the settings are. Add such rows to train_data, or split the rows anew, at random.",

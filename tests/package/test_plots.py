@@ -510,8 +510,8 @@ def test_loss_shows_both_nlls_and_the_kept_step():
 
 def test_loss_of_a_fit_can_be_plotted():
     blora, task = sp.bayesian_lora(tiny.causal_lm()), sp.MultipleChoice(tiny.tokenizer())
-    rows = list({row["question"]: row for row in tiny.question_rows(40)}.values())
-    result = sp.fit(blora, task, rows[:4], eval_data=rows[4:8], num_steps=4, eval_every=2, progress=False)
+    rows = list({row["question"]: row for row in tiny.question_rows(200)}.values())
+    result = sp.fit(blora, task, rows[:10], eval_data=rows[10:], num_steps=4, eval_every=2, progress=False)
     lines = labeled(plots.loss(result.history))
     assert lines["held-out rows"].get_ydata().tolist() == result.evaluations["eval_nll"].tolist()
     assert list(lines["posterior"].get_xdata()) == [3, 3]
