@@ -278,6 +278,13 @@ def test_the_benchmark_of_serving_times_each_kind_of_request(tmp_path):
     assert all(line[kind] > 0 for line in lines for kind in line if kind.endswith("_ms"))
 
 
+def test_the_service_benchmark_starts_a_server_and_asks_it(tmp_path):
+    run("benchmarks/service.py", tmp_path)
+    lines = json.loads((tmp_path / "service.json").read_text())["lines"]
+    assert [line["clients"] for line in lines] == [1, 4]
+    assert all(0 < line["p50_ms"] <= line["p99_ms"] and line["requests_per_s"] > 0 for line in lines)
+
+
 def test_the_benchmark_of_posthoc_scores_the_adapter_and_each_method(tmp_path):
     run("benchmarks/posthoc.py", tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "out" / "r8-0-validation.jsonl").read_text().splitlines()]
