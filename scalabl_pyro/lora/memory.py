@@ -1,6 +1,6 @@
 """Estimate the memory of a training step from what autograd saves for one row and for two rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from .train_mode import sole_use
 #: Bytes per trained parameter: its float32 value, its value before the update, its gradient, and two moments of AdamW.
 BYTES_PER_PARAMETER = 20
 
+Pass = Callable[[AdaptedLLM, Tensor, int], Any]
+"""Function that runs the forward pass of a step on the first rows: LLM, latents (D,), number of rows."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate(Summarized):
@@ -25,22 +28,25 @@ class MemoryEstimate(Summarized):
         weights: Bytes of the weights that are not trained, mostly the frozen base model.
         trained: Bytes of the trained parameters, their copies, their gradients and AdamW's moments.
         activations: Bytes that the forward pass saves for the backward pass, for all rows.
+        head: Bytes of the logits that the backward pass computes again at one time; 0 if all logits are saved. The
+            output head runs in parts on long completions.
     """
 
     weights: int
     trained: int
     activations: int
+    head: int = 0
 
     @property
     def total(self) -> int:
-        """Sum of the three parts."""
-        return self.weights + self.trained + self.activations
+        """Sum of all parts."""
+        return self.weights + self.trained + self.activations + self.head
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self._summary().items())
 
     def _summary(self) -> Mapping[str, object]:
-        names = ("weights", "trained", "activations", "total")
+        names = ("weights", "trained", "activations", *(["head"] if self.head else []), "total")
         return {name: f"{getattr(self, name) / 2**30:.2f} GiB" for name in names}
 
 
@@ -64,13 +70,34 @@ def estimate_memory(
     named = {**inputs} if positions is None else {**inputs, "positions": positions}
     rows = next(len(x) for x in inputs.values() if torch.is_tensor(x))
 
-    def saved(count: int, again: tuple[nn.Module, ...] = ()) -> int:
-        part = {k: x[:count].to(adapter.device) if torch.is_tensor(x) else x for k, x in named.items()}
-        return _saved_bytes(adapter, part, again=again)
+    def forward(llm: AdaptedLLM, s: Tensor, count: int) -> Any:
+        part: dict[str, Any] = {k: x[:count].to(adapter.device) if torch.is_tensor(x) else x for k, x in named.items()}
+        return llm(**part, s=s)
+
+    return estimate_step(adapter, forward, rows=rows, gradient_checkpointing=gradient_checkpointing)
+
+
+def estimate_step(
+    adapter: Adapter, forward: Pass, *, rows: int, gradient_checkpointing: bool, head: int = 0, first: int = 1
+) -> MemoryEstimate:
+    """Estimate the memory of a training step from its forward pass; see :func:`estimate_memory`.
+
+    Args:
+        adapter: Adapter of the LLM.
+        forward: Forward pass of the step.
+        rows: Number of rows of the batch.
+        gradient_checkpointing: Whether training recomputes blocks in the backward pass.
+        head: Bytes of the logits that the backward pass computes again at one time.
+        first: Number of rows of the first pass; the second pass has one more. The bytes must be linear from there on.
+
+    Returns:
+        The estimate in bytes.
+    """
+    low = min(first, rows)
 
     def of_all_rows(again: tuple[nn.Module, ...] = ()) -> int:
-        one, two = saved(1, again), saved(min(rows, 2), again)
-        return one + (rows - 1) * (two - one)
+        fewer, more = (_saved_bytes(adapter, forward, count, again=again) for count in (low, min(low + 1, rows)))
+        return fewer + (rows - low) * (more - fewer)
 
     activations = of_all_rows()
     if gradient_checkpointing and adapter.blocks:
@@ -82,7 +109,7 @@ def estimate_memory(
     trained = sum(t.numel() for t in tensors.values() if t.requires_grad)
     own = sum(t.nbytes for t in tensors.values() if t.requires_grad)
     weights = sum(t.untyped_storage().nbytes() for t in tensors.values()) - own
-    return MemoryEstimate(weights, BYTES_PER_PARAMETER * trained, activations)
+    return MemoryEstimate(weights, BYTES_PER_PARAMETER * trained, activations, head)
 
 
 def _of_quantization(weight: Tensor) -> Iterator[Tensor]:
@@ -93,8 +120,11 @@ def _of_quantization(weight: Tensor) -> Iterator[Tensor]:
         state = getattr(state, "state2", None)
 
 
-def _saved_bytes(adapter: Adapter, inputs: dict[str, Any], *, again: tuple[nn.Module, ...]) -> int:
-    """Count the bytes that autograd saves in a forward pass. Each storage counts once, weights do not count."""
+def _saved_bytes(adapter: Adapter, forward: Pass, count: int, *, again: tuple[nn.Module, ...]) -> int:
+    """Count the bytes that autograd saves in the forward pass of ``count`` rows.
+
+    Each storage counts once, and weights do not count.
+    """
     known = {t.untyped_storage().data_ptr() for t in (*adapter.module.parameters(), *adapter.module.buffers())}
     kept: dict[int, int] = {}
 
@@ -111,6 +141,6 @@ def _saved_bytes(adapter: Adapter, inputs: dict[str, Any], *, again: tuple[nn.Mo
         recompute(again),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        output = AdaptedLLM(adapter)(**inputs, s=s)
+        output = forward(AdaptedLLM(adapter), s, count)
         del output  # kept until here, so that no storage is freed and its address reused during the pass
     return sum(kept.values())

@@ -1,6 +1,6 @@
 """A Hugging Face LLM as a Pyro program: it samples the latents s from their prior, and runs the LLM with them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,17 +16,19 @@ from .._arguments import known_arguments
 from .._display import html_table
 from .._process.pyro_modes import KeepPlates, Program, check_particle_dimension
 from ..data.batch import Batch
+from ..data.rows import Row
 from ..lora.adapter import Adapter
 from ..lora.binding import Readout
 from ..lora.forward import AdaptedLLM
-from ..lora.memory import MemoryEstimate, estimate_memory
+from ..lora.memory import MemoryEstimate
 from ..lora.pass_checks import EffectCheck
 from ..lora.subspace import Subspace
-from ..lora.targets import output_head
 from ..lora.uses import not_in_use
 from ..priors import PriorLike, as_prior
 from ..priors.supports import start_inside
+from ..tasks import Task
 from .provenance import run_with_provenance
+from .step_memory import estimate_any
 
 
 class BayesianLoRA(Program):
@@ -197,27 +199,29 @@ class BayesianLoRA(Program):
 
     @known_arguments
     def estimate_memory(
-        self, batch: Batch | Mapping[str, Any], *, gradient_checkpointing: bool = False
+        self,
+        batch: Batch | Mapping[str, Any] | Sequence[Row],
+        *,
+        task: Task | None = None,
+        gradient_checkpointing: bool = False,
     ) -> MemoryEstimate:
-        """Estimate the bytes at the peak of a training step; runs forward passes of one row and of two.
+        """Estimate the bytes at the peak of a training step; runs forward passes of a few rows.
 
         Args:
-            batch: Batch of a task, or keyword inputs of the LLM.
-            gradient_checkpointing: Whether blocks are run again in the backward pass, as in :func:`scalabl_pyro.fit`.
+            batch: Batch of a task, or keyword inputs of the LLM. With ``task``, also the rows of one batch.
+            task: Task of the training, which batches of completions need.
+            gradient_checkpointing: Whether blocks run again in the backward pass.
+
+        Raises:
+            ValueError: The rows have no answers, or a batch of completions has no task.
 
         Example:
             >>> import torch, scalabl_pyro
-            >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-            ...                      num_attention_heads=2)
-            >>> blora = scalabl_pyro.bayesian_lora(LlamaForCausalLM(config), r=2)
-            >>> estimate = blora.estimate_memory({"input_ids": torch.ones(8, 6, dtype=torch.long)})
-            >>> estimate.total == estimate.weights + estimate.trained + estimate.activations
-            True
+            >>> blora = scalabl_pyro.bayesian_lora(torch.nn.Sequential(torch.nn.Linear(4, 3)), r=2)
+            >>> blora.estimate_memory({"input": torch.ones(8, 6, 4)}).trained
+            280
         """
-        inputs = batch.inputs if isinstance(batch, Batch) else batch
-        positions = batch.last if isinstance(batch, Batch) and output_head(self.llm) is not None else None
-        return estimate_memory(self.adapter, inputs, positions=positions, gradient_checkpointing=gradient_checkpointing)
+        return estimate_any(self.adapter, batch, task, gradient_checkpointing=gradient_checkpointing)
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""

@@ -18,7 +18,7 @@ from ..lora.gradient_checkpointing import dropouts_of
 from ..lora.head_check import ends_with_head
 from ..lora.look_ahead import looks_ahead
 from ..lora.targets import is_encoder_decoder, output_head
-from ..lora.token_log_probs import NO_TOKEN, TokenLogProbs
+from ..lora.token_log_probs import MAX_LOGITS, NO_TOKEN, TokenLogProbs
 from ..storage.budget import Budget
 from .base import Task, at_least_float32
 from .chat import check_chat_options
@@ -73,6 +73,8 @@ class Completion(Task):
     added_options: ClassVar[Mapping[str, Any]] = COLUMNS
     without_tokenizer = False
     scores_only = True
+    #: Largest number of logits that the output head computes at one time in training.
+    max_logits: int = MAX_LOGITS
 
     def __init__(
         self,
@@ -200,7 +202,8 @@ class Completion(Task):
                 "Completion has no list of answers to choose from. Use posterior.score(rows) for the probability of "
                 "given completions, or posterior.generate(prompts) to write some."
             )
-        readout = TokenLogProbs(batch.target, has_dropout=bool(dropouts_of(llm.adapter)))
+        has_dropout = bool(dropouts_of(llm.adapter))
+        readout = TokenLogProbs(batch.target, has_dropout=has_dropout, max_logits=self.max_logits)
         return at_least_float32(self.read(llm, batch, s, readout)[..., 0])
 
     def read(self, llm: LatentLLM, batch: Batch, s: Tensor, readout: Readout) -> Tensor:
