@@ -37,7 +37,7 @@ def estimator(monkeypatch):
     spec = importlib.util.find_spec("lm_polygraph")
     if spec is None:
         pytest.skip("lm-polygraph is not installed")
-    for name in ("lm_polygraph", "lm_polygraph.estimators"):
+    for name in ("lm_polygraph", "lm_polygraph.estimators", "lm_polygraph.utils"):
         package = types.ModuleType(name)
         package.__path__ = [path + name.removeprefix("lm_polygraph").replace(".", "/")
                             for path in spec.submodule_search_locations]  # fmt: skip
