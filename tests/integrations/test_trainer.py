@@ -59,7 +59,9 @@ def by_fit(rows, *, num_steps, **options):
 
 
 @pytest.mark.parametrize(
-    "own", [{}, {"guide": "lowrank"}, {"draws": "shared"}, {"kl_weight": lambda step: 0.5 + step}], ids=str
+    "own",
+    [{}, {"guide": "lowrank"}, {"draws": "shared"}, {"kl_weight": lambda step: 0.5 + step}],
+    ids=["plain", "lowrank", "shared", "schedule"],
 )
 def test_accumulated_batches_make_the_step_of_one_batch_and_of_fit(tmp_path, own):
     rows = tiny.question_rows(32)
