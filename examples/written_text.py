@@ -1,0 +1,400 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+"""# What it writes, and how sure it is.
+
+A language model writes an answer to every question, also to those that it cannot answer. The text alone does not show
+the difference. This notebook trains a model that answers short questions, lets it write, and shows how sure it is of
+each answer and of each word.
+
+**What you will know at the end**
+
+- How to train on texts, with rows that have a `prompt` and a `completion`.
+- Three ways to let the model write, and what each is for.
+- How to see which words of a text the model is not sure of.
+- Which numbers find wrong answers, and how well.
+- What these numbers do not say.
+
+The notebook needs no network and no GPU. It takes about 8 minutes on one CPU core: the last line says how long this run
+took, and the first output says on which machine. It is built from `written_text.py` by `make notebook`.
+"""
+
+# %%
+import sys
+
+sys.path.insert(0, "examples")  # makes _support importable from the top of the repository
+from _support import notebooks
+
+notebooks.set_up()  # before the other imports, because some of them print messages
+
+import numpy as np
+import pandas as pd
+from _support import datasets, models
+from _support.general_knowledge import general_knowledge, question
+from _support.quiz import is_right, plain
+from IPython.display import display
+from matplotlib import pyplot as plt
+
+import scalabl_pyro
+from scalabl_pyro import metrics, plots
+
+# %% [markdown]
+"""With `SCALABL_TOY=1` the notebook runs on a random model with two blocks in seconds. Its numbers mean nothing. The
+line below says which size this run has, and which versions made its numbers.
+"""
+
+# %%
+TOY = notebooks.TOY
+NUM_TRAIN, NUM_TEST = (8, 8) if TOY else (80, 100)
+NUM_STEPS, NUM_BLOCKS, NUM_DRAWS = (3, 1, 3) if TOY else (60, 10, 8)
+LENGTH = {"max_new_tokens": 3 if TOY else 8}  # no answer needs more tokens
+print(notebooks.machine())
+
+# %% [markdown]
+"""## Rows
+
+A row has a *prompt*, the text that we give to the model, and a *completion*, the text that it should write. Our prompts
+are questions of general knowledge, and the completions are short answers. For your own data, make a list of such
+dictionaries.
+"""
+
+# %%
+CLOSE = [
+    question("capitals", "France"),
+    question("authors", "Hamlet"),
+    question("opposites", "big"),
+    question("capitals", "Mongolia"),
+    question("capitals", "Zubrowka"),
+]
+NAMES = ["France", "Hamlet", "big", "Mongolia", "Zubrowka"]
+rows = [row for row in general_knowledge() if row["prompt"] not in CLOSE]
+rows = datasets.pick(rows, NUM_TRAIN + NUM_TEST, seed=0)
+train, test = rows[:NUM_TRAIN], rows[NUM_TRAIN:]
+display(pd.DataFrame(train)[["prompt", "completion"]].head())
+print(f"{len(train)} questions for training, {len(test)} for the test at the end, {len(CLOSE)} to look at closely.")
+
+# %% [markdown]
+"""The five questions in `CLOSE` are not in the training. Zubrowka is a country from a film, so it has no capital that
+the model could know.
+
+## Fit
+
+The task `Completion` says that the model learns to write the completion behind the prompt. A model reads and writes
+*tokens*, which are words or parts of words. Only the tokens of the completion count, and an end token behind them,
+which teaches the model to stop.
+"""
+
+# %%
+llm, tokenizer = models.demo_llm(tiny=TOY)
+task = scalabl_pyro.Completion(tokenizer)
+display(task)
+print([tokenizer.decode(token) for token in task.encode(train[0]).target])
+
+# %% [markdown]
+"""`bayesian_lora` adds *LoRA layers* to the upper third of the blocks of SmolLM2, a small language model. LoRA layers are
+small matrices beside the weights of the model, and only they are trained. In the middle of each LoRA layer stands a
+vector of random numbers. `fit` learns the matrices and the *posterior*, the distribution of these numbers given the
+training rows. The blocks below do not change, so they run only once per row (`cache_prefix`).
+"""
+
+# %%
+blora = scalabl_pyro.bayesian_lora(
+    llm, target_modules=["q_proj", "v_proj"], layers_to_transform=models.upper_blocks(llm, NUM_BLOCKS)
+)
+result = scalabl_pyro.fit(
+    blora,
+    task,
+    train,
+    num_steps=NUM_STEPS,
+    batch_size=8,
+    seed=0,
+    hardware={"cache_prefix": True},
+    progress=False,
+)
+posterior = result.posterior
+plots.history(result.history)
+plt.show()
+
+# %% [markdown]
+"""TEXT history.
+"""
+
+# %%
+tenth = max(NUM_STEPS // 10, 1)
+per_token = result.history["nll_per_token"]
+display(
+    pd.Series(
+        {"first steps": per_token[:tenth].mean(), "last steps": per_token[-tenth:].mean()}, name="NLL per token, nats"
+    )
+    .to_frame()
+    .T.round(2)
+)
+
+# %% [markdown]
+"""## Three ways to write
+
+A *draw* from the posterior is one choice of the random numbers, and so one model. `generate` has three ways to use the
+draws:
+
+- `decode="draws"`: each draw writes an answer of its own. Use it to see whether the draws agree.
+- `decode="mixture"`: all draws write one answer together. Each token comes from their averaged probabilities. Use it
+  for the answer that you give to a reader.
+- `decode="mean"`: the mean of the random numbers writes one answer, as ordinary LoRA does. Use it if you need one
+  model without draws, for instance for speed.
+
+Without other options, the most probable token is written each time.
+"""
+
+# %%
+options = {"num_draws": NUM_DRAWS, "seed": 0, "batch_size": 20, **LENGTH}
+draws = posterior.generate(CLOSE, **options)
+mixture = posterior.generate(CLOSE, decode="mixture", **options)
+mean = posterior.generate(CLOSE, decode="mean", **options)
+answers = pd.DataFrame({"mixture": mixture.answers, "mean": mean.answers}, index=NAMES)
+answers["draws"] = [", ".join(text.strip() for text in draws.texts(i)) for i in range(len(CLOSE))]
+display(answers)
+
+# %% [markdown]
+"""TEXT three ways.
+
+## Look at the tokens
+
+A notebook shows what was written with shaded tokens.
+"""
+
+# %%
+display(mixture)
+
+# %% [markdown]
+"""TEXT shade.
+
+## What else could stand there?
+
+`score` reads texts and tells how probable each token is. With `top=3` it keeps the three most probable tokens at each
+place.
+"""
+
+# %%
+written = [{"prompt": p, "completion": t or " "} for p, t in zip(CLOSE, mixture.answers, strict=True)]
+scored = posterior.score(written, num_draws=NUM_DRAWS, seed=0, batch_size=8, top=3)
+others = pd.concat([scored.alternatives(i).assign(question=name) for i, name in enumerate(NAMES)])
+display(others[others["place"] == 0].set_index("question")[["token", "prob", "low", "high"]].round(3))
+
+# %% [markdown]
+"""TEXT alternatives. And per draw:
+"""
+
+# %%
+row = NAMES.index("Mongolia")
+by_draw = scored.rows[row].top_probs_by_draw[:, 0]  # (draws, alternatives) at the first place
+display(pd.DataFrame(by_draw, columns=scored.top_pieces[row][0]).rename_axis("draw").round(3))
+
+# %% [markdown]
+"""TEXT by draw.
+
+## Random answers
+
+So far, the most probable token was written. Now each draw writes tokens at random, with the probabilities that it gives
+them (`do_sample=True`). Such answers show everything that the model finds possible.
+"""
+
+# %%
+sampled = posterior.generate(CLOSE, num_samples=2, do_sample=True, **options)
+texts = [", ".join(text.strip() for text in sampled.texts(i)) for i in range(len(CLOSE))]
+display(pd.Series(texts, index=NAMES, name="answers").to_frame())
+
+# %% [markdown]
+"""Three numbers describe how much the answers differ:
+
+- `disagreement` is the share of answers that are not the most frequent one. It compares letters: "Shakespeare" and
+  "William Shakespeare" are two answers.
+- `semantic_entropy` first puts answers with one meaning together. You say when two answers mean the same. Here the last
+  word decides. This is right for names, and too simple for sentences. The entropy is 0 nats if all answers mean the
+  same, and log 16 = 2.8 nats if all 16 differ.
+- `mutual_information` tells how much an answer depends on the draw that wrote it. This part is called *epistemic*: with
+  more training rows, the draws would agree more. The rest of the uncertainty is called *aleatoric*: it is in each
+  draw. The mutual information is at most log 8 = 2.1 nats, because there are 8 draws. It is an average over a few
+  random answers, so it has a standard error.
+"""
+
+
+# %%
+def same_meaning(text: str, other: str) -> bool:
+    """Compare the last words, without case and punctuation."""
+    return plain(text).split()[-1:] == plain(other).split()[-1:]
+
+
+def shared_words(text: str, other: str) -> float:
+    """Return the F score of the words: 1 for the same words, 0 if no word is in both."""
+    words, others = set(plain(text).split()), set(plain(other).split())
+    return 2 * len(words & others) / max(len(words) + len(others), 1)
+
+
+table = sampled.mutual_information.assign(
+    disagreement=sampled.summary()["disagreement"], semantic_entropy=sampled.semantic_entropy(same_meaning)
+)
+table["frequent"] = sampled.agreement()["answer"]
+table["mbr"] = [text.strip() for text in sampled.mbr(shared_words)]
+display(table.set_axis(NAMES)[["frequent", "mbr", "disagreement", "semantic_entropy", *table.columns[:2]]].round(3))
+
+# %% [markdown]
+"""TEXT random.
+
+## Texts from elsewhere
+
+`score` also reads texts that somebody else wrote: a person, a book, or another model. Here are right and wrong answers.
+"""
+
+# %%
+claims = [
+    (CLOSE[0], " Paris", "right"),
+    (CLOSE[0], " Berlin", "wrong"),
+    (CLOSE[1], " William Shakespeare", "right"),
+    (CLOSE[1], " Charles Dickens", "wrong"),
+    (CLOSE[3], " Ulaanbaatar", "right"),
+    (CLOSE[3], " Beijing", "wrong"),
+]
+elsewhere = posterior.score([{"prompt": p, "completion": c} for p, c, _ in claims], num_draws=NUM_DRAWS, top=3)
+frame = elsewhere.to_frame().assign(claim=[claim for _, _, claim in claims])
+display(frame[["claim", "text", "num_tokens", "log_prob", "log_prob_per_token", "epistemic"]].round(2))
+display(elsewhere)
+
+# %% [markdown]
+"""TEXT elsewhere.
+
+Longer texts can be drawn for print with `plots.tokens`:
+"""
+
+# %%
+sentence = " The capital of France is Paris, and the capital of Germany is Paris, too."
+longer = posterior.score([{"prompt": CLOSE[0], "completion": sentence}], num_draws=NUM_DRAWS)
+plots.tokens(longer, by="total")
+plt.show()
+
+# %% [markdown]
+"""TEXT longer.
+
+## Which number finds the wrong answers?
+
+The test questions answer this, because we know their answers. Each draw writes one random answer per question. We take
+the most frequent one, and ask whether it is right. Case, articles and punctuation do not count.
+"""
+
+# %%
+found = posterior.generate(test, do_sample=True, **options)
+summary = found.summary()
+wrong = np.array([not is_right(answer, row) for answer, row in zip(summary["answer"], test, strict=True)])
+answered = [{"prompt": row["prompt"], "completion": f" {a}"} for row, a in zip(test, summary["answer"], strict=True)]
+of_answer = posterior.score(answered, num_draws=NUM_DRAWS, seed=0, batch_size=8).to_frame()
+topics = pd.DataFrame({"topic": [row["topic"] for row in test], "wrong": wrong})
+display(topics.groupby("topic")["wrong"].agg(["size", "sum"]).set_axis(["questions", "wrong"], axis=1).T)
+print(f"{wrong.sum()} of {len(wrong)} answers are wrong.")
+
+# %% [markdown]
+"""The number that finds wrong answers best gives every wrong answer a larger value than every right one. *AUROC* is the
+probability of this for a random pair of a wrong and a right answer. It is 1 if the number is perfect, and 0.5 if it
+knows nothing.
+
+The first row is our choice, before we look at the others: the negative log probability of the answer. `low` and `high`
+are a 95 % interval. The last two columns are a 95 % interval for the difference from the first row: if 0 is between
+them, this test cannot tell which of the two is better.
+"""
+
+# %%
+SCORES = {
+    "-log_prob of the answer": -of_answer["log_prob"],
+    "-log_prob_per_token of the answer": -of_answer["log_prob_per_token"],
+    "epistemic of the answer": of_answer["epistemic"],
+    "number of tokens": of_answer["num_tokens"],
+    "nll_per_token, mean of 8 answers": summary["nll_per_token"],
+    "total_per_token, mean of 8 answers": summary["total_per_token"],
+    "mutual information": found.mutual_information["mutual_information"],
+    "disagreement": summary["disagreement"],
+    "semantic entropy": found.semantic_entropy(same_meaning),
+}
+SCORES = {name: np.asarray(values, dtype=float) for name, values in SCORES.items()}
+resampled = np.random.default_rng(0).integers(len(wrong), size=(50 if TOY else 400, len(wrong)))
+again = {name: np.array([metrics.auroc(v[i], wrong[i]) for i in resampled]) for name, v in SCORES.items()}
+first = next(iter(again.values()))
+lines = {
+    name: [metrics.auroc(v, wrong), *np.quantile(again[name], [0.025, 0.975])]
+    + list(np.quantile(again[name] - first, [0.025, 0.975]))
+    for name, v in SCORES.items()
+}
+columns = ["AUROC", "low", "high", "difference, low", "difference, high"]
+display(pd.DataFrame.from_dict(lines, orient="index", columns=columns).round(2))
+
+# %% [markdown]
+"""TEXT auroc.
+
+## Answer less, and be wrong less often
+
+`keep` chooses the share of the questions whose answers are the most certain ones. The picture shows how many of the kept
+answers are wrong. In random order, the error would be the same at every share.
+"""
+
+# %%
+shares = np.linspace(0.1, 1, 10)
+shown = {
+    "-log_prob of the answer": "o-",
+    "mutual information": "s--",
+    "semantic entropy": "^-.",
+    "number of tokens": "x:",
+}
+_, ax = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
+errors = {name: [wrong[found.keep(share, by=SCORES[name])].mean() for share in shares] for name in shown}
+for name, style in shown.items():
+    ax.plot(shares, errors[name], style, markersize=4, label=name)
+ax.axhline(wrong.mean(), color="gray", linewidth=0.9, label="random order")
+ax.set(xlabel="share of questions that are answered", ylabel="error among the answers", ylim=(0, None))
+ax.legend(frameon=False, fontsize="small")
+plt.show()
+display(pd.DataFrame(errors, index=pd.Index(shares.round(1), name="share")).T[[0.2, 0.4, 0.6, 0.8, 1.0]].round(2))
+
+# %% [markdown]
+"""TEXT keep.
+
+## What these numbers do not say
+
+Look at the mistakes of which the model is surest, and at the right answers of which it is least sure:
+"""
+
+# %%
+table = pd.DataFrame(
+    {
+        "question": [row["prompt"].split("\n")[0].removeprefix("Question: ") for row in test],
+        "answer": summary["answer"],
+        "accepted": [" or ".join(row["accepted"]) for row in test],
+        "probability": np.exp(of_answer["log_prob"]),
+        "mutual information": SCORES["mutual information"],
+    }
+)
+display(table[wrong].sort_values("probability", ascending=False).head(6).round(3))
+display(table[~wrong].sort_values("probability").head(4).round(3))
+print(
+    f"Mean probability of the answers: {table['probability'].mean():.2f}. Share that is right: {1 - wrong.mean():.2f}."
+)
+
+# %% [markdown]
+"""TEXT not say.
+
+## Where to go next
+
+- The same steps as a page to read, with fewer figures: `docs/tutorials/text.md`.
+- All methods compared on 580 quiz questions: `docs/quality.md`, and the benchmark `examples/benchmarks/quiz.py`.
+- What total, aleatoric and epistemic mean: `docs/guide/read-the-uncertainty.md`.
+- From labeled texts to a list for review: the notebook `review_table.ipynb`.
+"""
+
+# %%
+print(notebooks.duration())
