@@ -55,8 +55,8 @@ line below says which size this run has, and which versions made its numbers.
 
 # %%
 TOY = notebooks.TOY
-NUM_TRAIN, NUM_TEST = (8, 8) if TOY else (80, 100)
-NUM_STEPS, NUM_BLOCKS, NUM_DRAWS = (3, 1, 3) if TOY else (60, 10, 8)
+NUM_TRAIN, NUM_TEST = (8, 8) if TOY else (80, 80)
+NUM_STEPS, NUM_BLOCKS, NUM_DRAWS = (3, 1, 3) if TOY else (60, 10, 5)
 LENGTH = {"max_new_tokens": 3 if TOY else 8}  # no answer needs more tokens
 print(notebooks.machine())
 
@@ -101,8 +101,8 @@ display(task)
 print([tokenizer.decode(token) for token in task.encode(train[0]).target])
 
 # %% [markdown]
-"""`bayesian_lora` adds *LoRA layers* to the upper third of the blocks of SmolLM2, a small language model. LoRA layers are
-small matrices beside the weights of the model, and only they are trained. In the middle of each LoRA layer stands a
+"""`bayesian_lora` adds *LoRA layers* to the upper third of the blocks of SmolLM2, a small language model. LoRA layers
+are small matrices beside the weights of the model, and only they are trained. In the middle of each LoRA layer stands a
 vector of random numbers. `fit` learns the matrices and the *posterior*, the distribution of these numbers given the
 training rows. The blocks below do not change, so they run only once per row (`cache_prefix`).
 """
@@ -220,10 +220,10 @@ display(pd.Series(texts, index=NAMES, name="answers").to_frame())
   "William Shakespeare" are two answers.
 - `semantic_entropy` first puts answers with one meaning together. You say when two answers mean the same. Here the last
   word decides. This is right for names, and too simple for sentences. The entropy is 0 nats if all answers mean the
-  same, and log 16 = 2.8 nats if all 16 differ.
+  same, and log 10 = 2.3 nats if all 10 differ.
 - `mutual_information` tells how much an answer depends on the draw that wrote it. This part is called *epistemic*: with
   more training rows, the draws would agree more. The rest of the uncertainty is called *aleatoric*: it is in each
-  draw. The mutual information is at most log 8 = 2.1 nats, because there are 8 draws. It is an average over a few
+  draw. The mutual information is at most log 5 = 1.6 nats, because there are 5 draws. It is an average over a few
   random answers, so it has a standard error.
 """
 
@@ -316,8 +316,8 @@ SCORES = {
     "-log_prob_per_token of the answer": -of_answer["log_prob_per_token"],
     "epistemic of the answer": of_answer["epistemic"],
     "number of tokens": of_answer["num_tokens"],
-    "nll_per_token, mean of 8 answers": summary["nll_per_token"],
-    "total_per_token, mean of 8 answers": summary["total_per_token"],
+    "nll_per_token, mean of 5 answers": summary["nll_per_token"],
+    "total_per_token, mean of 5 answers": summary["total_per_token"],
     "mutual information": found.mutual_information["mutual_information"],
     "disagreement": summary["disagreement"],
     "semantic entropy": found.semantic_entropy(same_meaning),
@@ -326,10 +326,16 @@ SCORES = {name: np.asarray(values, dtype=float) for name, values in SCORES.items
 resampled = np.random.default_rng(0).integers(len(wrong), size=(50 if TOY else 400, len(wrong)))
 again = {name: np.array([metrics.auroc(v[i], wrong[i]) for i in resampled]) for name, v in SCORES.items()}
 first = next(iter(again.values()))
+
+
+def interval(values: np.ndarray) -> np.ndarray:
+    """Return the 2.5 % and 97.5 % quantiles."""
+    return np.quantile(values, [0.025, 0.975])
+
+
 lines = {
-    name: [metrics.auroc(v, wrong), *np.quantile(again[name], [0.025, 0.975])]
-    + list(np.quantile(again[name] - first, [0.025, 0.975]))
-    for name, v in SCORES.items()
+    name: [metrics.auroc(values, wrong), *interval(again[name]), *interval(again[name] - first)]
+    for name, values in SCORES.items()
 }
 columns = ["AUROC", "low", "high", "difference, low", "difference, high"]
 display(pd.DataFrame.from_dict(lines, orient="index", columns=columns).round(2))
@@ -339,8 +345,8 @@ display(pd.DataFrame.from_dict(lines, orient="index", columns=columns).round(2))
 
 ## Answer less, and be wrong less often
 
-`keep` chooses the share of the questions whose answers are the most certain ones. The picture shows how many of the kept
-answers are wrong. In random order, the error would be the same at every share.
+`keep` chooses the share of the questions whose answers are the most certain ones. The picture shows how many of the
+kept answers are wrong. In random order, the error would be the same at every share.
 """
 
 # %%
@@ -381,9 +387,7 @@ table = pd.DataFrame(
 )
 display(table[wrong].sort_values("probability", ascending=False).head(6).round(3))
 display(table[~wrong].sort_values("probability").head(4).round(3))
-print(
-    f"Mean probability of the answers: {table['probability'].mean():.2f}. Share that is right: {1 - wrong.mean():.2f}."
-)
+print(f"Mean probability of an answer: {table['probability'].mean():.2f}. Share that is right: {1 - wrong.mean():.2f}.")
 
 # %% [markdown]
 """TEXT not say.
