@@ -188,7 +188,7 @@ place.
 written = [{"prompt": p, "completion": t or " "} for p, t in zip(CLOSE, mixture.answers, strict=True)]
 scored = posterior.score(written, num_draws=NUM_DRAWS, seed=0, batch_size=8, top=3)
 others = pd.concat([scored.alternatives(i).assign(question=name) for i, name in enumerate(NAMES)])
-display(others[others["place"] == 0].set_index("question")[["token", "prob", "low", "high"]].round(3))
+display(others[others["place"] == 0].set_index("question").rename_axis(None)[["token", "prob", "low", "high"]].round(3))
 
 # %% [markdown]
 """TEXT alternatives. And per draw:
@@ -210,8 +210,9 @@ them (`do_sample=True`). Such answers show everything that the model finds possi
 
 # %%
 sampled = posterior.generate(CLOSE, num_samples=2, do_sample=True, **options)
-texts = [", ".join(text.strip() for text in sampled.texts(i)) for i in range(len(CLOSE))]
-display(pd.Series(texts, index=NAMES, name="answers").to_frame())
+display(
+    pd.DataFrame({name: sampled.texts(i) for i, name in enumerate(NAMES)}, index=sampled.draw[: sampled.per_prompt])
+)
 
 # %% [markdown]
 """Three numbers describe how much the answers differ:
@@ -286,16 +287,16 @@ plt.show()
 
 ## Which number finds the wrong answers?
 
-The test questions answer this, because we know their answers. Each draw writes one random answer per question. We take
-the most frequent one, and ask whether it is right. Case, articles and punctuation do not count.
+The test questions answer this, because we know their answers. The mixture writes one answer per question, and we ask
+whether it is right. Case, articles and punctuation do not count. Besides, each draw writes one random answer per
+question, so that we can see how much they differ.
 """
 
 # %%
-found = posterior.generate(test, do_sample=True, **options)
-summary = found.summary()
-wrong = np.array([not is_right(answer, row) for answer, row in zip(summary["answer"], test, strict=True)])
-answered = [{"prompt": row["prompt"], "completion": f" {a}"} for row, a in zip(test, summary["answer"], strict=True)]
-of_answer = posterior.score(answered, num_draws=NUM_DRAWS, seed=0, batch_size=8).to_frame()
+given = posterior.generate(test, decode="mixture", **options)
+at_random = posterior.generate(test, do_sample=True, **options)
+of_answer, of_random = given.to_frame(), at_random.summary()
+wrong = np.array([not is_right(answer, row) for answer, row in zip(given.answers, test, strict=True)])
 topics = pd.DataFrame({"topic": [row["topic"] for row in test], "wrong": wrong})
 display(topics.groupby("topic")["wrong"].agg(["size", "sum"]).set_axis(["questions", "wrong"], axis=1).T)
 print(f"{wrong.sum()} of {len(wrong)} answers are wrong.")
@@ -316,11 +317,11 @@ SCORES = {
     "-log_prob_per_token of the answer": -of_answer["log_prob_per_token"],
     "epistemic of the answer": of_answer["epistemic"],
     "number of tokens": of_answer["num_tokens"],
-    "nll_per_token, mean of 5 answers": summary["nll_per_token"],
-    "total_per_token, mean of 5 answers": summary["total_per_token"],
-    "mutual information": found.mutual_information["mutual_information"],
-    "disagreement": summary["disagreement"],
-    "semantic entropy": found.semantic_entropy(same_meaning),
+    "nll_per_token, mean of random answers": of_random["nll_per_token"],
+    "total_per_token, mean of random answers": of_random["total_per_token"],
+    "mutual information": at_random.mutual_information["mutual_information"],
+    "disagreement": of_random["disagreement"],
+    "semantic entropy": at_random.semantic_entropy(same_meaning),
 }
 SCORES = {name: np.asarray(values, dtype=float) for name, values in SCORES.items()}
 resampled = np.random.default_rng(0).integers(len(wrong), size=(50 if TOY else 400, len(wrong)))
@@ -338,7 +339,7 @@ lines = {
     for name, values in SCORES.items()
 }
 columns = ["AUROC", "low", "high", "difference, low", "difference, high"]
-display(pd.DataFrame.from_dict(lines, orient="index", columns=columns).round(2))
+display(pd.DataFrame.from_dict(lines, orient="index", columns=columns).round(3))
 
 # %% [markdown]
 """TEXT auroc.
@@ -358,7 +359,7 @@ shown = {
     "number of tokens": "x:",
 }
 _, ax = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
-errors = {name: [wrong[found.keep(share, by=SCORES[name])].mean() for share in shares] for name in shown}
+errors = {name: [wrong[given.keep(share, by=SCORES[name])].mean() for share in shares] for name in shown}
 for name, style in shown.items():
     ax.plot(shares, errors[name], style, markersize=4, label=name)
 ax.axhline(wrong.mean(), color="gray", linewidth=0.9, label="random order")
@@ -379,7 +380,7 @@ Look at the mistakes of which the model is surest, and at the right answers of w
 table = pd.DataFrame(
     {
         "question": [row["prompt"].split("\n")[0].removeprefix("Question: ") for row in test],
-        "answer": summary["answer"],
+        "answer": given.answers,
         "accepted": [" or ".join(row["accepted"]) for row in test],
         "probability": np.exp(of_answer["log_prob"]),
         "mutual information": SCORES["mutual information"],
