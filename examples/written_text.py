@@ -281,6 +281,9 @@ sentence = " The capital of France is Paris, and the capital of Germany is Paris
 longer = posterior.score([{"prompt": CLOSE[0], "completion": sentence}], num_draws=NUM_DRAWS)
 plots.tokens(longer, by="total")
 plt.show()
+places = longer.tokens(0)
+places["probability"] = np.exp(places["log_mixture"])
+display(places[places["token"].isin([" France", " Germany", " Paris"])][["token", "probability", "total"]].round(3))
 
 # %% [markdown]
 """TEXT longer.
