@@ -126,7 +126,10 @@ plots.history(result.history)
 plt.show()
 
 # %% [markdown]
-"""TEXT history.
+"""The *loss* is what training makes small. It is the sum of two parts in *nats*, the unit of natural logarithms. The
+*NLL* (negative log likelihood) is small if the right answers get a high probability. The *KL* is the distance of the
+posterior from the *prior*, the distribution of the random numbers before training. The picture shows nats per row. A
+long answer has a larger NLL than a short one, so the history holds the NLL per token, too:
 """
 
 # %%
@@ -141,7 +144,10 @@ display(
 )
 
 # %% [markdown]
-"""## Three ways to write
+"""The NLL per token falls from 4.33 to 0.57 nats. So the right token has a probability of exp(-4.33) = 0.01 at the
+start and exp(-0.57) = 0.57 at the end (geometric means). These are training rows; the test comes at the end.
+
+## Three ways to write
 
 A *draw* from the posterior is one choice of the random numbers, and so one model. `generate` has three ways to use the
 draws:
@@ -165,23 +171,34 @@ answers["draws"] = [", ".join(text.strip() for text in draws.texts(i)) for i in 
 display(answers)
 
 # %% [markdown]
-"""TEXT three ways.
+"""France: all five draws write the right answer. Hamlet: all five draws write that Hamlet wrote Hamlet. So they can
+agree on a wrong answer. Mongolia: four draws write "Moscow" (Ulaanbaatar is right). Zubrowka: four draws invent
+a name that begins with "Lubina", and one writes "Warsaw". The mean writes what the mixture writes, for all five
+questions.
 
 ## Look at the tokens
 
-A notebook shows what was written with shaded tokens.
+A notebook shows the result as a table, and then each text with shaded tokens. The shade is the *epistemic*
+uncertainty of a token, which is large if the draws give different probabilities to the tokens that could stand there.
 """
 
 # %%
 display(mixture)
 
 # %% [markdown]
-"""TEXT shade.
+"""The texts 0 to 4 are the answers to our five questions, and `<|im_end|>` is the end token. The darkest token is the
+beginning of the invented city, with 0.19 nats. To see the numbers of a token, point at it with the mouse, or open the
+table below the text. The tokens with the largest values are bold, at most five per text. The output needs no script, so
+the shades stay in a saved page.
+
+The `total` uncertainty is the entropy of the averaged probabilities. For the opposite of big, the first token has a
+total of 6.4 nats, and only 0.07 of them are epistemic. The rest is called *aleatoric*: each draw by itself finds many
+words possible.
 
 ## What else could stand there?
 
 `score` reads texts and tells how probable each token is. With `top=3` it keeps the three most probable tokens at each
-place.
+place. `alternatives` lists them; here are those at the first place of each answer:
 """
 
 # %%
@@ -191,7 +208,15 @@ others = pd.concat([scored.alternatives(i).assign(question=name) for i, name in 
 display(others[others["place"] == 0].set_index("question").rename_axis(None)[["token", "prob", "low", "high"]].round(3))
 
 # %% [markdown]
-"""TEXT alternatives. And per draw:
+"""`prob` is the probability in the mixture. `low` and `high` are the smallest and the largest probability under a draw.
+Two kinds of doubt can be seen here:
+
+- `Zubrowka`: one draw gives the token "Lub" a probability of 0.16, and another one 0.83. The draws disagree: this
+  is epistemic.
+- `big`: the token "small" is the first choice, and no draw gives it more than 0.17. The draws agree that many words are
+  possible: this is aleatoric.
+
+Here are the probabilities under each draw, for Mongolia:
 """
 
 # %%
@@ -200,12 +225,14 @@ by_draw = scored.rows[row].top_probs_by_draw[:, 0]  # (draws, alternatives) at t
 display(pd.DataFrame(by_draw, columns=scored.top_pieces[row][0]).rename_axis("draw").round(3))
 
 # %% [markdown]
-"""TEXT by draw.
+"""Draws 0 to 3 prefer "Moscow", and draw 4 prefers "capital". This is why draw 4 wrote another answer above. No draw
+gives any token more than 0.17, so none is sure of it.
 
 ## Random answers
 
 So far, the most probable token was written. Now each draw writes tokens at random, with the probabilities that it gives
-them (`do_sample=True`). Such answers show everything that the model finds possible.
+them (`do_sample=True`). Such answers show what else the model finds possible. Each draw writes two answers to each
+question. The first column is the number of the draw.
 """
 
 # %%
@@ -215,17 +242,21 @@ display(
 )
 
 # %% [markdown]
-"""Three numbers describe how much the answers differ:
+"""Some answers are nonsense: the model is small, and random tokens include improbable ones. Three numbers describe how
+much the answers differ:
 
 - `disagreement` is the share of answers that are not the most frequent one. It compares letters: "Shakespeare" and
   "William Shakespeare" are two answers.
 - `semantic_entropy` first puts answers with one meaning together. You say when two answers mean the same. Here the last
   word decides. This is right for names, and too simple for sentences. The entropy is 0 nats if all answers mean the
   same, and log 10 = 2.3 nats if all 10 differ.
-- `mutual_information` tells how much an answer depends on the draw that wrote it. This part is called *epistemic*: with
-  more training rows, the draws would agree more. The rest of the uncertainty is called *aleatoric*: it is in each
-  draw. The mutual information is at most log 5 = 1.6 nats, because there are 5 draws. It is an average over a few
-  random answers, so it has a standard error.
+- `mutual_information` tells how much an answer depends on the draw that wrote it. It is the epistemic uncertainty of
+  the whole answer. It is at most log 5 = 1.6 nats, because there are 5 draws. It is an average over a few random
+  answers, so it has a standard error.
+
+`frequent` is the most frequent answer, or the first one if all differ. `mbr` is the answer that shares the most words
+with the other answers (*minimum Bayes risk*). Long texts are seldom equal, so that counting finds nothing; `mbr` then
+still finds the text in the middle.
 """
 
 
@@ -249,7 +280,13 @@ table["mbr"] = [text.strip() for text in sampled.mbr(shared_words)]
 display(table.set_axis(NAMES)[["frequent", "mbr", "disagreement", "semantic_entropy", *table.columns[:2]]].round(3))
 
 # %% [markdown]
-"""TEXT random.
+"""- Hamlet has a disagreement of 0.5, but a semantic entropy of log 2 = 0.69 nats: two meanings, which are equally
+  frequent. Its mutual information is the smallest of all, 0.05 nats: each draw hesitates between Hamlet and
+  Shakespeare, and all draws do so in a similar way.
+- The opposite of big has a large semantic entropy (2.16 nats), but a small mutual information (0.20 nats). Most of the
+  doubt is aleatoric.
+- Mongolia and Zubrowka have the largest mutual information. They differ by less than their standard errors. A country
+  that exists and a country that does not exist are equally unknown to this model.
 
 ## Texts from elsewhere
 
@@ -271,7 +308,13 @@ display(frame[["claim", "text", "num_tokens", "log_prob", "log_prob_per_token", 
 display(elsewhere)
 
 # %% [markdown]
-"""TEXT elsewhere.
+"""- Paris and Shakespeare get a much larger log probability than Berlin and Dickens.
+- Mongolia: "Beijing" gets a larger log probability than "Ulaanbaatar", -2.94 and -8.15 nats. The model does not know
+  this capital. Besides, a sum over six tokens is smaller than one over two. Per token, "Ulaanbaatar" is slightly
+  ahead, because most of its tokens are easy after the first one. Do not compare texts of different lengths by one of the two columns
+  only.
+- Look at the shades of Paris and Berlin: they are equal. The shade belongs to the place and not to the token. It asks
+  what could stand there, before the token is read. How well a token fits is told by its probability.
 
 Longer texts can be drawn for print with `plots.tokens`:
 """
@@ -286,7 +329,10 @@ places["probability"] = np.exp(places["log_mixture"])
 display(places[places["token"].isin([" France", " Germany", " Paris"])][["token", "probability", "total"]].round(3))
 
 # %% [markdown]
-"""TEXT longer.
+"""The model has learned to give short answers, so this sentence is strange to it. The first "Paris" has a probability of
+0.97. The second one is wrong: its probability is 0.000, but its shade is light (0.11 nats). The model is sure of that
+place, and it expected another word. So look at both: the shade finds places of doubt, and the probability finds words
+that do not fit.
 
 ## Which number finds the wrong answers?
 
