@@ -283,6 +283,7 @@ display(table.set_axis(NAMES)[["frequent", "mbr", "disagreement", "semantic_entr
 """- Hamlet has a disagreement of 0.5, but a semantic entropy of log 2 = 0.69 nats: two meanings, which are equally
   frequent. Its mutual information is the smallest of all, 0.05 nats: each draw hesitates between Hamlet and
   Shakespeare, and all draws do so in a similar way.
+- France: `same_meaning` counts "capital parfogeneity paris" as Paris. The semantic entropy is as good as this function.
 - The opposite of big has a large semantic entropy (2.16 nats), but a small mutual information (0.20 nats). Most of the
   doubt is aleatoric.
 - Mongolia and Zubrowka have the largest mutual information. They differ by less than their standard errors. A country
@@ -457,9 +458,9 @@ display(table[~wrong].sort_values("probability").head(4).round(3))
 print(f"Mean probability of an answer: {table['probability'].mean():.2f}. Share that is right: {1 - wrong.mean():.2f}.")
 
 # %% [markdown]
-"""- **A sure answer can be wrong.** "Istanbul" has a probability of 0.64 and a mutual information of 0.03 nats: the draws
-  agree. They differ only in the random numbers of the LoRA layers. They share all weights that the model had before, and
-  with them its errors. No number here compares an answer with the world.
+"""- **A sure answer can be wrong.** "Istanbul" has a probability of 0.64 and a mutual information of 0.03 nats: the
+  draws agree. They differ only in the random numbers of the LoRA layers. They share all weights that the model had
+  before, and with them its errors. No number here compares an answer with the world.
 - **An unsure answer can be right.** "Addis Ababa" has a probability of 0.05.
 - **The probability is that of this very text.** It is not the probability that the answer is right. "leave" shares its
   probability with "depart", which is also right. The mean probability is 0.37, and 0.56 of the answers are right. Use
