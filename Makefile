@@ -72,7 +72,8 @@ docs: install  ## into site/; warnings are errors (with --quiet, mkdocs would no
 tutorials: install  ## run the tutorials on SmolLM2, and write their output and pictures (a quarter of an hour)
 	$(BIN)/python docs/run_tutorials.py
 
-NOTEBOOKS = posterior_analysis.py:posterior_analysis.ipynb ablation_notebook.py:ablation.ipynb review_table.py:review_table.ipynb
+NOTEBOOKS = posterior_analysis.py:posterior_analysis.ipynb ablation_notebook.py:ablation.ipynb review_table.py:review_table.ipynb \
+	written_text.py:written_text.ipynb
 
 notebook: install  ## rebuild and execute the notebooks (after `make demo`, whose posterior one of them reads)
 	for pair in $(NOTEBOOKS); do \

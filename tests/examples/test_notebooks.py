@@ -14,6 +14,7 @@ NOTEBOOKS = {
     "posterior_analysis.py": "posterior_analysis.ipynb",
     "ablation_notebook.py": "ablation.ipynb",
     "review_table.py": "review_table.ipynb",
+    "written_text.py": "written_text.ipynb",
 }
 PAIRS = pytest.mark.parametrize(("source", "notebook"), NOTEBOOKS.items())
 
