@@ -1,1 +1,1 @@
-"""Command line: ``python -m scalabl_pyro doctor`` checks an installation or a saved posterior."""
+"""Command line: ``scalabl-pyro`` fits, predicts, evaluates, exports, serves, and checks files."""

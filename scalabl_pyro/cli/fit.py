@@ -95,12 +95,13 @@ def _shape(model: str) -> nn.Module:
 
 def _llm(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     """Load the model with the head that the task reads."""
-    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False}
     if not isinstance(task, TextTask):
-        return AutoModelForCausalLM.from_pretrained(model, **options)
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
     is_one = task.classes is None or type(task).__name__ == "OrderedClassification"
     outputs = 1 if is_one else len(task.classes or ())
-    llm = AutoModelForSequenceClassification.from_pretrained(model, num_labels=outputs, **options)
+    llm = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=outputs, dtype="auto", trust_remote_code=False
+    )
     llm.config.pad_token_id = tokenizer.pad_token_id
     return llm
 

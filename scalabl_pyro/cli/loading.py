@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,13 +22,14 @@ def base_model(config: SavedConfig, model: str) -> nn.Module:
     Raises:
         OSError, ValueError: The model cannot be read.
     """
-    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False}
     if str(config.base_model.get("class")).endswith("ForSequenceClassification"):
         classes = config.task["options"].get("classes")
         outputs = len(classes) if isinstance(classes, list) else 1
-        return AutoModelForSequenceClassification.from_pretrained(model, num_labels=outputs, **options)
+        return AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=outputs, dtype="auto", trust_remote_code=False
+        )
     kind = AutoModelForSeq2SeqLM if config.task["options"].get("encoder_decoder") else AutoModelForCausalLM
-    return kind.from_pretrained(model, **options)
+    return kind.from_pretrained(model, dtype="auto", trust_remote_code=False)
 
 
 @contextmanager

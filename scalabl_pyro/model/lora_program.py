@@ -231,10 +231,8 @@ class BayesianLoRA(Program):
 
     def __repr__(self) -> str:
         n = self.num_parameters()
-        return (
-            f"BayesianLoRA({type(self.llm).__name__}: {len(self.subspace)} layers, {n['latents']} latents, "
-            f"{n['lora']} LoRA parameters, prior={self.prior})"
-        )
+        size = f"{len(self.subspace)} layers, {n['latents']} latents, {n['lora']} LoRA parameters"
+        return f"BayesianLoRA({type(self.llm).__name__}: {size}, prior={self.prior})"
 
     def move_own_tensors(self) -> None:
         """Move the prior and the trained heads to the devices of their layers, after the LLM alone was moved.
@@ -281,8 +279,7 @@ class BayesianLoRA(Program):
         if not pyro.settings.get("module_local_params"):
             module, name = cast(nn.Module, self._modules["point_estimates"]), f"scalabl_pyro.{self.adapter.serial}"
             trained = [(key, value) for key, value in module.named_parameters() if value.requires_grad]
-            sites = [pyro.param(param_with_module_name(name, key), value) for key, value in trained]
-            return get_provenance(sites)
+            return get_provenance([pyro.param(param_with_module_name(name, key), value) for key, value in trained])
         if any(isinstance(handler, TraceMessenger) and handler.param_only for handler in _PYRO_STACK):
             raise RuntimeError(
                 "Stock SVI under module_local_params=True would train the guide, but not A and B. Use it in Pyro's "

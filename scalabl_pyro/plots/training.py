@@ -60,7 +60,7 @@ def loss(frame: pd.DataFrame, *, ax: Axes | None = None, smooth: int = 10) -> Ax
         The axes.
 
     Example:
-        >>> result = scalabl_pyro.fit(blora, task, rows, eval_data=held_out_rows, num_steps=100)
+        >>> result = scalabl_pyro.fit(blora, task, rows, eval_data=test_data, num_steps=100)
         >>> scalabl_pyro.plots.loss(result.history)
     """
     _check(frame, smooth)

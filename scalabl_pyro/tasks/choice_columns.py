@@ -5,7 +5,7 @@ from typing import Any
 
 from .._values import is_missing, shown
 from ..data.rows import Row
-from .base import text_of, texts_of
+from .fields import text_of, texts_of
 
 
 class ChoiceColumns:

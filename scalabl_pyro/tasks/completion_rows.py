@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from .._values import is_missing, text
 from ..data.batch import Example
 from ..data.rows import Row
-from .base import field_of, text_of
 from .completion_tokens import Conversation, Message, Spans, messages_of, tokens_of
+from .fields import field_of, text_of
 from .special_tokens import SpecialTokens
 
 NO_TOKENS = "the completion is empty: it has no tokens. Give it a text, or leave the row out."

@@ -9,8 +9,8 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from .._values import shown, text
-from .base import check_characters
 from .chat import ANSWER, ChatTemplate
+from .fields import check_characters
 
 Message = dict[str, Any]
 """One turn of a conversation, with ``role`` and ``content``."""

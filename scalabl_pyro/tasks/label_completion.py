@@ -18,10 +18,11 @@ from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
 from ..lora.token_log_probs import NO_TOKEN
 from ..storage.budget import Budget
-from .base import Task, text_of
+from .base import Task
 from .chat import check_chat_options
 from .choice_columns import check_column
 from .completion import Completion
+from .fields import text_of
 from .label_prompt import LabelPrompt
 
 

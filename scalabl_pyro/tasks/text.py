@@ -14,8 +14,9 @@ from ..data.labels import ClassName, as_classes, class_index
 from ..data.model_names import check_model_names
 from ..data.rows import Row
 from ..lora.forward import LatentLLM
-from .base import Task, text_of
+from .base import Task
 from .choice_columns import check_column
+from .fields import text_of
 from .weighted_categorical import WeightedCategorical, balanced_weights, check_class_weights
 
 

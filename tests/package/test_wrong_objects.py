@@ -266,7 +266,7 @@ def test_an_unknown_argument_is_refused_with_the_nearest_name(name, call, world)
         (lambda w: sp.MultipleChoice(w.tokenizer, label="AB"), r"MultipleChoice\(\).*'labels'"),
         (
             lambda w: sp.SequenceClassification(w.tokenizer, num_labels=2),
-            r"SequenceClassification\(\) has no argument 'num_labels'. Known names: 'classes', 'max_length', 'target'",
+            r"SequenceClassification\(\) has no argument 'num_labels'. Known names: 'class_weights', 'classes'",
         ),
         (lambda w: sp.Regression(w.tokenizer, targt="y"), r"Regression\(\) has no argument 'targt'.*'target'"),
         (lambda w: sp.Regression(w.tokenizer, noise=1.0), r"Regression\(\) has no argument 'noise'.*'noise_scale'"),
