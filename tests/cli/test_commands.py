@@ -164,13 +164,13 @@ def test_a_table_becomes_a_posterior_that_predicts_tables(run, folder, kind):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fit", "rows.jsonl", "--model", "missing-folder/x", "--out", "p"], "missing-folder"),
+        (["fit", "rows.jsonl", "--model", "no/such/missing-folder", "--out", "p"], "missing-folder"),
         (["fit", "none.csv", "--model", "base", "--out", "p"], "none.csv does not exist"),
         (["predict", "post", "rows.jsonl", "--model", "base", "--out", "x.pdf"], "--out x.pdf: the name must end in"),
         (["predict", "post", "rows.jsonl", "--model", "base", "--out", "no/x.csv"], "the folder no does not exist"),
         (["predict", "post", "none.jsonl", "--model", "base"], "none.jsonl does not exist"),
         (["predict", "nothing", "rows.jsonl", "--model", "base"], "nothing"),
-        (["predict", "post", "rows.jsonl", "--model", "missing-folder/x"], "missing-folder"),
+        (["predict", "post", "rows.jsonl", "--model", "no/such/missing-folder"], "missing-folder"),
         (["predict", "post", "rows.jsonl", "--model", "base", "--num-draws", -1], "num_draws=-1"),
         (["evaluate", "post", "rows.jsonl", "--model", "base", "--out", "x.pdf"], "must end in .html or .md"),
         (["export", "post", "out", "--model", "base", "--draws", "many"], "--draws many: give a whole number"),
