@@ -432,7 +432,7 @@ def test_sampled_texts_run_alone_and_are_those_of_generate(texts):
     ("body", "status", "words"),
     [
         ({"prompts": [""]}, 422, "Prompt 0: the prompt is empty"),
-        ({"prompts": [3]}, 422, "Prompt 0"),
+        ({"prompts": [[3]]}, 422, "Prompt 0"),
         ({"prompts": [[{"role": "user"}]]}, 422, "Prompt 0"),
         ({"prompts": ["sky"], "max_new_tokens": 300}, 413, "at most 256"),
         ({"prompts": ["sky"], "max_new_tokens": True}, 422, "whole number"),

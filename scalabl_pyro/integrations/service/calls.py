@@ -140,17 +140,16 @@ class GenerateCall(Call):
     def check(self, items: list[Any], options: dict[str, Any]) -> Job:
         """Tokenize the prompts. Texts that are sampled depend on the batch, so such a job runs alone."""
         options = check_generation(options, len(items), self.limits)
-        rows = [item if isinstance(item, dict) else {"prompt": item} for item in items]
+        task: Any = self.posterior.task
+        rows = [item if isinstance(item, dict) else {task.prompt: item} for item in items]
         tokens = []
         for i, row in enumerate(rows):
             try:
                 with LOCK:  # two threads cannot use a fast tokenizer at once
-                    tokens.append(self.posterior.task.prompt_tokens(row))
+                    tokens.append(task.prompt_tokens(row))
             except ValueError as error:
                 raise ValueError(f"Prompt {i}: {error}") from error
-        check_prompts(
-            self.posterior.task, self.posterior.adapter, tokens, max_new_tokens=int(options["max_new_tokens"])
-        )
+        check_prompts(task, self.posterior.adapter, tokens, max_new_tokens=int(options["max_new_tokens"]))
         key = None if options.get("do_sample") else ("generate", *sorted(options.items()))
         return Job(run=self.run, items=rows, key=key, options=options)
 
