@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as hf_logging
 
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_doctor(commands: argparse._SubParsersAction) -> None:
+def _add_doctor(commands: Any) -> None:
     own = commands.add_parser("doctor", help="check the installation, or a saved posterior")
     own.add_argument(
         "path", nargs="?", type=Path, help="directory of a saved posterior; without it, the installation is checked"
@@ -99,7 +100,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     own.set_defaults(run=doctor)
 
 
-def _add_fit(commands: argparse._SubParsersAction) -> None:
+def _add_fit(commands: Any) -> None:
     own = commands.add_parser(
         "fit",
         help="learn a posterior from a table with answers",
@@ -121,7 +122,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     own.set_defaults(run=fit)
 
 
-def _add_predict(commands: argparse._SubParsersAction) -> None:
+def _add_predict(commands: Any) -> None:
     own = commands.add_parser(
         "predict",
         help="predict the rows of a table",
@@ -143,7 +144,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     own.set_defaults(run=predict)
 
 
-def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+def _add_evaluate(commands: Any) -> None:
     own = commands.add_parser(
         "evaluate",
         help="compare predictions with known answers, and write a report",
@@ -156,7 +157,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     own.set_defaults(run=evaluate)
 
 
-def _add_export(commands: argparse._SubParsersAction) -> None:
+def _add_export(commands: Any) -> None:
     own = commands.add_parser(
         "export",
         help="write draws as plain LoRA adapters",
@@ -173,7 +174,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     own.set_defaults(run=export)
 
 
-def _add_serve(commands: argparse._SubParsersAction) -> None:
+def _add_serve(commands: Any) -> None:
     own = commands.add_parser(
         "serve",
         help="answer requests over HTTP",

@@ -77,7 +77,7 @@ class TrainerLog:
             self._call("on_train_begin")
         self.state.global_step = int(row["step"]) + 1
         numbers = {name: value for name, value in row.items() if name not in PLACE and not math.isnan(value)}
-        scores = {name: value for name, value in numbers.items() if name.startswith("eval_")}
+        scores = {name: value for name, value in numbers.items() if name[:5] == "eval_"}
         if scores or self.state.global_step % self.every == 0:
             self.state.log_history.append({**numbers, "step": self.state.global_step})
             self._call("on_log", logs=dict(numbers))
