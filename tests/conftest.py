@@ -1,10 +1,12 @@
 """Guards: a test that leaves global state changed fails, whatever it meant to test."""
 
+import random
 import socket
 import warnings
 from pathlib import Path
 
 import gaussians
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -35,7 +37,13 @@ def _global_state() -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def unchanged_globals():
-    """Pyro's store, settings and handlers, torch's dtype and grad mode are as before after each test."""
+    """Pyro's store, settings and handlers, torch's dtype and grad mode are as before after each test.
+
+    Each test starts from the same random state: which tests ran before it in its process changes nothing.
+    """
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (libraries under test draw from this one)
     before = _global_state()
     yield
     after = _global_state()

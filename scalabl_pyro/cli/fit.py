@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from ..data.rows import read_rows
+from ..lora.targets import text_config
 from ..model.bayesian_lora import bayesian_lora
 from ..tasks.base import Task
 from ..tasks.from_data import from_data
@@ -102,7 +103,7 @@ def _llm(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> nn.Modul
     llm = AutoModelForSequenceClassification.from_pretrained(
         model, num_labels=outputs, dtype="auto", trust_remote_code=False
     )
-    llm.config.pad_token_id = tokenizer.pad_token_id
+    text_config(llm).pad_token_id = tokenizer.pad_token_id
     return llm
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+from ..data.rows import Row, read_rows
 from ..posterior.config import SavedConfig, read_config
 from ..posterior.posterior import Posterior
 
@@ -58,6 +60,31 @@ def load_posterior(path: Path, model: str, device: str) -> Posterior:
     with reading(model):
         llm = base_model(config, model)
     return Posterior.from_pretrained(llm.to(device_of(device)).eval(), path)
+
+
+def predict_table(
+    path: Path, data: str, model: str, *, num_draws: int, seed: int, batch_size: int, device: str
+) -> tuple[list[Row], Any]:
+    """Predict the rows of a table with a saved posterior.
+
+    Args:
+        path: Directory of the posterior.
+        data: File of the rows.
+        model: Hub name or directory of the base model.
+        num_draws: Number of draws.
+        seed: Seed of the draws.
+        batch_size: Rows per forward pass.
+        device: Name of a device, or ``"auto"``.
+
+    Returns:
+        The rows, and their prediction.
+
+    Raises:
+        OSError, ValueError: A file cannot be read, or an option is out of range.
+    """
+    rows = read_rows(data, split="test")
+    posterior = load_posterior(path, model, device)
+    return rows, posterior.predict(rows, num_draws=num_draws, seed=seed, batch_size=batch_size)
 
 
 def device_of(name: str) -> str:

@@ -29,6 +29,18 @@ examples:
   scalabl-pyro serve post/ --model NAME --port 8000
   scalabl-pyro export post/ adapters/ --model NAME --draws 8 --engine vllm
 """
+#: Options that several commands have.
+SHARED: dict[str, dict[str, Any]] = {
+    "path": {"type": Path, "help": "directory of the saved posterior"},
+    "--model": {"required": True, "help": "hub name or directory of the base model"},
+    "--num-draws": {"type": int, "default": 10, "help": "draws to average; 0 is the mean of s (default: 10)"},
+    "--seed": {"type": int, "default": 0, "help": "seed of the draws (default: 0)"},
+    "--batch-size": {"type": int, "default": 16, "help": "rows per forward pass (default: 16)"},
+    "--device": {"default": "auto", "help": "device, such as cpu or cuda:0 (default: a GPU if there is one)"},
+    "--json": {"action": "store_true", "dest": "as_json", "help": "print the result as JSON"},
+}
+#: Those of a command that predicts.
+OF_DRAWS = ("--num-draws", "--seed", "--batch-size", "--device")
 #: What a user can mend. The message of such an error says how, so no traceback is shown.
 EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, ImportError)
 
@@ -108,7 +120,7 @@ def _add_fit(commands: Any) -> None:
         "classes, several labels per row, numbers, or completions. The command says what it guessed.",
     )
     own.add_argument("data", help="table of rows with answers: .csv, .tsv, .parquet, .json or .jsonl")
-    own.add_argument("--model", required=True, help="hub name or directory of the base model")
+    _add_shared(own, "--model", "--device", "--json")
     own.add_argument("--out", type=Path, required=True, help="new directory of the posterior")
     own.add_argument("--text", help="column of the text (default: guessed)")
     own.add_argument("--label", help="column of the answer (default: guessed)")
@@ -117,8 +129,6 @@ def _add_fit(commands: Any) -> None:
     own.add_argument("--batch-size", type=int, default=16, help="rows per step (default: 16)")
     own.add_argument("--rank", type=int, default=8, help="rank of the LoRA layers (default: 8)")
     own.add_argument("--seed", type=int, default=0, help="seed of the training (default: 0)")
-    own.add_argument("--device", default="auto", help="device, such as cpu or cuda:0 (default: a GPU if there is one)")
-    own.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON")
     own.set_defaults(run=fit)
 
 
@@ -129,7 +139,9 @@ def _add_predict(commands: Any) -> None:
         description="Predict the rows of a table. Its columns come first in the output, then the prediction, its "
         "probability, and total, aleatoric and epistemic uncertainty.",
     )
-    _add_common(own, "table of rows: .csv, .tsv, .parquet, .json or .jsonl")
+    _add_shared(own, "path")
+    own.add_argument("data", help="table of rows: .csv, .tsv, .parquet, .json or .jsonl")
+    _add_shared(own, "--model", *OF_DRAWS, "--json")
     own.add_argument(
         "--out", type=Path, help="file for the table: .csv, .tsv, .parquet or .jsonl; without it, the terminal shows it"
     )
@@ -151,7 +163,9 @@ def _add_evaluate(commands: Any) -> None:
         description="Compare predictions with known answers. The report has metrics with intervals, pictures of "
         "calibration and of risk against coverage, figures per class, and the rows to look at.",
     )
-    _add_common(own, "table of rows with answers")
+    _add_shared(own, "path")
+    own.add_argument("data", help="table of rows with answers")
+    _add_shared(own, "--model", *OF_DRAWS, "--json")
     own.add_argument("--out", type=Path, help="file of the report, .html or .md")
     own.add_argument("--bootstrap", type=int, default=1000, help="resamples behind the intervals (default: 1000)")
     own.set_defaults(run=evaluate)
@@ -163,14 +177,11 @@ def _add_export(commands: Any) -> None:
         help="write draws as plain LoRA adapters",
         description="Write draws of the posterior as plain PEFT adapters, which vLLM, SGLang, llama.cpp and PEFT read.",
     )
-    own.add_argument("path", type=Path, help="directory of the saved posterior")
+    _add_shared(own, "path")
     own.add_argument("out", type=Path, help="new directory for the adapters")
-    own.add_argument("--model", required=True, help="hub name or directory of the base model")
     own.add_argument("--draws", default="mean", help="'mean', or the number of draws (default: mean)")
-    own.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     own.add_argument("--engine", choices=sorted(LIMITS), help="engine whose limits are checked")
-    own.add_argument("--device", default="auto", help="device, such as cpu or cuda:0 (default: a GPU if there is one)")
-    own.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON")
+    _add_shared(own, "--model", "--seed", "--device", "--json")
     own.set_defaults(run=export)
 
 
@@ -181,24 +192,12 @@ def _add_serve(commands: Any) -> None:
         description='Answer requests over HTTP: POST /predict with {"rows": [...]}, GET /health. There is neither '
         "encryption nor a password. Ctrl-C ends the service.",
     )
-    own.add_argument("path", type=Path, help="directory of the saved posterior")
-    own.add_argument("--model", required=True, help="hub name or directory of the base model")
+    _add_shared(own, "path", "--model", *OF_DRAWS)
     own.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     own.add_argument("--port", type=int, default=8000, help="port to listen at (default: 8000)")
-    _add_draws(own)
     own.set_defaults(run=serve)
 
 
-def _add_common(own: argparse.ArgumentParser, table: str) -> None:
-    own.add_argument("path", type=Path, help="directory of the saved posterior")
-    own.add_argument("data", help=table)
-    own.add_argument("--model", required=True, help="hub name or directory of the base model")
-    own.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON")
-    _add_draws(own)
-
-
-def _add_draws(own: argparse.ArgumentParser) -> None:
-    own.add_argument("--num-draws", type=int, default=10, help="draws to average; 0 is the mean of s (default: 10)")
-    own.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
-    own.add_argument("--batch-size", type=int, default=16, help="rows per forward pass (default: 16)")
-    own.add_argument("--device", default="auto", help="device, such as cpu or cuda:0 (default: a GPU if there is one)")
+def _add_shared(own: argparse.ArgumentParser, *names: str) -> None:
+    for name in names:
+        own.add_argument(name, **SHARED[name])

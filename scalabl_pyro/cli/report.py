@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from .. import metrics, plots
 from .._version import __version__
-from ..prediction.averaged import AveragedNumericPrediction, AveragedPrediction
+from ..prediction.label_sets import LabelSetPrediction
 from ..prediction.result import NumericPrediction, Prediction
 
 Tables = dict[str, tuple[str, pd.DataFrame]]
@@ -62,11 +62,11 @@ class Report:
             "draws": answered.num_draws or "the mean of s",
             "library": f"scalabl_pyro {__version__}",
         }
-        parts = _of_classes if isinstance(prediction, Prediction | AveragedPrediction) else _of_numbers
+        parts = next(make for kind, make in PARTS.items() if isinstance(prediction, kind))
         return cls(facts, answered.metrics(bootstrap=bootstrap), *parts(answered, table))
 
 
-def _of_classes(found: Prediction | AveragedPrediction, table: pd.DataFrame) -> tuple[Tables, Pictures]:
+def _of_classes(found: Prediction, table: pd.DataFrame) -> tuple[Tables, Pictures]:
     target: Any = found.target
     per_class = metrics.report_by_class(found.probs, target, classes=found.classes)
     counts = metrics.confusion_matrix(found.probs, target, classes=found.classes)
@@ -89,7 +89,7 @@ def _of_classes(found: Prediction | AveragedPrediction, table: pd.DataFrame) -> 
     return tables, pictures
 
 
-def _of_numbers(found: NumericPrediction | AveragedNumericPrediction, table: pd.DataFrame) -> tuple[Tables, Pictures]:
+def _of_numbers(found: NumericPrediction, table: pd.DataFrame) -> tuple[Tables, Pictures]:
     off = table.assign(sds_off=(table["target"] - table["prediction"]).abs() / table["sd"])
     tables = {
         "Surprising rows": ("Rows whose answer is the largest number of standard deviations away.",
@@ -106,6 +106,24 @@ def _of_numbers(found: NumericPrediction | AveragedNumericPrediction, table: pd.
         ax.set_ylabel("answer")
 
     return tables, {"Predictions and answers": ("On the line, both are equal.", _picture(draw))}
+
+
+def _of_label_sets(found: LabelSetPrediction, table: pd.DataFrame) -> tuple[Tables, Pictures]:
+    by_doubt = table.sort_values("probability")
+    wrong = table[[list(a) != list(b) for a, b in zip(table["prediction"], table["target"], strict=True)]]
+    return {
+        "Confident mistakes": ("Wrong sets of labels with the largest probability. The labels may be wrong.",
+                               wrong.sort_values("probability", ascending=False).head(SHOWN)),
+        "Most doubtful rows": ("Rows with the smallest probability of their set of labels.", by_doubt.head(SHOWN)),
+    }, {}  # fmt: skip
+
+
+#: What makes tables and pictures, by the kind of prediction.
+PARTS: dict[type, Callable[[Any, pd.DataFrame], tuple[Tables, Pictures]]] = {
+    Prediction: _of_classes,
+    NumericPrediction: _of_numbers,
+    LabelSetPrediction: _of_label_sets,
+}
 
 
 def _picture(draw: Callable[[Axes], Any]) -> bytes:

@@ -11,6 +11,8 @@ import pandas as pd
 from ..storage.directories import replace_file
 from .report import Report
 
+#: Endings of the name of a report.
+ENDINGS = (".html", ".md")
 TITLE = "How good the predictions are"
 #: Longest text of a cell, in characters.
 MAX_CELL = 200
@@ -23,20 +25,6 @@ th, td { border-bottom: 1px solid #8886; padding: .25rem .6rem; text-align: left
 td { font-variant-numeric: tabular-nums; }
 img { max-width: 100%; background: white; }
 """
-
-
-def check_report_name(path: Path | None) -> None:
-    """Check the name of a report that is to be written, before the model runs.
-
-    Raises:
-        ValueError: Its ending is unknown, or its folder does not exist.
-    """
-    if path is None:
-        return
-    if path.suffix.lower() not in (".html", ".md"):
-        raise ValueError(f"--out {path}: the name of a report must end in .html or .md.")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out {path}: the folder {path.parent} does not exist.")
 
 
 def write_report(report: Report, path: Path) -> None:

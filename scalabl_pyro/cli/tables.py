@@ -1,6 +1,6 @@
 """Write a table in the form that the name of its file asks for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pandas as pd
@@ -15,16 +15,20 @@ WRITE: dict[str, Callable[[pd.DataFrame], str | bytes]] = {
 }
 
 
-def check_table_name(path: Path | None) -> None:
-    """Check the name of a table that is to be written, before hours of work.
+def check_name(path: Path | None, endings: Collection[str]) -> None:
+    """Check the name of a file that is to be written, before the model runs.
+
+    Args:
+        path: The file; None for no file.
+        endings: Endings that a name may have.
 
     Raises:
-        ValueError: Its ending is unknown, or its folder does not exist.
+        ValueError: It has another ending, or its folder does not exist.
     """
     if path is None:
         return
-    if path.suffix.lower() not in WRITE:
-        raise ValueError(f"--out {path}: the name must end in {', '.join(WRITE)}.")
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"--out {path}: the name must end in {' or '.join(endings)}.")
     if not path.parent.is_dir():
         raise ValueError(f"--out {path}: the folder {path.parent} does not exist.")
 

@@ -4,6 +4,8 @@ import json
 import sys
 from typing import Any, TextIO
 
+from ..storage.json_values import json_value
+
 
 def say(text: str, *, file: TextIO | None = None) -> None:
     """Write a text to the terminal. Unprintable characters, as names in untrusted files may hold, become ``?``.
@@ -21,12 +23,4 @@ def say(text: str, *, file: TextIO | None = None) -> None:
 
 def say_json(values: Any) -> None:
     """Write values as one JSON document to the standard output. NaN becomes null."""
-    say(json.dumps(_without_nan(values), indent=1, ensure_ascii=False))
-
-
-def _without_nan(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {name: _without_nan(value) for name, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_without_nan(value) for value in values]
-    return None if isinstance(values, float) and values != values else values
+    say(json.dumps(json_value(values), indent=1, ensure_ascii=False))

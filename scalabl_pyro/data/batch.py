@@ -4,6 +4,8 @@ Batches are padded on the right, because left padding gives NaN in some fused at
 last real token of each row is kept, so left padding is not needed.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,6 +41,14 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.inputs["input_ids"])
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """Return the SHA-256 of tokens, answers and other numbers of all examples, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.inputs, example.target, example.extras], default=float).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Held-out rows: rows with answers that a training is scored on, and checks of them against the training rows."""
 
 import functools
-import hashlib
 import json
 import warnings
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import Any
 from .._arguments import known_arguments
 from .._errors import ScalaBLWarning, describe, stacklevel_outside
 from .._process.random_state import scoped_seed
-from .batch import Batch, Example
+from .batch import Batch, Example, digest_of
 from .encoding import encode_data
 from .labels import ClassName
 from .rows import Row
@@ -40,10 +39,7 @@ class HeldOutRows:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of tokens, answers and other numbers of all rows, in their order."""
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(json.dumps([example.inputs, example.target, example.extras], default=float).encode())
-        return digest.hexdigest()
+        return digest_of(self.examples)
 
 
 @known_arguments
@@ -122,8 +118,8 @@ def _warn_of_overlap(train: Sequence[Example], examples: Sequence[Example]) -> N
 
 def _warn_of_new_classes(train: Sequence[Example], examples: Sequence[Example], classes: Sequence[ClassName]) -> None:
     """Warn of classes that held-out rows have, and no training row has."""
-    trained = {example.target for example in train}
-    new = Counter(e.target for e in examples if e.target not in trained)
+    trained = {label for example in train for label in _labels_of(example)}
+    new = Counter(label for example in examples for label in _labels_of(example) if label not in trained)
     if not new:
         return
     named = _some(
@@ -135,6 +131,12 @@ def _warn_of_new_classes(train: Sequence[Example], examples: Sequence[Example], 
         ScalaBLWarning,
         stacklevel=stacklevel_outside(),
     )
+
+
+def _labels_of(example: Example) -> list[int]:
+    """Indices of the classes of a row: one, or those that are marked with 1."""
+    target = example.target
+    return [k for k, value in enumerate(target) if value == 1] if isinstance(target, tuple) else [target]
 
 
 def _text_of(example: Example) -> str:

@@ -33,6 +33,24 @@ def check_model_names(classes: Sequence[ClassName], id2label: Any) -> None:
         _say_other_names(str(names), str(list(classes)))
 
 
+def model_order(classes: Sequence[ClassName], id2label: Any) -> list[int] | None:
+    """Return for each output of a model the index of its class in ``classes``; None if the names differ.
+
+    Args:
+        classes: Names of the classes.
+        id2label: Names of the outputs by index, ``config.id2label``. Capital letters do not count.
+
+    Example:
+        >>> model_order(["no", "yes"], {0: "YES", 1: "NO"})
+        [1, 0]
+    """
+    own = [str(name).casefold() for name in classes]
+    theirs = [str(id2label.get(i)).casefold() for i in range(len(id2label))] if isinstance(id2label, Mapping) else []
+    if len(set(own)) != len(own) or sorted(theirs) != sorted(own):
+        return None
+    return [own.index(name) for name in theirs]
+
+
 @lru_cache(maxsize=256)  # once for each pair of lists, not once per pass
 def _say_other_names(theirs: str, mine: str) -> None:
     logger.warning(

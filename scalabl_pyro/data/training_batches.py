@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from .._arguments import known_arguments
 from .._errors import check_count
 from .._process.random_state import scoped_seed
 from .._values import plain
-from .batch import Batch, Example, collate
+from .batch import Batch, Example, collate, digest_of
 from .encoding import encode_data
 from .rows import Row
 
@@ -67,10 +66,7 @@ class TrainingBatches:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of tokens, answers and other numbers of all rows, in their order."""
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(json.dumps([example.inputs, example.target, example.extras], default=float).encode())
-        return digest.hexdigest()
+        return digest_of(self.examples)
 
     def _order(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(_seed_of(self.seed, epoch))

@@ -4,13 +4,14 @@ Each estimator of lm-polygraph is a function of a dict of statistics. This modul
 lm-polygraph.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ..metrics import Array
-from ..prediction.generated import Generation
+from ..prediction.generated import Generation, groups_of
 from ..prediction.scored_texts import TokenNumbers
 
 #: Probability from which on one text entails another.
@@ -118,17 +119,11 @@ def _matrix(name: str, given: Any, shape: tuple[int, int]) -> Array:
 
 
 def _classes(shape: tuple[int, int], is_same: Callable[[int, int, int], bool]) -> dict[str, dict[int, Any]]:
-    """Put texts into classes: a text joins the first class whose first text means the same."""
+    """Put the texts of each prompt into classes of one meaning."""
     class_to_sample: dict[int, list[list[int]]] = {}
     sample_to_class: dict[int, dict[int, int]] = {}
     for prompt in range(shape[0]):
-        classes: list[list[int]] = []
-        for text in range(shape[1]):
-            home = next((members for members in classes if is_same(prompt, members[0], text)), None)
-            if home is None:
-                classes.append([text])
-            else:
-                home.append(text)
+        classes = groups_of(shape[1], functools.partial(is_same, prompt))
         class_to_sample[prompt] = classes
         sample_to_class[prompt] = {text: c for c, members in enumerate(classes) for text in members}
     return {"sample_to_class": sample_to_class, "class_to_sample": class_to_sample}

@@ -4,9 +4,9 @@ GPT-2, BERT and OPT, among others, look up each position in a table. Behind its 
 CPU, and a GPU cannot be used any more. Models with rotary or relative positions have no such end.
 """
 
-from typing import Any
-
 from torch import nn
+
+from .targets import text_config
 
 #: A table has as many rows as the model has positions, and a few more in some families (OPT and BART: 2).
 SPARE_ROWS = 8
@@ -18,9 +18,7 @@ def trained_positions(module: nn.Module) -> int | None:
     Args:
         module: A language model or classifier.
     """
-    config: Any = getattr(module, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = text_config(module)
     name = "max_seq_len" if getattr(config, "model_type", "") == "mpt" else "max_position_embeddings"
     positions = getattr(config, name, None)
     return positions if isinstance(positions, int) and positions > 0 else None

@@ -4,6 +4,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -161,6 +162,12 @@ def is_linear(module: nn.Module) -> bool:
         return True
     looks_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
     return looks_linear and (hasattr(module, "qweight") or hasattr(module, "W_q") or hasattr(module, "weight"))
+
+
+def text_config(module: nn.Module) -> Any:
+    """Return the configuration of the part of a model that reads text; None if the model has no configuration."""
+    config: Any = getattr(module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def is_encoder_decoder(module: nn.Module) -> bool:

@@ -218,13 +218,28 @@ class Generation(Summarized):
         }
 
 
-def _entropy_of_groups(texts: Sequence[str], same_meaning: Callable[[str, str], bool]) -> float:
-    groups: list[list[str]] = []
-    for text in texts:
-        group = next((group for group in groups if same_meaning(group[0], text)), None)
+def groups_of(count: int, is_same: Callable[[int, int], bool]) -> list[list[int]]:
+    """Put things into groups: each joins the first group whose first member is the same.
+
+    Args:
+        count: Number of things.
+        is_same: Whether the first member of a group, and a thing, are the same; both by their number.
+
+    Example:
+        >>> groups_of(4, lambda first, i: first % 2 == i % 2)
+        [[0, 2], [1, 3]]
+    """
+    groups: list[list[int]] = []
+    for i in range(count):
+        group = next((group for group in groups if is_same(group[0], i)), None)
         if group is None:
-            groups.append([text])
+            groups.append([i])
         else:
-            group.append(text)
+            group.append(i)
+    return groups
+
+
+def _entropy_of_groups(texts: Sequence[str], same_meaning: Callable[[str, str], bool]) -> float:
+    groups = groups_of(len(texts), lambda first, i: same_meaning(texts[first], texts[i]))
     shares = np.asarray([len(group) for group in groups]) / len(texts)
     return float(-(shares * np.log(shares)).sum())

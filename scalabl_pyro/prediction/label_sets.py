@@ -13,14 +13,15 @@ from .. import metrics
 from .._arguments import known_arguments_of_methods
 from ..data.labels import ClassName
 from ..metrics import Array
-from .answered import NO_ANSWERS
+from .from_draws import FromDensities
 from .mixture import log_mean_exp
+from .row_table import beside_rows, needs_review
 from .scores import Scores
 
 
 @known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
-class LabelSetPrediction(Scores):
+class LabelSetPrediction(FromDensities, Scores):
     """Probabilities of the K labels of N rows under S draws.
 
     Under one draw, the labels of a row are independent. Uncertainties are in nats and sums over the labels: total =
@@ -50,11 +51,6 @@ class LabelSetPrediction(Scores):
     classes: tuple[ClassName, ...]
     is_mean: bool = False
     seconds: float = float("nan")
-
-    @property
-    def num_draws(self) -> int:
-        """Number S of draws; 0 for the posterior mean."""
-        return 0 if self.is_mean else len(self.log_odds)
 
     @property
     def probs(self) -> Array:
@@ -89,38 +85,35 @@ class LabelSetPrediction(Scores):
             return np.zeros(self._num_rows(), dtype=bool)
         return np.asarray((np.asarray(self.target) >= 0).all(1))
 
-    @property
-    def log_likelihood(self) -> Array:
-        """(S, N) log probability of the answer under each draw, nats; NaN where a row has no answer."""
-        if self.log_density is None:
-            raise ValueError(NO_ANSWERS)
-        return self.log_density
-
-    @property
-    def log_mixture(self) -> Array | None:
-        """(N,) log of the averaged probability of the answer, nats: NaN where a row lacks it, None if all rows do."""
-        return None if self.target is None else log_mean_exp(self.log_likelihood)
-
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self, data: Any = None, *, review_above: float | None = None) -> pd.DataFrame:
         """Make a table of one line per row.
+
+        Args:
+            data: The rows that were predicted. Their columns then come first, and a DataFrame gives its index.
+            review_above: Limit of the doubt, which is 1 - ``probability``. The column ``needs_review`` tells whether
+                the doubt of a row is larger.
 
         Returns:
             Columns ``prediction`` (list of labels), ``probability`` (that these and no others are right), ``total``,
-            ``aleatoric`` and ``epistemic`` (nats), ``p(NAME)`` per label, and ``target`` (list of labels, or None)
-            where answers are known.
+            ``aleatoric`` and ``epistemic`` (nats), ``p(NAME)`` per label, the column that was asked for, and ``target``
+            (list of labels, or None) where answers are known.
+
+        Raises:
+            ValueError: ``data`` has another number of rows, or a column with one of these names, or the limit is not a
+                number.
         """
         sign = np.where(self.labels, 1.0, -1.0)
         own = log_mean_exp(log_expit(self.log_odds.astype(np.float64) * sign).sum(-1))
         columns: dict[str, Any] = {"prediction": self._names(self.labels), "probability": np.exp(own)}
         columns |= {"total": self.total, "aleatoric": self.aleatoric, "epistemic": self.epistemic}
         columns |= {f"p({name})": self.probs[:, k] for k, name in enumerate(self.classes)}
-        frame = pd.DataFrame(columns)
+        frame = pd.DataFrame(columns | needs_review(1 - np.exp(own), review_above))
         if self.target is not None:
             names = self._names(np.asarray(self.target) == 1)
             known = self.is_answered
             shown = [row if is_known else None for row, is_known in zip(names, known, strict=True)]
             frame["target"] = pd.Series(shown, dtype=object)
-        return frame
+        return beside_rows(frame, data)
 
     def _names(self, chosen: NDArray[np.bool_]) -> list[list[ClassName]]:
         return [[name for name, is_there in zip(self.classes, row, strict=True) if is_there] for row in chosen]

@@ -12,14 +12,15 @@ from .. import metrics
 from .._arguments import known_arguments_of_methods
 from ..data.labels import ClassName
 from ..metrics import Array
-from .answered import NO_ANSWERS, log_prob_of
-from .mixture import jackknife_entropy, log_mean_exp, normal_mixture_quantiles
+from .answered import log_prob_of
+from .from_draws import FromDensities, FromDraws
+from .mixture import jackknife_entropy, normal_mixture_quantiles
 from .scores import ClassScores, NumberScores
 
 
 @known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
-class Prediction(ClassScores):
+class Prediction(FromDraws, ClassScores):
     """Class probabilities of N rows under S draws.
 
     Uncertainties are in nats: total = aleatoric + epistemic, or H[E p] = E H[p] + I (Depeweg et al., 2018). H is the
@@ -47,11 +48,6 @@ class Prediction(ClassScores):
     seconds: float = float("nan")
 
     @property
-    def num_draws(self) -> int:
-        """Number S of draws; 0 for the posterior mean."""
-        return 0 if self.is_mean else len(self.log_probs)
-
-    @property
     def probs(self) -> Array:
         """(N, C) probabilities averaged over draws."""
         return np.exp(self.log_probs, dtype=np.float64).mean(0)
@@ -71,15 +67,10 @@ class Prediction(ClassScores):
         """(S, N) log probability of the target under each draw, nats; NaN where a row has no answer."""
         return log_prob_of(self.log_probs, self.target)
 
-    @property
-    def log_mixture(self) -> Array | None:
-        """(N,) log of the averaged probability of the target, nats: NaN where a row lacks it, None if all rows do."""
-        return None if self.target is None else log_mean_exp(self.log_likelihood)
-
 
 @known_arguments_of_methods
 @dataclass(frozen=True, repr=False)
-class NumericPrediction(NumberScores):
+class NumericPrediction(FromDensities, NumberScores):
     """Predictive distribution of N numbers under S draws, for likelihoods that are not categorical.
 
     The predictive distribution of a row is the mixture of the likelihoods of its S draws, with equal weights.
@@ -114,11 +105,6 @@ class NumericPrediction(NumberScores):
     is_normal: bool = False
 
     @property
-    def num_draws(self) -> int:
-        """Number S of draws; 0 for the posterior mean."""
-        return 0 if self.is_mean else len(self.means)
-
-    @property
     def mean(self) -> Array:
         """(N,) mean of the predictive mixture."""
         return self.means.mean(0)
@@ -137,13 +123,6 @@ class NumericPrediction(NumberScores):
     def epistemic_corrected(self) -> Array:
         """(N,) unbiased variance of the draws' means over the whole posterior (divided by S - 1); NaN for one draw."""
         return self.means.var(0, ddof=1) if len(self.means) > 1 else np.full(self.means.shape[1], np.nan)
-
-    @property
-    def log_likelihood(self) -> Array:
-        """(S, N) log density of the target under each draw, nats; NaN where a row has no answer."""
-        if self.log_density is None:
-            raise ValueError(NO_ANSWERS)
-        return self.log_density
 
     def interval(self, level: float = 0.9) -> Array:
         """Compute central predictive intervals: quantiles (1 - level) / 2 and (1 + level) / 2 of the mixture.
@@ -175,11 +154,6 @@ class NumericPrediction(NumberScores):
                 f"num_draws={needed} or more."
             )
         return np.quantile(self.replicates.astype(np.float64), tails, axis=0).T
-
-    @property
-    def log_mixture(self) -> Array | None:
-        """(N,) log density of the target under the mixture, nats: NaN where a row lacks it, None if all rows do."""
-        return None if self.target is None else log_mean_exp(self.log_likelihood)
 
     def to_frame(self, data: Any = None, *, level: float = 0.9, review_above: float | None = None) -> pd.DataFrame:
         """Make a table of one line per row.

@@ -12,6 +12,7 @@ from .._errors import nearest
 from .._values import shown
 from ..data.columns import FEW_NUMBERS, Column, columns_of
 from ..data.labels import ClassName
+from ..data.model_names import model_order
 from ..data.rows import read_rows
 from ..lora.targets import output_head
 from .base import Task
@@ -181,10 +182,9 @@ def _order(classes: tuple[ClassName, ...], module: nn.Module | None) -> tuple[Cl
         module is None or not isinstance(id2label, Mapping) or output_head(module) is not None
     ):  # causal LMs have two unused names
         return classes
+    if (order := model_order(classes, id2label)) is not None:
+        return tuple(classes[i] for i in order)
     names = [str(id2label.get(i)) for i in range(len(id2label))]
-    by_name = {str(name).casefold(): name for name in classes}
-    if set(by_name) == {name.casefold() for name in names}:
-        return tuple(by_name[name.casefold()] for name in names)
     if len(names) != len(classes):
         raise ValueError(
             f"The data has {len(classes)} classes, {_listed(classes)}, but the model's config.id2label has "

@@ -14,6 +14,7 @@ from ..data.labels import ClassName, as_classes, class_index
 from ..data.model_names import check_model_names
 from ..data.rows import Row
 from ..lora.forward import LatentLLM
+from ..lora.targets import text_config
 from .base import Task
 from .choice_columns import check_column
 from .fields import text_of
@@ -64,10 +65,8 @@ class TextTask(Task):
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Return the logits of the classification head, shape (..., B, K)."""
-        model_config: Any = getattr(llm.llm, "config", None)
-        self._check_names(getattr(model_config, "id2label", None))
-        config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-        pads = getattr(config, "pad_token_id", self.pad_token_id)
+        self._check_names(getattr(getattr(llm.llm, "config", None), "id2label", None))
+        pads = getattr(text_config(llm.llm), "pad_token_id", self.pad_token_id)
         if pads != self.pad_token_id:
             raise ValueError(
                 f"The model pads with token {pads}, the tokenizer with {self.pad_token_id}, so the model would not "

@@ -12,13 +12,12 @@ import torch
 from .._arguments import check_path
 from .._errors import ScalaBLWarning, stacklevel_outside
 from ..distributed.processes import Processes
-from ..lora.fingerprint import check_fingerprint
 from .alike import check_alike
 from .checkpoint_files import Checkpoint, CheckpointFolder
 from .loop import Trainer
 from .option_groups import CheckpointOptions
 from .provenance import versions
-from .run_identity import differences
+from .run_identity import check_same_run
 from .training_state import check_record
 
 logger = logging.getLogger(__name__)
@@ -178,18 +177,8 @@ class Checkpoints:
 
     def _check(self, found: Checkpoint) -> None:
         """Raise ValueError for a checkpoint of another run."""
-        message = f"{found.path} belongs to another run"
-        saved = found.record.get("run")
-        if not isinstance(saved, dict) or not isinstance(saved.get("base_model"), dict):
-            raise ValueError(f"{message}: its record does not say which run wrote it.")
-        if differing := differences(saved, self.run):
-            raise ValueError(
-                f"{message}: {'; '.join(differing)}. Use the same options, or another checkpoint_dir for another run."
-            )
-        try:
-            check_fingerprint(saved["base_model"], self.run["base_model"])
-        except ValueError as error:
-            raise ValueError(f"{message}. {error}") from None
+        advice = "Use the same options, or another checkpoint_dir for another run."
+        check_same_run(found.record, self.run, path=found.path, advice=advice)
         before = found.record.get("versions")
         if not isinstance(before, dict) or before.get("torch") != torch.__version__:
             logger.warning(

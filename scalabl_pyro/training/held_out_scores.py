@@ -19,6 +19,7 @@ from ..model.log_likelihood import LogLikelihood
 from ..model.passes import Passes
 from ..prediction.collect import predict_batches
 from ..prediction.draws import sample
+from ..prediction.label_sets import LabelSetPrediction
 from ..prediction.mixture import log_mean_exp
 from ..prediction.predict import predict
 from ..prediction.result import NumericPrediction, Prediction
@@ -29,8 +30,10 @@ logger = logging.getLogger(__name__)
 
 #: Columns of the history that hold scores begin so.
 EVAL = "eval_"
-#: Scores of classes, of numbers, and of texts. The first one decides which parameters are the best.
+#: Scores of classes, of numbers, of texts, and of rows with several labels. The first one decides which parameters are
+#: the best.
 OF_CLASSES, OF_NUMBERS, OF_TEXTS = ("nll", "accuracy", "ece"), ("nll", "rmse"), ("nll", "nll_per_token")
+OF_LABEL_SETS = ("nll", "accuracy")
 #: Column that decides.
 NLL = f"{EVAL}nll"
 
@@ -107,9 +110,12 @@ class HeldOutScores:
         if self.task.scores_only:
             return OF_TEXTS
         try:
-            return OF_CLASSES if isinstance(self._predict(self.rows.examples[:1]), Prediction) else OF_NUMBERS
+            found = self._predict(self.rows.examples[:1])
         except FloatingPointError:  # as the first step will say
             return OF_CLASSES if self.task.classes is not None else OF_NUMBERS
+        if isinstance(found, LabelSetPrediction):
+            return OF_LABEL_SETS
+        return OF_CLASSES if isinstance(found, Prediction) else OF_NUMBERS
 
     def _scores(self, examples: Sequence[Example]) -> dict[str, float]:
         if self.task.scores_only:
@@ -120,7 +126,7 @@ class HeldOutScores:
     def _sample(self) -> Tensor:
         return sample(self.guide.snapshot(), self.num_draws, seed=self.seed).s
 
-    def _predict(self, examples: Sequence[Example]) -> Prediction | NumericPrediction:
+    def _predict(self, examples: Sequence[Example]) -> Prediction | NumericPrediction | LabelSetPrediction:
         s, options = self._sample(), dict[str, Any](seed=self.seed, is_mean=self.num_draws == 0)
         adapter, size = self.blora.adapter, self.options.batch_size
         if not self.blora.adds_noise:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +106,30 @@ def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[st
         else:
             found.append(f"{name} is {now!r}, was {was!r}")
     return found
+
+
+def check_same_run(record: Mapping[str, Any], run: Mapping[str, Any], *, path: Path, advice: str) -> None:
+    """Check that a checkpoint belongs to a run.
+
+    Args:
+        record: Record of the checkpoint.
+        run: Identity of the present run.
+        path: Path of the checkpoint, for the message.
+        advice: What to do if it belongs to another run.
+
+    Raises:
+        ValueError: It belongs to another run, or does not say which one.
+    """
+    message = f"{path} belongs to another run"
+    saved = record.get("run")
+    if not isinstance(saved, dict) or not isinstance(saved.get("base_model"), dict):
+        raise ValueError(f"{message}: its record does not say which run wrote it.")
+    if differing := differences(saved, run):
+        raise ValueError(f"{message}: {'; '.join(differing)}. {advice}")
+    try:
+        check_fingerprint(saved["base_model"], run["base_model"])
+    except ValueError as error:
+        raise ValueError(f"{message}. {error}") from None
 
 
 def option_value(value: Any, num_steps: int) -> Any:

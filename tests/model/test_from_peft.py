@@ -100,7 +100,7 @@ def test_a_classifier_comes_in_with_its_head(tmp_path):
 
 OTHERS = {
     "LoHa": (peft.LoHaConfig(r=2, target_modules=Q_AND_V), 1e-2),
-    "LoKr": (peft.LoKrConfig(r=2, target_modules=Q_AND_V), 1e-2),
+    "LoKr": (peft.LoKrConfig(r=2, target_modules=Q_AND_V), 3e-2),
     "VeRA": (peft.VeraConfig(r=4, target_modules=["q_proj"]), 1e-2),
     "RandLoRA": (peft.RandLoraConfig(r=4, target_modules=["q_proj"]), 5e-2),
     "MiSS": (peft.MissConfig(r=4, target_modules=["q_proj"]), 1e-5),

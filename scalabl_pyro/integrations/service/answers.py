@@ -1,34 +1,15 @@
 """Answers of the service: the rows of a joint batch given back to their requests, as values that JSON can hold."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import pandas as pd
-
-from ..._values import is_missing, plain
 from ...prediction.collect import used_classes
+from ...prediction.label_sets import LabelSetPrediction
 from ...prediction.result import NumericPrediction, Prediction
 from ...prediction.scored_texts import ScoredTexts
+from ...storage.json_values import json_value, records
 from ...tasks import Task
-
-
-def json_value(value: Any) -> Any:
-    """Return a value that JSON can hold: None for NaN, infinity and what is missing.
-
-    Args:
-        value: Scalar of Python, NumPy or pandas.
-    """
-    value = plain(value)
-    if is_missing(value) or (isinstance(value, float) and math.isinf(value)):
-        return None
-    return value if isinstance(value, str | int | float) else str(value)
-
-
-def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return one dict per line of a table."""
-    return [{str(name): json_value(value) for name, value in line.items()} for line in frame.to_dict("records")]
 
 
 def spans(lengths: Sequence[int]) -> Iterator[slice]:
@@ -58,7 +39,7 @@ def rows_of(prediction: Prediction | NumericPrediction, rows: slice) -> Predicti
 
 
 def predicted(
-    prediction: Prediction | NumericPrediction, task: Task, examples: Sequence[Any], level: float
+    prediction: Prediction | NumericPrediction | LabelSetPrediction, task: Task, examples: Sequence[Any], level: float
 ) -> list[dict[str, Any]]:
     """Return what ``to_frame`` says of each row; for classes with ``probs``, the probability of each by its name.
 
@@ -70,6 +51,8 @@ def predicted(
     """
     if isinstance(prediction, NumericPrediction):
         return records(prediction.to_frame(level=level))
+    if isinstance(prediction, LabelSetPrediction):
+        return records(prediction.to_frame())
     classes = used_classes(task, examples, len(prediction.classes))[: len(prediction.classes)]
     own = replace(prediction, log_probs=prediction.log_probs[..., : len(classes)], classes=classes)
     names, probs = [str(name) for name in classes], own.probs

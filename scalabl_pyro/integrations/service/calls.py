@@ -11,8 +11,9 @@ from ...data.encoding import encode_data
 from ...posterior.posterior import Posterior
 from ...prediction.generate import check_prompts
 from ...prediction.result import NumericPrediction, Prediction
+from ...storage.json_values import records
 from ...tasks import Completion
-from .answers import predicted, records, rows_of, scored, spans
+from .answers import predicted, rows_of, scored, spans
 from .batching import Answers, Job
 from .generation_options import check_generation
 from .limits import Limits, Refused

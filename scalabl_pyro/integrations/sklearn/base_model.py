@@ -11,7 +11,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ..._arguments import check_role, kind_of
 from ..._errors import describe
 from ..._process.random_state import scoped_seed
+from ...data.model_names import model_order
 from ...lora.attach import find_adapter
+from ...lora.targets import text_config
 
 #: Options of ``from_pretrained`` that the estimators set themselves, and what to do in place of setting them.
 RESERVED = {
@@ -67,8 +69,7 @@ def load_base(
         check_role("model", model, "llm")
         _check_module(model, num_labels, options)
         base = shared_copy(model)
-    config: Any = getattr(base, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(base)
     if config is not None and getattr(config, "pad_token_id", pad_token_id) is None:
         config.pad_token_id = pad_token_id
     return base
@@ -114,13 +115,8 @@ def in_model_order(names: Sequence[Any], base: nn.Module) -> list[int]:
     Returns:
         For each output of the model, the index of its class in ``names``.
     """
-    id2label = getattr(getattr(base, "config", None), "id2label", None)
-    own = [str(name).casefold() for name in names]
-    if isinstance(id2label, Mapping):
-        theirs = [str(id2label.get(i)).casefold() for i in range(len(id2label))]
-        if len(set(own)) == len(own) and sorted(theirs) == sorted(own):
-            return [own.index(name) for name in theirs]
-    return list(range(len(own)))
+    order = model_order(names, getattr(getattr(base, "config", None), "id2label", None))
+    return list(range(len(names))) if order is None else order
 
 
 def _check_module(model: nn.Module, num_labels: int, options: Mapping[str, Any]) -> None:

@@ -13,11 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...lora.fingerprint import check_fingerprint
 from ...storage.tensor_files import below
-from ...training.checkpoint_files import Checkpoint, CheckpointFolder
+from ...training.checkpoint_files import CheckpointFolder
 from ...training.provenance import versions
-from ...training.run_identity import differences
+from ...training.run_identity import check_same_run
 from ...training.training_state import LearnedState
 from .elbo_module import ElboModule
 
@@ -62,7 +61,8 @@ def read_state(folder: str | Path, module: ElboModule, *, run: dict[str, Any], w
             f"{folder} holds no state of a Bayesian training, or a damaged one: give a checkpoint that this trainer "
             "wrote. Load a posterior alone with Posterior.from_pretrained(llm, path)."
         )
-    _check_run(found, folder, run)
+    advice = "Use the same options and data, or start anew."
+    check_same_run(found.record, run, path=folder, advice=advice)
     random = below(found.tensors, RANDOM)
     try:
         learned.load({name: t for name, t in found.tensors.items() if not name.startswith(RANDOM)})
@@ -70,17 +70,3 @@ def read_state(folder: str | Path, module: ElboModule, *, run: dict[str, Any], w
             module.noise.load_states(random)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} cannot be resumed from: {error}") from error
-
-
-def _check_run(found: Checkpoint, folder: Path, run: dict[str, Any]) -> None:
-    saved = found.record.get("run")
-    if not isinstance(saved, dict) or not isinstance(saved.get("base_model"), dict):
-        raise ValueError(f"{folder} does not say which run wrote it: give another checkpoint.")
-    if differing := differences(saved, run):
-        raise ValueError(
-            f"{folder} belongs to another run: {'; '.join(differing)}. Use the same options and data, or start anew."
-        )
-    try:
-        check_fingerprint(saved["base_model"], run["base_model"])
-    except ValueError as error:
-        raise ValueError(f"{folder} belongs to another run. {error}") from None

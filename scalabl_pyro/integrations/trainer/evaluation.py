@@ -81,6 +81,8 @@ def scores(task: Task, predictions: Any, labels: np.ndarray) -> dict[str, float]
     """
     if isinstance(predictions, tuple):
         means, log_density = predictions
+        if labels.ndim > 1:  # several labels per row
+            return {"nll": -float(log_density.mean()), "brier": float(((means - labels) ** 2).mean())}
         return {"nll": -float(log_density.mean()), "rmse": math.sqrt(float(((means - labels) ** 2).mean()))}
     if task.scores_only:
         total = -float(predictions.sum())

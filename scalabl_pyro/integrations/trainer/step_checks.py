@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback
 
 from ...training.gradient_check import GradientCheck
@@ -11,7 +10,7 @@ from ...training.messages import names_of, where_not_finite
 from ...training.optimizer import parameters_of
 from ...training.start_check import check_start
 from ...training.update_check import UpdateCheck, logarithms_of
-from .elbo_module import ElboModule
+from .elbo_module import ElboModule, all_finite
 
 
 class StepChecks(TrainerCallback):
@@ -35,7 +34,7 @@ class StepChecks(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the gradient, and keep the parameters."""
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if not torch.isfinite(nn.utils.get_total_norm(grads)):
+        if not all_finite(grads):
             where = where_not_finite(self.module.blora.adapter)
             raise FloatingPointError(
                 f"At step {state.global_step}: the loss is finite, but its gradient is not{where}. Parameters keep "
