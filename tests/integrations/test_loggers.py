@@ -111,3 +111,19 @@ def test_mlflow_has_the_numbers(tmp_path, monkeypatch):
         result = fit(log)
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert run.data.metrics["eval_nll"] == pytest.approx(result.evaluations["eval_nll"].iloc[-1])
+
+
+def test_wandb_has_the_numbers(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    try:
+        with log_to("wandb", output_dir=tmp_path) as log:
+            result = fit(log)
+        summary = dict(wandb.run.summary)
+    finally:
+        wandb.finish()
+    assert summary["eval/nll"] == pytest.approx(result.evaluations["eval_nll"].iloc[-1])
+    assert summary["train/loss"] == pytest.approx(result.history["loss"].iloc[-1])
+    assert summary["train/global_step"] == STEPS
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -13,27 +13,23 @@ from pyro.infer import ELBO
 
 from ..._arguments import check_role
 from ..._errors import check_count
-from ..._process.random_state import derive_seed
-from ...guides import INIT_SCALE, GuideLike, as_guide
-from ...lora.base_module import check_has_values
+from ...guides import INIT_SCALE, GuideLike
 from ...model.bayesian_lora import BayesianLoRA
 from ...posterior.posterior import Posterior
 from ...tasks import Completion, Task
-from ...training.fresh_start import choose_start
 from ...training.objective import weight_at
 from ...training.optimizer import parameter_groups
 from ...training.options import DrawsPerBatch, TrainingOptions
 from ...training.result import unit_rows
 from ...training.scope import training_scope
-from ...training.start_check import check_finite
 from .checkpoint_state import POSTERIOR, read_state, write_state
-from .elbo_module import ElboModule
 from .evaluates import EvaluatesUnderDraws
 from .evaluation import MetricsUnderDraws
 from .inputs import START, EncodedRows, as_batch
 from .rates import training_options
 from .records import LossTerms, describe_training, run_of
-from .refusals import check_arguments, check_placement, check_training_arguments
+from .refusals import check_arguments, check_training_arguments
+from .start import check_llm, start_elbo
 from .step_checks import StepChecks
 
 logger = logging.getLogger(__name__)
@@ -99,32 +95,15 @@ class ScalaBLMixin(EvaluatesUnderDraws):
         check_role("blora", blora, "blora", call=f"{type(self).__name__}(blora, args=..., train_dataset=...)")
         check_arguments(trainer_options)
         check_count(num_draws=num_draws, least=0)
-        blora.adapter.check_attached()
-        check_has_values(blora.llm)
-        check_placement(blora.llm)
+        check_llm(blora)
         args = trainer_options["args"]
         rates = {"lr": lr, "lr_A": lr_A, "lr_loc": lr_loc, "lr_scale": lr_scale}
         loss: dict[str, Any] = {"kl_weight": kl_weight, "elbo": elbo, "draws": draws, "factor_scale": factor_scale}
         self.options: TrainingOptions = training_options(args, rates, init_scale=init_scale, **loss)
         self.task = _completion_of(trainer_options.get("processing_class")) if task is None else task
-        self._moved = choose_start(blora, self.task, reset=False)
-        if self._moved:
-            logger.warning(
-                "an earlier training changed %s, and this one goes on from there; wrap the LLM again to start afresh",
-                " and ".join(self._moved),
-            )
-        check_finite(point_estimates=blora.point_estimates, prior=blora.prior, task=self.task)
-        scale_seed = derive_seed(args.seed, "initial scales")
-        family = as_guide(guide, blora, init_scale=init_scale, seed=scale_seed)
-        self.elbo_module = ElboModule(
-            blora,
-            self.task.to(blora.device),
-            family.to(blora.device),
-            elbo=elbo,
-            draws=draws,
-            factor_scale=factor_scale,
-            seed=derive_seed(args.seed, "noise"),
-        )
+        module: dict[str, Any] = {name: loss[name] for name in ("elbo", "draws", "factor_scale")}
+        module |= {"init_scale": init_scale, "seed": args.seed}
+        self.elbo_module, self._start = start_elbo(blora, self.task, guide, **module)
         self.num_data, self.num_draws = num_data, num_draws
         self._terms, self._is_first_batch = LossTerms(), True
         self._seconds = 0.0
@@ -263,7 +242,7 @@ class ScalaBLMixin(EvaluatesUnderDraws):
             data=data,
             num_steps=self.state.global_step,
             seconds=self._seconds,
-            start="continued" if self._moved else "fresh",
+            start=self._start,
             trainer=type(self).__name__,
         )
         captured = Posterior.capture(self.blora, self.task, self.elbo_module.guide, provenance=provenance)
