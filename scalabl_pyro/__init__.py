@@ -1,6 +1,9 @@
 """Make any Hugging Face LLM with LoRA adapters Bayesian, as a Pyro program (ScalaBL, UAI 2025)."""
 
-from . import baselines, conformal, distributed, guides, metrics, plots, priors
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import distributed, guides, metrics, priors
 from ._errors import ScalaBLWarning
 from ._version import __version__
 from .inference.ensemble import ensemble
@@ -18,6 +21,9 @@ from .tasks import Completion, MultipleChoice, Regression, SequenceClassificatio
 from .training.fit import fit
 from .training.option_groups import CheckpointOptions, EvaluationOptions, HardwareOptions, OptimizerOptions
 from .training.result import FitResult, TrainingError
+
+if TYPE_CHECKING:
+    from . import baselines, conformal, plots
 
 __all__ = [
     "BayesianLoRA",
@@ -55,3 +61,18 @@ __all__ = [
     "priors",
     "refit",
 ]
+
+#: Namespaces that are imported when they are asked for first, because they bring libraries that few programs need.
+_LATER = ("baselines", "conformal", "plots")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a namespace that was not needed until now."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f".{name}", __name__)
+
+
+def __dir__() -> list[str]:
+    """All names, also those of namespaces that are not imported yet."""
+    return sorted({*globals(), *_LATER})

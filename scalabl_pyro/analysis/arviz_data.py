@@ -1,18 +1,20 @@
 """Groups of labeled data for ArviZ: draws, statistics of a sampler, and values per row."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from ..lora.subspace import Subspace
 from ..metrics import Array
-from ..prediction.inference_data import arviz_version, with_draws
+from ..prediction.inference_data import arviz_version, dataset, with_draws
 from ..prediction.inference_data import to_arviz as to_arviz
 
+if TYPE_CHECKING:
+    import xarray as xr
 
-def posterior_group(sites: Mapping[str, Array], subspace: Subspace) -> xr.Dataset:
+
+def posterior_group(sites: Mapping[str, Array], subspace: Subspace) -> "xr.Dataset":
     """Make a dataset with dims (chain, draw, ...) from draws of the latent sites (chains, S, ...).
 
     ``s`` gets dims ``layer`` (module paths) and ``rank`` where all ranks are equal, else one dim ``latent``
@@ -33,10 +35,10 @@ def posterior_group(sites: Mapping[str, Array], subspace: Subspace) -> xr.Datase
             variables[name] = (("chain", "draw", "latent"), value)
             coords["latent"] = subspace.labels()
             coords["latent_layer"] = ("latent", np.repeat(subspace.names, subspace.ranks))
-    return with_draws(xr.Dataset(variables, coords=coords))
+    return with_draws(dataset(variables, coords=coords))
 
 
-def sample_stats_group(statistics: Mapping[str, Array]) -> xr.Dataset:
+def sample_stats_group(statistics: Mapping[str, Array]) -> "xr.Dataset":
     """Make a dataset with dims (chain, draw) from what a sampler recorded (chains, S).
 
     Example:
@@ -47,10 +49,10 @@ def sample_stats_group(statistics: Mapping[str, Array]) -> xr.Dataset:
     values: dict[str, Array] = {
         name: np.asarray(value).astype(kinds.get(name, float)) for name, value in statistics.items()
     }
-    return with_draws(xr.Dataset({name: (("chain", "draw"), value) for name, value in values.items()}))
+    return with_draws(dataset({name: (("chain", "draw"), value) for name, value in values.items()}))
 
 
-def per_row_group(name: str, values: Array, rows: Array | None = None) -> xr.Dataset:
+def per_row_group(name: str, values: Array, rows: Array | None = None) -> "xr.Dataset":
     """Make a dataset of values (S, N) as ``name`` with dims (chain, draw, row).
 
     Args:
@@ -64,15 +66,13 @@ def per_row_group(name: str, values: Array, rows: Array | None = None) -> xr.Dat
     """
     values = np.asarray(values)
     return with_draws(
-        xr.Dataset(
-            {name: (("chain", "draw", "row"), values[None])}, coords={"row": _row_numbers(values.shape[1], rows)}
-        )
+        dataset({name: (("chain", "draw", "row"), values[None])}, coords={"row": _row_numbers(values.shape[1], rows)})
     )
 
 
-def observed_group(name: str, values: Array, rows: Array | None = None) -> xr.Dataset:
+def observed_group(name: str, values: Array, rows: Array | None = None) -> "xr.Dataset":
     """Make a dataset of observed values (N,) as ``name`` with dim row."""
-    return xr.Dataset({name: ("row", np.asarray(values))}, coords={"row": _row_numbers(len(values), rows)})
+    return dataset({name: ("row", np.asarray(values))}, coords={"row": _row_numbers(len(values), rows)})
 
 
 def _row_numbers(count: int, rows: Array | None) -> Array:

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import numpy as np
-from arviz_stats.base import array_stats
 
 from ..lora.subspace import Subspace
 from ..metrics import Array
@@ -95,6 +94,8 @@ def check_chains(s: Array, what: Literal["chain", "restart"]) -> list[Finding]:
     if len(s) < 2:
         cause, advice = f"one {what} cannot tell whether it is stuck.", f"Run two {what}s or more."
         return [Finding("r_hat", "warning", float("nan"), threshold, cause, advice)]
+    from arviz_stats.base import array_stats
+
     with np.errstate(all="ignore"):  # latents that never move
         of_latent = [[float(array_stats.rhat(s[..., d], method=m)) for m in methods] for d in range(s.shape[-1])]
     r_hat = float(np.max(of_latent))  # NaN if any is

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from arviz_stats.base import array_stats
 from pyro.infer import MCMC
 from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
@@ -191,6 +190,8 @@ def _jittered(prior: Prior, name: str, value: Tensor, jitter: float) -> Tensor:
 
 def _worst_r_hat_and_ess(chains: list[dict[str, Tensor]]) -> dict[str, float]:
     """The largest R-hat and the smallest effective sample size over all latents."""
+    from arviz_stats.base import array_stats
+
     sites = [torch.stack([chain[name] for chain in chains]) for name in chains[0]]  # each (chains, draws, ...)
     draws = torch.cat([site.reshape(*site.shape[:2], -1).double() for site in sites], dim=-1).numpy()
     return {"r_hat": _worst(array_stats.rhat, draws, np.nanmax), "ess": _worst(array_stats.ess, draws, np.nanmin)}

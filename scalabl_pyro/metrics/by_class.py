@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 import torch
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from .._arguments import known_arguments
 from .._probabilities import as_probabilities
@@ -33,6 +32,8 @@ def confusion_matrix(probs: Array, labels: Labels, *, classes: Sequence[object] 
         >>> table.loc["trade"].to_dict()
         {'oil': 1, 'trade': 0}
     """
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     probs, labels = as_probabilities(probs, labels)
     names = _names(classes, probs.shape[1])
     predicted, target = torch.as_tensor(probs.argmax(1)), torch.as_tensor(labels)

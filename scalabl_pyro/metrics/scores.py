@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from .._arguments import known_arguments
 from .._probabilities import as_probabilities, check_probabilities
@@ -12,6 +11,8 @@ from .arrays import Array, Labels
 @known_arguments
 def accuracy(probs: Array, labels: Labels) -> float:
     """Compute the share of rows whose most probable class is the label; higher is better."""
+    from torchmetrics.functional.classification import multiclass_accuracy
+
     probs, labels = as_probabilities(probs, labels)
     p, y = torch.as_tensor(probs), torch.as_tensor(labels)
     return multiclass_accuracy(p.argmax(1), y, num_classes=p.shape[1], average="micro").item()

@@ -5,8 +5,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
-from torchmetrics.functional.classification import binary_auroc
 
 from .._arguments import known_arguments
 from .._errors import is_number
@@ -22,6 +20,9 @@ def auroc(score: Array, positive: NDArray[np.bool_]) -> float:
     Raises:
         ValueError: If the shapes differ, a score is NaN, or ``positive`` holds more than True and False.
     """
+    from scipy.stats import rankdata
+    from torchmetrics.functional.classification import binary_auroc
+
     score, positive = as_scores(score, positive)
     if positive.all() or not positive.any():
         return float("nan")

@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from .._arguments import check_role
 from .._process.random_state import derive_seed
@@ -15,6 +14,9 @@ from ..prediction.draws import sample_prior_sites
 from ..prediction.result import NumericPrediction, Prediction
 from ..prediction.room import check_room
 from .state import PosteriorState
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 #: Copies of the draws that an export makes: those of sampling, and the arrays of its groups by layer.
 COPIES_OF_EXPORT = 4
@@ -79,7 +81,7 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _posterior_group(posterior: PosteriorState, num_draws: int, seed: int) -> xr.Dataset:
+def _posterior_group(posterior: PosteriorState, num_draws: int, seed: int) -> "xr.Dataset":
     chains = posterior.guide.chains()
     # All draws of several chains, or of a sampler that recorded statistics of each, in their order.
     if chains is not None and (len(chains["s"]) > 1 or posterior.guide.statistics()):

@@ -4,19 +4,21 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import xarray as xr
 
 from .._arguments import known_arguments_of_methods
 from .._display import Summarized
 from .._errors import check_choice
 from .._version import __version__
 from ..metrics import Array
-from .inference_data import to_arviz, with_draws
+from .inference_data import dataset, to_arviz, with_draws
 from .scored_texts import ScoredTexts
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @known_arguments_of_methods
@@ -164,13 +166,13 @@ class Generation(Summarized):
         own = pd.DataFrame({"prompt": numbers, "draw": self.draw, "text": self.answers, "finished": self.finished})
         return pd.concat([own, frame], axis=1)
 
-    def to_xarray(self) -> xr.Dataset:
+    def to_xarray(self) -> "xr.Dataset":
         """Return log probabilities by prompt, text and draw, and the uncertainties of each text."""
         shape = (len(self.prompts), self.per_prompt)
         log_probs = self.scored.log_probs.T.reshape(*shape, -1)
         names = ("total", "aleatoric", "epistemic", "num_tokens")
         by_text = {name: (("prompt", "sample"), getattr(self.scored, name).reshape(shape)) for name in names}
-        return xr.Dataset(
+        return dataset(
             {"log_prob": (("prompt", "sample", "draw"), log_probs), **by_text},
             coords={"prompt": list(self.prompts), "text": (("prompt", "sample"), np.reshape(self.answers, shape))},
         )

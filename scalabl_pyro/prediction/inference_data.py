@@ -6,15 +6,19 @@ alone, and always have the dimensions ``chain`` and ``draw``, which LOO and summ
 
 import importlib.metadata
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 from packaging.version import Version
 
+if TYPE_CHECKING:
+    import xarray as xr
 
-def to_arviz(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> Any:
+
+def to_arviz(groups: Mapping[str, "xr.Dataset"], attrs: Mapping[str, Any]) -> Any:
     """Make ``InferenceData`` for ArviZ 0.x, or an ``xarray.DataTree`` for ArviZ 1.x, or where ArviZ is missing."""
+    import xarray as xr
+
     tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items()})
     if arviz_version() < (1, 0):
         import arviz
@@ -32,6 +36,13 @@ def arviz_version() -> tuple[int, int]:
     return version.major, version.minor
 
 
-def with_draws(data: xr.Dataset) -> xr.Dataset:
+def dataset(variables: Mapping[str, Any], coords: Mapping[str, Any] | None = None) -> "xr.Dataset":
+    """Make an ``xarray.Dataset``; xarray is imported when it is used."""
+    import xarray as xr
+
+    return xr.Dataset(variables, coords=coords)
+
+
+def with_draws(data: "xr.Dataset") -> "xr.Dataset":
     """Return a dataset with numbered chains and draws."""
     return data.assign_coords(chain=np.arange(data.sizes["chain"]), draw=np.arange(data.sizes["draw"]))

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from tqdm.auto import tqdm
-from tqdm.notebook import tqdm as notebook_bar
 
 from .held_out_scores import NLL
 
@@ -86,4 +85,6 @@ class _Nowhere:
 
 def _shows_bars() -> bool:
     """Whether the standard error stream is a terminal, or this is a notebook."""
-    return issubclass(tqdm, notebook_bar) or bool(getattr(sys.stderr, "isatty", lambda: False)())
+    notebook = sys.modules.get("tqdm.notebook")  # tqdm.auto imports it where a notebook runs
+    in_notebook = notebook is not None and issubclass(tqdm, notebook.tqdm)
+    return in_notebook or bool(getattr(sys.stderr, "isatty", lambda: False)())
