@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import json
 import os
 import shlex
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from pathlib import Path
@@ -19,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PORT = "8000"
 #: Lines of the error output that belong on a page. The others show progress.
 TOLD = ("error:", "warning:")
+#: Width of a terminal.
+WIDTH = 78
 #: How long the service may take to load the model, in seconds.
 PATIENCE = 120
 
@@ -59,18 +63,18 @@ class Commands:
             service.communicate(timeout=60)
 
     def run(self, code: str, *, may_fail: bool) -> str:
-        """Run a block, and return what the terminal shows besides the progress."""
+        """Run a block, and return what the terminal shows besides the progress, in lines that a page has room for."""
         shown = ""
         for words in commands(code):
             words = [word.replace(PORT, self.port) for word in words]
             if words[0] == "curl":
                 done = subprocess.run([words[0], "--silent", *words[1:]], capture_output=True, text=True, check=True)
-                shown += done.stdout + "\n"
+                shown += json.dumps(json.loads(done.stdout), indent=1) + "\n"
             elif words[1] == "serve":
                 self._serve(words[1:])
             else:
                 shown += self._run_here(words[1:], may_fail=may_fail)
-        return shown
+        return "".join(_wrap(line) + "\n" for line in shown.splitlines())
 
     def _run_here(self, words: list[str], *, may_fail: bool) -> str:
         out, err = io.StringIO(), io.StringIO()
@@ -94,3 +98,8 @@ class Commands:
             time.sleep(0.1)
         service.kill()
         raise RuntimeError(f"the service did not start: {service.communicate()[0]}")
+
+
+def _wrap(line: str) -> str:
+    """Break a long line, as a terminal does, but between words."""
+    return line if len(line) <= WIDTH else textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False)

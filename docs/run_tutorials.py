@@ -75,7 +75,7 @@ def _run_block(found: re.Match[str], names: dict[str, object], shell: page_comma
 
 
 def use_smollm2() -> None:
-    """Make ``from_pretrained`` return SmolLM2 and its tokenizer, from their Python package, unless a folder is named."""
+    """Make ``from_pretrained`` return SmolLM2 and its tokenizer, from their package, unless it is given a folder."""
     llm, tokenizer = smollm2()
     read_llm, read_tokenizer = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
 

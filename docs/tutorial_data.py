@@ -79,7 +79,7 @@ def write_reviews(folder: Path) -> None:
 
 
 def write_model(folder: Path, name: str) -> None:
-    """Write SmolLM2 into a folder with its name on the hub. Where this folder is, the name loads it, without the hub."""
+    """Write SmolLM2 into a folder with its name on the hub. Beside this folder, the name loads it without the hub."""
     llm, tokenizer = smollm2()
     settings = {key: value for key, value in llm.config.to_dict().items() if key != "quantization_config"}
     plain = AutoModelForCausalLM.from_config(LlamaConfig(**settings))  # one of a GGUF file cannot be saved

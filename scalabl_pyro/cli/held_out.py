@@ -53,7 +53,7 @@ def check_options(given: str | None, **others: int | None) -> None:
         others: Further options, which need it.
 
     Raises:
-        ValueError: ``--eval`` is a number that is no share, or it is missing and another option needs it.
+        ValueError: ``--eval`` is a number outside (0, 1), or it is missing and another option needs it.
     """
     if given is None:
         for name, value in others.items():
@@ -128,7 +128,8 @@ def in_words_of_the_command(held_out: HeldOut, task: Task, *, data: str, given: 
         show = warnings.showwarning
 
         def show_renamed(message: Any, category: Any, *place: Any, **more: Any) -> None:
-            show(category(renamed(message)) if issubclass(category, ScalaBLWarning) else message, category, *place)
+            text = category(renamed(message)) if issubclass(category, ScalaBLWarning) else message
+            show(text, category, *place, **more)
 
         warnings.showwarning = show_renamed
         try:
@@ -160,7 +161,7 @@ def _check_classes(others: list[Row], task: Task, *, names: tuple[str, str]) -> 
         return
     named = [f"{name!r} ({count} row{'s' if count > 1 else ''})" for name, count in found.most_common(MAX_NAMED)]
     more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
-    hint = nearest(next(iter(found)), map(str, task.classes))
+    hint = nearest(next(iter(found)), map(str, task.classes or ()))
     raise ValueError(
         f"{names[1]} has classes in {by!r} that no row of {names[0]} has: {', '.join(named)}{more}. They cannot be "
         f"learned. {hint} Correct them, add such rows to {names[0]}, or leave them out of {names[1]}."

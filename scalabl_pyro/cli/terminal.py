@@ -36,11 +36,11 @@ def plain_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         show_others = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, ScalaBLWarning):
                 say(f"warning: {message}", file=sys.stderr)
             else:
-                show_others(message, category, *place)
+                show_others(message, category, *place, **more)
 
         warnings.showwarning = show
         yield

@@ -196,7 +196,7 @@ def _order(classes: tuple[ClassName, ...], module: nn.Module | None) -> tuple[Cl
 def _reason(given: Mapping[str, Any], target: Column, why: str) -> str:
     """Say what was guessed, and from what."""
     classes = f" {len(given['classes'])} classes, {_listed(given['classes'])};" if "classes" in given else ""
-    gaps = f"; {target.missing} rows without an answer" if target.missing else ""
+    gaps = f"; {target.missing} row{'' if target.missing == 1 else 's'} without an answer" if target.missing else ""
     return f"text in {given['text']!r}, answer in {target.name!r}:{classes} {why}{gaps}"
 
 
