@@ -40,7 +40,7 @@ def tell(result: FitResult, task: Task, held_out: HeldOut, *, out: Path, history
         _tell_scores(result, held_out)
     for warning in result.warnings:
         say(f"warning: {warning}")
-    say(result.settled)
+    say(result.settled.replace("pass patience=", "pass --patience"))
     if history is not None:
         say(f"History saved: {history}")
     say(f"Posterior saved: {out}")

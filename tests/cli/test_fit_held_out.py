@@ -84,7 +84,16 @@ def test_without_held_out_rows_the_settled_line_is_there(fit):
     assert json.loads(said)["held_out"] is None and "too few steps" in json.loads(said)["settled"]
 
 
-def test_numbers_are_held_out_at_random(fit, monkeypatch):
+def test_whole_numbers_as_classes_of_a_causal_lm(fit, folder):
+    ROWS[["note"]].assign(stars=[1, 2, 3, 4] * 10).to_csv(folder / "stars.csv", index=False)
+    code, said, error, out = fit("--eval", 0.2, "--json", data="stars.csv")
+    assert code == 0, error
+    assert json.loads(said)["task"] == "LabelCompletion"
+    posterior = sp.Posterior.from_pretrained(tiny.causal_lm(), out)
+    assert posterior.predict(read_rows(folder / "stars.csv"), num_draws=2).classes == (1, 2, 3, 4)
+
+
+def test_numbers_are_held_out_at_random(fit):
     code, said, error, _ = fit("--eval", 0.2, "--json", data="prices.csv")
     assert code == 0, error
     held_out = json.loads(said)["held_out"]
