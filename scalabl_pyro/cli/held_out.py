@@ -137,7 +137,10 @@ def in_words_of_the_command(held_out: HeldOut, task: Task, *, data: str, given: 
         except (ValueError, TypeError) as error:
             if held_out.whole:  # the same error with the row's place in the table, if it is an error of a row
                 encode(held_out.whole, task.encode, need_target=True)
-            raise type(error)(renamed(error)) from error
+            if renamed(error) == str(error):
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(renamed(error)) from error
 
 
 def _check_columns(rows: list[Row], others: list[Row], task: Task, *, names: tuple[str, str]) -> None:
