@@ -69,7 +69,7 @@ types: install
 docs: install  ## into site/; warnings are errors (with --quiet, mkdocs would not count them)
 	$(BIN)/mkdocs build --strict
 
-tutorials: install  ## run the tutorials on SmolLM2, and write their output and pictures (a quarter of an hour)
+tutorials: install  ## run the tutorials on SmolLM2, and write their output and pictures (half an hour and more)
 	$(BIN)/python docs/run_tutorials.py
 
 NOTEBOOKS = posterior_analysis.py:posterior_analysis.ipynb ablation_notebook.py:ablation.ipynb review_table.py:review_table.ipynb \

@@ -39,5 +39,5 @@ def export(
     else:
         say(f"{len(folders)} adapter{'' if len(folders) == 1 else 's'} written:")
         for folder in folders:
-            say(f"  {folder}")
+            say(f"  {out / folder.name}")
     return 0

@@ -20,8 +20,10 @@ from ..tasks.base import Task
 from ..tasks.from_data import from_data
 from ..tasks.text import TextTask
 from ..training.fit import fit as fit_posterior
+from .fitted import tell
+from .held_out import check_options, hold_out, in_words_of_the_command
 from .loading import device_of, reading
-from .terminal import say, say_json
+from .tables import WRITE, check_name, write_table
 
 
 def fit(
@@ -35,6 +37,10 @@ def fit(
     batch_size: int,
     rank: int,
     seed: int,
+    eval_data: str | None,
+    eval_every: int | None,
+    patience: int | None,
+    history: Path | None,
     device: str,
     as_json: bool,
 ) -> int:
@@ -50,7 +56,11 @@ def fit(
         num_steps: Number of optimizer steps.
         batch_size: Rows per step.
         rank: Rank of the LoRA layers.
-        seed: Seed of the training.
+        seed: Seed of the training, and of the choice of held-out rows.
+        eval_data: Table of held-out rows, or the share of the rows to hold out; None scores none.
+        eval_every: Number of steps between two evaluations; None is a tenth of the steps.
+        patience: Number of evaluations without a lower NLL after which the training ends; None does not end it.
+        history: File for the numbers of each step; None writes none.
         device: Device of the model.
         as_json: Whether to print JSON.
 
@@ -59,8 +69,10 @@ def fit(
 
     Raises:
         FileExistsError: ``out`` exists and is not empty.
-        ValueError: The task cannot be guessed, or the model cannot be read.
+        ValueError: The task cannot be guessed, the model cannot be read, or the held-out rows do not fit the table.
     """
+    check_name(history, WRITE, option="--history")
+    check_options(eval_data, eval_every=eval_every, patience=patience)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out {out} exists and is not empty: choose a new directory.")
     rows = read_rows(data)
@@ -68,13 +80,19 @@ def fit(
         tokenizer, shape = _tokenizer(model), _shape(model)
     named: dict[str, Any] = {"text": text, "target": label, "max_length": max_length}
     task = from_data(tokenizer, rows, llm=shape, **{name: value for name, value in named.items() if value is not None})
+    held_out = hold_out(rows, eval_data, task, data=data, seed=seed)
     with reading(model):
         llm = _llm(model, task, tokenizer).to(device_of(device))
     blora = bayesian_lora(llm, r=rank, seed=seed)
     options: Any = {"num_steps": num_steps, "batch_size": batch_size, "seed": seed, "progress": not as_json}
-    result = fit_posterior(blora, task, rows, **options)
+    if held_out.rows is not None:
+        options |= {"eval_data": held_out.rows, "eval_every": eval_every, "patience": patience}
+    with in_words_of_the_command(held_out, task, data=data, given=eval_data):
+        result = fit_posterior(blora, task, held_out.train, **options)
     result.posterior.save_pretrained(out)
-    _tell(result.history["nll"], task, len(rows), out, as_json)
+    if history is not None:
+        write_table(result.history, history)
+    tell(result, task, held_out, out=out, history=history, as_json=as_json)
     return 0
 
 
@@ -105,15 +123,3 @@ def _llm(model: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> nn.Modul
     )
     text_config(llm).pad_token_id = tokenizer.pad_token_id
     return llm
-
-
-def _tell(nll: Any, task: Task, num_rows: int, out: Path, as_json: bool) -> None:
-    last = max(len(nll) // 10, 1)
-    first, final = float(nll[:last].mean()), float(nll[-last:].mean())
-    if as_json:
-        found = {"rows": num_rows, "steps": len(nll), "task": type(task).__name__, "guessed": task.guessed}
-        say_json(found | {"nll_first_tenth": first, "nll_last_tenth": final, "out": str(out)})
-    else:
-        say(f"{type(task).__name__}: {task.guessed}")
-        say(f"{num_rows} rows, {len(nll)} steps. NLL per row: {first:.3f} in the first tenth, {final:.3f} in the last.")
-        say(f"Posterior saved: {out}")

@@ -18,12 +18,13 @@ from .export import export
 from .fit import fit
 from .predict import predict
 from .serve import serve
-from .terminal import say
+from .terminal import plain_warnings, say
 
 EXAMPLES = """\
 examples:
   scalabl-pyro doctor                                     check the installation
   scalabl-pyro fit train.csv --model NAME --text note --label class --out post/
+  scalabl-pyro fit train.csv --model NAME --out post/ --eval 0.2 --patience 3
   scalabl-pyro predict post/ new.csv --model NAME --out predictions.csv --review-above 0.3
   scalabl-pyro evaluate post/ test.csv --model NAME --out report.html
   scalabl-pyro serve post/ --model NAME --port 8000
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parser().error("--model compares a posterior with its base model, so the path of a posterior is needed too")
     options = {name: value for name, value in vars(given).items() if name not in ("command", "run")}
     try:
-        with _quiet_loading():
+        with _quiet_loading(), plain_warnings():
             return int(given.run(**options))
     except EXPECTED as error:
         say(f"error: {error}", file=sys.stderr)
@@ -128,8 +129,33 @@ def _add_fit(commands: Any) -> None:
     own.add_argument("--num-steps", type=int, default=1000, help="optimizer steps (default: 1000)")
     own.add_argument("--batch-size", type=int, default=16, help="rows per step (default: 16)")
     own.add_argument("--rank", type=int, default=8, help="rank of the LoRA layers (default: 8)")
-    own.add_argument("--seed", type=int, default=0, help="seed of the training (default: 0)")
+    own.add_argument("--seed", type=int, default=0, help="seed of the training and of --eval SHARE (default: 0)")
+    _add_evaluation(own)
     own.set_defaults(run=fit)
+
+
+def _add_evaluation(own: argparse.ArgumentParser) -> None:
+    """Add the options of ``fit`` about held-out rows and the history."""
+    group = own.add_argument_group(
+        "was the training long enough?",
+        "Rows that no step trains on show how good the model is on new rows, while it trains. Their NLL (negative log "
+        "likelihood; lower is better) falls as long as the training helps. With --patience, the training ends once it "
+        "has stopped falling, and the posterior is that of the lowest value.",
+    )
+    group.add_argument(
+        "--eval",
+        dest="eval_data",
+        metavar="FILE|SHARE",
+        help="held-out rows: a table with the columns of the first one, or the share of its rows to hold out, such as "
+        "0.2 (each class has this share; the choice depends on --seed alone)",
+    )
+    group.add_argument("--eval-every", type=int, metavar="STEPS", help="steps between two scores (default: a tenth)")
+    group.add_argument(
+        "--patience", type=int, metavar="SCORES", help="stop after so many scores in a row without a lower NLL"
+    )
+    group.add_argument(
+        "--history", type=Path, metavar="FILE", help="file for the numbers of each step: .csv, .tsv, .parquet or .jsonl"
+    )
 
 
 def _add_predict(commands: Any) -> None:

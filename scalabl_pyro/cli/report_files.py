@@ -10,19 +10,25 @@ import pandas as pd
 
 from ..storage.directories import replace_file
 from .report import Report
+from .report_words import MEANING
 
 #: Endings of the name of a report.
 ENDINGS = (".html", ".md")
 TITLE = "How good the predictions are"
+INTERVAL = "low and high are the ends of a 95 % interval: other rows of the same kind would give other values."
 #: Longest text of a cell, in characters.
 MAX_CELL = 200
+#: A cell with more characters than this is long.
+LONG = 30
 #: Colors follow the theme of the reader.
 STYLE = """
 :root { color-scheme: light dark; }
+body { background: Canvas; color: CanvasText; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid #8886; padding: .25rem .6rem; text-align: left; vertical-align: top; }
 td { font-variant-numeric: tabular-nums; }
+td.long { min-width: 14rem; }
 img { max-width: 100%; background: white; }
 """
 
@@ -46,6 +52,7 @@ def write_report(report: Report, path: Path) -> None:
 
 def _as_html(report: Report) -> str:
     parts = [_html_table(pd.DataFrame(report.facts.items(), columns=["", " "])), "<h2>Metrics</h2>"]
+    parts.append(f"<p>{INTERVAL}</p>")
     parts.append(_html_table(_metrics_table(report)))
     for title, (words, png) in report.pictures.items():
         data = base64.b64encode(png).decode()
@@ -63,7 +70,7 @@ def _as_markdown(report: Report, folder: str) -> str:
         "# How good the predictions are",
         _markdown_table(pd.DataFrame(report.facts.items(), columns=["fact", "value"])),
     ]
-    parts += ["## Metrics", _markdown_table(_metrics_table(report))]
+    parts += ["## Metrics", INTERVAL, _markdown_table(_metrics_table(report))]
     for number, (title, (words, _)) in enumerate(report.pictures.items()):
         parts += [f"## {title}", words, f"![{title}]({folder}/{number}.png)"]
     for title, (words, table) in report.tables.items():
@@ -72,13 +79,20 @@ def _as_markdown(report: Report, folder: str) -> str:
 
 
 def _metrics_table(report: Report) -> pd.DataFrame:
-    return report.metrics.T.rename_axis("metric").reset_index()
+    table = report.metrics.T.rename_axis("metric").reset_index()
+    return table.assign(meaning=[MEANING.get(str(name), "") for name in table["metric"]])
 
 
 def _html_table(table: pd.DataFrame) -> str:
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in table.columns)
-    rows = ("".join(f"<td>{html.escape(_cell(v))}</td>" for v in row) for row in table.itertuples(index=False))
+    rows = ("".join(map(_html_cell, row)) for row in table.itertuples(index=False))
     return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+
+def _html_cell(value: Any) -> str:
+    """A cell. Long texts get room, and the table scrolls on a narrow screen."""
+    text = _cell(value)
+    return f"<td{' class=long' * (len(text) > LONG)}>{html.escape(text)}</td>"
 
 
 def _markdown_table(table: pd.DataFrame) -> str:

@@ -15,12 +15,13 @@ WRITE: dict[str, Callable[[pd.DataFrame], str | bytes]] = {
 }
 
 
-def check_name(path: Path | None, endings: Collection[str]) -> None:
+def check_name(path: Path | None, endings: Collection[str], *, option: str = "--out") -> None:
     """Check the name of a file that is to be written, before the model runs.
 
     Args:
         path: The file; None for no file.
         endings: Endings that a name may have.
+        option: Option of the command line that names the file.
 
     Raises:
         ValueError: It has another ending, or its folder does not exist.
@@ -28,9 +29,9 @@ def check_name(path: Path | None, endings: Collection[str]) -> None:
     if path is None:
         return
     if path.suffix.lower() not in endings:
-        raise ValueError(f"--out {path}: the name must end in {' or '.join(endings)}.")
+        raise ValueError(f"{option} {path}: the name must end in {' or '.join(endings)}.")
     if not path.parent.is_dir():
-        raise ValueError(f"--out {path}: the folder {path.parent} does not exist.")
+        raise ValueError(f"{option} {path}: the folder {path.parent} does not exist.")
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:

@@ -1,9 +1,13 @@
 """What the command line writes to the terminal. Only this file of the package does so."""
 
+import contextlib
 import json
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any, TextIO
 
+from .._errors import ScalaBLWarning
 from ..storage.json_values import json_value
 
 
@@ -24,3 +28,19 @@ def say(text: str, *, file: TextIO | None = None) -> None:
 def say_json(values: Any) -> None:
     """Write values as one JSON document to the standard output. NaN becomes null."""
     say(json.dumps(json_value(values), indent=1, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show warnings of this package as one line that begins with "warning:", without a line of code."""
+    with warnings.catch_warnings():
+        show_others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, ScalaBLWarning):
+                say(f"warning: {message}", file=sys.stderr)
+            else:
+                show_others(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield

@@ -104,8 +104,7 @@ def from_data(
     kind, why = (task, "as you say") if task is not None else _kind(target, is_causal=is_causal)
     given: dict[str, Any] = {"text": _text(columns, target, options), "target": target.name, **options}
     if kind in WITH_CLASSES and "classes" not in given:
-        names = _order(target.classes, None if kind is OrderedClassification else module)
-        given["classes"] = list(map(str, names)) if kind is LabelCompletion and not _are_texts(names) else names
+        given["classes"] = _order(target.classes, None if kind is OrderedClassification else module)
     return _say(kind(tokenizer, **given), _reason(given, target, why))
 
 
@@ -196,16 +195,12 @@ def _order(classes: tuple[ClassName, ...], module: nn.Module | None) -> tuple[Cl
 def _reason(given: Mapping[str, Any], target: Column, why: str) -> str:
     """Say what was guessed, and from what."""
     classes = f" {len(given['classes'])} classes, {_listed(given['classes'])};" if "classes" in given else ""
-    gaps = f"; {target.missing} rows without an answer" if target.missing else ""
+    gaps = f"; {target.missing} row{'' if target.missing == 1 else 's'} without an answer" if target.missing else ""
     return f"text in {given['text']!r}, answer in {target.name!r}:{classes} {why}{gaps}"
 
 
 def _listed(names: Any, limit: int = 4) -> str:
     return ", ".join(map(repr, list(names)[:limit])) + (", ..." if len(names) > limit else "")
-
-
-def _are_texts(names: tuple[ClassName, ...]) -> bool:
-    return all(isinstance(name, str) for name in names)
 
 
 def _say(task: Task, guessed: str) -> Task:

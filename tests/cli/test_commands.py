@@ -18,6 +18,8 @@ import tiny
 
 import scalabl_pyro as sp
 from scalabl_pyro.cli import main as cli
+from scalabl_pyro.cli.report_words import MEANING
+from scalabl_pyro.prediction.label_sets import LabelSetPrediction
 
 ROWS = [{**row, "id": i} for i, row in enumerate(tiny.question_rows(12))]
 NUMBERS = [{"text": row["question"], "label": float(i % 3)} for i, row in enumerate(ROWS)]
@@ -95,6 +97,7 @@ def test_the_report_has_the_metrics_the_pictures_and_the_rows_to_look_at(run, fo
     for title in ("Metrics", "Calibration", "Risk and coverage", "Each class", "Confusion", "Most doubtful rows"):
         assert title in text
     assert f"{table.loc['low', 'accuracy']:.3f}" in text and ROWS[0]["question"] in text
+    assert "Expected calibration error: mean gap" in text and "ends of a 95 % interval" in text
     pictures = (
         re.findall(r"data:image/png;base64,", text) if ending == "html" else list(folder.glob("report_pic*/*.png"))
     )
@@ -107,6 +110,15 @@ def test_a_report_of_numbers(run, folder):
     )
     assert code == 0 and "rmse" in said
     assert "Surprising rows" in (folder / "n.html").read_text()
+
+
+def test_every_metric_of_a_report_has_its_meaning(folder):
+    labels = LabelSetPrediction(np.zeros((2, 3, 2)), np.zeros((2, 3)), np.array([[1, 0]] * 3), ("a", "b"))
+    numbers = sp.NumericPrediction(
+        np.zeros((2, 3)), np.ones((2, 3)), np.zeros((2, 3)), np.zeros((2, 3)), np.zeros(3), is_normal=True
+    )
+    for found in (expected(folder, num_draws=2), labels, numbers):
+        assert set(found.metrics().columns) <= set(MEANING)
 
 
 def test_the_report_shows_texts_of_rows_as_texts(run, folder):
@@ -132,6 +144,8 @@ def test_export_writes_adapters(run, folder):
     assert code == 0 and [Path(p).name for p in json.loads(said)["adapters"]] == ["draw-0", "draw-1"]
     assert (folder / "adapters" / "draw-1" / "adapter_config.json").exists()
     assert run("export", "post", "adapters", "--model", "base")[0] == 1  # exists
+    _, said, _ = run("export", "post", "one", "--model", "base")
+    assert said == "1 adapter written:\n  one/mean\n"  # the path that was given
 
 
 TABLES = {

@@ -9,8 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
+
+from scalabl_pyro import Prediction
+from scalabl_pyro.cli.report import Report
+from scalabl_pyro.cli.report_files import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -236,6 +241,20 @@ def test_the_browser_check_passes_a_good_page_and_takes_pictures(in_browser, tmp
 @pytest.mark.slow
 def test_no_page_has_a_fault_in_the_browser(in_browser, site):
     assert in_browser.check(site) == []
+
+
+@pytest.mark.slow
+def test_a_report_of_the_command_line_has_no_fault_in_the_browser(in_browser, tmp_path):
+    """Also for a reader who prefers dark: each text has a color and a background of its own."""
+    probs = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
+    found = Prediction(np.log([probs, probs]), np.array([0, 0, 1]), ("complaint", "praise"))
+    rows = [{"review": "a review of some length , with <b> and & " * (i + 1)} for i in range(3)]
+    report = Report.of(found, rows, source="test.csv", posterior="post", bootstrap=20)
+    write_report(report, tmp_path / "report.html")
+    page = tmp_path / "report.html"
+    icon = "<link rel=icon href='data:,'><title>"  # else the browser asks for one
+    page.write_text(page.read_text("utf-8").replace("<title>", icon), "utf-8")
+    assert in_browser.check(tmp_path, search=False) == []
 
 
 @pytest.mark.slow

@@ -61,7 +61,9 @@ def test_a_causal_lm_writes_the_names():
     assert type(task) is tasks.LabelCompletion and task.max_length == 20
     blora = sp.bayesian_lora(tiny.causal_lm(), r=2)
     assert type(guess(table([1, 2]), llm=blora)) is tasks.LabelCompletion
-    assert guess(table([1, 2]), llm=blora).classes == ("1", "2")
+    stars = guess(table([1, 2]), llm=blora)
+    assert stars.classes == (1, 2)  # values of the table, so that 1 is not taken for an index
+    assert [stars.encode({"note": "the sky", stars.target: value}).target for value in (1, 2)] == [0, 1]
     assert type(guess(table([1.5, 2.5]), llm=blora)) is tasks.Regression
 
 
