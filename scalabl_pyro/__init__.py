@@ -21,6 +21,7 @@ from .tasks import Completion, MultipleChoice, Regression, SequenceClassificatio
 from .training.fit import fit
 from .training.option_groups import CheckpointOptions, EvaluationOptions, HardwareOptions, OptimizerOptions
 from .training.result import FitResult, TrainingError
+from .training.tune import tune
 
 if TYPE_CHECKING:
     from . import baselines, conformal, plots
@@ -60,6 +61,7 @@ __all__ = [
     "posthoc",
     "priors",
     "refit",
+    "tune",
 ]
 
 #: Namespaces that are imported when they are asked for first, because they bring libraries that few programs need.

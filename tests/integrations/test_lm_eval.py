@@ -167,7 +167,7 @@ def test_a_model_that_changes_its_logits_after_the_head():
     own = posterior_of(AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval())
     found = ScalaBLLM(posterior=own, num_draws=2).loglikelihood(requests(PAIRS))
     by_draw = [[a for a, _ in plain(own, draw).loglikelihood(requests(PAIRS))] for draw in range(2)]
-    np.testing.assert_allclose([a for a, _ in found], log_mean(by_draw), rtol=1e-9)
+    np.testing.assert_allclose([a for a, _ in found], log_mean(by_draw), rtol=1e-6)  # its norms are in float32
     with pytest.raises(ValueError, match="changes its logits after the head"):
         written(ScalaBLLM(posterior=own, num_draws=2), ["the sky"])
 

@@ -77,6 +77,8 @@ def toy_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(trainer, "run", lambda self, steps: run(self, steps[:STEPS]))
     mcmc, few = sp.mcmc, {"num_samples": 4, "warmup_steps": 4, "max_tree_depth": 2, "progress": False}
     monkeypatch.setattr(sp, "mcmc", lambda *args, **options: mcmc(*args, **{**options, **few}))
+    tune = sp.tune
+    monkeypatch.setattr(sp, "tune", lambda *args, **options: tune(*args, **{**options, "eval_every": 1}))
     for name, seed in {"train": 0, "test": 1}.items():
         lines = [json.dumps(row) + "\n" for row in tiny.question_rows(16, seed=seed)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

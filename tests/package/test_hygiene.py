@@ -241,6 +241,15 @@ CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] 
             lambda w: sp.fit(w.blora, w.task, ROWS, lr=1e30, num_steps=9, optimizer={"warmup": 0.0}, progress=False),
         ],
     ),
+    "tune": (
+        [lambda w: sp.tune(w.blora, w.task, ROWS, ROWS[:2], search={"lr": [1e-3, 1e-2]}, num_trials=2, **FEW)],
+        [
+            lambda w: sp.tune(w.blora, Fails(tiny.tokenizer()), ROWS, ROWS[:2], search={"lr": [1e-3]}, **FEW),
+            lambda w: sp.tune(w.blora, FailsLate(tiny.tokenizer()), ROWS, ROWS[:2], search={"lr": [1e-3]}, **FEW),
+            lambda w: sp.tune(w.blora, w.task, ROWS, ROWS[:2], search={"lr": [1e38]}, num_trials=1, **FEW),
+            lambda w: sp.tune(w.blora, w.task, ROWS, ROWS[:2], search={"lrr": [1e-3]}, **FEW),
+        ],
+    ),
     "refit": (
         [lambda w: sp.refit(w.posterior, ROWS, prior=2.0, **FEW)],
         [lambda w: sp.refit(w.fails, ROWS, **FEW), lambda w: sp.refit(w.posterior, ROWS, prior="nothing", **FEW)],

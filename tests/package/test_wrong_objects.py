@@ -85,6 +85,10 @@ def calls() -> dict[str, tuple[tuple[str, ...], object]]:
     return {
         "bayesian_lora": (("llm",), lambda w, m: sp.bayesian_lora(m)),
         "fit": (("blora", "task", "rows"), lambda w, b, t, d: sp.fit(b, t, d, **FEW)),
+        "tune": (
+            ("blora", "task", "rows"),
+            lambda w, b, t, d: sp.tune(b, t, d, ROWS[:2], search={"lr": [1e-3]}, num_trials=1, **FEW),
+        ),
         "posthoc": (("blora", "task", "rows"), lambda w, b, t, d: sp.posthoc(b, t, d)),
         **{name: (("posterior", "rows"), call) for name, call in from_posterior.items()},
         **{name: (("llm", "task", "rows"), call) for name, call in from_model.items()},
@@ -256,6 +260,7 @@ def test_an_unknown_argument_is_refused_with_the_nearest_name(name, call, world)
         (lambda w: sp.fit(w.blora, w.task, ROWS, epochs=3), "'num_steps'"),
         (lambda w: sp.fit(w.blora, w.task, ROWS, optimizer={"warm_up": 1}), "'warmup'"),
         (lambda w: sp.refit(w.posterior, ROWS, learning_rate=1e-3), "'lr'"),
+        (lambda w: sp.tune(w.blora, w.task, ROWS, ROWS[:2], learning_rate=1e-3), "'lr'"),
         (lambda w: sp.ensemble(w.posterior, ROWS, learning_rate=1e-3), "'lr'"),
         (lambda w: sp.baselines.mle(tiny.causal_lm(), w.task, ROWS, epochs=3), "'num_steps'"),
         (lambda w: sp.bayesian_lora(tiny.causal_lm(), rank=3), "'r'"),
