@@ -94,7 +94,7 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
     if cut := sum(example.is_cut for example in examples):
         logger.warning(
             "%d of %d rows were longer than max_length and lost a part of their text. "
-            "To keep it, increase max_length of the task.",
+            "To keep it, increase max_length of the task, or read windows: SequenceClassification(windows='logits').",
             cut,
             len(examples),
         )

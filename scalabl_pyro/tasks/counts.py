@@ -24,7 +24,8 @@ class CountRegression(TextTask):
         tokenizer: A Hugging Face tokenizer with a pad token.
         mean_count: Positive rate at the output 0. None learns it from the training rows of the first fit, and keeps it
             from then on.
-        options: ``text``, ``text_pair``, ``target`` and ``max_length``, as for :class:`SequenceClassification`.
+        options: ``text``, ``text_pair``, ``target``, ``max_length``, ``windows="logits"`` and ``overlap``, as for
+            :class:`SequenceClassification`.
 
     Raises:
         TypeError: ``tokenizer`` is not a Hugging Face tokenizer.

@@ -1,7 +1,7 @@
 """The task that assigns any number of labels to a text."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Literal
 
 import pyro.distributions as dist
 from torch import Tensor
@@ -39,6 +39,8 @@ class MultiLabelClassification(TextTask):
         text_pair: Name of the field of a second text. Default: there is none.
         target: Name of the field that lists the labels of a row, by name or index, or one name of a field per label.
         max_length: Number of tokens of the longest text. A longer text loses its end.
+        windows: ``"logits"`` reads a longer text as windows, see :class:`~scalabl_pyro.SequenceClassification`.
+        overlap: Number of tokens that a window shares with the one before it.
 
     Raises:
         TypeError: ``tokenizer`` is not a Hugging Face tokenizer.
@@ -63,8 +65,11 @@ class MultiLabelClassification(TextTask):
         text_pair: str | None = None,
         target: str | Sequence[str] = "labels",
         max_length: int | None = None,
+        windows: Literal["logits"] | None = None,
+        overlap: int = 0,
     ) -> None:
-        super().__init__(tokenizer, text=text, text_pair=text_pair, target="labels", max_length=max_length)
+        limits: dict[str, Any] = {"max_length": max_length, "windows": windows, "overlap": overlap}
+        super().__init__(tokenizer, text=text, text_pair=text_pair, target="labels", **limits)
         fields = [target] if isinstance(target, str) else list(target)
         for name in fields:
             check_column("target", name)

@@ -27,7 +27,7 @@ class OrderedClassification(SequenceClassification):
     Args:
         tokenizer: A Hugging Face tokenizer with a pad token.
         classes: Names of the classes, from the lowest to the highest.
-        options: ``text``, ``text_pair``, ``target``, ``max_length`` and ``class_weights``, as for
+        options: ``text``, ``text_pair``, ``target``, ``max_length``, ``windows="logits"`` and ``class_weights``, as for
             :class:`SequenceClassification`.
 
     Raises:
@@ -40,6 +40,8 @@ class OrderedClassification(SequenceClassification):
         >>> task.encode({"text": "the sky is blue", "stars": 4}).target
         3
     """
+
+    can_mix_windows = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, classes: Sequence[ClassName], **options: Any) -> None:
         super().__init__(tokenizer, classes=classes, **options)

@@ -36,7 +36,8 @@ class Regression(TextTask):
         noise_scale: Initial standard deviation of the noise, in units of y. Default: ``scale``.
         standardize: True learns ``mean`` and ``scale`` from the training rows of the first fit, and keeps them from
             then on: the attribute becomes ``(mean, scale)``. A pair ``(mean, scale)`` sets them. False means (0, 1).
-        options: ``text``, ``text_pair``, ``target`` and ``max_length``, as for :class:`SequenceClassification`.
+        options: ``text``, ``text_pair``, ``target``, ``max_length``, ``windows="logits"`` and ``overlap``, as for
+            :class:`SequenceClassification`.
 
     Raises:
         TypeError: ``tokenizer`` is not a Hugging Face tokenizer.
@@ -51,7 +52,7 @@ class Regression(TextTask):
     """
 
     options = ("noise_scale", "standardize", *TextTask.options)
-    added_options: ClassVar[Mapping[str, Any]] = {"standardize": False}
+    added_options: ClassVar[Mapping[str, Any]] = {**TextTask.added_options, "standardize": False}
 
     def __init__(
         self,

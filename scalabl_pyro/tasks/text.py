@@ -13,18 +13,23 @@ from ..data.batch import Batch, Example
 from ..data.labels import ClassName, as_classes, class_index
 from ..data.model_names import check_model_names
 from ..data.rows import Row
+from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
 from ..lora.targets import text_config
 from .base import Task
 from .choice_columns import check_column
 from .fields import text_of
 from .weighted_categorical import WeightedCategorical, balanced_weights, check_class_weights
+from .windows import Rule, check_windows, combine, each_window, split_windows, windows_of
 
 
 class TextTask(Task):
     """Task whose answer comes from the classification head of the model, for a text or a pair of texts."""
 
-    options: tuple[str, ...] = ("text", "text_pair", "target", "max_length")
+    options: tuple[str, ...] = ("text", "text_pair", "target", "max_length", "windows", "overlap")
+    added_options: ClassVar[Mapping[str, Any]] = {"windows": None, "overlap": 0}
+    #: Whether the probabilities of windows can be averaged, because the outputs are the logits of one class per row.
+    can_mix_windows = False
     without_tokenizer = False
 
     def __init__(
@@ -35,8 +40,13 @@ class TextTask(Task):
         text_pair: str | None = None,
         target: str = "label",
         max_length: int | None = None,
+        windows: Rule | None = None,
+        overlap: int = 0,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
+        has_pair = text_pair is not None
+        self.overlap = check_windows(windows, overlap, self.max_length, can_mix=self.can_mix_windows, has_pair=has_pair)
+        self.windows = windows
         for name, value in {"text": text, "text_pair": text_pair or "", "target": target}.items():
             check_column(name, value)
         self.text, self.text_pair, self.target = text, text_pair, target
@@ -47,7 +57,10 @@ class TextTask(Task):
         return [name for name in (self.text, self.text_pair, self.target) if name is not None]
 
     def encode(self, row: Row) -> Example:
-        """Tokenize the text or the pair of texts, cut at ``max_length`` tokens."""
+        """Tokenize the text or the pair of texts: cut at ``max_length`` tokens, or in windows of so many."""
+        if self.windows is not None and self.max_length is not None:
+            found = windows_of(self.tokenizer, text_of(row, self.text), self.max_length, self.overlap)
+            return Example(found, self.answer_of(row))
         texts = [text_of(row, name) for name in (self.text, self.text_pair) if name is not None]
         encoded = self.tokenizer(*texts, truncation=self.max_length is not None, max_length=self.max_length)
         inputs = {k: list(v) for k, v in encoded.items() if k != "attention_mask"}
@@ -72,7 +85,24 @@ class TextTask(Task):
                 f"The model pads with token {pads}, the tokenizer with {self.pad_token_id}, so the model would not "
                 "find the last real token: set model.config.pad_token_id = tokenizer.pad_token_id."
             )
-        return super().outputs(llm, batch, s)
+        size = self.max_length
+        if self.windows is None or size is None or batch.inputs["input_ids"].shape[1] <= size:
+            return super().outputs(llm, batch, s)
+        rows, lengths = split_windows(batch, size, self.pad_token_id)
+        if s.dim() > 1 and s.shape[-2] > 1:
+            s = s.repeat_interleave(lengths.shape[1], dim=-2)
+        return combine(super().outputs(llm, rows, s), lengths, self.windows)
+
+    def check_llm(self, adapter: Adapter, examples: Sequence[Example]) -> None:
+        """Check that an LLM can read examples of this task; see :meth:`Task.check_llm`."""
+        if self.windows is not None and self.max_length is not None:
+            examples = [window for example in examples for window in each_window(example, self.max_length)]
+        super().check_llm(adapter, examples)
+
+    def _summary(self) -> dict[str, object]:
+        """Options that have a value; an overlap only where there are windows."""
+        shown = super()._summary()
+        return {name: value for name, value in shown.items() if name != "overlap" or self.windows is not None}
 
     def _check_names(self, id2label: Any) -> None:
         """Check the names that the model gives its outputs."""
@@ -93,6 +123,10 @@ class SequenceClassification(TextTask):
         text_pair: Name of the field of a second text. Default: there is none.
         target: Name of the field of the label.
         max_length: Number of tokens of the longest text. A longer text loses its end. Default: texts are not cut.
+        windows: How a longer text is read as windows of ``max_length`` tokens, instead of losing its end. ``"logits"``
+            averages the logits of its windows, ``"probs"`` their probabilities, each window with its share of the
+            tokens. A row stays one observation. Default: no windows.
+        overlap: Number of tokens that a window shares with the one before it.
         class_weights: Weight of the log likelihood of each class, or ``"balanced"`` for N / (C * N_c) with the counts
             of the first fit. Inference then has a weighted likelihood, also in ``laplace``, ``mcmc`` and ``loo``:
             frequent classes lose probability, and the posterior is wider or narrower than that of the data. Default:
@@ -111,7 +145,8 @@ class SequenceClassification(TextTask):
     """
 
     options = ("classes", *TextTask.options, "class_weights")
-    added_options: ClassVar[Mapping[str, Any]] = {"class_weights": None}
+    added_options: ClassVar[Mapping[str, Any]] = {**TextTask.added_options, "class_weights": None}
+    can_mix_windows = True
 
     def __init__(
         self,
@@ -122,9 +157,12 @@ class SequenceClassification(TextTask):
         text_pair: str | None = None,
         target: str = "label",
         max_length: int | None = None,
+        windows: Rule | None = None,
+        overlap: int = 0,
         class_weights: Literal["balanced"] | Sequence[float] | None = None,
     ) -> None:
-        super().__init__(tokenizer, text=text, text_pair=text_pair, target=target, max_length=max_length)
+        fields: dict[str, Any] = {"text": text, "text_pair": text_pair, "target": target}
+        super().__init__(tokenizer, max_length=max_length, windows=windows, overlap=overlap, **fields)
         self.classes: tuple[ClassName, ...] = as_classes(classes)
         self.class_weights = check_class_weights(class_weights, len(self.classes))
         self._is_balanced = self.class_weights == "balanced"

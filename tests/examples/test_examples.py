@@ -42,6 +42,7 @@ SCRIPTS = {
     "active_learning.py": (["--tiny", "--out", "out"], DATA),
     "selective_prediction.py": (["--tiny", "--out", "out"], DATA),
     "benchmarks/guides_vs_nuts.py": (["--tiny", "--guides", "normal", "delta", "--out", "out"], DATA),
+    "benchmarks/long_texts.py": (["--tiny", "--out", "long.json"], DATA),
     "benchmarks/start_up.py": (["--repeats", "1"], []),
     "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
     "benchmarks/quality": (["--tiny", "--datasets", "r8", "--methods", "mle", "scalabl", "--out", "out"], DATA),

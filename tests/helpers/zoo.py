@@ -150,6 +150,14 @@ TASKS = {
         tiny.text_rows(ROWS),
         num_classes=None,
     ),
+    "windows": TaskKind(
+        lambda: sp.SequenceClassification(
+            tiny.tokenizer(), classes=["a", "b", "c"], max_length=4, windows="probs", overlap=1
+        ),
+        lambda: tiny.classifier("llama", num_labels=3),
+        tiny.text_rows(ROWS),
+        num_classes=3,
+    ),
     "robust": TaskKind(
         lambda: sp.tasks.RobustRegression(tiny.tokenizer()),
         lambda: tiny.classifier("llama", num_labels=1),
@@ -158,7 +166,7 @@ TASKS = {
     ),
 }
 #: Tasks that are like others but for the likelihood: one pair of prior and guide is enough for the default suite.
-ALIKE = ("labels", "names", "stars", "counts", "robust")
+ALIKE = ("labels", "names", "stars", "counts", "windows", "robust")
 #: Tasks with parameters of their own.
 LEARNED = ("regression", "stars", "robust")
 
