@@ -68,7 +68,7 @@ def nearest(name: str, allowed: Iterable[str], *, limit: int = 3) -> str:
     if hits:
         return "Did you mean " + ", ".join(map(repr, hits)) + "?"
     shown = ", ".join(map(repr, allowed[:10])) + (", ..." if len(allowed) > 10 else "")
-    return f"Known names: {shown}."
+    return f"Known names: {shown}." if allowed else "There are no names at all."
 
 
 def check_positive(**values: float) -> None:

@@ -2,11 +2,15 @@
 
 import math
 import numbers
+import re
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import torch
+
+#: Digits behind a leading zero, or more than 15 digits.
+_CODE = re.compile(r"\s*[+-]?(0\d|\d{16,}\s*$)")
 
 
 def plain(value: Any) -> Any:
@@ -82,6 +86,16 @@ def number(value: Any, *, from_text: bool = False) -> float | None:
         except ValueError:
             return None
     return None
+
+
+def is_code(value: str) -> bool:
+    """Whether a text that looks like a number names a thing: it begins with 0, or has more digits than float64 keeps.
+
+    Example:
+        >>> [is_code(value) for value in ("007", "1234567890123456789", "0.5", "-3", "note")]
+        [True, True, False, False, False]
+    """
+    return _CODE.match(value) is not None
 
 
 def text(value: Any) -> str | None:

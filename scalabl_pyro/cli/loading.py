@@ -13,6 +13,9 @@ from ..data.rows import Row, read_rows
 from ..posterior.config import SavedConfig, read_config
 from ..posterior.posterior import Posterior
 
+#: Tasks with classes that read a single output.
+ONE_OUTPUT = ("OrderedClassification",)
+
 
 def base_model(config: SavedConfig, model: str) -> nn.Module:
     """Load the base model of a saved posterior, with the kind of head that its task reads.
@@ -26,7 +29,8 @@ def base_model(config: SavedConfig, model: str) -> nn.Module:
     """
     if str(config.base_model.get("class")).endswith("ForSequenceClassification"):
         classes = config.task["options"].get("classes")
-        outputs = len(classes) if isinstance(classes, list) else 1
+        has_each = isinstance(classes, list) and config.task["class"] not in ONE_OUTPUT
+        outputs = len(classes) if has_each else 1
         return AutoModelForSequenceClassification.from_pretrained(
             model, num_labels=outputs, dtype="auto", trust_remote_code=False
         )
@@ -34,11 +38,22 @@ def base_model(config: SavedConfig, model: str) -> nn.Module:
     return kind.from_pretrained(model, dtype="auto", trust_remote_code=False)
 
 
+class NoDevice(ValueError):
+    """There is no device of a name."""
+
+
 @contextmanager
 def reading(model: str) -> Iterator[None]:
     """Name the base model in errors of transformers that cannot read it."""
     try:
         yield
+    except NoDevice:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of the base model {model} do not have the shapes that the posterior needs, such as the "
+            "number of outputs of its head. Give the model that the posterior was fitted on with --model."
+        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the base model {model} cannot be read: {error} Give its hub name or its directory with --model."
@@ -54,12 +69,13 @@ def load_posterior(path: Path, model: str, device: str) -> Posterior:
         device: Name of a device, or ``"auto"`` for a GPU if there is one.
 
     Raises:
-        OSError, ValueError: A file is missing or damaged, or the posterior belongs to another model.
+        OSError, ValueError: A file is missing or damaged, the posterior belongs to another model, or there is no such
+            device.
     """
-    config = read_config(path)
+    config, place = read_config(path), device_of(device)
     with reading(model):
         llm = base_model(config, model)
-    return Posterior.from_pretrained(llm.to(device_of(device)).eval(), path)
+    return Posterior.from_pretrained(llm.to(place).eval(), path)
 
 
 def predict_table(
@@ -88,7 +104,16 @@ def predict_table(
 
 
 def device_of(name: str) -> str:
-    """Return the name of a device; ``"auto"`` is a GPU if there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return the name of a device; ``"auto"`` is a GPU if there is one.
+
+    Raises:
+        NoDevice: torch has no such device.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise NoDevice(f"--device {name} cannot be used ({reason}). Give cpu, cuda, cuda:1, or auto.") from error
+    return name

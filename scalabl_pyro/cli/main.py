@@ -45,6 +45,9 @@ OF_DRAWS = ("--num-draws", "--seed", "--batch-size", "--device")
 #: What a user can mend. The message of such an error says how, so no traceback is shown.
 EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, ImportError)
 
+#: Exit status after Ctrl-C, as shells have it.
+STOPPED = 130
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after ``scalabl-pyro``; by default those of the process.
 
     Returns:
-        Exit status: 0 if all is well, 1 after a problem. Wrong options end the process with status 2.
+        Exit status: 0 if all is well, 1 after a problem, 130 after Ctrl-C. Wrong options end the process with status 2.
 
     Example:
         >>> main(["doctor", "my_posterior"])
@@ -69,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         say(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        say("stopped by Ctrl-C", file=sys.stderr)
+        return STOPPED
 
 
 @contextlib.contextmanager
@@ -163,7 +169,8 @@ def _add_predict(commands: Any) -> None:
         "predict",
         help="predict the rows of a table",
         description="Predict the rows of a table. Its columns come first in the output, then the prediction, its "
-        "probability, and total, aleatoric and epistemic uncertainty.",
+        "probability, and total, aleatoric and epistemic uncertainty. A column of the table with the name of "
+        "one of these is called given_NAME in the output.",
     )
     _add_shared(own, "path")
     own.add_argument("data", help="table of rows: .csv, .tsv, .parquet, .json or .jsonl")

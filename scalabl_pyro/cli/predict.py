@@ -8,7 +8,7 @@ import pandas as pd
 from ..prediction.result import Prediction
 from ..storage.json_values import records
 from .loading import predict_table
-from .tables import WRITE, check_name, write_table
+from .tables import WRITE, beside, check_name, write_table
 from .terminal import say, say_json
 
 
@@ -28,7 +28,7 @@ def predict(out: Path | None, class_probs: bool, review_above: float | None, as_
     check_name(out, WRITE)
     rows, found = predict_table(**how)
     options: dict[str, Any] = {"class_probs": class_probs} if isinstance(found, Prediction) else {}
-    frame = found.to_frame(rows, review_above=review_above, **options)
+    frame = beside(rows, found.to_frame(review_above=review_above, **options))
     if out is not None:
         write_table(frame, out)
     _tell(frame, out, as_json)

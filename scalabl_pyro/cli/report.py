@@ -13,6 +13,7 @@ from .. import metrics, plots
 from .._version import __version__
 from ..prediction.label_sets import LabelSetPrediction
 from ..prediction.result import NumericPrediction, Prediction
+from .tables import beside
 
 Tables = dict[str, tuple[str, pd.DataFrame]]
 Pictures = dict[str, tuple[str, bytes]]
@@ -54,7 +55,7 @@ class Report:
         """
         known = prediction.is_answered
         answered = prediction.with_answers()
-        table = answered.to_frame([row for row, is_known in zip(rows, known, strict=True) if is_known])
+        table = beside([row for row, is_known in zip(rows, known, strict=True) if is_known], answered.to_frame())
         facts = {
             "rows": source,
             "number of rows with answers": int(known.sum()),

@@ -1,10 +1,12 @@
 """Write a table in the form that the name of its file asks for."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from ..prediction.row_table import beside_rows
 from ..storage.directories import replace_file
 
 WRITE: dict[str, Callable[[pd.DataFrame], str | bytes]] = {
@@ -32,6 +34,27 @@ def check_name(path: Path | None, endings: Collection[str], *, option: str = "--
         raise ValueError(f"{option} {path}: the name must end in {' or '.join(endings)}.")
     if not path.parent.is_dir():
         raise ValueError(f"{option} {path}: the folder {path.parent} does not exist.")
+
+
+def beside(rows: Sequence[Mapping[str, Any]], found: pd.DataFrame) -> pd.DataFrame:
+    """Put the columns of rows before those of their prediction. One that both have is called ``given_NAME``.
+
+    Args:
+        rows: The N rows.
+        found: Table of their prediction, N lines.
+
+    Example:
+        >>> list(beside([{"note": "sky", "target": "blue"}], pd.DataFrame({"prediction": ["red"], "target": ["blue"]})))
+        ['note', 'given_target', 'prediction', 'target']
+    """
+    table = pd.DataFrame(list(rows))
+    while twice := [name for name in table.columns if name in found.columns]:
+        table = table.rename(columns={name: _free(f"given_{name}", table) for name in twice})
+    return beside_rows(found, table)
+
+
+def _free(name: str, table: pd.DataFrame) -> str:
+    return name if name not in table.columns else _free(f"given_{name}", table)
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:

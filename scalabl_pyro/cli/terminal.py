@@ -26,8 +26,17 @@ def say(text: str, *, file: TextIO | None = None) -> None:
 
 
 def say_json(values: Any) -> None:
-    """Write values as one JSON document to the standard output. NaN becomes null."""
-    say(json.dumps(json_value(values), indent=1, ensure_ascii=False))
+    """Write values as one JSON document to the standard output. NaN becomes null.
+
+    Characters that the terminal cannot show are written as JSON escapes them, so no text is changed.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    text = json.dumps(json_value(values), indent=1, ensure_ascii=False)
+    say("".join(c if c == "\n" or _can_show(c, encoding) else json.dumps(c)[1:-1] for c in text))
+
+
+def _can_show(character: str, encoding: str) -> bool:
+    return character.isprintable() and (character.isascii() or bool(character.encode(encoding, "ignore")))
 
 
 @contextlib.contextmanager

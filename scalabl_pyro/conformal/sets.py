@@ -1,5 +1,6 @@
 """Sets of classes that hold the right class with a given probability: LAC and APS, for all rows or per class."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -88,6 +89,7 @@ class SetRule(Summarized):
         counts: (C,) number of calibration rows per class.
         by_class: Whether each class has a threshold of its own.
         allow_empty: Whether a set may be empty.
+        seed: Seed of the random numbers of APS.
     """
 
     level: float
@@ -97,6 +99,7 @@ class SetRule(Summarized):
     counts: NDArray[np.integer]
     by_class: bool
     allow_empty: bool
+    seed: int = 0
 
     @property
     def guarantee(self) -> str:
@@ -114,12 +117,13 @@ class SetRule(Summarized):
             "of row."
         )
 
-    def apply(self, prediction: Any, *, seed: int = 0) -> ClassSets:
-        """Make the sets of new rows.
+    def apply(self, prediction: Any, *, seed: int | None = None) -> ClassSets:
+        """Make the sets of new rows. The set of a row does not depend on the other rows.
 
         Args:
             prediction: Prediction of new rows, with the classes of the calibration rows.
-            seed: Seed of the random numbers of APS, one per row. ``"lac"`` has none.
+            seed: Seed of the random numbers of APS, one per row. ``"lac"`` has none. None means that of the
+                calibration rows. With another one, the guarantee holds on average over seeds only.
 
         Raises:
             TypeError: ``prediction`` is not a prediction of classes.
@@ -132,7 +136,7 @@ class SetRule(Summarized):
         check_classes("prediction", prediction)
         check_same_classes(prediction, self.classes)
         probs = prediction.probs
-        members = class_scores(probs, self.score, seed=derive_seed(seed, "conformal: new rows")) <= self.thresholds
+        members = class_scores(probs, self.score, seed=self.seed if seed is None else seed) <= self.thresholds
         if not self.allow_empty:
             members[np.arange(len(probs)), probs.argmax(1)] |= ~members.any(1)
         return ClassSets(members, self.classes, prediction.target)
@@ -164,11 +168,12 @@ def prediction_sets(
         level: Least probability that a set holds the right class, between 0 and 1.
         score: ``"lac"`` is 1 - p_c. Its sets are the smallest on average; hard rows may get too small ones. ``"aps"``
             is the sum of the probabilities of all classes above c, plus U p_c, where U is uniform per row. Its sets
-            are larger, and grow where the model is unsure.
+            are larger, and grow where the model is unsure. U is a hash of the seed and the probabilities of the row:
+            the score is then the same function on each row, so that the guarantee holds for each seed.
         by_class: Whether the level holds for each class by itself (Mondrian). Each class then needs enough rows.
         allow_empty: Whether a set may be empty. If not, an empty set gets the most probable class. The coverage is then
             larger than its law.
-        seed: Seed of U for the calibration rows.
+        seed: Seed of U.
 
     Returns:
         A rule. ``rule.apply(prediction)`` makes the sets of new rows, and ``rule.guarantee`` says what holds.
@@ -192,7 +197,7 @@ def prediction_sets(
     check_classes("calibration", calibration)
     known = calibration.with_answers()
     probs, target = known.probs, np.asarray(known.target)
-    scores = class_scores(probs, score, seed=derive_seed(seed, "conformal: calibration rows"))
+    scores = class_scores(probs, score, seed=seed)
     own = scores[np.arange(len(target)), target]
     counts = np.bincount(target, minlength=probs.shape[1])
     classes = tuple(known.classes)
@@ -201,7 +206,7 @@ def prediction_sets(
         limits = np.array([threshold(own[target == c], level) for c in range(len(classes))])
     else:
         limits = np.full(len(classes), threshold(own, level))
-    return SetRule(level, score, limits, classes, counts, by_class, allow_empty)
+    return SetRule(level, score, limits, classes, counts, by_class, allow_empty, seed)
 
 
 def class_scores(probs: Array, score: Score, *, seed: int) -> Array:
@@ -212,7 +217,7 @@ def class_scores(probs: Array, score: Score, *, seed: int) -> Array:
     Args:
         probs: (N, C) probabilities.
         score: ``"lac"`` or ``"aps"``, see :func:`prediction_sets`.
-        seed: Seed of the uniform numbers of APS.
+        seed: Seed of the uniform numbers of APS, see :func:`uniform_of`.
 
     Returns:
         (N, C) scores.
@@ -223,10 +228,33 @@ def class_scores(probs: Array, score: Score, *, seed: int) -> Array:
         order = np.argsort(-probs, axis=1, kind="stable")
         ordered = np.take_along_axis(probs, order, axis=1)
         above = np.cumsum(ordered, axis=1) - ordered
-        uniform = np.random.default_rng(seed).uniform(size=(len(probs), 1))
+        uniform = uniform_of(probs, seed=seed)[:, None]
         found = np.empty_like(probs)
         np.put_along_axis(found, order, above + uniform * ordered, axis=1)
     return np.where(probs > 0, found, np.inf)
+
+
+def uniform_of(probs: Array, *, seed: int) -> Array:
+    """Compute a number for each row from its probabilities, which looks uniform over rows.
+
+    Numbers by the place of a row would be no function of the row: with one seed, a row that is predicted alone would
+    always get the first number, and its set would be too small or too large each time.
+
+    Args:
+        probs: (N, C) probabilities. Three decimals of their logarithms count, so that rounding rarely does.
+        seed: Seed of the function.
+
+    Returns:
+        (N,) numbers in [0, 1).
+
+    Example:
+        >>> uniform_of(np.array([[0.5, 0.5], [0.9, 0.1], [0.5, 0.5]]), seed=0).round(3)
+    """
+    key = str(derive_seed(seed, "conformal: rows")).encode()
+    with np.errstate(divide="ignore"):
+        rounded = np.round(np.log(np.asarray(probs, dtype=np.float64)), 3) + 0.0  # -0 becomes 0
+    numbers = [hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in rounded]
+    return np.array([int.from_bytes(one, "little") >> 11 for one in numbers], dtype=np.float64) / 2**53
 
 
 def _check_counts(counts: NDArray[np.integer], classes: tuple[ClassName, ...], level: float) -> None:

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .._values import is_missing, number, plain
+from .._values import is_code, is_missing, number, plain
 from .labels import UNLABELED, ClassIndex, ClassName
 
 #: Names of columns that hold no answer and no text.
-IDENTIFIERS = ("id", "idx", "index", "row", "row_id", "uid", "guid", "unnamed: 0")
+IDENTIFIERS = ("id", "idx", "index", "row", "row_id", "uid", "guid", "unnamed: 0", "__index_level_0__")
 #: A column of texts has classes if it has at most this many, or this share of the rows; else its texts are free.
 FEW_TEXTS, SHARE_OF_CLASSES = 20, 0.2
 #: A column of whole numbers has classes if it has at most so many different ones.
@@ -81,13 +81,13 @@ class Column:
             return tuple(values[0].names)
         values = [plain(v) for v in values]
         if self.kind == "whole numbers":
-            values = [int(v) for v in values if v != UNLABELED or self._counts_down]
+            values = [int(v) for v in values if v != UNLABELED or self._has_class_below_zero]
         return tuple(sorted(set(values)))
 
     @property
-    def _counts_down(self) -> bool:
-        """Whether -1 stands among other negative numbers, so that it is a number like the others."""
-        return min(self.values) < UNLABELED
+    def _has_class_below_zero(self) -> bool:
+        """Whether -1 is a number like the others: there are other negative ones, or 1 is the only other one."""
+        return min(self.values) < UNLABELED or set(self.values) == {-1, 1}
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
@@ -109,7 +109,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
         values = [row.get(name) for row in rows]
         known = tuple(v if isinstance(v, ClassIndex) else plain(v) for v in values if not _is_gap(v))
         numbers = [number(v, from_text=True) for v in known]
-        as_text = bool(known) and all(isinstance(v, str) for v in known) and None not in numbers
+        as_text = bool(known) and None not in numbers and all(isinstance(v, str) and not is_code(v) for v in known)
         found[name] = Column(
             name, tuple(numbers) if as_text else known, len(values) - len(known), is_numbers_as_text=as_text
         )

@@ -57,7 +57,11 @@ def as_rows(source: Any, form: RowForm = ANY_FORM) -> list[Mapping[str, Any]]:
     if isinstance(source, Iterable):
         return _checked(list(source), form)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
-        return _checked([source[i] for i in range(len(source))], form)
+        rows = _checked([source[i] for i in range(len(source))], form)
+        while _is_a(source, "torch", "Subset"):
+            source = source.dataset
+        features = getattr(source, "features", None)
+        return _named_classes(rows, features) if _is_a(source, "datasets", "Dataset") and features else rows
     raise TypeError(f"{EXPECTED}, got {describe(source)}. {form.advice}".rstrip())
 
 
@@ -137,14 +141,24 @@ def _without_format(data: Any) -> Any:
 
 def _named_classes(data: Iterable[Mapping[str, Any]], features: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the rows, with the names of the classes at the indices of their columns."""
-    names = {column: feature.names for column, feature in features.items() if _is_a(feature, "datasets", "ClassLabel")}
+    names = {column: own for column, feature in features.items() if (own := _names_in(feature)) is not None}
     rows = list(data)
     if not names:
         return rows
-    return [
-        {**row, **{k: ClassIndex(v, own) for k, own in names.items() if type(v := plain(row.get(k))) is int}}
-        for row in rows
-    ]
+    return [{**row, **{k: _with_names(row[k], own) for k, own in names.items() if k in row}} for row in rows]
+
+
+def _names_in(feature: Any) -> Any:
+    """Return the names of the classes in a column of a data set, also in a column of lists; None if there are none."""
+    inner = feature[0] if isinstance(feature, list) and len(feature) == 1 else getattr(feature, "feature", feature)
+    return inner.names if _is_a(inner, "datasets", "ClassLabel") else None
+
+
+def _with_names(value: Any, names: Any) -> Any:
+    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) > 0:
+        return [_with_names(one, names) for one in value]
+    index = plain(value)
+    return ClassIndex(index, names) if type(index) is int else value
 
 
 def _is_a(value: Any, package: str, *names: str) -> bool:

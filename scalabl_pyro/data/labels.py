@@ -238,7 +238,9 @@ def _from_data_set(label: ClassIndex, classes: Sequence[ClassName], what: str) -
     """Match the index of a data set's column by its name, or by its position where all names differ."""
     if label.name is None:
         return class_index(int(label), classes, what=what)
-    mine, theirs = ([str(name).casefold() for name in names] for names in (classes, label.names))
+    if label.name in (exact := [str(name) for name in classes]):
+        return exact.index(label.name)
+    mine, theirs = ([name.casefold() for name in names] for names in (exact, label.names))
     if label.name.casefold() in mine:
         return mine.index(label.name.casefold())
     if set(mine) & set(theirs) or _kind(classes[0]) != "text" or label >= len(mine):

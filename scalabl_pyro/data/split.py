@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .._arguments import known_arguments
-from .._errors import nearest
+from .._errors import check_count, nearest
 from .._values import is_missing, number, shown
 from .labels import ClassIndex
 from .rows import Row, read_rows
@@ -32,7 +32,7 @@ def stratified_split(
         The two parts, each in the order of the data, for instance for training and for a check.
 
     Raises:
-        ValueError: No row has the field, or ``share`` is not between 0 and 1.
+        ValueError: No row has the field, ``share`` is not between 0 and 1, or ``seed`` is not a whole number from 0 on.
 
     Example:
         >>> from scalabl_pyro.data import stratified_split
@@ -43,6 +43,7 @@ def stratified_split(
     """
     if not 0 < (number(share) or 0.0) < 1:
         raise ValueError(f"share={shown(share)}: expected a number between 0 and 1, the share of the second part.")
+    check_count(seed=seed, least=0)
     rows = read_rows(data, split=split)
     if not any(by in row for row in rows):
         raise ValueError(f"by={by!r}: the rows have no such field. {nearest(by, map(str, rows[0]))}")

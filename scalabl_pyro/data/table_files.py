@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from .._values import is_code
 from ..storage import json_reader
 from .containers import as_rows
 
@@ -46,7 +48,7 @@ def read_table_file(path: Path) -> list[Row]:
     """Read the rows of a file. Its name says its form, see :func:`kind_of_file`.
 
     An empty cell of a CSV file is a missing value. The words ``NA``, ``None`` and ``null`` are texts, because they may
-    be the names of classes. Codes such as ``007`` are texts too.
+    be the names of classes. Codes such as ``007``, and whole numbers with more than 15 digits, are texts too.
 
     Args:
         path: Path of a file that exists.
@@ -74,29 +76,58 @@ def _opened(path: Path) -> Any:
 def _read_separated(path: Path, separator: str) -> list[Row]:
     """Read a CSV or TSV file with pandas."""
     try:
-        table = pd.read_csv(
-            path, sep=separator, keep_default_na=False, na_values=[""], encoding="utf-8-sig", dtype=str
-        ).apply(_typed)
+        _check_quotes(path, separator)
+        # With a header, pandas would take the first field of each row as an index where rows have one field more.
+        cells = pd.read_csv(
+            path, sep=separator, header=None, keep_default_na=False, na_values=[""], encoding="utf-8-sig", dtype=str
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}). Save the file in UTF-8.") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a table ({error}). Expected a line of names, and one row per line.") from None
-    columns = list(map(str, table.columns))
+        raise ValueError(
+            f"{path}: not a table ({str(error).strip()}). Expected a line of names, and one row per line. A text that "
+            f"holds {separator!r} stands in quotation marks."
+        ) from None
+    columns = [name if isinstance(name, str) else f"Unnamed: {i}" for i, name in enumerate(cells.iloc[0])]
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise ValueError(f"{path}: several columns are named {twice[0]!r}. Give each column its own name.")
     if len(columns) == 1 and (found := [mark for mark in (";", "\t", ",", "|") if mark in columns[0]]):
         raise ValueError(
             f"{path} has one column, {columns[0]!r}: its columns seem to be separated by {found[0]!r}. Read it with "
             f"pandas.read_csv(path, sep={found[0]!r}), and pass the table."
         )
-    return as_rows(table)
+    return as_rows(cells[1:].set_axis(columns, axis=1).apply(_typed))
+
+
+def _check_quotes(path: Path, separator: str) -> None:
+    """Check that each quotation mark that closes a field ends it.
+
+    pandas reads on after such a mark. It would drop the mark, or join the rows up to the next mark.
+
+    Raises:
+        ValueError: A text follows a closing mark.
+    """
+    with _opened(path) as raw:
+        lines = csv.reader(io.TextIOWrapper(raw, "utf-8-sig", newline=""), delimiter=separator, strict=True)
+        try:
+            for _ in lines:
+                pass
+        except csv.Error as error:
+            if "expected after" in str(error):  # pandas says what else is wrong, and reads longer fields than csv
+                raise ValueError(
+                    f"{path}, line {lines.line_num}: a field goes on after its closing quotation mark. Write a mark "
+                    "inside a quoted text twice. If the marks of the file have no meaning, read it with "
+                    f"pandas.read_csv(path, sep={separator!r}, quoting=3), and pass the table."
+                ) from None
 
 
 def _typed(column: Any) -> Any:
     """Return a column of texts as numbers or truth values, where all of them are written so.
 
-    Codes such as ``007`` stay texts: as numbers they would name other classes.
+    Codes such as ``007`` and long whole numbers stay texts: as numbers they would name other classes.
     """
     known = column.dropna()
-    if known.empty or known.str.match(r"\s*[+-]?0\d").any():
+    if known.empty or known.map(is_code).any():
         return column
     numbers = pd.to_numeric(column, errors="coerce")
     if numbers[known.index].notna().all():

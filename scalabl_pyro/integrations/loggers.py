@@ -3,6 +3,7 @@
 transformers has a callback for each of these tools. A :class:`TrainerLog` calls it as a Trainer would, once per row.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..distributed.processes import current_processes
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+logger = logging.getLogger(__name__)
+
 #: Columns of a history row that are the place of the row, and no measurement.
 PLACE = ("step",)
 
@@ -25,7 +28,8 @@ class TrainerLog:
 
     It calls ``on_train_begin`` before the first row, ``on_log`` with the numbers of a row, ``on_evaluate`` with the
     scores of held-out rows, ``on_step_end``, and ``on_train_end`` when it is closed. If the callback sets
-    ``control.should_training_stop``, the training stops. Of several processes, the first one logs.
+    ``control.should_training_stop``, the training stops. Of several processes, the first one logs. A row with an
+    earlier step than the last one begins a new training: ``on_train_end`` and ``on_train_begin`` come first.
 
     Args:
         callback: The callback.
@@ -58,8 +62,10 @@ class TrainerLog:
         self.every = every
         self.arguments = TrainingArguments(output_dir=str(output_dir), report_to=[], **(arguments or {}))
         first = current_processes().is_first
-        self.state = TrainerState(is_local_process_zero=first, is_world_process_zero=first)
-        self.control = TrainerControl()
+        self._new_state: Any = lambda: TrainerState(is_local_process_zero=first, is_world_process_zero=first)
+        self.state = self._new_state()
+        self._new_control: Any = TrainerControl
+        self.control = self._new_control()
         self._has_begun = False
 
     def __call__(self, row: Mapping[str, float]) -> bool:
@@ -71,8 +77,16 @@ class TrainerLog:
         Returns:
             Whether the callback asks to stop the training.
         """
+        if self._has_begun and row["step"] < self.state.global_step:
+            logger.warning(
+                "The log gets step %d after step %d, so another training begins, and the log begins anew. Make one log "
+                "per training, with a name or folder of its own, to tell them apart.",
+                row["step"],
+                self.state.global_step - 1,
+            )
+            self.close()
         if not self._has_begun:
-            self._has_begun = True
+            self._has_begun, self.state, self.control = True, self._new_state(), self._new_control()
             self._call("on_init_end")
             self._call("on_train_begin")
         self.state.global_step = int(row["step"]) + 1

@@ -36,7 +36,7 @@ def confusion_matrix(probs: Array, labels: Labels, *, classes: Sequence[object] 
 
     probs, labels = as_probabilities(probs, labels)
     names = _names(classes, probs.shape[1])
-    predicted, target = torch.as_tensor(probs.argmax(1)), torch.as_tensor(labels)
+    predicted, target = torch.as_tensor(probs.argmax(1)), torch.tensor(labels)  # a copy: it may be read-only
     counts = multiclass_confusion_matrix(predicted, target, num_classes=len(names)).numpy()
     return pd.DataFrame(counts, index=pd.Index(names, name="label"), columns=pd.Index(names, name="predicted"))
 

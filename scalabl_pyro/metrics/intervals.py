@@ -3,13 +3,14 @@
 import numpy as np
 from scipy.special import ndtri
 
+from .._errors import is_number
 from .arrays import Array
 
 
 def check_level(level: float) -> None:
     """Raise ValueError unless a coverage lies between 0 and 1."""
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1.")
+    if not is_number(level) or not 0 < level < 1:
+        raise ValueError(f"level={level!r} must lie between 0 and 1.")
 
 
 def wilson(share: Array, count: Array, level: float) -> tuple[Array, Array]:

@@ -4,16 +4,18 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .._arguments import known_arguments
 from .._errors import nearest
-from .._values import shown
+from .._values import integer, plain, shown
 from ..data.columns import FEW_NUMBERS, Column, columns_of
-from ..data.labels import ClassName
+from ..data.labels import UNLABELED, ClassIndex, ClassName
 from ..data.model_names import model_order
 from ..data.rows import read_rows
+from ..data.twins import twins
 from ..lora.targets import output_head
 from .base import Task
 from .completion import Completion
@@ -82,7 +84,8 @@ def from_data(
 
     Raises:
         TypeError: ``task`` is not a class of a task for tables.
-        ValueError: The text or the answer cannot be told, or the model has other classes than the data.
+        ValueError: The text, the answer, or the order of ordered classes cannot be told, or the model has other
+            classes than the data.
 
     Example:
         >>> from scalabl_pyro import tasks
@@ -104,7 +107,15 @@ def from_data(
     kind, why = (task, "as you say") if task is not None else _kind(target, is_causal=is_causal)
     given: dict[str, Any] = {"text": _text(columns, target, options), "target": target.name, **options}
     if kind in WITH_CLASSES and "classes" not in given:
-        given["classes"] = _order(target.classes, None if kind is OrderedClassification else module)
+        names = _levels(target, data) if kind is OrderedClassification else _order(target.classes, module)
+        if same := twins(names):
+            logger.warning(
+                "The column %r has the classes %s, which differ only in capital letters, spaces or the Unicode form of "
+                "a letter. Make them one class, if they are one.",
+                target.name,
+                _listed(same),
+            )
+        given["classes"] = names
     return _say(kind(tokenizer, **given), _reason(given, target, why))
 
 
@@ -192,15 +203,40 @@ def _order(classes: tuple[ClassName, ...], module: nn.Module | None) -> tuple[Cl
     return classes
 
 
+def _levels(target: Column, data: Any) -> tuple[ClassName, ...]:
+    """Return ordered classes from the lowest to the highest: numbers, or names whose order the data gives.
+
+    Raises:
+        ValueError: Names have no order.
+    """
+    types = {str(name): dtype for name, dtype in data.dtypes.items()} if isinstance(data, pd.DataFrame) else {}
+    if getattr(types.get(target.name), "ordered", False):
+        return tuple(map(plain, types[target.name].categories))
+    if _are_texts(target.classes) and not any(isinstance(value, ClassIndex) for value in target.values):
+        raise ValueError(
+            f"The column {target.name!r} has the classes {_listed(target.classes)}, whose order cannot be told: pass "
+            "classes=, from the lowest to the highest."
+        )
+    return target.classes
+
+
 def _reason(given: Mapping[str, Any], target: Column, why: str) -> str:
     """Say what was guessed, and from what."""
     classes = f" {len(given['classes'])} classes, {_listed(given['classes'])};" if "classes" in given else ""
     gaps = f"; {target.missing} row{'' if target.missing == 1 else 's'} without an answer" if target.missing else ""
+    unlabeled = [v for v in target.values if not isinstance(v, list | str) and integer(v) == UNLABELED]
+    if unlabeled and UNLABELED not in given.get("classes", unlabeled):
+        rows = f"{len(unlabeled)} row{'' if len(unlabeled) == 1 else 's'}"
+        gaps += f"; {rows} with {UNLABELED}, which stands for an unknown class; if it is one, pass classes="
     return f"text in {given['text']!r}, answer in {target.name!r}:{classes} {why}{gaps}"
 
 
 def _listed(names: Any, limit: int = 4) -> str:
     return ", ".join(map(repr, list(names)[:limit])) + (", ..." if len(names) > limit else "")
+
+
+def _are_texts(names: tuple[ClassName, ...]) -> bool:
+    return all(isinstance(name, str) for name in names)
 
 
 def _say(task: Task, guessed: str) -> Task:

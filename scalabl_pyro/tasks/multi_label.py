@@ -106,6 +106,12 @@ class MultiLabelClassification(TextTask):
         found = [class_index(label, self.classes) for label in value]
         if None in found:
             raise ValueError(f"the field {self.target!r} has a label without a value: {shown(list(value))}.")
+        if len(set(found)) < len(found) and any(integer(label) is not None for label in value):
+            raise ValueError(
+                f"the field {self.target!r} holds {shown(list(value))}, which names a label twice by its number. If "
+                "it marks each label by 0 or 1, give the names of the labels that have a 1, or one field per label, "
+                "target=('red', 'blue')."
+            )
         return tuple(int(k in found) for k in range(len(self.classes)))
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.TorchDistribution:

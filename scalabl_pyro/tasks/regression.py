@@ -98,11 +98,20 @@ class Regression(TextTask):
         Args:
             targets: Training targets, in units of y.
             are_all: Whether these are all of them. A part of them teaches nothing: its mean is not that of all rows.
+
+        Raises:
+            ValueError: Their standard deviation is too large or too small for float32.
         """
         values = np.asarray(targets, dtype=np.float64)
-        mean, spread = self._center_and_spread(values)
+        with np.errstate(over="ignore"):
+            mean, spread = self._center_and_spread(values)
         if self.standardize is True and are_all:
             scale = spread if spread > 1e-12 * max(abs(mean), 1e-300) else 1.0  # all targets are equal
+            if not 0 < float(torch.tensor(scale)) < float("inf"):
+                raise ValueError(
+                    f"The training targets have the standard deviation {scale:.4g}, which float32 cannot hold. Give "
+                    "them in another unit, such as thousands."
+                )
             self.standardize = (mean, scale)
             if self._follows_scale:
                 parameter = cast(Tensor, self.noise_scale_unconstrained)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -194,6 +195,69 @@ def test_what_is_wrong_stands_in_one_line(run, words, message):
     code, said, error = run(*words)
     assert code == 1 and not said
     assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+def test_the_table_may_have_columns_with_the_names_of_the_result(run, folder):
+    rows = [{"text": r["text"], "target": r["label"], "given_target": 7, "sd": "x"} for r in NUMBERS]
+    pd.DataFrame(rows).to_csv(folder / "clash.csv", index=False)
+    task = sp.Regression(tiny.tokenizer(), target="target")
+    fitted = sp.fit(sp.bayesian_lora(tiny.classifier(num_labels=1)), task, rows, num_steps=2, progress=False)
+    fitted.posterior.save_pretrained(folder / "post-clash")
+    words = ("post-clash", "clash.csv", "--model", "base-numbers", "--num-draws", 2)
+    assert run("predict", *words, "--out", "clash-out.csv")[0] == 0
+    found = pd.read_csv(folder / "clash-out.csv")
+    assert list(found.columns[:5]) == ["text", "given_given_target", "given_target", "given_sd", "prediction"]
+    assert (found["given_given_target"] == found["target"]).all() and (found["given_target"] == 7).all()
+    expected = fitted.posterior.predict(rows, num_draws=2, seed=0).to_frame()
+    np.testing.assert_allclose(found[["prediction", "sd"]], expected[["prediction", "sd"]], rtol=1e-5)
+    assert run("evaluate", *words, "--bootstrap", 5, "--out", "clash.html")[0] == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_json_keeps_every_character(folder, encoding):
+    text = 'sky\u00a0!\u200b\u2028 \U0001f468\u200d\U0001f469 \u00e9\t\x7f"\\'
+    (folder / "odd-text.jsonl").write_text(json.dumps({**ROWS[0], "note": text}))
+    words = ["predict", "post", "odd-text.jsonl", "--model", "base", "--num-draws", "0", "--json"]
+    command = [sys.executable, "-m", "scalabl_pyro", *words]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    said = subprocess.run(command, cwd=folder, capture_output=True, check=True, env=environment).stdout
+    assert json.loads(said)["predictions"][0]["note"] == text
+    assert ("\u00e9".encode() in said) is (encoding == "utf-8")
+
+
+def test_a_posterior_of_ordered_classes_is_loaded(run, folder):
+    task = sp.tasks.OrderedClassification(tiny.tokenizer(), classes=[0.0, 1.0, 2.0])
+    fitted = sp.fit(sp.bayesian_lora(tiny.classifier(num_labels=1)), task, NUMBERS, num_steps=2, progress=False)
+    fitted.posterior.save_pretrained(folder / "post-ordered")
+    words = ("post-ordered", "numbers.jsonl", "--model", "base-numbers", "--num-draws", 2)
+    code, said, _ = run("predict", *words, "--json")
+    own = fitted.posterior.predict(NUMBERS, num_draws=2, seed=0).to_frame()
+    assert code == 0
+    found = json.loads(said)["predictions"]
+    np.testing.assert_allclose([row["probability"] for row in found], own["probability"], rtol=1e-5)
+    code, _, error = run("predict", "post-ordered", "numbers.jsonl", "--model", "base")
+    assert code in (0, 1) and "Traceback" not in error
+
+
+def test_a_model_with_another_head_or_an_absent_device_is_named(run, folder):
+    task = sp.SequenceClassification(tiny.tokenizer(), classes=[0.0, 1.0, 2.0])
+    fitted = sp.fit(sp.bayesian_lora(tiny.classifier(num_labels=3)), task, NUMBERS, num_steps=2, progress=False)
+    fitted.posterior.save_pretrained(folder / "post-three")
+    words = ("predict", "post-three", "numbers.jsonl", "--model", "base-numbers")
+    code, said, error = run(*words)
+    assert code == 1 and not said and "base-numbers do not have the shapes that the posterior needs" in error
+    for device in ("nothing", "cuda:99"):
+        code, said, error = run(*words, "--device", device)
+        assert code == 1 and error.startswith(f"error: --device {device} cannot be used (")
+
+
+def test_ctrl_c_ends_a_command_with_one_line(run, monkeypatch):
+    def stop(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["scalabl_pyro.cli.predict"], "predict_table", stop)
+    code, said, error = run("predict", "post", "rows.jsonl", "--model", "base")
+    assert (code, said, error) == (130, "", "stopped by Ctrl-C\n")
 
 
 def test_rows_without_answers_cannot_be_evaluated(run, folder):

@@ -11,7 +11,7 @@ from scipy import stats
 import scalabl_pyro as sp
 from scalabl_pyro import NumericPrediction, Prediction, conformal
 from scalabl_pyro.conformal.ranks import least_rows, rank
-from scalabl_pyro.conformal.sets import class_scores
+from scalabl_pyro.conformal.sets import class_scores, uniform_of
 from scalabl_pyro.prediction.averaged import AveragedPrediction
 
 REPEATS = 1000
@@ -137,7 +137,7 @@ def test_each_class_has_its_own_law():
 def test_scores_by_hand():
     probs = np.array([[0.2, 0.5, 0.3], [0.0, 0.4, 0.6]])
     np.testing.assert_allclose(class_scores(probs, "lac", seed=0), [[0.8, 0.5, 0.7], [np.inf, 0.6, 0.4]])
-    u = np.random.default_rng(7).uniform(size=2)
+    u = uniform_of(probs, seed=7)
     expected = [[0.8 + 0.2 * u[0], 0.5 * u[0], 0.5 + 0.3 * u[0]], [np.inf, 0.6 + 0.4 * u[1], 0.6 * u[1]]]
     np.testing.assert_allclose(class_scores(probs, "aps", seed=7), expected)
 
@@ -159,13 +159,37 @@ def test_a_choice_that_a_row_lacks_is_in_no_set():
     assert rule.apply(prediction([[1.0, 0.0]])).names == [("a",)]
 
 
-def test_same_seed_for_calibration_and_new_rows_uses_other_random_numbers():
-    probs = np.full((200, 2), 0.5)
-    rule = conformal.prediction_sets(prediction(probs, np.zeros(200, int)), level=0.5, seed=3)
-    again = rule.apply(prediction(probs), seed=3)
-    own = class_scores(probs, "aps", seed=sp._process.random_state.derive_seed(3, "conformal: calibration rows"))
-    assert (again.members[:, 0] != (own[:, 0] <= rule.thresholds[0])).any()
-    np.testing.assert_array_equal(again.members, rule.apply(prediction(probs), seed=3).members)
+def test_the_numbers_of_rows_look_uniform_and_belong_to_the_row_and_the_seed():
+    probs, _ = dirichlet(4000, 0)
+    u = uniform_of(probs, seed=3)
+    assert stats.kstest(u, "uniform").pvalue > 1e-3 and abs(np.corrcoef(u, probs.max(1))[0, 1]) < 0.08
+    np.testing.assert_array_equal(uniform_of(probs[::-1], seed=3), u[::-1])
+    assert abs(np.corrcoef(u, uniform_of(probs, seed=4))[0, 1]) < 0.08
+    assert (uniform_of(probs * (1 + 1e-9), seed=3) == u).mean() > 0.99  # rounding of a batch
+
+
+def test_the_set_of_a_row_does_not_depend_on_the_other_rows():
+    probs, labels = dirichlet(100, 0)
+    rule = conformal.prediction_sets(prediction(probs, labels), level=0.8, seed=3)
+    whole = rule.apply(prediction(probs)).members
+    for i in range(100):
+        np.testing.assert_array_equal(rule.apply(prediction(probs[i : i + 1])).members[0], whole[i])
+    assert (rule.apply(prediction(probs), seed=4).members != whole).any()
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_the_level_holds_for_the_default_seed_and_rows_one_by_one(by_class):
+    """Rows that are predicted alone got one random number each time before, and the level did not hold for a seed."""
+    held = []
+    for i in range(400):
+        probs, labels = dirichlet(120, i, classes=2)
+        rule = conformal.prediction_sets(prediction(probs[:80], labels[:80]), level=0.8, by_class=by_class)
+        new = range(80, 120)
+        held.append(np.mean([rule.apply(prediction(probs[i : i + 1])).members[0, labels[i]] for i in new]))
+    least = 0.8 if by_class else rank(80, 0.8) / 81
+    error = 4 * np.std(held) / math.sqrt(len(held))
+    assert np.mean(held) > least - error
+    assert by_class or np.mean(held) < least + error
 
 
 def test_rows_without_answers_are_left_out_and_averages_work():
@@ -418,3 +442,10 @@ def test_sets_of_mapie():
     expected = theirs.predict_set(new)[1][:, :, 0]
     own = conformal.prediction_sets(prediction(probs, labels), level=0.9, score="lac").apply(prediction(new))
     np.testing.assert_array_equal(own.members, expected)
+
+
+@pytest.mark.parametrize("level", ["0.9", True, None, 90])
+def test_a_level_that_is_no_number_between_0_and_1_is_refused(level):
+    probs, labels = dirichlet(50, 0)
+    with pytest.raises(ValueError, match="must lie between 0 and 1"):
+        conformal.prediction_sets(prediction(probs, labels), level=level)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import tiny
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import containers, read_rows
@@ -83,6 +83,20 @@ def test_a_container_is_predicted_as_its_rows_are(posterior, make):
 def test_a_user_s_own_transformation_of_a_data_set_is_kept():
     data = Dataset.from_list(ROWS).with_transform(lambda batch: {**batch, "text": ["new"] * len(batch["text"])})
     assert [row["text"] for row in read_rows(data)] == ["new", "new"]
+
+
+def test_a_subset_and_lists_keep_the_names_of_classes():
+    names = ClassLabel(names=["no", "yes"])
+    features = Features({"text": Value("string"), "label": names, "labels": List(names)})
+    columns = {"text": ["a", "b", "c"], "label": [0, 1, -1], "labels": [[1], [], [0, 1]]}
+    data = Dataset.from_dict(columns, features=features)
+    subset = torch.utils.data.Subset(torch.utils.data.Subset(data, [2, 1, 0]), [1, 0])
+    for rows in (read_rows(data.select([1, 2])), read_rows(subset)):
+        assert [row["text"] for row in rows] == ["b", "c"]
+        assert [(row["label"], row["label"].name) for row in rows] == [(1, "yes"), (-1, None)]
+        assert [[label.name for label in row["labels"]] for row in rows] == [[], ["no", "yes"]]
+    task = sp.tasks.MultiLabelClassification(tiny.tokenizer(), classes=["yes", "no"])
+    assert [task.encode({**row, "text": "the sky"}).target for row in read_rows(data)] == [(1, 0), (0, 0), (1, 1)]
 
 
 def test_a_single_column_of_dicts_is_a_column():

@@ -181,3 +181,8 @@ def test_a_model_with_the_same_order_or_other_words_is_taken(names):
 def test_examples_of_docstrings_run():
     result = doctest.testmod(labels)
     assert result.attempted and not result.failed
+
+
+def test_capital_letters_tell_classes_apart_where_names_are_equal():
+    task = classifying(["A", "a"])
+    assert [target(task, named(["a", "A"], label)) for label in (0, 1)] == [1, 0]

@@ -42,6 +42,12 @@ def test_a_wrong_share_is_refused(share):
         stratified_split(table(), by="label", share=share)
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, "x"])
+def test_a_wrong_seed_is_refused(seed):
+    with pytest.raises(ValueError, match=r"seed=.* must be a whole number, 0 or more"):
+        stratified_split([{"label": 1}], by="label", seed=seed)
+
+
 def test_an_absent_field_is_named():
     with pytest.raises(ValueError, match=r"by='lable': the rows have no such field.*'label'"):
         stratified_split(table(), by="lable")

@@ -62,6 +62,22 @@ def test_a_csv_column_has_the_type_that_its_cells_have_in_common(tmp_path):
     assert [row["real"] for row in (first, second)] == by_name["real"].tolist()
 
 
+def test_numbers_that_floats_would_round_stay_texts(tmp_path):
+    text = "id,gap,label\n123456789012345678901,9007199254740993,1\n123456789012345678902,,2\n"
+    (tmp_path / "rows.csv").write_text(text)
+    first, second = read_rows(tmp_path / "rows.csv")
+    assert first == {"id": "123456789012345678901", "gap": "9007199254740993", "label": 1}
+    assert second["id"] == "123456789012345678902" and is_missing(second["gap"])
+
+
+def test_a_quoted_text_of_any_length_and_form_is_read(tmp_path):
+    notes = ["x" * 200_000 + '"', 'a "b"\r\n, c', ",", "\u2028\x85 \N{THUMBS UP SIGN}", '"']
+    for name, separator in (("rows.csv", ","), ("rows.tsv", "\t"), ("rows.csv.gz", ",")):
+        table = pd.DataFrame({"note": notes, "class": range(5)})
+        table.to_csv(tmp_path / name, index=False, sep=separator)
+        assert [dict(row) for row in read_rows(tmp_path / name)] == table.to_dict("records")
+
+
 def test_the_class_names_of_a_parquet_file_are_kept(tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["yes", "no"])})
     data = Dataset.from_dict({"text": ["the sky", "grass"], "label": [0, 1]}, features=features)
@@ -73,6 +89,12 @@ def test_the_class_names_of_a_parquet_file_are_kept(tmp_path):
 DAMAGED = {
     "other.csv": (b"note;class\na;b\n", r"one column, 'note;class': .*separated by ';'.*sep=';'"),
     "ragged.csv": (b"a,b\n1,2\n1,2,3\n", r"not a table.*line 3"),
+    "comma.csv": (b"note,class\nred, blue,1\ngold, oil,0\n", r"not a table.*line 2.*stands in quotation marks"),
+    "ends.csv": (b"note,class\nred,1,\noil,0,\n", r"not a table.*Expected 2 fields in line 2"),
+    "twice.csv": (b"note,class,class\nred,1,2\n", "several columns are named 'class'"),
+    "quotes.tsv": (b'note\tclass\n"Red he said\t1\noil\t2\nend" x\t3\n', r"line 4: .*after its closing.*quoting=3"),
+    "escaped.csv": (b'note,class\n"he said \\"red\\" twice",1\n', r"line 2: .*Write a mark inside .* twice"),
+    "open.csv": (b'note,class\n"red,1\n', "not a table"),
     "empty.csv": (b"", "not a table"),
     "latin.csv": ("a\nheiß\n".encode("latin-1"), "not UTF-8"),
     "header.csv": (b"a,b\n", "has no rows"),

@@ -322,6 +322,19 @@ def test_a_number_may_be_an_index_or_a_choice():
     assert bridge.calibration({"t": [sample(values, "0", digits, acc=0.0)]})["accuracy"].item() == 0
 
 
+def test_a_text_of_a_sample_may_hold_any_character(tmp_path):
+    """lm_eval writes texts as they are, also those that some programs take for the end of a line."""
+    text = "a\u2028b\x85c\x1cd\N{THUMBS UP SIGN}"
+    samples = [
+        {"target": 0, "filtered_resps": [[-1.0, True], [-3.0, False]], "arguments": [["is", text], ["is", " b"]]}
+    ]
+    lines = [json.dumps(sample, ensure_ascii=False) for sample in samples * 2]
+    (tmp_path / "samples_letters_2026-01-01T00-00-00.000001.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    found = bridge.read_samples(tmp_path)
+    assert found == {"letters": samples * 2}
+    assert bridge.calibration(tmp_path)["num_rows"].tolist() == [2]
+
+
 def test_samples_that_have_no_calibration():
     with pytest.raises(ValueError, match="not one of its choices"):
         bridge.calibration({"t": [sample([-1.0, -2.0], [0, 1])]})

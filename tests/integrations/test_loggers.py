@@ -56,6 +56,23 @@ def test_a_callback_gets_every_number_of_every_row(tmp_path):
     assert list(scores) == [3, 6] and set(scores[3]) == {"eval_nll", "eval_accuracy", "eval_ece"}
 
 
+def test_a_second_training_begins_anew(tmp_path, caplog):
+    recorder = Recorder(stop_at=2)
+    log = log_to(recorder, output_dir=tmp_path)
+    fit(log)
+    assert not caplog.records and log.control.should_training_stop
+    recorder.stop_at = 4
+    assert len(fit(log).history) == 4
+    log.close()
+    steps = [
+        event[1] if event[0] in ("log", "end") else event[0] for event in recorder.events if event[0] != "evaluate"
+    ]
+    assert steps == ["begin", 1, 2, 2, "begin", 1, 2, 3, 4, 4]
+    assert "step 0 after step 1, so another training begins" in caplog.text
+    recorder.stop_at = None
+    assert len(fit(log).history) == STEPS  # after close(), too
+
+
 def test_every_leaves_rows_out_but_no_scores(tmp_path):
     recorder = Recorder()
     with log_to(recorder, output_dir=tmp_path, every=4) as log:

@@ -273,6 +273,13 @@ def test_an_unknown_argument_is_named_with_the_nearest_one():
         ScalaBLRegressor(tiny.classifier(num_labels=1), tokenizer=tiny.tokenizer()).fit(X, Y)
 
 
+@pytest.mark.parametrize("kind", ["datetime64[D]", "timedelta64[s]"])
+def test_dates_are_no_numbers(kind):
+    with pytest.raises(ValueError, match="y holds dates or times"):
+        regressor = ScalaBLRegressor(tiny.classifier(num_labels=1), tokenizer=tiny.tokenizer())
+        regressor.fit(X, np.arange(len(X)).astype(kind))
+
+
 @pytest.mark.parametrize("kind", [ScalaBLClassifier, ScalaBLRegressor])
 @pytest.mark.parametrize(
     "check",

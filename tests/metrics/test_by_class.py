@@ -41,3 +41,10 @@ def test_wrong_names_and_labels_are_refused(function):
         function(PROBS, LABELS, classes=("a", "b"))
     with pytest.raises(ValueError, match="Labels must lie in 0 to 3"):
         function(PROBS, LABELS + 7)
+
+
+def test_read_only_arrays_are_counted_without_a_warning(recwarn):
+    labels = LABELS.copy()
+    labels.flags.writeable = False
+    assert metrics.confusion_matrix(PROBS, labels).to_numpy().sum() == 200
+    assert not [w for w in recwarn if "not writable" in str(w.message)]

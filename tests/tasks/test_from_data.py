@@ -32,6 +32,8 @@ GUESSES = {
     "prices": (table([1.5, 2.0, 300.25, 4.0], "price"), tasks.Regression, None),
     "many whole numbers": (table(list(range(40)), "score"), tasks.Regression, None),
     "numbers as texts": (table(["1.5", "2"], "price"), tasks.Regression, None),
+    "codes as texts": (table(["007", "012"], "label"), tasks.SequenceClassification, ("007", "012")),
+    "minus one and one": (table([-1, 1], "label"), tasks.SequenceClassification, (-1, 1)),
     "lists": (table([["a"], [], ["b", "a"], ["c"]], "labels"), tasks.MultiLabelClassification, ("a", "b", "c")),
 }
 
@@ -54,6 +56,30 @@ def test_what_is_seen_is_said(caplog):
     assert "numbers that are written as texts" in caplog.text
     guess(table([1, 2], "stars"))
     assert "pass task=OrderedClassification, or CountRegression" in caplog.text
+
+
+def test_rows_with_minus_one_and_names_that_look_alike_are_said(caplog):
+    guess(table([-1, 0, 1, 1], "label"))
+    assert "10 rows with -1, which stands for an unknown class; if it is one, pass classes=" in caplog.text
+    caplog.clear()
+    guess(table(["yes", "no", "Yes ", "no"]))
+    assert "has the classes 'Yes ', 'yes', which differ only in capital letters, spaces" in caplog.text
+    caplog.clear()
+    guess(table(["caf\u00e9", "cafe\u0301"]))
+    assert "Unicode form" in caplog.text
+    caplog.clear()
+    guess(table(["yes", "no"]))
+    assert "Unicode form" not in caplog.text and "-1" not in caplog.text
+
+
+def test_the_order_of_ordered_classes_is_given_or_asked_for():
+    data, levels = table(["low", "high", "mid", "low"]), ["low", "mid", "high", "top"]
+    with pytest.raises(ValueError, match="'high', 'low', 'mid', whose order cannot be told: pass classes="):
+        guess(data, task=tasks.OrderedClassification)
+    data["class"] = pd.Categorical(data["class"], categories=levels, ordered=True)
+    assert guess(data, task=tasks.OrderedClassification).classes == tuple(levels)
+    assert guess(data).classes == ("high", "low", "mid")
+    assert guess(data, task=tasks.OrderedClassification, classes=levels[:3]).classes == tuple(levels[:3])
 
 
 def test_a_causal_lm_writes_the_names():

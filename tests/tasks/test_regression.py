@@ -241,3 +241,10 @@ def test_samples_have_the_moments():
     draws = d.sample((10_000,))
     assert abs(draws.mean() - 42.4) < 5 * 4 / 100
     assert abs(draws.std() - 4) < 5 * 4 / np.sqrt(2 * 10_000)
+
+
+@pytest.mark.parametrize("unit", [1e-60, 1e50, 1e300])
+@pytest.mark.parametrize("kind", [sp.Regression, sp.tasks.RobustRegression])
+def test_targets_whose_spread_float32_cannot_hold_are_refused(kind, unit):
+    with pytest.raises(ValueError, match=r"float32 cannot hold\. Give them in another unit"):
+        kind(tiny.tokenizer()).prepare([0.0, unit, 2 * unit], are_all=True)

@@ -262,7 +262,14 @@ def test_fields_of_zero_and_one_are_lists_of_labels():
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("a", "give a list of labels"), (3, "give a list of labels"), (["d"], "not a class"), ([None], "without a value")],
+    [
+        ("a", "give a list of labels"),
+        (3, "give a list of labels"),
+        (["d"], "not a class"),
+        ([None], "without a value"),
+        ([1, 0, 1], "names a label twice by its number. If it marks each label by 0 or 1"),
+        (np.array([0.0, 0.0, 0.0]), "names a label twice by its number"),
+    ],
 )
 def test_wrong_label_sets_are_refused(value, message):
     with pytest.raises(ValueError, match=message):

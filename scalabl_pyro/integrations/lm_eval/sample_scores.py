@@ -97,7 +97,8 @@ def read_samples(path: str | Path) -> dict[str, list[dict[str, Any]]]:
     by_task: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(found, key=lambda file: file.stem.rpartition("_")[2]):
         task = file.stem.removeprefix("samples_").rpartition("_")[0]
-        by_task[task] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+        with file.open(encoding="utf-8") as lines:  # splitlines() would also divide at characters inside a text
+            by_task[task] = [json.loads(line) for line in lines if line.strip()]
     return by_task
 
 

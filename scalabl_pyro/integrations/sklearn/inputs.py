@@ -106,6 +106,8 @@ def read_numbers(y: Any) -> NDArray[np.float64]:
         ValueError: y holds something else, or numbers that are not finite.
     """
     y = _one_column(y)
+    if y.dtype.kind in "mM":
+        raise ValueError(f"y holds dates or times ({y.dtype}): a regressor needs numbers, in a unit that you choose.")
     try:
         numbers = np.asarray(y, dtype=np.float64)
     except (TypeError, ValueError) as error:
