@@ -127,7 +127,8 @@ class ElboLoss(nn.Module):
         check_count(batch_size=batch_size)
         collate = Collator(self.module.objective.model.task.pad_token_id)
         order = torch.Generator().manual_seed(derive_seed(self.options.seed, "order of the rows"))
-        settings: dict[str, Any] = {"shuffle": True, "collate_fn": collate, "generator": order} | options
+        has_order = options.get("sampler") is not None
+        settings: dict[str, Any] = {"shuffle": not has_order, "collate_fn": collate, "generator": order} | options
         return DataLoader(self.dataset, batch_size, **settings)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -158,13 +159,15 @@ class ElboLoss(nn.Module):
 
         Raises:
             FloatingPointError: The loss is not finite.
-            ValueError: The batch is on another device than the LLM.
+            ValueError: The batch is on another device than the LLM, or has no answers.
         """
         rows, device = as_batch(batch, self.module.objective.model.task), self.blora.device
         if rows.index.device != device:
             raise ValueError(
                 f"The batch is on {rows.index.device}, and the LLM on {device}: move the LLM before bayesian_lora(llm)."
             )
+        if rows.target is None:
+            raise ValueError("The batch has no answers (labels), which the loss needs: give the batches of batches().")
         with training_scope(self.blora):
             loss, terms = self.module(rows, weight_at(kl_weight, 0), validate=self._steps == 0)
         if not torch.isfinite(loss):

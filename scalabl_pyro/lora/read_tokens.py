@@ -30,11 +30,21 @@ class ReadPositions:
         self.positions = positions
 
     def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Return the arguments of the head, or None to leave them unchanged."""
+        """Return the arguments of the head, or None to leave them unchanged.
+
+        Raises:
+            ValueError: The input of the head is not one vector per token.
+        """
         positions = self.positions()
         if positions is None:
             return None
         hidden, *rest = args
+        if hidden.dim() != 3:
+            raise ValueError(
+                f"The output head gets hidden states of shape {tuple(hidden.shape)}, expected (rows, tokens, width). "
+                "So the tokens that a task reads cannot be found. Use another model: one such as ProphetNet, which "
+                "predicts several tokens at each place, does not work."
+            )
         return (_pick(hidden, positions), *rest)
 
 

@@ -92,6 +92,16 @@ def test_what_cannot_be_a_loss_is_refused():
         loss(batch)
 
 
+def test_a_sampler_decides_the_order_and_a_batch_without_answers_is_refused():
+    loss = setup()
+    sampler = torch.utils.data.SequentialSampler(loss.dataset)
+    first, *_ = loss.batches(batch_size=4, sampler=sampler)
+    assert first["row_index"].tolist() == [0, 1, 2, 3]
+    del first["labels"]
+    with pytest.raises(ValueError, match="has no answers"):
+        loss(first)
+
+
 def test_a_wrapped_llm_that_is_trained_again_goes_on_with_a_warning(caplog):
     loss = setup()
     plain_loop(loss, 1)

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from transformers import ProphetNetConfig, ProphetNetForConditionalGeneration
 
 import scalabl_pyro as sp
 from scalabl_pyro.lora.read_tokens import AtPositions, tokenwise_end
@@ -69,3 +70,15 @@ def test_experts_are_left_alone():
     block = torch.nn.Module()
     block.mlp = Experts()
     assert tokenwise_end([block]) is None and tokenwise_end([]) is None and tokenwise_end([torch.nn.Module()]) is None
+
+
+def test_a_head_that_predicts_several_tokens_at_each_place_is_refused():
+    sizes = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_encoder_layers": 1, "num_decoder_layers": 1}
+    heads = {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2, "max_position_embeddings": 64}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
+    config = ProphetNetConfig(vocab_size=len(tiny.VOCABULARY), hidden_size=16, **sizes, **heads, **tokens)
+    blora = sp.bayesian_lora(ProphetNetForConditionalGeneration(config).eval(), r=2)
+    task = sp.Completion(tiny.tokenizer(), encoder_decoder=True, end_token=False)
+    rows = [{"prompt": "the sky", "completion": " is blue"}, {"prompt": "the rose", "completion": " is red"}]
+    with pytest.raises(ValueError, match=r"expected \(rows, tokens, width\).* such as ProphetNet"):
+        sp.fit(blora, task, rows, num_steps=2, progress=False)
