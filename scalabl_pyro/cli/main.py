@@ -3,13 +3,15 @@
 import argparse
 import contextlib
 import logging
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as hf_logging
 
+from .._errors import nearest
 from .._version import __version__
 from ..posterior.engines import LIMITS
 from .doctor import doctor
@@ -62,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["doctor", "my_posterior"])
         0
     """
-    given = _parser().parse_args(arguments)
-    if given.command == "doctor" and given.model is not None and given.path is None:
-        _parser().error("--model compares a posterior with its base model, so the path of a posterior is needed too")
+    given = _parse(arguments)
     options = {name: value for name, value in vars(given).items() if name not in ("command", "run")}
     try:
         with _quiet_loading(), plain_warnings():
@@ -92,7 +92,29 @@ def _quiet_loading() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Parser of a command. It takes whole options only, because a shortened one may be a typo."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the words; an unknown option is named with the nearest known ones of its command."""
+    parser, commands = _parser()
+    given, unknown = parser.parse_known_args(arguments)
+    own = commands[given.command]
+    if unknown:
+        options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        advice = f" {nearest(options[0], re.findall('--[a-z-]+', own.format_help()))}" if options else ""
+        own.error(f"unknown: {' '.join(unknown)}.{advice} See scalabl-pyro {given.command} --help.")
+    if given.command == "doctor" and given.model is not None and given.path is None:
+        own.error("--model compares a posterior with its base model, so the path of a posterior is needed too")
+    return given
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Build the parser, and those of the commands by name."""
     parser = argparse.ArgumentParser(
         prog="scalabl-pyro",
         description="Bayesian LoRA: fit a posterior to a table, predict with it, judge it, export it, or check it.",
@@ -100,14 +122,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
     _add_doctor(commands)
     _add_fit(commands)
     _add_predict(commands)
     _add_evaluate(commands)
     _add_export(commands)
     _add_serve(commands)
-    return parser
+    return parser, commands.choices
 
 
 def _add_doctor(commands: Any) -> None:

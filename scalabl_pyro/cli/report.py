@@ -77,7 +77,7 @@ def _of_classes(found: Prediction, table: pd.DataFrame) -> tuple[Tables, Picture
         "Each class": ("Precision: how many of the rows with this prediction are right. Recall: how many of the rows "
                        "with this label are found.", per_class.reset_index()),
         "Confusion": ("A line is the label, a column the prediction.", counts.reset_index()),
-        "Confident mistakes": ("Wrong predictions with the largest probability. The label may be wrong.",
+        "Mistakes, the surest first": ("Wrong predictions with the largest probability. The label may be wrong.",
                                wrong.head(SHOWN)),
         "Most doubtful rows": ("Rows with the smallest probability of their prediction.", by_doubt.head(SHOWN)),
     }  # fmt: skip
@@ -113,7 +113,7 @@ def _of_label_sets(found: LabelSetPrediction, table: pd.DataFrame) -> tuple[Tabl
     by_doubt = table.sort_values("probability")
     wrong = table[[list(a) != list(b) for a, b in zip(table["prediction"], table["target"], strict=True)]]
     return {
-        "Confident mistakes": ("Wrong sets of labels with the largest probability. The labels may be wrong.",
+        "Mistakes, the surest first": ("Wrong sets of labels with the largest probability. The labels may be wrong.",
                                wrong.sort_values("probability", ascending=False).head(SHOWN)),
         "Most doubtful rows": ("Rows with the smallest probability of their set of labels.", by_doubt.head(SHOWN)),
     }, {}  # fmt: skip

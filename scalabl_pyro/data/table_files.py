@@ -76,6 +76,7 @@ def _opened(path: Path) -> Any:
 def _read_separated(path: Path, separator: str) -> list[Row]:
     """Read a CSV or TSV file with pandas."""
     try:
+        _check_separator(path, separator)
         _check_quotes(path, separator)
         # With a header, pandas would take the first field of each row as an index where rows have one field more.
         cells = pd.read_csv(
@@ -91,12 +92,24 @@ def _read_separated(path: Path, separator: str) -> list[Row]:
     columns = [name if isinstance(name, str) else f"Unnamed: {i}" for i, name in enumerate(cells.iloc[0])]
     if twice := [name for name in columns if columns.count(name) > 1]:
         raise ValueError(f"{path}: several columns are named {twice[0]!r}. Give each column its own name.")
-    if len(columns) == 1 and (found := [mark for mark in (";", "\t", ",", "|") if mark in columns[0]]):
-        raise ValueError(
-            f"{path} has one column, {columns[0]!r}: its columns seem to be separated by {found[0]!r}. Read it with "
-            f"pandas.read_csv(path, sep={found[0]!r}), and pass the table."
-        )
     return as_rows(cells[1:].set_axis(columns, axis=1).apply(_typed))
+
+
+def _check_separator(path: Path, separator: str) -> None:
+    """Check that the names in the first line are separated by the mark that the ending of the file tells.
+
+    Raises:
+        ValueError: They seem to be separated by another mark.
+    """
+    with _opened(path) as file:
+        names = file.readline(10_000).decode("utf-8", "replace").removeprefix("\ufeff").strip()
+    mark = next((mark for mark in (";", "\t", ",", "|") if mark in names), None)
+    if separator not in names and mark is not None:
+        raise ValueError(
+            f"{path} has one column, {names!r}: its columns seem to be separated by {mark!r}. Read it with table = "
+            f"pandas.read_csv(path, sep={mark!r}), and pass the table, or write a file with commas: "
+            "table.to_csv(other_path, index=False)."
+        )
 
 
 def _check_quotes(path: Path, separator: str) -> None:

@@ -107,7 +107,7 @@ class LabelSetPrediction(FromDensities, Scores):
         columns: dict[str, Any] = {"prediction": self._names(self.labels), "probability": np.exp(own)}
         columns |= {"total": self.total, "aleatoric": self.aleatoric, "epistemic": self.epistemic}
         columns |= {f"p({name})": self.probs[:, k] for k, name in enumerate(self.classes)}
-        frame = pd.DataFrame(columns | needs_review(1 - np.exp(own), review_above))
+        frame = pd.DataFrame(columns | needs_review(1 - np.exp(own), review_above, largest=1.0))
         if self.target is not None:
             names = self._names(np.asarray(self.target) == 1)
             known = self.is_answered

@@ -1,5 +1,6 @@
 """The predicted rows beside what was predicted: a table that one can read, sort and send to somebody."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -36,14 +37,21 @@ def beside_rows(found: pd.DataFrame, data: Any) -> pd.DataFrame:
     return pd.concat([rows, found.set_index(rows.index)], axis=1)
 
 
-def needs_review(uncertainty: NDArray[np.floating], limit: float | None) -> dict[str, NDArray[np.bool_]]:
+def needs_review(
+    uncertainty: NDArray[np.floating], limit: float | None, *, largest: float = math.inf
+) -> dict[str, NDArray[np.bool_]]:
     """Return the column ``needs_review``: whether an uncertainty is above a limit. No limit gives no column.
 
     Raises:
-        ValueError: The limit is not a number, or it is NaN.
+        ValueError: The limit is not a number, or it is NaN, or above ``largest``, so that no row could need a review.
     """
     if limit is None:
         return {}
     if not is_number(limit) or np.isnan(limit):
         raise ValueError(f"review_above={limit!r} must be a number: rows with a larger uncertainty need a review.")
+    if limit > largest:
+        raise ValueError(
+            f"review_above={limit!r} is above {largest:g}, the largest doubt that a row can have, so no row would need "
+            f"a review: give a limit below {largest:g}."
+        )
     return {"needs_review": uncertainty > limit}

@@ -149,7 +149,7 @@ class ClassScores(Scores):
         """
         check_flag(class_probs=class_probs)
         probs = self.probs
-        review = needs_review(1 - probs.max(1), review_above)
+        review = needs_review(1 - probs.max(1), review_above, largest=1.0)
         each = {f"p({name})": probs[:, i] for i, name in enumerate(self.classes)} if class_probs else {}
         frame = pd.DataFrame(
             {

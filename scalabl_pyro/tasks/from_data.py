@@ -175,6 +175,8 @@ def _kind(target: Column, *, is_causal: bool) -> tuple[type[Task], str]:
     if kind in ("classes", "truth values"):
         return classify, kind
     if kind == "whole numbers" and 2 <= len(target.classes) <= FEW_NUMBERS:
+        if len(target.classes) == 2:
+            return classify, "two whole numbers"
         return classify, "whole numbers; if they are ordered, pass task=OrderedClassification, or CountRegression"
     if kind in ("whole numbers", "numbers"):
         return Regression, kind

@@ -88,6 +88,11 @@ def test_the_class_names_of_a_parquet_file_are_kept(tmp_path):
 
 DAMAGED = {
     "other.csv": (b"note;class\na;b\n", r"one column, 'note;class': .*separated by ';'.*sep=';'"),
+    "semicolon.csv": (
+        b"note;class\nred, blue;1\ngold;0\n",
+        r"separated by ';'.*table.to_csv\(other_path",
+    ),
+    "quoted.csv": (b'\xef\xbb\xbfnote;class\n"red; blue";1\n', r"'note;class'.*separated by ';'"),
     "ragged.csv": (b"a,b\n1,2\n1,2,3\n", r"not a table.*line 3"),
     "comma.csv": (b"note,class\nred, blue,1\ngold, oil,0\n", r"not a table.*line 2.*stands in quotation marks"),
     "ends.csv": (b"note,class\nred,1,\noil,0,\n", r"not a table.*Expected 2 fields in line 2"),

@@ -80,6 +80,12 @@ def test_wrong_rows_and_limits_are_refused(make):
             make().to_frame(review_above=limit)
 
 
+def test_a_limit_above_every_doubt_of_classes_is_refused():
+    """30 instead of 0.3 would send no row to a person."""
+    with pytest.raises(ValueError, match="review_above=30 is above 1, the largest doubt that a row can have"):
+        prediction(np.array([0, 1, 2])).to_frame(review_above=30)
+
+
 def test_a_real_prediction_keeps_the_order_of_its_rows():
     rows = tiny.question_rows(8)
     task = sp.MultipleChoice(tiny.tokenizer())

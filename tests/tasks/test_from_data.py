@@ -54,7 +54,9 @@ def test_what_is_seen_is_said(caplog):
     assert "2 classes, 'grain', 'oil'; classes; 10 rows without an answer" in caplog.text
     guess(table(["1.5", "2"], "price"))
     assert "numbers that are written as texts" in caplog.text
-    guess(table([1, 2], "stars"))
+    guess(table([0, 1], "flag"))
+    assert "OrderedClassification" not in caplog.text  # two classes have no order to speak of
+    guess(table([1, 2, 3, 4], "stars"))
     assert "pass task=OrderedClassification, or CountRegression" in caplog.text
 
 

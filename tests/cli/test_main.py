@@ -1,0 +1,27 @@
+"""Words of the command line that are not known."""
+
+import re
+
+import pytest
+
+from scalabl_pyro.cli.main import main
+
+FIT = ["fit", "train.csv", "--model", "m", "--out", "post"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--lable", "kind"], r"unknown: --lable kind\. Did you mean '--label'"),
+        (["--num_steps=4"], r"unknown: --num_steps=4\. Did you mean '--num-steps'"),
+        (["--max-len", "4"], r"unknown: --max-len 4\. Did you mean '--max-length'"),  # no option by a part of its name
+        (["more.csv"], r"unknown: more\.csv\. See scalabl-pyro fit --help"),
+    ],
+    ids=range(4),
+)
+def test_an_unknown_option_is_named_with_the_nearest_one(words, text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*FIT, *words])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and not said.out
+    assert re.search(text, said.err)
