@@ -9,6 +9,9 @@ from .._errors import describe, is_number
 from .held_out_scores import NLL
 from .search_space import Range, Space, default_of
 
+#: Number of repeated proposals in a row after which a search ends.
+MAX_REPEATS = 200
+
 
 class Sampled:
     """Chooses the values of the next trial, by our own draws or by Optuna.
@@ -16,19 +19,33 @@ class Sampled:
     Args:
         space: What to search.
         options: Other arguments of ``fit``.
+        num_trials: Number of trials of the search.
         sampler: ``"random"``, ``"optuna"``, or a sampler object of Optuna.
         seed: Seed of the choice.
     """
 
-    def __init__(self, space: Space, options: Mapping[str, Any], *, sampler: Any, seed: int) -> None:
+    def __init__(self, space: Space, options: Mapping[str, Any], *, num_trials: int, sampler: Any, seed: int) -> None:
         self.space = space
         self.first = random_values(space, options, seed)
-        self.study: Any = None if sampler == "random" else _study(sampler, seed)
+        self.study: Any = None if sampler == "random" else _study(sampler, num_trials, seed)
         self._asked: Any = None
         self._count = 0
 
-    def next(self) -> dict[str, Any]:
-        """Choose the values of the next trial."""
+    def next(self, tried: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+        """Choose the values of the next trial. None if no values come that were not tried before.
+
+        Args:
+            tried: Trials so far, with their values. The same values would give the same training.
+        """
+        for _ in range(MAX_REPEATS):
+            chosen = self._choose()
+            same = [trial for trial in tried if all(trial[name] is v or trial[name] == v for name, v in chosen.items())]
+            if not same:
+                return chosen
+            self.tell(same[0])
+        return None
+
+    def _choose(self) -> dict[str, Any]:
         count, self._count = self._count, self._count + 1
         if self.study is None:
             return self.first(count)
@@ -49,13 +66,14 @@ class Sampled:
             self.study.tell(self._asked, state=optuna.trial.TrialState.FAIL)
 
 
-def _study(sampler: Any, seed: int) -> Any:
+def _study(sampler: Any, num_trials: int, seed: int) -> Any:
     try:
         import optuna
     except ImportError as error:
         raise ImportError(f"sampler={sampler!r} needs Optuna: pip install optuna, or use 'random'.") from error
     if sampler == "optuna":
-        sampler = optuna.samplers.TPESampler(seed=seed % 2**32)
+        at_random = min(10, -(-num_trials // 2))  # before it learns from the scores
+        sampler = optuna.samplers.TPESampler(n_startup_trials=at_random, seed=seed % 2**32)
     if not isinstance(sampler, optuna.samplers.BaseSampler):
         raise TypeError(f"sampler is {describe(sampler)}, expected 'random', 'optuna', or a sampler of Optuna.")
     verbosity = optuna.logging.get_verbosity()

@@ -93,8 +93,9 @@ def tune(
         search: By the name of an argument of ``fit``: a tuple ``(low, high)`` of two positive numbers, drawn at equal
             density of their logarithms (whole numbers if both are), or a list of values. ``"optimizer.lr_scale"`` names
             an option of a group. Default: ``{"lr": (2e-3, 3.2e-2), "num_steps": [100, 300, 1000]}``.
-        num_trials: Number of trials.
-        sampler: ``"random"``; ``"optuna"`` for its TPE sampler; or a sampler object of Optuna.
+        num_trials: Number of trials. No values are tried twice, so lists may end a search earlier.
+        sampler: ``"random"``; ``"optuna"`` for its TPE sampler, which draws the first half of the
+            trials at random, 10 at most; or a sampler object of Optuna.
         seed: Seed of the choice of values, and of every trial.
         progress: Whether to show a bar over the trials.
         options: Further arguments of :func:`scalabl_pyro.fit`, the same in all trials.
@@ -126,13 +127,15 @@ def tune(
         raise ValueError(f"{fixed[0]}= cannot be passed to tune: {FIXED[fixed[0]]}.")
     space, seed = search_space(SEARCH if search is None else search), as_seed(seed)
     rows = [list(data) if isinstance(data, Iterator) else data for data in (train_data, eval_data)]
-    sampled = Sampled(space, options, sampler=sampler, seed=derive_seed(seed, "search"))
+    sampled = Sampled(space, options, num_trials=num_trials, sampler=sampler, seed=derive_seed(seed, "search"))
     trials: list[dict[str, Any]] = []
     with _as_before(blora, task), _interruptible(trials) as interrupts:
         choose_start(blora, task, reset=True)
         starts = copy_task(task), copy.deepcopy(blora.prior), copy.deepcopy(options)
         for _ in tqdm(range(num_trials), desc="tune", disable=not progress):
-            chosen = sampled.next()
+            chosen = sampled.next(trials)
+            if chosen is None:
+                break
             trial = _run(blora.adapter, starts, rows, chosen, seed=seed)
             if interrupts:  # fit has returned what this trial had learned so far
                 raise KeyboardInterrupt
@@ -178,7 +181,7 @@ def _result(trials: list[dict[str, Any]], space: Space) -> TuneResult:
     complete = [trial for trial in trials if trial["state"] == "complete"]
     if not complete:
         reasons = "; ".join(f"{ {name: t[name] for name in space} }: {t['reason']}" for t in trials)
-        raise TrainingError(f"None of {len(trials)} trials has a finite NLL. {reasons}")
+        raise TrainingError(f"No trial of {len(trials)} has a finite NLL. {reasons}")
     best = min(complete, key=lambda trial: trial[NLL])
     notes = tuple(filter(None, (_at_an_end(name, best[name], [t[name] for t in complete]) for name in space)))
     for note in notes:

@@ -59,7 +59,7 @@ def test_a_setting_that_matters_is_found():
     options = {"num_steps": 60, "batch_size": 8, "progress": False, "lr_A": 1e-2}
     task = sp.MultipleChoice(tiny.tokenizer())
     found = sp.tune(blora, task, TRAIN, HELD_OUT, search={"lr": rates}, num_trials=9, **options)
-    assert set(found.trials["lr"]) == set(rates)
+    assert sorted(found.trials["lr"]) == rates  # none twice
     assert found.best == {"lr": 3e-2}
 
 
@@ -84,9 +84,9 @@ def test_a_trial_that_is_not_finite_fails_with_its_reason_and_the_search_goes_on
     options = SHORT | {"num_steps": 8}
     found = sp.tune(blora, task, TRAIN, HELD_OUT, search={"lr": [1e-3, 1e38]}, num_trials=6, **options)
     failed = found.trials[found.trials["state"] == "failed"]
-    assert 0 < len(failed) < 6 and set(failed["lr"]) == {1e38} and found.best == {"lr": 1e-3}
+    assert failed["lr"].tolist() == [1e38] and found.best == {"lr": 1e-3}
     assert failed["eval_nll"].isna().all() and failed["reason"].str.contains("step").all()
-    with pytest.raises(sp.TrainingError, match=r"None of 2 trials has a finite NLL. .*1e\+38"):
+    with pytest.raises(sp.TrainingError, match=r"No trial of 1 has a finite NLL. .*1e\+38"):
         sp.tune(blora, task, TRAIN, HELD_OUT, search={"lr": [1e38]}, num_trials=2, **options)
     assert torch.equal(state(blora, task), before)
 
