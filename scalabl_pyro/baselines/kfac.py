@@ -86,6 +86,11 @@ def record(function: Function, task: Task, batch: Batch, factors: Factors) -> tu
     if len(kept.inputs) != 2 * len(factors):
         raise ValueError("Some adapted layers did not run in the forward pass: leave them out of target_modules.")
     for number, x in kept.inputs.items():
+        if len(x) > len(batch) and len(x) % len(batch) == 0:
+            raise ValueError(
+                f"Kronecker factors need one sequence per row, but {type(task).__name__} reads {len(x)} sequences for "
+                f"{len(batch)} rows, such as windows of a text or names of classes: use a task that reads one."
+            )
         if len(x) != len(batch):
             raise ValueError(
                 f"Layer {llm.adapter.subspace.names[number // 2]!r} sees {len(x)} rows where the batch has "

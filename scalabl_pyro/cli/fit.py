@@ -19,6 +19,7 @@ from ..model.bayesian_lora import bayesian_lora
 from ..tasks.base import Task
 from ..tasks.from_data import from_data
 from ..tasks.text import TextTask
+from ..tasks.windows import Rule
 from ..training.fit import fit as fit_posterior
 from .fitted import tell
 from .held_out import check_options, hold_out, in_words_of_the_command
@@ -33,6 +34,8 @@ def fit(
     text: str | None,
     label: str | None,
     max_length: int | None,
+    windows: Rule | None,
+    overlap: int | None,
     num_steps: int,
     batch_size: int,
     rank: int,
@@ -53,6 +56,8 @@ def fit(
         text: Column of the text; None guesses it.
         label: Column of the answer; None guesses it.
         max_length: Longest text in tokens; None cuts nothing.
+        windows: Rule that combines the windows of a longer text; None reads no windows.
+        overlap: Tokens that a window shares with the one before it; None is 0.
         num_steps: Number of optimizer steps.
         batch_size: Rows per step.
         rank: Rank of the LoRA layers.
@@ -79,6 +84,7 @@ def fit(
     with reading(model):
         tokenizer, shape = _tokenizer(model), _shape(model)
     named: dict[str, Any] = {"text": text, "target": label, "max_length": max_length}
+    named |= {"windows": windows, "overlap": overlap}
     task = from_data(tokenizer, rows, llm=shape, **{name: value for name, value in named.items() if value is not None})
     held_out = hold_out(rows, eval_data, task, data=data, seed=seed)
     with reading(model):

@@ -154,6 +154,13 @@ def _add_fit(commands: Any) -> None:
     own.add_argument("--text", help="column of the text (default: guessed)")
     own.add_argument("--label", help="column of the answer (default: guessed)")
     own.add_argument("--max-length", type=int, help="longest text in tokens; longer texts are cut (default: no limit)")
+    own.add_argument(
+        "--windows",
+        choices=("logits", "probs"),
+        help="read a longer text in windows of --max-length tokens, and average their logits or their probabilities "
+        "(models with a classification head)",
+    )
+    own.add_argument("--overlap", type=int, help="tokens that a window shares with the one before it (default: 0)")
     own.add_argument("--num-steps", type=int, default=1000, help="optimizer steps (default: 1000)")
     own.add_argument("--batch-size", type=int, default=16, help="rows per step (default: 16)")
     own.add_argument("--rank", type=int, default=8, help="rank of the LoRA layers (default: 8)")

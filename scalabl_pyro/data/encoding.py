@@ -94,9 +94,10 @@ def encode(rows: Iterable[Row], encode_row: Callable[[Row], Example], *, need_ta
     if cut := sum(example.is_cut for example in examples):
         logger.warning(
             "%d of %d rows were longer than max_length and lost a part of their text. "
-            "To keep it, increase max_length of the task, or read windows: SequenceClassification(windows='logits').",
+            "To keep it, increase max_length of the task%s.",
             cut,
             len(examples),
+            ", or read such texts in windows: windows='logits'" if form.has_windows else "",
         )
     note_columns(rows, form, examples)
     return examples
@@ -136,7 +137,7 @@ def _check_example(example: Example, where: str) -> None:
 
 
 @known_arguments
-def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> None:
+def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int, *, window_length: int | None = None) -> None:
     """Check that ``llm`` has an embedding for every token and a position for the longest example.
 
     Without this check, the forward pass would fail. On a GPU, that breaks all later CUDA calls.
@@ -145,6 +146,7 @@ def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> No
         examples: Tokenized rows.
         llm: The LLM. A module without input embeddings or without a table of positions passes that part of the check.
         pad_token_id: Token that fills shorter rows.
+        window_length: Largest number of tokens that the LLM reads at a time. None: it reads whole examples.
 
     Raises:
         ValueError: A token has no embedding, or an example is longer than the table of positions.
@@ -156,7 +158,7 @@ def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> No
         >>> llm = LlamaForCausalLM(config)
         >>> check_tokens([Example({"input_ids": [3, 9]})], llm, pad_token_id=0)
     """
-    _check_lengths(examples, llm)
+    _check_lengths(examples, llm, window_length)
     embeddings = input_embeddings(llm)
     size = getattr(embeddings, "num_embeddings", None)
     if size is None:
@@ -175,23 +177,25 @@ def check_tokens(examples: Sequence[Example], llm: Any, pad_token_id: int) -> No
             )
 
 
-def _check_lengths(examples: Sequence[Example], llm: Any) -> None:
+def _check_lengths(examples: Sequence[Example], llm: Any, window_length: int | None) -> None:
     """Check that no example is longer than the table of positions. Warn if one is longer than in the LLM's training."""
     if not examples:
         return
     i = max(range(len(examples)), key=lambda i: len(examples[i]))
     length, limit, trained = len(examples[i]), position_limit(llm), trained_positions(llm)
+    length, what = (length, "") if window_length is None else (min(length, window_length), " in a window")
     if limit is not None and length > limit:
         raise ValueError(
-            f"Row {i} has {length} tokens, but the model has positions for {limit} tokens only. Pass "
+            f"Row {i} has {length} tokens{what}, but the model has positions for {limit} tokens only. Pass "
             f"max_length={limit} or less to the task, which cuts longer texts, or shorten the rows."
         )
     if trained is not None and length > trained:
         logger.warning(
-            "Row %d has %d tokens, but the model was made for %d tokens, so its output may be poor. Pass max_length=%d "
-            "to the task to cut longer texts.",
+            "Row %d has %d tokens%s, but the model was made for %d tokens, so its output may be poor. Pass "
+            "max_length=%d to the task to cut longer texts.",
             i,
             length,
+            what,
             trained,
             trained,
         )

@@ -14,12 +14,14 @@ class RowForm:
         names: Names of the fields: first the text, last the answer. Empty if they are not known.
         num_answers: Number of fields of the answer.
         writes: Whether the task writes answers with ``generate``, and has no ``predict``.
+        has_windows: Whether the task can read a long text in windows.
     """
 
     task: str = ""
     names: Sequence[str] = ()
     num_answers: int = 1
     writes: bool = False
+    has_windows: bool = False
 
     @property
     def texts(self) -> Sequence[str]:
@@ -70,7 +72,8 @@ def form_for(encode_row: Callable[..., Any]) -> RowForm:
     if names is None:
         return ANY_FORM
     writes = bool(getattr(task, "scores_only", False))
-    return RowForm(type(task).__name__, tuple(names), getattr(task, "num_answers", 1), writes)
+    has_windows = "windows" in getattr(task, "options", ()) and getattr(task, "text_pair", None) is None
+    return RowForm(type(task).__name__, tuple(names), getattr(task, "num_answers", 1), writes, has_windows)
 
 
 def _in_words(names: Sequence[str]) -> str:

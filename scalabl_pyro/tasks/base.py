@@ -68,6 +68,8 @@ class Task(Summarized, Program):
     scores_only = False
     #: Names of the classes. None for a likelihood over numbers.
     classes: Sequence[ClassName] | None = None
+    #: Largest number of tokens that the LLM reads at a time. None: it reads whole rows.
+    window_length: int | None = None
     #: What :func:`scalabl_pyro.tasks.from_data` guessed from a table, in words.
     guessed: str | None = None
 
@@ -129,7 +131,7 @@ class Task(Summarized, Program):
         Raises:
             ValueError: A token has no embedding, or an example is longer than the LLM's table of positions.
         """
-        check_tokens(examples, adapter.module, self.pad_token_id)
+        check_tokens(examples, adapter.module, self.pad_token_id, window_length=self.window_length)
 
     def check_use(self, call: str) -> None:
         """Refuse a call that needs what the likelihood does not have. By default, nothing is refused.

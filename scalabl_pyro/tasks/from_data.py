@@ -102,9 +102,11 @@ def from_data(
     is_causal = module is not None and output_head(module) is not None
     known = _known_form(columns) if task is None and not {"text", "target"} & set(options) else None
     if known is not None:
+        _check_windows(known, options)
         return _say(known(tokenizer, **options), "its rows have the fields of this task")
     target = _target(columns, options)
     kind, why = (task, "as you say") if task is not None else _kind(target, is_causal=is_causal)
+    _check_windows(kind, options)
     given: dict[str, Any] = {"text": _text(columns, target, options), "target": target.name, **options}
     if kind in WITH_CLASSES and "classes" not in given:
         names = _levels(target, data) if kind is OrderedClassification else _order(target.classes, module)
@@ -117,6 +119,16 @@ def from_data(
             )
         given["classes"] = names
     return _say(kind(tokenizer, **given), _reason(given, target, why))
+
+
+def _check_windows(kind: type[Task], options: Mapping[str, Any]) -> None:
+    """Refuse windows where the task reads none."""
+    given = [f"{name}={options[name]!r}" for name in ("windows", "overlap") if name in options]
+    if given and "windows" not in kind.options:
+        raise ValueError(
+            f"{given[0]}: {kind.__name__} reads whole texts. Load a model with a classification head for windows, or "
+            "leave them out; max_length= then cuts longer texts."
+        )
 
 
 def _known_form(columns: Mapping[str, Column]) -> type[Task] | None:

@@ -59,8 +59,8 @@ class RobustRegression(Regression):
     Args:
         tokenizer: A Hugging Face tokenizer with a pad token.
         df: Degrees of freedom, more than 2. With more of them, the noise comes closer to a normal distribution.
-        options: ``noise_scale`` (initial scale of the noise), ``standardize``, ``text``, ``text_pair``, ``target`` and
-            ``max_length``, as for :class:`~scalabl_pyro.Regression`.
+        options: ``noise_scale`` (initial scale of the noise), ``standardize``, ``text``, ``text_pair``, ``target``,
+            ``max_length``, ``windows="logits"`` and ``overlap``, as for :class:`~scalabl_pyro.Regression`.
 
     Raises:
         TypeError: ``tokenizer`` is not a Hugging Face tokenizer.

@@ -13,14 +13,13 @@ from ..data.batch import Batch, Example
 from ..data.labels import ClassName, as_classes, class_index
 from ..data.model_names import check_model_names
 from ..data.rows import Row
-from ..lora.adapter import Adapter
 from ..lora.forward import LatentLLM
 from ..lora.targets import text_config
 from .base import Task
 from .choice_columns import check_column
 from .fields import text_of
 from .weighted_categorical import WeightedCategorical, balanced_weights, check_class_weights
-from .windows import Rule, check_windows, combine, each_window, split_windows, windows_of
+from .windows import Rule, check_windows, combine, context_of, split_windows, windows_of
 
 
 class TextTask(Task):
@@ -44,6 +43,8 @@ class TextTask(Task):
         overlap: int = 0,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
+        if windows is not None and max_length is None:
+            self.max_length = context_of(tokenizer)
         has_pair = text_pair is not None
         self.overlap = check_windows(windows, overlap, self.max_length, can_mix=self.can_mix_windows, has_pair=has_pair)
         self.windows = windows
@@ -52,14 +53,19 @@ class TextTask(Task):
         self.text, self.text_pair, self.target = text, text_pair, target
 
     @property
+    def window_length(self) -> int | None:  # type: ignore[override]
+        """Number of tokens of a window. None if the task reads whole texts."""
+        return None if self.windows is None else self.max_length
+
+    @property
     def row_fields(self) -> Sequence[str]:  # type: ignore[override]
         """Names of the fields of a row."""
         return [name for name in (self.text, self.text_pair, self.target) if name is not None]
 
     def encode(self, row: Row) -> Example:
         """Tokenize the text or the pair of texts: cut at ``max_length`` tokens, or in windows of so many."""
-        if self.windows is not None and self.max_length is not None:
-            found = windows_of(self.tokenizer, text_of(row, self.text), self.max_length, self.overlap)
+        if self.window_length is not None:
+            found = windows_of(self.tokenizer, text_of(row, self.text), self.window_length, self.overlap)
             return Example(found, self.answer_of(row))
         texts = [text_of(row, name) for name in (self.text, self.text_pair) if name is not None]
         encoded = self.tokenizer(*texts, truncation=self.max_length is not None, max_length=self.max_length)
@@ -85,19 +91,13 @@ class TextTask(Task):
                 f"The model pads with token {pads}, the tokenizer with {self.pad_token_id}, so the model would not "
                 "find the last real token: set model.config.pad_token_id = tokenizer.pad_token_id."
             )
-        size = self.max_length
+        size = self.window_length
         if self.windows is None or size is None or batch.inputs["input_ids"].shape[1] <= size:
             return super().outputs(llm, batch, s)
         rows, lengths = split_windows(batch, size, self.pad_token_id)
         if s.dim() > 1 and s.shape[-2] > 1:
             s = s.repeat_interleave(lengths.shape[1], dim=-2)
         return combine(super().outputs(llm, rows, s), lengths, self.windows)
-
-    def check_llm(self, adapter: Adapter, examples: Sequence[Example]) -> None:
-        """Check that an LLM can read examples of this task; see :meth:`Task.check_llm`."""
-        if self.windows is not None and self.max_length is not None:
-            examples = [window for example in examples for window in each_window(example, self.max_length)]
-        super().check_llm(adapter, examples)
 
     def _summary(self) -> dict[str, object]:
         """Options that have a value; an overlap only where there are windows."""
@@ -125,7 +125,8 @@ class SequenceClassification(TextTask):
         max_length: Number of tokens of the longest text. A longer text loses its end. Default: texts are not cut.
         windows: How a longer text is read as windows of ``max_length`` tokens, instead of losing its end. ``"logits"``
             averages the logits of its windows, ``"probs"`` their probabilities, each window with its share of the
-            tokens. A row stays one observation. Default: no windows.
+            tokens, also those of the overlap. A row stays one observation. Without ``max_length``, a window has as many
+            tokens as the tokenizer's ``model_max_length``. Default: no windows.
         overlap: Number of tokens that a window shares with the one before it.
         class_weights: Weight of the log likelihood of each class, or ``"balanced"`` for N / (C * N_c) with the counts
             of the first fit. Inference then has a weighted likelihood, also in ``laplace``, ``mcmc`` and ``loo``:

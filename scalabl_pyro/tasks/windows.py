@@ -24,8 +24,10 @@ from torch import Tensor
 
 from .._errors import check_choice
 from .._values import integer
-from ..data.batch import Batch, Example
+from ..data.batch import Batch
 
+#: Numbers of tokens from here on mean that a tokenizer does not know the length of a text that its model reads.
+UNLIMITED = 10**9
 #: How the outputs of windows are combined.
 Rule = Literal["logits", "probs"]
 
@@ -55,7 +57,10 @@ def check_windows(windows: Any, overlap: Any, max_length: int | None, *, can_mix
         return 0
     check_choice("windows", windows, ("logits", "probs"))
     if max_length is None:
-        raise ValueError(f"windows={windows!r} needs max_length=, the number of tokens of a window.")
+        raise ValueError(
+            f"windows={windows!r} needs max_length=, the number of tokens of a window, because this tokenizer does not "
+            "say how many tokens its model reads."
+        )
     if size >= max_length:
         raise ValueError(f"overlap={overlap!r} must be smaller than max_length={max_length}, the tokens of a window.")
     if has_pair:
@@ -63,6 +68,12 @@ def check_windows(windows: Any, overlap: Any, max_length: int | None, *, can_mix
     if windows == "probs" and not can_mix:
         raise ValueError("windows='probs' needs one class per row: use windows='logits'.")
     return size
+
+
+def context_of(tokenizer: Any) -> int | None:
+    """Return the number of tokens that the model of a tokenizer reads, as the tokenizer says; None if it does not."""
+    found = integer(getattr(tokenizer, "model_max_length", None))
+    return None if found is None or not 0 < found < UNLIMITED else found
 
 
 def windows_of(tokenizer: Any, text: str, max_length: int, overlap: int) -> dict[str, list[int]]:
@@ -95,18 +106,6 @@ def windows_of(tokenizer: Any, text: str, max_length: int, overlap: int) -> dict
         )
     left_out = ("attention_mask", "overflow_to_sample_mapping")
     return {name: [*chain(*parts)] for name, parts in found.items() if name not in left_out}
-
-
-def each_window(example: Example, size: int) -> list[Example]:
-    """Return the windows of a row as rows of their own.
-
-    Example:
-        >>> from scalabl_pyro.data import Example
-        >>> [len(window) for window in each_window(Example({"input_ids": [5, 6, 7, 8, 9]}, 0), 2)]
-        [2, 2, 1]
-    """
-    starts = range(0, max(len(example), 1), size)
-    return [replace(example, inputs={k: v[i : i + size] for k, v in example.inputs.items()}) for i in starts]
 
 
 def split_windows(batch: Batch, size: int, pad_token_id: int) -> tuple[Batch, Tensor]:

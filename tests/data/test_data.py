@@ -188,7 +188,7 @@ def test_rows_that_lost_text_are_counted_in_one_warning(caplog):
         encode(rows, encode_ids, need_target=False)
     assert [record.getMessage() for record in caplog.records] == [
         "2 of 5 rows were longer than max_length and lost a part of their text. "
-        "To keep it, increase max_length of the task, or read windows: SequenceClassification(windows='logits')."
+        "To keep it, increase max_length of the task."
     ]
     caplog.clear()
     encode(rows[2:], encode_ids, need_target=False)

@@ -14,7 +14,7 @@ import scalabl_pyro as sp
 from scalabl_pyro import tasks
 from scalabl_pyro._process.random_state import derive_seed
 from scalabl_pyro.data import TrainingBatches, collate
-from scalabl_pyro.tasks.windows import combine, each_window, split_windows, windows_of
+from scalabl_pyro.tasks.windows import combine, split_windows, windows_of
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 CLASSES = ["a", "b", "c"]
@@ -171,7 +171,8 @@ def test_windows_of_a_batch_have_their_lengths_and_no_empty_attention():
     batch = collate(examples, range(5), task.pad_token_id)
     rows, lengths = split_windows(batch, SIZE, task.pad_token_id)
     assert lengths.sum(1).tolist() == [len(example) for example in examples]
-    expected = [window.inputs["input_ids"] for example in examples for window in each_window(example, SIZE)]
+    whole = [example.inputs["input_ids"] for example in examples]
+    expected = [ids[i : i + SIZE] for ids in whole for i in range(0, len(ids), SIZE)]
     real = rows.inputs["input_ids"][lengths.flatten() > 0]
     masks = rows.inputs["attention_mask"][lengths.flatten() > 0]
     assert [row[mask.bool()].tolist() for row, mask in zip(real, masks, strict=True)] == expected

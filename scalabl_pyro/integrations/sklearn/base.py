@@ -15,6 +15,7 @@ from ..._values import integer
 from ...model.bayesian_lora import bayesian_lora
 from ...posterior.posterior import Posterior
 from ...tasks import Task
+from ...tasks.windows import Rule
 from ...training.fit import fit
 from .base_model import load_base, separate_trained
 from .inputs import FIELDS, Texts, check_lengths, read_texts
@@ -34,6 +35,8 @@ class TextEstimator(BaseEstimator):
         tokenizer: Any = None,
         text_columns: Any = None,
         max_length: int | None = None,
+        windows: Rule | None = None,
+        overlap: int = 0,
         r: int | None = None,
         lora_alpha: float | None = None,
         target_modules: Any = None,
@@ -56,6 +59,8 @@ class TextEstimator(BaseEstimator):
         self.tokenizer = tokenizer
         self.text_columns = text_columns
         self.max_length = max_length
+        self.windows = windows
+        self.overlap = overlap
         self.r = r
         self.lora_alpha = lora_alpha
         self.target_modules = target_modules
@@ -109,7 +114,9 @@ class TextEstimator(BaseEstimator):
             del self.text_columns_
 
     def _task_options(self, texts: Texts) -> dict[str, Any]:
-        return {"max_length": self.max_length, "text_pair": FIELDS[1] if len(texts.columns) == 2 else None}
+        pair = FIELDS[1] if len(texts.columns) == 2 else None
+        own = {"max_length": self.max_length, "windows": self.windows, "overlap": self.overlap}
+        return {**own, "text_pair": pair}
 
     def _draws(self, X: Any, answers: Sequence[Any] | None = None, *, keep_draws: bool) -> Any:
         """Predict under the draws of this estimator."""

@@ -31,6 +31,9 @@ class ScalaBLClassifier(ClassifierMixin, TextEstimator):
         text_columns: Column of a DataFrame that holds the text, or a list of the two columns of a pair of texts. None
             means the only column.
         max_length: Number of tokens of the longest text. A longer text loses its end. None: texts are not cut.
+        windows: ``"logits"`` or ``"probs"`` read a longer text in windows, see
+            :class:`~scalabl_pyro.SequenceClassification`. The regressor has ``"logits"`` only.
+        overlap: Number of tokens that a window shares with the one before it.
         r: Rank, see :func:`scalabl_pyro.bayesian_lora`. So are ``lora_alpha``, ``target_modules`` and ``prior``.
         lora_alpha: Numerator of the scale of the LoRA update.
         target_modules: Layers to adapt.
