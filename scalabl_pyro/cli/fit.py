@@ -80,6 +80,7 @@ def fit(
     check_options(eval_data, eval_every=eval_every, patience=patience)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out {out} exists and is not empty: choose a new directory.")
+    place = device_of(device)
     rows = read_rows(data)
     with reading(model):
         tokenizer, shape = _tokenizer(model), _shape(model)
@@ -88,8 +89,8 @@ def fit(
     task = from_data(tokenizer, rows, llm=shape, **{name: value for name, value in named.items() if value is not None})
     held_out = hold_out(rows, eval_data, task, data=data, seed=seed)
     with reading(model):
-        llm = _llm(model, task, tokenizer).to(device_of(device))
-    blora = bayesian_lora(llm, r=rank, seed=seed)
+        llm = _llm(model, task, tokenizer)
+    blora = bayesian_lora(llm.to(place), r=rank, seed=seed)
     options: Any = {"num_steps": num_steps, "batch_size": batch_size, "seed": seed, "progress": not as_json}
     if held_out.rows is not None:
         options |= {"eval_data": held_out.rows, "eval_every": eval_every, "patience": patience}

@@ -38,22 +38,11 @@ def base_model(config: SavedConfig, model: str) -> nn.Module:
     return kind.from_pretrained(model, dtype="auto", trust_remote_code=False)
 
 
-class NoDevice(ValueError):
-    """There is no device of a name."""
-
-
 @contextmanager
 def reading(model: str) -> Iterator[None]:
     """Name the base model in errors of transformers that cannot read it."""
     try:
         yield
-    except NoDevice:
-        raise
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights of the base model {model} do not have the shapes that the posterior needs, such as the "
-            "number of outputs of its head. Give the model that the posterior was fitted on with --model."
-        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the base model {model} cannot be read: {error} Give its hub name or its directory with --model."
@@ -73,8 +62,16 @@ def load_posterior(path: Path, model: str, device: str) -> Posterior:
             device.
     """
     config, place = read_config(path), device_of(device)
-    with reading(model):
-        llm = base_model(config, model)
+    try:
+        with reading(model):
+            llm = base_model(config, model)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of the base model {model} do not have the shapes that the posterior needs, such as the "
+            "number of outputs of its head. Give the model that the posterior was fitted on with --model."
+        ) from error
     return Posterior.from_pretrained(llm.to(place).eval(), path)
 
 
@@ -107,7 +104,7 @@ def device_of(name: str) -> str:
     """Return the name of a device; ``"auto"`` is a GPU if there is one.
 
     Raises:
-        NoDevice: torch has no such device.
+        ValueError: torch has no such device.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,5 +112,5 @@ def device_of(name: str) -> str:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise NoDevice(f"--device {name} cannot be used ({reason}). Give cpu, cuda, cuda:1, or auto.") from error
+        raise ValueError(f"--device {name} cannot be used ({reason}). Give cpu, cuda, cuda:1, or auto.") from error
     return name

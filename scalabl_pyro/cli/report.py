@@ -78,7 +78,7 @@ def _of_classes(found: Prediction, table: pd.DataFrame) -> tuple[Tables, Picture
                        "with this label are found.", per_class.reset_index()),
         "Confusion": ("A line is the label, a column the prediction.", counts.reset_index()),
         "Mistakes, the surest first": ("Wrong predictions with the largest probability. The label may be wrong.",
-                               wrong.head(SHOWN)),
+                                       wrong.head(SHOWN)),
         "Most doubtful rows": ("Rows with the smallest probability of their prediction.", by_doubt.head(SHOWN)),
     }  # fmt: skip
     pictures = {
@@ -114,7 +114,7 @@ def _of_label_sets(found: LabelSetPrediction, table: pd.DataFrame) -> tuple[Tabl
     wrong = table[[list(a) != list(b) for a, b in zip(table["prediction"], table["target"], strict=True)]]
     return {
         "Mistakes, the surest first": ("Wrong sets of labels with the largest probability. The labels may be wrong.",
-                               wrong.sort_values("probability", ascending=False).head(SHOWN)),
+                                       wrong.sort_values("probability", ascending=False).head(SHOWN)),
         "Most doubtful rows": ("Rows with the smallest probability of their set of labels.", by_doubt.head(SHOWN)),
     }, {}  # fmt: skip
 

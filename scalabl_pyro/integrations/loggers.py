@@ -55,18 +55,14 @@ class TrainerLog:
         every: int = 1,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        from transformers import TrainerControl, TrainerState, TrainingArguments
+        from transformers import TrainingArguments
 
         check_count(every=every)
         self.callback = callback
         self.every = every
         self.arguments = TrainingArguments(output_dir=str(output_dir), report_to=[], **(arguments or {}))
-        first = current_processes().is_first
-        self._new_state: Any = lambda: TrainerState(is_local_process_zero=first, is_world_process_zero=first)
-        self.state = self._new_state()
-        self._new_control: Any = TrainerControl
-        self.control = self._new_control()
         self._has_begun = False
+        self._start_anew()
 
     def __call__(self, row: Mapping[str, float]) -> bool:
         """Pass a row of the history on.
@@ -86,7 +82,8 @@ class TrainerLog:
             )
             self.close()
         if not self._has_begun:
-            self._has_begun, self.state, self.control = True, self._new_state(), self._new_control()
+            self._start_anew()
+            self._has_begun = True
             self._call("on_init_end")
             self._call("on_train_begin")
         self.state.global_step = int(row["step"]) + 1
@@ -111,6 +108,13 @@ class TrainerLog:
 
     def __exit__(self, *error: Any) -> None:
         self.close()
+
+    def _start_anew(self) -> None:
+        from transformers import TrainerControl, TrainerState
+
+        first = current_processes().is_first
+        self.state = TrainerState(is_local_process_zero=first, is_world_process_zero=first)
+        self.control = TrainerControl()
 
     def _call(self, event: str, **values: Any) -> None:
         found = getattr(self.callback, event)(self.arguments, self.state, self.control, **values)

@@ -1,7 +1,6 @@
 """The ELBO of a data set as a loss module, for a training loop of one's own: Lightning, accelerate, or plain torch."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from ..model.bayesian_lora import BayesianLoRA
 from ..posterior.posterior import Posterior
 from ..tasks import Task
 from ..training.objective import weight_at
-from ..training.optimizer import parameter_groups
 from ..training.options import DrawsPerBatch, OptimizerOptions, TrainingOptions
-from ..training.result import unit_rows
+from ..training.result import snapshot
 from ..training.scope import training_scope
 from .trainer.inputs import Collator, EncodedRows, as_batch
 from .trainer.records import describe_training
@@ -141,10 +139,7 @@ class ElboLoss(nn.Module):
             >>> [group["name"] for group in loss.parameter_groups()]
             ['A', 'B', 'loc', 'scale']
         """
-        own = self.options
-        rates = {"lr": own.lr, "lr_A": own.lr_A, "lr_loc": own.lr_loc, "lr_scale": own.optimizer.lr_scale}
-        model, guide = self.module.objective.model, self.module.guide
-        return parameter_groups(model, guide, weight_decay=own.optimizer.weight_decay, **rates)
+        return self.module.parameter_groups(self.options)
 
     def forward(self, batch: Mapping[str, Tensor], kl_weight: float = 1.0) -> dict[str, Tensor]:
         """Compute the loss of a batch, with noise of its own.
@@ -192,7 +187,6 @@ class ElboLoss(nn.Module):
         )
         left_out = ("seconds", "batch_size")  # the loop knows them
         known = {name: value for name, value in record.items() if name not in left_out}
-        captured = Posterior.capture(self.blora, self.module.objective.model.task, self.module.guide, provenance=known)
-        found = replace(captured, factors=unit_rows(self.blora.adapter, captured.factors))
+        found = snapshot(self.blora, self.module.objective.model.task, self.module.guide, known)
         self.blora.adapter.rest_at(found.mean())
         return found

@@ -183,8 +183,8 @@ def _run(
     blora = program.model.blora
     with training_scope(blora, gradient_checkpointing=options.hardware.gradient_checkpointing), signals:
         _begin(program, trainer, checkpoints)
-        error = train(trainer, checkpoints, num_steps=options.num_steps, stop=stop, progress=progress)
-    return make_result(program, trainer, error)
+        error, is_interrupted = train(trainer, checkpoints, num_steps=options.num_steps, stop=stop, progress=progress)
+    return make_result(program, trainer, error, is_interrupted=is_interrupted)
 
 
 def _begin(program: TrainingProgram, trainer: Trainer, checkpoints: Checkpoints) -> None:

@@ -1,7 +1,7 @@
 """What a training returns: the frozen posterior and its history, or an error that holds them."""
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -39,6 +39,7 @@ class FitResult:
         warnings: What is wrong with the end of the training, one sentence each: the loss or the NLL is above its start,
             or one class is predicted for all recent rows. Empty if neither was seen.
         settled: Whether loss, guide and steps had settled at the end, and what to change, in one line.
+        interrupted: Whether Ctrl-C ended the training.
 
     Example:
         >>> result = scalabl_pyro.fit(blora, task, rows, num_steps=100)
@@ -49,6 +50,7 @@ class FitResult:
     history: pd.DataFrame
     warnings: tuple[str, ...] = ()
     settled: str = ""
+    interrupted: bool = False
 
     @property
     def evaluations(self) -> pd.DataFrame:
@@ -140,6 +142,12 @@ def unit_rows(adapter: Adapter, factors: Factors) -> Factors:
         (nn.functional.normalize(A, dim=-1) if is_trained else A, B)
         for (A, B), is_trained in zip(factors, trained, strict=True)
     )
+
+
+def snapshot(blora: BayesianLoRA, task: Task, guide: Guide, provenance: dict[str, Any]) -> Posterior:
+    """Copy what was learned so far into a posterior. The module stays as it is, so that the training can go on."""
+    posterior = Posterior.capture(blora, task, guide, provenance=provenance)
+    return replace(posterior, factors=unit_rows(blora.adapter, posterior.factors))
 
 
 @torch.no_grad()

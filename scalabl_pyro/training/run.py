@@ -29,7 +29,7 @@ def train(
     num_steps: int,
     stop: Callable[[dict[str, float]], bool] | None,
     progress: bool,
-) -> TrainingError | None:
+) -> tuple[TrainingError | None, bool]:
     """Take all steps.
 
     Args:
@@ -40,8 +40,9 @@ def train(
         progress: Whether to show a progress bar.
 
     Returns:
-        Why training ended early, or None.
+        Why training ended early, or None; and whether Ctrl-C ended it.
     """
+    is_interrupted = False
     is_shown = progress and trainer.execute.processes.is_first
     with Progress(num_steps, first_step=trainer.next_step, is_on=is_shown) as shown:
         try:
@@ -52,7 +53,7 @@ def train(
                         logger.info("a callback stopped the training at step %d", row["step"])
                         break
         except FloatingPointError as failure:
-            return TrainingError(str(failure))
+            return TrainingError(str(failure)), False
         except KeyboardInterrupt as interrupt:
             if trainer.execute.processes.are_several and not trainer.signals.delivered:
                 interrupt.add_note(
@@ -60,6 +61,7 @@ def train(
                     "with LostProcess. One Ctrl-C ends all processes after the running step, with what was learned."
                 )
                 raise
+            is_interrupted = True
             list(trainer.read())
             logger.warning(
                 "interrupted after %d of %d steps; the posterior is what was learned so far",
@@ -68,14 +70,17 @@ def train(
             )
     if names := trainer.overflown():  # a later step would have been rejected
         more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
-        return TrainingError(
+        error = TrainingError(
             f"At step {trainer.next_step - 1}: the update was too large: {names[0]}{more} not finite any more. Lower "
             "the learning rates."
         )
-    return None
+        return error, is_interrupted
+    return None, is_interrupted
 
 
-def make_result(program: TrainingProgram, trainer: Trainer, error: TrainingError | None) -> FitResult:
+def make_result(
+    program: TrainingProgram, trainer: Trainer, error: TrainingError | None, *, is_interrupted: bool
+) -> FitResult:
     """Freeze what was learned.
 
     Raises:
@@ -99,7 +104,7 @@ def make_result(program: TrainingProgram, trainer: Trainer, error: TrainingError
         options = program.options
         line = settled(frame, num_steps=options.num_steps, patience=options.patience)
         logger.info("%s", line)
-        return FitResult(posterior, frame, warnings, line)
+        return FitResult(posterior, frame, warnings, line, is_interrupted)
 
     if error is not None:
         with suppress(ValueError):  # the parameters may not make a posterior

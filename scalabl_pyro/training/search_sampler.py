@@ -26,7 +26,7 @@ class Sampled:
 
     def __init__(self, space: Space, options: Mapping[str, Any], *, num_trials: int, sampler: Any, seed: int) -> None:
         self.space = space
-        self.first = random_values(space, options, seed)
+        self._at_random = random_values(space, options, seed)
         self.study: Any = None if sampler == "random" else _study(sampler, num_trials, seed)
         self._asked: Any = None
         self._count = 0
@@ -48,9 +48,9 @@ class Sampled:
     def _choose(self) -> dict[str, Any]:
         count, self._count = self._count, self._count + 1
         if self.study is None:
-            return self.first(count)
+            return self._at_random(count)
         if count == 0:
-            self.study.enqueue_trial(_as_choices(self.space, self.first(0)))
+            self.study.enqueue_trial(_as_choices(self.space, self._at_random(0)))
         self._asked = self.study.ask()
         return {name: _suggest(self._asked, name, values) for name, values in self.space.items()}
 

@@ -2,8 +2,6 @@
 
 import copy
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 #: What is searched if the caller does not say: rates around the default, and numbers of steps.
 SEARCH = {"lr": (2e-3, 3.2e-2), "num_steps": [100, 300, 1000]}
+#: Arguments of ``fit`` that a training changes or keeps a state in.
+KEPT_BY_FIT = ("guide", "elbo")
 #: Number of different values from which on the best one can be called the end of what was tried.
 ENOUGH = 3
 
@@ -129,19 +129,21 @@ def tune(
     rows = [list(data) if isinstance(data, Iterator) else data for data in (train_data, eval_data)]
     sampled = Sampled(space, options, num_trials=num_trials, sampler=sampler, seed=derive_seed(seed, "search"))
     trials: list[dict[str, Any]] = []
-    with _as_before(blora, task), _interruptible(trials) as interrupts:
+    with _as_before(blora, task):
         choose_start(blora, task, reset=True)
-        starts = copy_task(task), copy.deepcopy(blora.prior), copy.deepcopy(options)
-        for _ in tqdm(range(num_trials), desc="tune", disable=not progress):
-            chosen = sampled.next(trials)
-            if chosen is None:
-                break
-            trial = _run(blora.adapter, starts, rows, chosen, seed=seed)
-            if interrupts:  # fit has returned what this trial had learned so far
-                raise KeyboardInterrupt
-            trials.append(trial)
-            sampled.tell(trial)
-            logger.info("trial %d: %s", len(trials) - 1, {k: v for k, v in trial.items() if v is not None})
+        starts = copy_task(task), copy.deepcopy(blora.prior), options
+        try:
+            for _ in tqdm(range(num_trials), desc="tune", disable=not progress):
+                chosen = sampled.next(trials)
+                if chosen is None:
+                    break
+                trials.append(_run(blora.adapter, starts, rows, chosen, seed=seed))
+                sampled.tell(trials[-1])
+                logger.info("trial %d: %s", len(trials) - 1, {k: v for k, v in trials[-1].items() if v is not None})
+        except KeyboardInterrupt:
+            if not any(trial["state"] == "complete" for trial in trials):
+                raise
+            logger.warning("interrupted after %d complete trials; the best of them is returned", len(trials))
     return _result(trials, space)
 
 
@@ -151,15 +153,17 @@ def _run(
     """Train once from the start. A training that is not finite is a trial that failed."""
     task, prior, options = starts
     blora = BayesianLoRA(adapter, prior=copy.deepcopy(prior))
-    arguments = arguments_of(copy.deepcopy(chosen), copy.deepcopy(options))
+    arguments = arguments_of(chosen, options)
+    own = {name: copy.deepcopy(arguments[name]) for name in KEPT_BY_FIT if name in arguments}
     begin = time.perf_counter()
     try:
-        result = fit(
-            blora, copy_task(task), rows[0], eval_data=rows[1], seed=seed, progress=False, reset=True, **arguments
-        )
+        more: dict[str, Any] = {"eval_data": rows[1], "seed": seed, "progress": False, "reset": True}
+        result = fit(blora, copy_task(task), rows[0], **more, **arguments | own)
     except TrainingError as error:
         scores: dict[str, Any] = {NLL: None, "state": "failed", "reason": str(error)}
     else:
+        if result.interrupted:  # what this trial has learned so far cannot be compared
+            raise KeyboardInterrupt
         scores = _scores(result)
     return {**chosen, **scores, "seconds": round(time.perf_counter() - begin, 2)}
 
@@ -218,27 +222,3 @@ def _as_before(blora: BayesianLoRA, task: Task) -> Iterator[None]:
             for tensor, value in before:
                 tensor.copy_(value)
         adapter.rest_at(loc)
-
-
-@contextmanager
-def _interruptible(trials: list[dict[str, Any]]) -> Iterator[list[int]]:
-    """Let Ctrl-C end the search, if a trial is complete. It gives a list of the signals that came."""
-    came: list[int] = []
-
-    def interrupt(number: int, frame: Any) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
-
-    is_main = threading.current_thread() is threading.main_thread()
-    own = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if own:
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield came
-    except KeyboardInterrupt:
-        if not any(trial["state"] == "complete" for trial in trials):
-            raise
-        logger.warning("interrupted after %d complete trials; the best of them is returned", len(trials))
-    finally:
-        if own:
-            signal.signal(signal.SIGINT, signal.default_int_handler)

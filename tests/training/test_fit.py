@@ -226,8 +226,9 @@ def test_ctrl_c_returns_what_was_learned(blora, task, caplog):
             raise KeyboardInterrupt
 
     result = fit(blora, task, num_steps=10, callbacks=[interrupt])
-    assert len(result.history) == 2
+    assert len(result.history) == 2 and result.interrupted
     assert "interrupted after 2 of 10 steps" in caplog.text
+    assert not fit(blora, task, num_steps=1, reset=True).interrupted
     result.posterior.predict(ROWS, num_draws=2)
 
 

@@ -132,6 +132,16 @@ def test_ctrl_c_ends_the_search_with_the_trials_so_far(caplog):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_callbacks_are_those_of_the_user_and_no_copies():
+    class Counts(list):
+        def __call__(self, row):
+            self.append(row["step"])
+
+    seen = Counts()
+    sp.tune(*setup(), TRAIN, HELD_OUT, search={"lr": [1e-3, 1e-2]}, num_trials=2, callbacks=[seen], **SHORT)
+    assert seen == [0, 1, 2, 3] * 2
+
+
 def test_optuna_chooses_where_it_is_asked_for():
     optuna = pytest.importorskip("optuna")
     verbosity = optuna.logging.get_verbosity()

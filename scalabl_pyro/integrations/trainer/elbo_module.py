@@ -15,6 +15,8 @@ from ...model.bayesian_lora import BayesianLoRA
 from ...model.joint import TaskModel
 from ...tasks import Task
 from ...training.objective import Objective, ScopedGuide, allows_row_draws, elbo_for, explain_nonfinite
+from ...training.optimizer import parameter_groups
+from ...training.options import TrainingOptions
 from ...training.scope import step_scope
 from ...training.score_function import LeaveOneOutELBO
 
@@ -112,6 +114,19 @@ class ElboModule(nn.Module):
             self._step_start = self.noise.states()
         with step_scope(self.noise, validate=validate):
             return self.objective.loss(batch, kl_weight)
+
+    def parameter_groups(self, options: TrainingOptions) -> list[dict[str, Any]]:
+        """Sort the trained parameters into groups with the rates of the options, as :func:`scalabl_pyro.fit` does."""
+        optimizer = options.optimizer
+        return parameter_groups(
+            self.objective.model,
+            self.guide,
+            lr=options.lr,
+            lr_A=options.lr_A,
+            lr_loc=options.lr_loc,
+            lr_scale=optimizer.lr_scale,
+            weight_decay=optimizer.weight_decay,
+        )
 
     def explain(self, batch: Batch) -> str:
         """Say why the loss of a batch is not finite."""

@@ -18,9 +18,8 @@ from ...model.bayesian_lora import BayesianLoRA
 from ...posterior.posterior import Posterior
 from ...tasks import Completion, Task
 from ...training.objective import weight_at
-from ...training.optimizer import parameter_groups
 from ...training.options import DrawsPerBatch, TrainingOptions
-from ...training.result import unit_rows
+from ...training.result import snapshot
 from ...training.scope import training_scope
 from .checkpoint_state import POSTERIOR, read_state, write_state
 from .evaluates import EvaluatesUnderDraws
@@ -170,16 +169,7 @@ class ScalaBLMixin(EvaluatesUnderDraws):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build AdamW with the parameter groups of :func:`scalabl_pyro.fit`."""
         if self.optimizer is None:
-            options = self.options
-            groups = parameter_groups(
-                self.elbo_module.objective.model,
-                self.elbo_module.guide,
-                lr=options.lr,
-                lr_A=options.lr_A,
-                lr_loc=options.lr_loc,
-                lr_scale=options.optimizer.lr_scale,
-                weight_decay=options.optimizer.weight_decay,
-            )
+            groups = self.elbo_module.parameter_groups(self.options)
             groups.sort(key=lambda group: group["name"] != "B")  # Trainers log the rate of the first group
             kind, keywords = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(groups, **keywords)
@@ -245,8 +235,7 @@ class ScalaBLMixin(EvaluatesUnderDraws):
             start=self._start,
             trainer=type(self).__name__,
         )
-        captured = Posterior.capture(self.blora, self.task, self.elbo_module.guide, provenance=provenance)
-        return replace(captured, factors=unit_rows(self.blora.adapter, captured.factors))
+        return snapshot(self.blora, self.task, self.elbo_module.guide, provenance)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the posterior to ``posterior/`` in a folder. A checkpoint also gets what a resumption needs."""
