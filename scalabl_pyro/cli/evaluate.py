@@ -10,12 +10,13 @@ from .tables import check_name
 from .terminal import say, say_json
 
 
-def evaluate(out: Path | None, bootstrap: int, as_json: bool, **how: Any) -> int:
-    """Print metrics, and write a report with pictures.
+def evaluate(out: Path | None, bootstrap: int, review_above: float | None, as_json: bool, **how: Any) -> int:
+    """Print metrics and a verdict, and write a report with pictures.
 
     Args:
         out: File of the report, ``.html`` or ``.md``; None writes none.
         bootstrap: Number of resamples behind the intervals.
+        review_above: Limit of the doubt above which a row needs a review.
         as_json: Whether to print JSON.
         how: Arguments of :func:`~scalabl_pyro.cli.loading.predict_table`, for rows with answers.
 
@@ -23,17 +24,20 @@ def evaluate(out: Path | None, bootstrap: int, as_json: bool, **how: Any) -> int
         0.
 
     Raises:
-        ValueError: No row has an answer, or the name of the report has another ending.
+        ValueError: No row has an answer, the limit is out of range, or the name of the report has another ending.
     """
     check_name(out, ENDINGS)
-    rows, found = predict_table(**how)
-    report = Report.of(found, rows, source=how["data"], posterior=str(how["path"]), bootstrap=bootstrap)
+    rows, found = predict_table(**how, progress=not as_json)
+    names = {"source": how["data"], "posterior": str(how["path"])}
+    report = Report.of(found, rows, **names, bootstrap=bootstrap, review_above=review_above)
     if out is not None:
         write_report(report, out)
     if as_json:
         facts = {"rows": len(rows), "num_draws": how["num_draws"], "seed": how["seed"]}
-        say_json(facts | {"out": None if out is None else str(out), "metrics": report.metrics.to_dict("index")})
+        say_json(facts | {"out": None if out is None else str(out), "in_short": list(report.in_short)}
+            | {"metrics": report.metrics.to_dict("index")})  # fmt: skip
     else:
         say(report.metrics.T.to_string(float_format=lambda value: f"{value:.3f}"))
+        say("\n" + "\n".join(report.in_short))
         say("" if out is None else f"\nReport: {out}")
     return 0

@@ -39,6 +39,8 @@ def fit(
     num_steps: int,
     batch_size: int,
     rank: int,
+    lr: float | None,
+    lr_A: float | None,
     seed: int,
     eval_data: str | None,
     eval_every: int | None,
@@ -61,6 +63,8 @@ def fit(
         num_steps: Number of optimizer steps.
         batch_size: Rows per step.
         rank: Rank of the LoRA layers.
+        lr: Learning rate of B; None is the default of ``fit``.
+        lr_A: Learning rate of A and of new heads; None is the default of ``fit``.
         seed: Seed of the training, and of the choice of held-out rows.
         eval_data: Table of held-out rows, or the share of the rows to hold out; None scores none.
         eval_every: Number of steps between two evaluations; None is a tenth of the steps.
@@ -92,6 +96,7 @@ def fit(
         llm = _llm(model, task, tokenizer)
     blora = bayesian_lora(llm.to(place), r=rank, seed=seed)
     options: Any = {"num_steps": num_steps, "batch_size": batch_size, "seed": seed, "progress": not as_json}
+    options |= {name: rate for name, rate in {"lr": lr, "lr_A": lr_A}.items() if rate is not None}
     if held_out.rows is not None:
         options |= {"eval_data": held_out.rows, "eval_every": eval_every, "patience": patience}
     with in_words_of_the_command(held_out, task, data=data, given=eval_data):

@@ -52,12 +52,13 @@ def _tell_scores(result: FitResult, held_out: HeldOut) -> None:
     if scores.empty:
         say("They were not scored, because the training ended before the first evaluation.")
         return
-    shown = scores.drop(columns=["nll", KEPT])
+    shown = scores.drop(columns=["nll", KEPT]).assign(step=scores["step"] + 1).rename(columns={"step": "steps"})
     say(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     evaluation = _evaluation(result)
     end = " The training stopped early." if evaluation["stopped_early"] else ""
-    say(f"The posterior is that of step {evaluation['kept_step']}: {evaluation['why']}.{end}".replace(
-        "fit(patience=...)", "--patience"))  # fmt: skip
+    kept = "before the first step" if evaluation["kept_step"] is None else f"after {evaluation['kept_step'] + 1} steps"
+    why = evaluation["why"].replace("fit(patience=...)", "--patience")
+    say(f"The posterior is that {kept}: {why}.{end}")
 
 
 def _scores(result: FitResult, held_out: HeldOut) -> dict[str, Any] | None:

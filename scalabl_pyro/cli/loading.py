@@ -1,5 +1,6 @@
 """Load what the commands work on: a base model, and a posterior on top of it."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from ..data.rows import Row, read_rows
 from ..posterior.config import SavedConfig, read_config
 from ..posterior.posterior import Posterior
+from .terminal import say
 
 #: Tasks with classes that read a single output.
 ONE_OUTPUT = ("OrderedClassification",)
@@ -40,7 +42,12 @@ def base_model(config: SavedConfig, model: str) -> nn.Module:
 
 @contextmanager
 def reading(model: str) -> Iterator[None]:
-    """Name the base model in errors of transformers that cannot read it."""
+    """Name the base model in errors of transformers that cannot read it, and say where it is looked for.
+
+    Without a network, the hub is asked for a minute before transformers gives up.
+    """
+    if not Path(model).exists() and model.count("/") < 2:
+        say(f"There is no folder {model} here, so the model is looked for on the Hugging Face hub.", file=sys.stderr)
     try:
         yield
     except (OSError, ValueError) as error:
@@ -76,7 +83,15 @@ def load_posterior(path: Path, model: str, device: str) -> Posterior:
 
 
 def predict_table(
-    path: Path, data: str, model: str, *, num_draws: int, seed: int, batch_size: int, device: str
+    path: Path,
+    data: str,
+    model: str,
+    *,
+    num_draws: int,
+    seed: int,
+    batch_size: int,
+    device: str,
+    progress: bool = False,
 ) -> tuple[list[Row], Any]:
     """Predict the rows of a table with a saved posterior.
 
@@ -88,6 +103,7 @@ def predict_table(
         seed: Seed of the draws.
         batch_size: Rows per forward pass.
         device: Name of a device, or ``"auto"``.
+        progress: Whether a terminal shows how far the prediction is.
 
     Returns:
         The rows, and their prediction.
@@ -97,7 +113,8 @@ def predict_table(
     """
     rows = read_rows(data, split="test")
     posterior = load_posterior(path, model, device)
-    return rows, posterior.predict(rows, num_draws=num_draws, seed=seed, batch_size=batch_size)
+    options: Any = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size}
+    return rows, posterior.predict(rows, **options, progress=progress and sys.stderr.isatty())
 
 
 def device_of(name: str) -> str:

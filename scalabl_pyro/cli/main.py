@@ -40,6 +40,12 @@ SHARED: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "default": 0, "help": "seed of the draws (default: 0)"},
     "--batch-size": {"type": int, "default": 16, "help": "rows per forward pass (default: 16)"},
     "--device": {"default": "auto", "help": "device, such as cpu or cuda:0 (default: a GPU if there is one)"},
+    "--review-above": {
+        "type": float,
+        "metavar": "LIMIT",
+        "help": "mark the rows that a person should see: those whose doubt, 1 - probability, is larger (for numbers: "
+        "the standard deviation)",
+    },
     "--json": {"action": "store_true", "dest": "as_json", "help": "print the result as JSON"},
 }
 #: Those of a command that predicts.
@@ -157,13 +163,16 @@ def _add_fit(commands: Any) -> None:
     own.add_argument(
         "--windows",
         choices=("logits", "probs"),
-        help="read a longer text in windows of --max-length tokens, and average their logits or their probabilities "
-        "(models with a classification head)",
+        help="read a longer text in windows of --max-length tokens, and average their logits or their probabilities",
     )
     own.add_argument("--overlap", type=int, help="tokens that a window shares with the one before it (default: 0)")
     own.add_argument("--num-steps", type=int, default=1000, help="optimizer steps (default: 1000)")
     own.add_argument("--batch-size", type=int, default=16, help="rows per step (default: 16)")
     own.add_argument("--rank", type=int, default=8, help="rank of the LoRA layers (default: 8)")
+    own.add_argument("--lr", type=float, help="learning rate of B, which to tune first (default: that of fit, 0.008)")
+    own.add_argument(
+        "--lr-A", dest="lr_A", type=float, help="learning rate of A and of a new head (default: that of fit, 0.00025)"
+    )
     own.add_argument("--seed", type=int, default=0, help="seed of the training and of --eval SHARE (default: 0)")
     _add_evaluation(own)
     own.set_defaults(run=fit)
@@ -208,13 +217,7 @@ def _add_predict(commands: Any) -> None:
         "--out", type=Path, help="file for the table: .csv, .tsv, .parquet or .jsonl; without it, the terminal shows it"
     )
     own.add_argument("--class-probs", action="store_true", help="add a column per class")
-    own.add_argument(
-        "--review-above",
-        type=float,
-        metavar="LIMIT",
-        help="mark the rows that a person should see: those whose doubt, 1 - probability, is larger (for numbers: the "
-        "standard deviation)",
-    )
+    _add_shared(own, "--review-above")
     own.set_defaults(run=predict)
 
 
@@ -222,13 +225,15 @@ def _add_evaluate(commands: Any) -> None:
     own = commands.add_parser(
         "evaluate",
         help="compare predictions with known answers, and write a report",
-        description="Compare predictions with known answers. The report has metrics with intervals, pictures of "
-        "calibration and of risk against coverage, figures per class, and the rows to look at.",
+        description="Compare predictions with known answers. The report says in short how good they are. It has "
+        "metrics with intervals, pictures of reliability and of selective prediction, figures per class, and the rows "
+        "to look at.",
     )
     _add_shared(own, "path")
     own.add_argument("data", help="table of rows with answers")
     _add_shared(own, "--model", *OF_DRAWS, "--json")
     own.add_argument("--out", type=Path, help="file of the report, .html or .md")
+    _add_shared(own, "--review-above")
     own.add_argument("--bootstrap", type=int, default=1000, help="resamples behind the intervals (default: 1000)")
     own.set_defaults(run=evaluate)
 

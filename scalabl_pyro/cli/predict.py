@@ -26,7 +26,7 @@ def predict(out: Path | None, class_probs: bool, review_above: float | None, as_
         0.
     """
     check_name(out, WRITE)
-    rows, found = predict_table(**how)
+    rows, found = predict_table(**how, progress=not as_json)
     options: dict[str, Any] = {"class_probs": class_probs} if isinstance(found, Prediction) else {}
     frame = beside(rows, found.to_frame(review_above=review_above, **options))
     if out is not None:

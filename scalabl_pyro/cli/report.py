@@ -13,6 +13,8 @@ from .. import metrics, plots
 from .._version import __version__
 from ..prediction.label_sets import LabelSetPrediction
 from ..prediction.result import NumericPrediction, Prediction
+from .report_verdict import verdict
+from .report_words import COLUMNS
 from .tables import beside
 
 Tables = dict[str, tuple[str, pd.DataFrame]]
@@ -27,19 +29,28 @@ class Report:
 
     Attributes:
         facts: What was predicted with what.
+        in_short: Sentences that say how good the predictions are.
         metrics: Metrics, with the row ``value`` and the intervals ``low`` and ``high``.
         tables: Further tables by their title, with a sentence each.
         pictures: Pictures as PNG by their title, with a sentence each.
     """
 
     facts: Mapping[str, object]
+    in_short: Sequence[str]
     metrics: pd.DataFrame
     tables: Tables
     pictures: Pictures
 
     @classmethod
     def of(
-        cls, prediction: Any, rows: Sequence[Mapping[str, Any]], *, source: str, posterior: str, bootstrap: int
+        cls,
+        prediction: Any,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        source: str,
+        posterior: str,
+        bootstrap: int,
+        review_above: float | None = None,
     ) -> "Report":
         """Make the report of a prediction.
 
@@ -49,22 +60,31 @@ class Report:
             source: Name of the file of the rows.
             posterior: Name of the posterior.
             bootstrap: Number of resamples behind the intervals.
+            review_above: Limit of the doubt above which a row needs a review; None marks no rows.
 
         Raises:
-            ValueError: No row has an answer.
+            ValueError: No row has an answer, or the limit is out of range.
         """
         known = prediction.is_answered
         answered = prediction.with_answers()
-        table = beside([row for row, is_known in zip(rows, known, strict=True) if is_known], answered.to_frame())
+        table = beside(
+            [row for row, is_known in zip(rows, known, strict=True) if is_known],
+            answered.to_frame(review_above=review_above),
+        )
         facts = {
             "rows": source,
             "number of rows with answers": int(known.sum()),
             "posterior": posterior,
             "draws": answered.num_draws or "the mean of s",
+            **({} if review_above is None else {"a person reads rows with a doubt above": f"{review_above:g}"}),
             "library": f"scalabl_pyro {__version__}",
         }
-        parts = next(make for kind, make in PARTS.items() if isinstance(prediction, kind))
-        return cls(facts, answered.metrics(bootstrap=bootstrap), *parts(answered, table))
+        found = answered.metrics(bootstrap=bootstrap)
+        in_short = verdict(answered, table, found, review_above=review_above)
+        tables, pictures = next(make for kind, make in PARTS.items() if isinstance(prediction, kind))(answered, table)
+        meaning = [(name, words) for name, words in COLUMNS.items() if any(name in t for _, t in tables.values())]
+        tables["What the columns mean"] = ("", pd.DataFrame(meaning, columns=["column", "meaning"]))
+        return cls(facts, in_short, found, tables, pictures)
 
 
 def _of_classes(found: Prediction, table: pd.DataFrame) -> tuple[Tables, Pictures]:
@@ -82,10 +102,10 @@ def _of_classes(found: Prediction, table: pd.DataFrame) -> tuple[Tables, Picture
         "Most doubtful rows": ("Rows with the smallest probability of their prediction.", by_doubt.head(SHOWN)),
     }  # fmt: skip
     pictures = {
-        "Calibration": ("Points on the diagonal: the model is as often right as it says.",
+        "Reliability": ("Points on the diagonal: the model is as often right as it says.",
                         _picture(lambda ax: plots.reliability(found, ax=ax))),
-        "Risk and coverage": ("If only the most certain rows are answered (coverage), this share of them is wrong "
-                              "(risk).", _picture(lambda ax: plots.risk_coverage(found, ax=ax))),
+        "Selective prediction": ("If only the most certain rows are answered (coverage), this share of them is "
+                                 "wrong (risk).", _picture(lambda ax: plots.risk_coverage(found, ax=ax))),
     }  # fmt: skip
     return tables, pictures
 

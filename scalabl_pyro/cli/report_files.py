@@ -51,7 +51,8 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def _as_html(report: Report) -> str:
-    parts = [_html_table(pd.DataFrame(report.facts.items(), columns=["", " "])), "<h2>Metrics</h2>"]
+    parts = ["<h2>In short</h2>", *(f"<p>{html.escape(sentence)}</p>" for sentence in report.in_short)]
+    parts += [_html_table(pd.DataFrame(report.facts.items(), columns=["", " "])), "<h2>Metrics</h2>"]
     parts.append(f"<p>{INTERVAL}</p>")
     parts.append(_html_table(_metrics_table(report)))
     for title, (words, png) in report.pictures.items():
@@ -67,7 +68,9 @@ def _as_html(report: Report) -> str:
 
 def _as_markdown(report: Report, folder: str) -> str:
     parts = [
-        "# How good the predictions are",
+        f"# {TITLE}",
+        "## In short",
+        *report.in_short,
         _markdown_table(pd.DataFrame(report.facts.items(), columns=["fact", "value"])),
     ]
     parts += ["## Metrics", INTERVAL, _markdown_table(_metrics_table(report))]

@@ -1,4 +1,4 @@
-"""What each metric of a report means, in one sentence for readers who do not know it."""
+"""What each metric and column of a report means, in one sentence for readers who do not know it."""
 
 #: Sentences by the name of the metric.
 MEANING = {
@@ -14,4 +14,17 @@ MEANING = {
     "aurc": "Mean share of wrong answers, if only the most certain rows are answered. Lower is better.",
     "rmse": "Root of the mean squared error, in the units of the answer. Lower is better.",
     "mae": "Mean absolute error, in the units of the answer. Lower is better.",
+}
+#: Sentences by the name of the column of a list of rows.
+COLUMNS = {
+    "prediction": "The answer of the model.",
+    "probability": "How sure the model is of its answer: the mean of its probability over the draws.",
+    "total": "Uncertainty about the answer, in nats: 0 is sure. It is the sum of the next two.",
+    "aleatoric": "The part of it that lies in the row: each draw finds the row unclear. More training does not help.",
+    "epistemic": "The part of it that lies in the model: the draws disagree. More rows to learn from would help.",
+    "sd": "Standard deviation of the answer, as the model sees it, in the units of the answer.",
+    "low": "Lower end of an interval that holds the answer with 90 % probability, as the model sees it.",
+    "high": "Upper end of this interval.",
+    "sds_off": "Distance between answer and prediction, in standard deviations. Few rows are more than 3 away.",
+    "target": "The right answer, as the table says.",
 }

@@ -67,7 +67,7 @@ def reliability(
         if style.place == 0:
             ax.plot([0, 1], [0, 1], color=QUIET, linewidth=1.2, linestyle="--", zorder=0)
         _points(ax, table, style, error_text if name is None else f"{name}: {error_text}")
-        _strip(ax, table, style, num_bins=num_bins, equal_width=bins == "width")
+        _strip(ax, table, style, num_bins=num_bins, equal_width=bins == "width", is_marked=name is not None)
     ax.set(xlim=(0, 1.02), xlabel="confidence (largest probability)", ylabel="accuracy (share of right answers)")
     ax.set_title(f"Reliability, with {100 * level:g} % intervals")
     ax.legend(frameon=False, loc="upper left", fontsize="small")
@@ -92,13 +92,14 @@ def _points(ax: Axes, table: pd.DataFrame, style: Style, label: str) -> None:
     drawn.lines[0].set_gid(METHOD)
 
 
-def _strip(ax: Axes, table: pd.DataFrame, style: Style, *, num_bins: int, equal_width: bool) -> None:
-    """Draw bars of the numbers of rows below the diagram, in a strip of its own for each method."""
+def _strip(ax: Axes, table: pd.DataFrame, style: Style, *, num_bins: int, equal_width: bool, is_marked: bool) -> None:
+    """Draw bars of the numbers of rows below the diagram, in a strip per method, with the marker of a named method."""
     bottom, count = -STRIP * (style.place + 1), table["count"]
     x, width = ((table.index + 0.5) / num_bins, 0.9 / num_bins) if equal_width else (table["confidence"], 0.008)
     heights = BAR * count / count.max()
     ax.bar(x, heights, width=width, bottom=bottom, color=style.color, alpha=0.6, linewidth=0)
-    ax.plot([0.015], [bottom + BAR / 2], linestyle="", marker=style.marker, markersize=4.5, color=style.color)
+    if is_marked:
+        ax.plot([0.015], [bottom + BAR / 2], linestyle="", marker=style.marker, markersize=4.5, color=style.color)
     note: dict[str, Any] = {"fontsize": 6, "va": "bottom", "color": visible("#444444", ax)}
     if not equal_width:
         low, high = count.min(), count.max()

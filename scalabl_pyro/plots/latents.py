@@ -46,6 +46,9 @@ def posterior_by_layer(posterior: Posterior, *, ax: Axes | None = None, num_draw
         blocks.setdefault(_block(name), []).append(middle)
     every = max(len(blocks) // 30, 1)
     ax.set_xticks([float(np.mean(x)) for x in blocks.values()][::every], list(blocks)[::every], fontsize=7)
+    for label in ax.get_xticklabels():
+        if not label.get_text().isdigit() and any(name.isdigit() for name in blocks):
+            label.set_y(-0.05)  # below the numbers, which a name would cover
     for kind, (color, marker) in palette.items():
         ax.plot([], [], linestyle="", marker=marker, markersize=4, color=color, label=kind)
     ax.legend(frameon=False, ncols=min(len(palette), 4), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)

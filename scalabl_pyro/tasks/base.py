@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
 from torch import Tensor
@@ -68,8 +68,8 @@ class Task(Summarized, Program):
     scores_only = False
     #: Names of the classes. None for a likelihood over numbers.
     classes: Sequence[ClassName] | None = None
-    #: Largest number of tokens that the LLM reads at a time. None: it reads whole rows.
-    window_length: int | None = None
+    #: Rule that combines the windows of a long text. None: the LLM reads whole rows.
+    windows: Literal["logits", "probs"] | None = None
     #: What :func:`scalabl_pyro.tasks.from_data` guessed from a table, in words.
     guessed: str | None = None
 
@@ -101,6 +101,11 @@ class Task(Summarized, Program):
             budget: Budget that the characters to tokenize later are drawn from.
         """
         return cls(tokenizer, **options)
+
+    @property
+    def window_length(self) -> int | None:
+        """Largest number of tokens that the LLM reads at a time. None: it reads whole rows."""
+        return None if self.windows is None else self.max_length
 
     @property
     def pad_token_id(self) -> int:
@@ -213,8 +218,10 @@ class Task(Summarized, Program):
         return self.likelihood(outputs, batch)
 
     def _summary(self) -> dict[str, object]:
-        """Options that have a value, each one short. Fields with their usual names are left out."""
+        """Options that have a value, each one short. Fields with usual names and a useless overlap are left out."""
         values = {name: getattr(self, name, None) for name in self.options}
+        if self.windows is None:
+            values.pop("overlap", None)
         usual = {name: value for name, value in self.added_options.items() if isinstance(value, str)}
         values = {name: value for name, value in values.items() if name not in usual or usual[name] != value}
         shown: dict[str, object] = {name: _short(value) for name, value in values.items() if value is not None}

@@ -175,6 +175,15 @@ class Completion(Task):
         completions = [Example({"input_ids": e.target}) for e in examples if e.target]
         if self.encoder_decoder:
             check_tokens(completions, adapter.module, self.pad_token_id)
+        self.probe(adapter, examples)
+
+    def probe(self, adapter: Adapter, examples: Sequence[Example]) -> None:
+        """Check that an LLM is of the right kind, and find out how it computes its logits, on a few examples.
+
+        Raises:
+            ValueError: The LLM has no language model head, looks ahead, or is of another kind than ``encoder_decoder``
+                says.
+        """
         ids = torch.tensor([[i for e in examples[:8] for i in e.inputs["input_ids"]]], device=adapter.device)
         self._check_kind(adapter, ids)
         ends_with_head(adapter, self._probe_inputs(ids))

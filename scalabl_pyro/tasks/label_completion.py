@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .._errors import check_flag
 from .._values import is_missing, shown
 from ..data.batch import Batch, Example
+from ..data.encoding import check_tokens
 from ..data.labels import ClassName, as_classes, class_index
 from ..data.rows import Row
 from ..lora.adapter import Adapter
@@ -24,9 +25,14 @@ from .choice_columns import check_column
 from .completion import Completion
 from .fields import text_of
 from .label_prompt import LabelPrompt
+from .long_prompts import PromptTask
+from .windows import Rule
+
+#: Options besides those of long prompts.
+OWN = ("classes", "template", "chat", "chat_options", "end_token", "text", "target")
 
 
-class LabelCompletion(Task):
+class LabelCompletion(PromptTask):
     r"""Task that assigns a class to a text. A causal LM scores the name of each class, which may have several tokens.
 
     The score of a class is the sum of the log probabilities of its tokens behind the prompt, and the likelihood is
@@ -44,6 +50,9 @@ class LabelCompletion(Task):
         text: Name of the field of the text.
         target: Name of the field of the label.
         max_length: Longest prompt in tokens. A longer text loses its end.
+        windows: How a longer text is read in windows, each with a piece of it in the whole prompt, instead of losing
+            its end; see :class:`~scalabl_pyro.SequenceClassification`. Default: no windows.
+        overlap: Number of tokens of the text that a window shares with the one before it.
 
     Raises:
         TypeError: ``tokenizer`` is not a Hugging Face tokenizer.
@@ -57,7 +66,8 @@ class LabelCompletion(Task):
         ('what a day\nLabel:', 0)
     """
 
-    options = ("classes", "template", "chat", "chat_options", "end_token", "text", "target", "max_length")
+    options = (*OWN, "max_length", "windows", "overlap")
+    added_options: ClassVar[Mapping[str, Any]] = {"windows": None, "overlap": 0}
     without_tokenizer = False
 
     def __init__(
@@ -72,8 +82,11 @@ class LabelCompletion(Task):
         text: str = "text",
         target: str = "label",
         max_length: int | None = None,
+        windows: Rule | None = None,
+        overlap: int = 0,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
+        self.set_windows(windows, overlap, field="text")
         self._set_options(classes, template, chat, chat_options, end_token, text, target)
         _ = self._prompt.labels  # wrong names raise here, and not at the first row
 
@@ -128,7 +141,8 @@ class LabelCompletion(Task):
         budget.spend("characters", size, "the task, with its classes and its template,")
         task = cls.__new__(cls)
         Task.__init__(task, tokenizer, max_length=options.get("max_length"))
-        task._set_options(*(options.get(name) for name in cls.options[:-1]))
+        task.set_windows(options.get("windows"), options.get("overlap", 0), field="text")
+        task._set_options(*(options.get(name) for name in OWN))
         return task
 
     @property
@@ -146,14 +160,9 @@ class LabelCompletion(Task):
         Raises:
             ValueError: A field is missing or has a wrong value, or ``max_length`` leaves no room for the text.
         """
-        text = text_of(row, self.text)
-        ids = self._prompt.tokens(text)
-        is_cut = self.max_length is not None and len(ids) > self.max_length
-        if self.max_length is not None and is_cut:
-            ids = self._shorten(text, len(ids), self.max_length)
-        value = row.get(self.target)
+        text, value = text_of(row, self.text), row.get(self.target)
         index = None if is_missing(value) else class_index(value, self.classes)
-        return Example({"input_ids": ids}, index, is_cut=is_cut)
+        return self.prompts.example(text, self._prompt.tokens, index)
 
     def check_llm(self, adapter: Adapter, examples: Sequence[Example]) -> None:
         """Check that an LLM can read examples of this task with the name of each class, and that it is a causal LM.
@@ -162,8 +171,10 @@ class LabelCompletion(Task):
             ValueError: The LLM has no language model head, looks ahead, or lacks a token or a position.
         """
         longest = max(self._prompt.labels, key=len)
+        size = None if self.window_length is None else self.window_length + len(longest)
         whole = [Example({"input_ids": e.inputs["input_ids"] + longest}, longest) for e in examples]
-        self._scorer.check_llm(adapter, whole)
+        check_tokens(whole, adapter.module, self.pad_token_id, window_length=size)
+        self._scorer.probe(adapter, [self.prompts.first(example) for example in examples])
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Return the log probability of the name of each class, nats, shape (..., B, C).
@@ -173,6 +184,10 @@ class LabelCompletion(Task):
             batch: B rows.
             s: Latents, (..., 1, D) or (..., B, D).
         """
+        return self.prompts.outputs(lambda prompts, s: self._label_scores(llm, prompts, s), batch, s)
+
+    def _label_scores(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
+        """Return the log probability of each name behind each prompt."""
         count = len(self.classes)
         if s.dim() > 1 and s.shape[-2] > 1:
             s = s.repeat_interleave(count, dim=-2)
@@ -202,17 +217,3 @@ class LabelCompletion(Task):
             last=last.repeat_interleave(count) + length,
             extras={"positions": (places - 1).flatten(0, 1)},
         )
-
-    def _shorten(self, text: str, length: int, limit: int) -> list[int]:
-        """Cut the end of the text, but never the end of the prompt."""
-        tokens = self.tokenizer(text, add_special_tokens=False).input_ids
-        ids: list[int] = []
-        while tokens and length > limit:
-            tokens = tokens[: limit - length]
-            ids = self._prompt.tokens(self.tokenizer.decode(tokens))
-            length = len(ids)
-        if not tokens:
-            raise ValueError(
-                f"max_length={limit} is too small: the rest of the prompt leaves no room for the text. Increase it."
-            )
-        return ids

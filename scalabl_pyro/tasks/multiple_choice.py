@@ -23,12 +23,16 @@ from .chat import ChatPrompt, check_chat_options
 from .choice_columns import ChoiceColumns
 from .choice_options import check_is_causal, check_labels, check_number, check_template
 from .label_tokens import check_end, find_label_tokens, separator
+from .long_prompts import ABSENT, PromptTask
+from .windows import Rule
 
 #: Labels where none are given: as many of these letters as the tokenizer knows as one token.
 LETTERS = tuple(string.ascii_uppercase)
+#: Names of the fields of a row, by option.
+COLUMNS = {"question": "question", "choices": "choices", "target": "answer"}
 
 
-class MultipleChoice(Task):
+class MultipleChoice(PromptTask):
     """Task for multiple-choice questions. The LLM answers with one token, the label (A, B, C, ...) of a choice.
 
     Rows are ``{"question": str, "choices": [str, ...], "answer": int}``; the names of the fields are options. The
@@ -47,6 +51,9 @@ class MultipleChoice(Task):
         choices: Name of the field of the list of choices, or a tuple of names, one per choice.
         target: Name of the field of the answer.
         max_length: Longest prompt in tokens. A longer question loses its end.
+        windows: How a longer question is read in windows, each with a piece of it in the whole prompt, instead of
+            losing its end; see :class:`~scalabl_pyro.SequenceClassification`. Default: no windows.
+        overlap: Number of tokens of the question that a window shares with the one before it.
 
     Raises:
         TypeError: ``tokenizer`` is not a Hugging Face tokenizer, ``chat`` is not a boolean, or ``chat_options`` is not
@@ -61,8 +68,8 @@ class MultipleChoice(Task):
         ['What color is the sky?', 'A. red', 'B. blue', 'Answer:']
     """
 
-    options = ("labels", "template", "chat", "chat_options", "question", "choices", "target", "max_length")
-    added_options: ClassVar[Mapping[str, Any]] = {"question": "question", "choices": "choices", "target": "answer"}
+    options = ("labels", "template", "chat", "chat_options", *COLUMNS, "max_length", "windows", "overlap")
+    added_options: ClassVar[Mapping[str, Any]] = {**COLUMNS, "windows": None, "overlap": 0}
     without_tokenizer = False
 
     def __init__(
@@ -77,8 +84,11 @@ class MultipleChoice(Task):
         choices: str | Sequence[str] = "choices",
         target: str = "answer",
         max_length: int | None = None,
+        windows: Rule | None = None,
+        overlap: int = 0,
     ) -> None:
         super().__init__(tokenizer, max_length=max_length)
+        self.set_windows(windows, overlap, field="question")
         self._set_options(ChoiceColumns(question, choices, target), labels, template, chat, chat_options)
         self._learn_tokens()
 
@@ -98,7 +108,8 @@ class MultipleChoice(Task):
         budget.spend("characters", size * len(labels), "the task, with its labels and its template,")
         task = cls.__new__(cls)
         Task.__init__(task, tokenizer, max_length=options.get("max_length"))
-        columns = ChoiceColumns(*(options[name] for name in cls.added_options))
+        task.set_windows(options.get("windows"), options.get("overlap", 0), field="question")
+        columns = ChoiceColumns(*(options[name] for name in COLUMNS))
         task._set_options(columns, labels, template, options.get("chat"), options.get("chat_options"))
         return task
 
@@ -150,20 +161,20 @@ class MultipleChoice(Task):
 
     def encode(self, row: Row) -> Example:
         """Tokenize the prompt, and find the index of the answer and the number of choices."""
+        self._learn_tokens()
         choices = self.columns.choices_of(row)
         check_number(len(choices), len(self.labels))
-        ids = self._prompt_tokens(row)
-        is_cut = self.max_length is not None and len(ids) > self.max_length
-        if is_cut:
-            ids = self._shorten(row, len(ids))
+
+        def tokens_of(question: str) -> list[int]:
+            return self._prompt_tokens({**row, self.columns.question: question})
+
         answer = choice_index(self.columns.answer_of(row), self.labels, choices)
-        return Example({"input_ids": ids}, answer, {"num_choices": len(choices)}, is_cut=is_cut)
+        return self.prompts.example(self.columns.question_of(row), tokens_of, answer, {"num_choices": len(choices)})
 
     def prompt(self, row: Row) -> str:
         """Return the text that the LLM continues with a label.
 
-        In a chat, this is all that the chat template writes before the answer. Whitespace at the end that the tokenizer
-        joins to the label is left out.
+        In a chat, this is all that the template writes before the answer. Whitespace that joins the label is left out.
         """
         self._learn_tokens()
         before = self._text_before_label(row)
@@ -182,7 +193,7 @@ class MultipleChoice(Task):
         check_is_causal(adapter.module)
         super().check_llm(adapter, examples)
         self._label_ids = self.label_ids.to(adapter.device)  # a step that is captured cannot move it
-        tokens = [token for example in examples[:8] for token in example.inputs["input_ids"]]
+        tokens = [token for example in examples[:8] for token in self.prompts.first(example).inputs["input_ids"]]
         needs_mask(adapter.module, torch.tensor([tokens], device=adapter.device))
 
     def outputs(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
@@ -193,6 +204,10 @@ class MultipleChoice(Task):
         """
         check_is_causal(llm.llm)
         self._learn_tokens()
+        return self.prompts.outputs(lambda prompts, s: self._label_logits(llm, prompts, s), batch, s)
+
+    def _label_logits(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
+        """Return the logits of all labels at the last token of each prompt."""
         # Padding stands right of the last token, so a causal LM does not see it. Without a mask, attention uses its
         # fastest kernel, and the host does not wait to read the mask.
         inputs: dict[str, Any] = dict(batch.inputs)
@@ -206,13 +221,12 @@ class MultipleChoice(Task):
                 f"{self._largest_id}. Load a causal LM (AutoModelForCausalLM) with its own tokenizer."
             )
         logits = logits[..., 0, :]
-        return at_least_float32(logits[..., self.label_ids.to(logits.device)])
+        logits = at_least_float32(logits[..., self.label_ids.to(logits.device)])
+        return logits.masked_fill(_missing(logits, batch), ABSENT) if self.windows == "probs" else logits
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Categorical:
         """Build the categorical distribution over the choices of each row."""
-        label = torch.arange(outputs.shape[-1], device=outputs.device)
-        missing = label >= batch.extras["num_choices"].unsqueeze(-1)
-        return dist.Categorical(logits=outputs.masked_fill(missing, -torch.inf))
+        return dist.Categorical(logits=outputs.masked_fill(_missing(outputs, batch), -torch.inf))
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=not self.chat).input_ids
@@ -280,18 +294,7 @@ class MultipleChoice(Task):
             )
         return tokens[:-1]
 
-    def _shorten(self, row: Row, length: int) -> list[int]:
-        """Cut the end of the question, but never the choices or the end of the prompt."""
-        assert self.max_length is not None
-        question = self.tokenizer(self.columns.question_of(row), add_special_tokens=False).input_ids
-        ids: list[int] = []
-        while question and length > self.max_length:
-            question = question[: self.max_length - length]
-            ids = self._prompt_tokens({**row, self.columns.question: self.tokenizer.decode(question)})
-            length = len(ids)
-        if not question:
-            raise ValueError(
-                f"max_length={self.max_length} is too small: the rest of the prompt leaves no room for the question. "
-                "Increase max_length."
-            )
-        return ids
+
+def _missing(outputs: Tensor, batch: Batch) -> Tensor:
+    """Tell which labels stand for no choice of a row, (B, labels)."""
+    return torch.arange(outputs.shape[-1], device=outputs.device) >= batch.extras["num_choices"].unsqueeze(-1)

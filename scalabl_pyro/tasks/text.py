@@ -53,11 +53,6 @@ class TextTask(Task):
         self.text, self.text_pair, self.target = text, text_pair, target
 
     @property
-    def window_length(self) -> int | None:  # type: ignore[override]
-        """Number of tokens of a window. None if the task reads whole texts."""
-        return None if self.windows is None else self.max_length
-
-    @property
     def row_fields(self) -> Sequence[str]:  # type: ignore[override]
         """Names of the fields of a row."""
         return [name for name in (self.text, self.text_pair, self.target) if name is not None]
@@ -98,11 +93,6 @@ class TextTask(Task):
         if s.dim() > 1 and s.shape[-2] > 1:
             s = s.repeat_interleave(lengths.shape[1], dim=-2)
         return combine(super().outputs(llm, rows, s), lengths, self.windows)
-
-    def _summary(self) -> dict[str, object]:
-        """Options that have a value; an overlap only where there are windows."""
-        shown = super()._summary()
-        return {name: value for name, value in shown.items() if name != "overlap" or self.windows is not None}
 
     def _check_names(self, id2label: Any) -> None:
         """Check the names that the model gives its outputs."""

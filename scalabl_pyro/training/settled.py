@@ -53,8 +53,8 @@ def _with_held_out(
     best = int(nlls.argmin())
     if nlls[-1] - nlls[best] <= RISE * max(1.0, abs(nlls[best])):
         return facts, advice
-    step = int(scores["step"].iloc[best])
-    rise = f"the held-out NLL was lowest at step {step} ({nlls[best]:.4g}, at the end {nlls[-1]:.4g})"
+    taken = int(scores["step"].iloc[best]) + 1
+    rise = f"the held-out NLL was lowest after {taken} steps ({nlls[best]:.4g}, at the end {nlls[-1]:.4g})"
     if patience is not None:
         return [*facts, rise], ["Fewer steps or a lower lr_A may do better."]
     return [*facts, rise], ["Take fewer steps, lower lr_A, or pass patience= to keep the best evaluation."]

@@ -95,14 +95,40 @@ def test_the_report_has_the_metrics_the_pictures_and_the_rows_to_look_at(run, fo
     table = expected(folder, num_draws=4).metrics(bootstrap=50)
     assert code == 0 and f"{table.loc['value', 'nll']:.3f}" in said and str(out) in said
     text = out.read_text()
-    for title in ("Metrics", "Calibration", "Risk and coverage", "Each class", "Confusion", "Most doubtful rows"):
+    for title in (
+        "In short",
+        "Metrics",
+        "Reliability",
+        "Selective prediction",
+        "Each class",
+        "Confusion",
+        "Most doubtful rows",
+    ):
         assert title in text
+    assert "What the columns mean" in text and "the draws disagree" in text and "need" not in said
     assert f"{table.loc['low', 'accuracy']:.3f}" in text and ROWS[0]["question"] in text
     assert "Expected calibration error: mean gap" in text and "ends of a 95 % interval" in text
     pictures = (
         re.findall(r"data:image/png;base64,", text) if ending == "html" else list(folder.glob("report_pic*/*.png"))
     )
     assert len(pictures) == 2 and "<script" not in text
+
+
+def test_the_report_says_what_a_limit_of_doubt_does(run, folder):
+    out = folder / "limit.md"
+    words = ("evaluate", "post", "rows.jsonl", "--model", "base", "--num-draws", 4, "--bootstrap", 0, "--out", out)
+    code, said, _ = run(*words, "--review-above", 0.4)
+    frame = expected(folder, num_draws=4).to_frame(review_above=0.4)
+    alone = frame[~frame["needs_review"]]
+    wrong = 100 * (alone["prediction"] != alone["target"]).mean()
+    count = f"At the limit 0.4, the model answers {len(alone)} of {len(frame)} rows"
+    for text in (said, out.read_text()):
+        assert count in text and (alone.empty or f"{wrong:.1f} % of these answers are wrong" in text)
+    assert "a person reads rows with a doubt above | 0.4" in out.read_text()
+    code, said, _ = run(*words, "--review-above", 0.4, "--json")
+    assert code == 0 and count in json.loads(said)["in_short"][-1]
+    code, _, error = run(*words, "--review-above", 30)
+    assert code == 1 and "above 1, the largest doubt" in error
 
 
 def test_a_report_of_numbers(run, folder):

@@ -73,7 +73,7 @@ def test_a_second_table_is_scored_and_patience_keeps_the_best_step(fit):
     code, said, error, _ = fit("--eval", "valid.csv", "--eval-every", 1, "--patience", 2)
     assert code == 0, error
     assert "Held out: 2 rows, valid.csv.\n" in said and "eval_nll" in said
-    assert "The posterior is that of step" in said and "the lowest held-out NLL of all evaluations" in said
+    assert "The posterior is that after " in said and "the lowest held-out NLL of all evaluations" in said
     assert "steps" in said.splitlines()[-2] and said.splitlines()[-1].startswith("Posterior saved")
 
 

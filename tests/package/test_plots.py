@@ -590,6 +590,13 @@ def test_a_layer_outside_of_blocks_is_called_by_its_name(posterior):
     assert ax.get_xticklabels()[-1].get_text() == "lm_head"
 
 
+def test_the_name_of_a_layer_outside_covers_no_number():
+    ax = plots.posterior_by_layer(posterior_of(tiny.causal_lm(num_hidden_layers=28), r=1), num_draws=5)
+    ax.figure.canvas.draw()
+    *_, last_block, head = [label.get_window_extent() for label in ax.get_xticklabels()]
+    assert ax.get_xticklabels()[-1].get_text() == "lm_head" and not head.overlaps(last_block)
+
+
 class Two(nn.Module):
     """Two layers without blocks, in front of a language model's logits."""
 

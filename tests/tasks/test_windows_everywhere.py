@@ -231,9 +231,6 @@ def test_the_command_line_reads_windows(tmp_path, monkeypatch, capsys):
     assert (loaded.task.windows, loaded.task.overlap, loaded.task.max_length) == ("probs", 2, 6)
     assert cli.main([*words[:-1], "other", "--overlap", "2"]) == 1
     assert "has no effect without windows" in capsys.readouterr().err
-    tiny.causal_lm().save_pretrained("base")
-    assert cli.main([*words[:-1], "other", "--windows", "logits", "--max-length", "6"]) == 1
-    assert "LabelCompletion reads whole texts" in capsys.readouterr().err
 
 
 def test_the_service_answers_with_the_predictions_of_the_posterior():

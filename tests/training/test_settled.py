@@ -73,7 +73,7 @@ def test_held_out_rows_that_get_worse():
     scores[99::100] = [0.6, 0.5, 0.7]
     frame["eval_nll"] = scores
     line = settled(frame, num_steps=300)
-    assert "the held-out NLL was lowest at step 199 (0.5, at the end 0.7)" in line and "pass patience=" in line
+    assert "the held-out NLL was lowest after 200 steps (0.5, at the end 0.7)" in line and "pass patience=" in line
     assert "patience" not in settled(frame, num_steps=300, patience=3)
     frame["eval_nll"] = np.where(frame["step"] == 299, 0.501, frame["eval_nll"])  # within the noise
     assert "lowest" not in settled(frame, num_steps=300)
