@@ -16,7 +16,7 @@ from ..posterior.posterior import Posterior
 from ..prediction.result import NumericPrediction, Prediction
 from ..tasks import Task, copy_task
 from . import saving
-from .point_lora import POINT_LR, fit_point, plain_lora
+from .point_lora import POINT_LR, fit_point, plain_lora, unloaded_on_error
 from .predictor import BaselineResult, DerivedPredictor, Predictor, concatenate
 
 
@@ -51,6 +51,7 @@ def deep_ensemble(
 
     Raises:
         ValueError: ``num_members`` is less than 2.
+        KeyboardInterrupt: Ctrl-C ended a member. The base model is as it was.
 
     References:
         Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation, NeurIPS 2017.
@@ -71,6 +72,8 @@ def deep_ensemble(
             _restart(blora, start, seed + member)
             task.load_state_dict(task_start)
         result = fit_point(blora, task, train_data, seed=seed + member, lr=lr, **options)
+        with unloaded_on_error(blora):
+            result.complete(f"member {member} of {num_members}")
         members.append(result.posterior)
         histories.append(result.history.assign(member=member))
     provenance = {"method": "deep ensemble", "seed": seed}

@@ -51,6 +51,7 @@ def ensemble(
 
     Raises:
         ValueError: Fewer than two members, or a negative spread.
+        KeyboardInterrupt: Ctrl-C ended a member. With ``checkpoint_dir``, the same call goes on from there.
         TypeError: The family has no location that could start elsewhere.
 
     Example:
@@ -69,7 +70,7 @@ def ensemble(
     folder = options.get("checkpoint_dir")
     if folder is not None:
         check_path("checkpoint_dir", folder)
-    for member_seed in range(seed, seed + num_members):
+    for number, member_seed in enumerate(range(seed, seed + num_members)):
 
         def build(blora: BayesianLoRA, member_seed: int = member_seed) -> Guide:
             scale_seed = derive_seed(member_seed, "initial scales")
@@ -80,7 +81,8 @@ def ensemble(
 
         member_prior = members[0].prior if members else prior
         own = options if folder is None else {**options, "checkpoint_dir": Path(folder) / f"seed-{member_seed}"}
-        members.append(refit(posterior, data, guide=build, prior=member_prior, seed=member_seed, **own).posterior)
+        result = refit(posterior, data, guide=build, prior=member_prior, seed=member_seed, **own)
+        members.append(result.complete(f"member {number} of {num_members}").posterior)
     return replace(
         posterior,
         guide=MixtureGuide([member.guide for member in members]),

@@ -61,6 +61,19 @@ class FitResult:
         """
         return evaluations_of(self.history)
 
+    def complete(self, what: str) -> "FitResult":
+        """Return the result itself, for a caller that trains several times and cannot use a part of a training.
+
+        Args:
+            what: What was trained, such as ``"member 1 of 3"``.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C ended the training.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt(f"Ctrl-C ended {what} after {len(self.history)} steps.")
+        return self
+
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name}={value}" for name, value in self._summary().items())
         lines = [*(f"warning: {text}" for text in self.warnings), *filter(None, [self.settled])]

@@ -105,7 +105,8 @@ class TextEstimator(BaseEstimator):
         options = _merged(
             "fit_options", self.fit_options, **steps, guide=copy.deepcopy(self.guide), seed=seed, progress=self.progress
         )
-        result = fit(blora, task, texts.rows(answers), **options)
+        # A search of scikit-learn would go on with the next candidate.
+        result = fit(blora, task, texts.rows(answers), **options).complete("fit()")
         self.posterior_, self.history_ = result.posterior, result.history
         self.seed_ = seed
         if texts.names is not None:
