@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .base_tensors import COMPARED, ORDINARY, PlainTensor, plain_tensors
+from .float8 import original_weight
 from .module_paths import lies_in
 from .settings import settings, warn_of_other_settings
 from .sharding import is_piece, is_sharded
@@ -25,7 +26,7 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
     The original weights of trained heads are left out, because the saved heads replace them.
 
     Weights of quantized layers are left out. So a posterior learned on a 4-bit base loads on the same base in bfloat16,
-    and the other way round.
+    and the other way round. Of layers that this library converted to 8-bit floats, the original weights are described.
 
     Weights may be sharded over several processes. Then the first call gathers them, and all processes must make it
     together (``fit`` does so). The result is kept, so that one process alone can save a posterior later.
@@ -55,7 +56,7 @@ def _fingerprint(adapter: Adapter) -> dict[str, Any]:
         "embedding_shape": list(weight.shape),
         "probes": _probe(adapter.base_tensors.get(name, weight), EMBEDDING_PROBES),
         "layer_probes": {
-            n: _probe(getattr(layer.get_base_layer(), "weight", None), LAYER_PROBES) for n, layer in layers
+            n: _probe(original_weight(layer.get_base_layer()), LAYER_PROBES) for n, layer in layers
         },
         "tensor_probes": _probe_all(_compared(adapter, tensors.values())),
         "settings": settings(base),
@@ -71,8 +72,8 @@ def _embeddings(adapter: Adapter) -> tuple[str, Tensor]:
     if weight is not None:
         name = next((name for name, m in base.named_modules() if m is embeddings), "")
         return f"{name}.weight", weight
-    own = {id(p) for pair in adapter.factors() for p in pair}
-    return next((n, p) for n, p in base.named_parameters() if id(p) not in own and p.is_floating_point())
+    plain = ((t.name, t.base) for t in plain_tensors(base) if isinstance(t.base, nn.Parameter))
+    return next((name, p) for name, p in plain if p.is_floating_point())
 
 
 def _compared(adapter: Adapter, tensors: Collection[PlainTensor]) -> dict[str, Tensor]:

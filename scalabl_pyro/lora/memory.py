@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._display import Summarized
 from .adapter import Adapter
+from .float8 import Float8Linear
 from .forward import AdaptedLLM
 from .gradient_checkpointing import recompute
 from .train_mode import sole_use
@@ -104,12 +105,20 @@ def estimate_step(
         # Autograd keeps the inputs of all blocks. While one block runs again, it also keeps all that this block saves.
         activations = of_all_rows(adapter.blocks) + activations // len(adapter.blocks)
     modules = [adapter.module, *adapter.heads.values()]
-    own_tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    own_tensors = (t for module in modules for t in (*module.parameters(), *module.buffers(), *_on_host(module)))
     tensors = {t.data_ptr(): t for held in own_tensors for t in (held, *_of_quantization(held))}
     trained = sum(t.numel() for t in tensors.values() if t.requires_grad)
     own = sum(t.nbytes for t in tensors.values() if t.requires_grad)
     weights = sum(t.untyped_storage().nbytes() for t in tensors.values()) - own
     return MemoryEstimate(weights, BYTES_PER_PARAMETER * trained, activations, head)
+
+
+def _on_host(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the original weights of layers in 8-bit floats, if these compute in the memory of the host too."""
+    for layer in module.modules():
+        original = layer.original if isinstance(layer, Float8Linear) else None
+        if original is not None and original.weight.device == layer.codes.device:
+            yield original.weight
 
 
 def _of_quantization(weight: Tensor) -> Iterator[Tensor]:
