@@ -55,9 +55,7 @@ def _fingerprint(adapter: Adapter) -> dict[str, Any]:
         "model_type": getattr(getattr(base, "config", None), "model_type", None),
         "embedding_shape": list(weight.shape),
         "probes": _probe(adapter.base_tensors.get(name, weight), EMBEDDING_PROBES),
-        "layer_probes": {
-            n: _probe(original_weight(layer.get_base_layer()), LAYER_PROBES) for n, layer in layers
-        },
+        "layer_probes": {n: _probe(original_weight(layer.get_base_layer()), LAYER_PROBES) for n, layer in layers},
         "tensor_probes": _probe_all(_compared(adapter, tensors.values())),
         "settings": settings(base),
         "quantized": sorted({_owner(t.name) for t in tensors.values() if not _is_compared(t.base)}),

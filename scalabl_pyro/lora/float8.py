@@ -181,9 +181,9 @@ def _multiply(
         product = (a.float() @ other.float()) * rows * columns
         return (product if bias is None else product + bias.float()).to(dtype)
     fused = bias if bias is not None and bias.dtype == torch.bfloat16 else None
-    product = torch._scaled_mm(
-        a, other, rows, columns, bias=fused, out_dtype=torch.bfloat16, use_fast_accum=True
-    ).to(dtype)
+    product = torch._scaled_mm(a, other, rows, columns, bias=fused, out_dtype=torch.bfloat16, use_fast_accum=True).to(
+        dtype
+    )
     return product if bias is None or fused is not None else product + bias.to(dtype)
 
 
@@ -197,9 +197,14 @@ def original_weights() -> Iterator[None]:
         _ORIGINAL.reset(token)
 
 
+def float8_layers(module: nn.Module) -> list[Float8Linear]:
+    """Return the layers of a module that multiply in 8-bit floats."""
+    return [m for m in module.modules() if isinstance(m, Float8Linear)]
+
+
 def precision_of(module: nn.Module) -> BasePrecision:
     """Return the precision in which the linear layers of a module compute, from the layers that it holds."""
-    layers = [m for m in module.modules() if isinstance(m, Float8Linear)]
+    layers = float8_layers(module)
     if not layers:
         return "original"
     return "float8-compact" if any(layer.transposed is None for layer in layers) else "float8"

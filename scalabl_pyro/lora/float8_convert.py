@@ -1,6 +1,7 @@
 """Converts the frozen linear layers of an adapted model to 8-bit floats: which layers, and what is refused."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -53,7 +54,11 @@ def convert(adapter: Adapter, base_precision: BasePrecision) -> None:
     linear = dict(_in_blocks(adapter))
     _check_weights(adapter.module, linear)
     shared = _shared_weights(adapter.module)
-    chosen = {name: m for name, m in linear.items() if _is_suitable(adapter.module, name, m, shared)}
+    chosen = {
+        name: m
+        for name, m in linear.items()
+        if isinstance(m, nn.Linear) and _is_suitable(adapter.module, name, m, shared)
+    }
     if not chosen:
         raise ValueError(
             f"base_precision={base_precision!r}: no layer can be converted. Layers are converted if they are nn.Linear "
@@ -119,9 +124,8 @@ def _kind_of(weight: object, module: nn.Module) -> str:
     return type(module if weight is None else weight).__name__
 
 
-def _is_suitable(module: nn.Module, name: str, layer: nn.Module, shared: set[int]) -> bool:
-    sides = (getattr(layer, "in_features", 1), getattr(layer, "out_features", 1))
-    if type(layer) is not nn.Linear or any(side % MULTIPLE for side in sides):
+def _is_suitable(module: nn.Module, name: str, layer: nn.Linear, shared: set[int]) -> bool:
+    if type(layer) is not nn.Linear or layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
         return False
     has_hooks = bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in vars(layer)
     return not has_hooks and id(layer.weight) not in shared and not is_in_mixer(module, name)
@@ -129,9 +133,8 @@ def _is_suitable(module: nn.Module, name: str, layer: nn.Module, shared: set[int
 
 def _shared_weights(module: nn.Module) -> set[int]:
     """Return the ids of the parameters that stand in several places of a module."""
-    seen: set[int] = set()
-    ids = [id(p) for _, p in module.named_parameters(remove_duplicate=False)]
-    return {i for i in ids if i in seen or seen.add(i)}
+    counts = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    return {i for i, count in counts.items() if count > 1}
 
 
 def _place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -15,7 +15,9 @@ TILE = 128
 
 
 @triton.jit
-def _quantize(matrix, columns, codes, scales, width, stride, HAS_COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize(  # type: ignore[no-untyped-def]  # Triton reads annotations
+    matrix, columns, codes, scales, width, stride, HAS_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
@@ -36,7 +38,7 @@ def _quantize(matrix, columns, codes, scales, width, stride, HAS_COLUMNS: tl.con
 
 
 @triton.jit
-def _transpose(source, target, height, width, TILE: tl.constexpr):
+def _transpose(source, target, height, width, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     rows = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     columns = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)
     inside = (rows[:, None] < height) & (columns[None, :] < width)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._display import Summarized
 from .adapter import Adapter
-from .float8 import Float8Linear
+from .float8 import float8_layers
 from .forward import AdaptedLLM
 from .gradient_checkpointing import recompute
 from .train_mode import sole_use
@@ -115,10 +115,9 @@ def estimate_step(
 
 def _on_host(module: nn.Module) -> Iterator[Tensor]:
     """Yield the original weights of layers in 8-bit floats, if these compute in the memory of the host too."""
-    for layer in module.modules():
-        original = layer.original if isinstance(layer, Float8Linear) else None
-        if original is not None and original.weight.device == layer.codes.device:
-            yield original.weight
+    for layer in float8_layers(module):
+        if layer.original is not None and layer.original.weight.device == layer.codes.device:
+            yield layer.original.weight
 
 
 def _of_quantization(weight: Tensor) -> Iterator[Tensor]:

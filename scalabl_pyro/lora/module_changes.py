@@ -127,8 +127,8 @@ class ModuleChanges:
             weight.data = data.to(weight.device)
         for layer, adapter_name, rank in self._ranks:
             layer.r[adapter_name] = rank
-        for parent, name, layer in self._converted:
-            setattr(parent, name, layer.restored())
+        for parent, name, converted in self._converted:
+            setattr(parent, name, converted.restored())
         for name, original in self._replaced.items():
             self.module.set_submodule(name, original)
         for owner, key, tensor in self._tensors:

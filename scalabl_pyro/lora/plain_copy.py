@@ -13,7 +13,7 @@ from .._process.lock import LOCK
 from .adapter import Adapter
 from .attach import find_adapter
 from .base_module import PEFT_WRAPPERS
-from .float8 import Float8Linear
+from .float8 import float8_layers
 from .sharding import is_sharded
 
 
@@ -60,8 +60,8 @@ def _options_to_copy(adapter: Adapter) -> dict[int, Any]:
 
 
 def _codes(adapter: Adapter) -> dict[int, Any]:
-    """Map the id of each buffer of layers in 8-bit floats to itself: the copy has the original layers in their place."""
-    layers = [m for m in adapter.module.modules() if isinstance(m, Float8Linear) and m.original is not None]
+    """Map the id of each buffer of layers in 8-bit floats to itself: the copy gets the original layers instead."""
+    layers = [layer for layer in float8_layers(adapter.module) if layer.original is not None]
     return {id(buffer): buffer for layer in layers for buffer in layer.buffers()}
 
 
@@ -69,7 +69,7 @@ def _shared(adapter: Adapter) -> dict[int, Any]:
     """Map the id of each frozen weight to a parameter with the same memory; quantized ones to themselves."""
     own = {id(p) for pair in adapter.factors() for p in pair}
     shared: dict[int, Any] = {}
-    held = [m.original.weight for m in adapter.module.modules() if isinstance(m, Float8Linear) and m.original is not None]
+    held = [layer.original.weight for layer in float8_layers(adapter.module) if layer.original is not None]
     for tensor in (*adapter.module.parameters(), *adapter.module.buffers(), *held):
         if id(tensor) not in own and tensor.dim() > 1:
             shared[id(tensor)] = _alias(tensor)
