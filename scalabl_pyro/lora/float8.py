@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .float8_device import check_device
+from .float8_inputs import quantize_input
 from .float8_rows import FLOAT8, quantize_rows, quantize_weight, transpose
 
 BasePrecision = Literal["original", "float8", "float8-compact"]
@@ -43,7 +44,7 @@ class Float8Linear(nn.Linear):
         keep_original: Whether the layer holds ``linear``, for :meth:`restored`.
 
     Attributes:
-        original: ``linear``, which is no submodule; None if it was not kept.
+        original: ``linear``, which is not a submodule; None if it was not kept.
 
     Example:
         >>> layer = Float8Linear(torch.nn.Linear(16, 32))
@@ -104,7 +105,8 @@ class Float8Linear(nn.Linear):
         if _ORIGINAL.get() and self.original is not None:
             weight = self.original.weight.detach().to(input.device, input.dtype)
             return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
-        output: Tensor = _Product.apply(input, self)
+        check_device(input.device)
+        output: Tensor = _Product.apply(input, *quantize_input(input), self)
         return output
 
     def move_original(self, device: torch.device) -> None:
@@ -124,13 +126,15 @@ class Float8Linear(nn.Linear):
         original.weight.data = original.weight.data.to(device=self.like.device, dtype=self.dtype)
         return original.train(self.training)
 
-    def product(self, x: Tensor) -> Tensor:
-        """Multiply rows x (M, K) with the weight, and add the bias."""
-        codes, scales = quantize_rows(x)
-        return _multiply(codes, scales, self.codes, self.scales.view(1, -1), x.dtype, self.bias)
+    def product(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Multiply converted rows (M, K) with the weight, and add the bias: (M, N)."""
+        return _multiply(codes, scales, self.codes, self.scales.view(1, -1), dtype, self.bias)
 
     def product_of_gradient(self, g: Tensor) -> Tensor:
-        """Multiply the gradient of the output, (M, N), with the transposed weight: the gradient of the input."""
+        """Multiply the gradient of the output, (M, N), with the transposed weight: the gradient of the input, (M, K).
+
+        The scales of the weight go into the gradient before it is converted.
+        """
         codes, scales = quantize_rows(g, self.scales.view(-1))
         other = transpose(self.codes) if self.transposed is None else self.transposed
         return _multiply(codes, scales, other, self.ones.view(torch.float32), g.dtype)
@@ -144,20 +148,19 @@ class _Product(torch.autograd.Function):
     """y = W x + bias with frozen W and bias. Nothing of the size of x is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Float8Linear) -> Tensor:
-        check_device(x.device)
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, layer: Float8Linear) -> Tensor:
         ctx.layer = layer
         shape = (*x.shape[:-1], layer.out_features)
-        return layer.product(x.reshape(-1, x.shape[-1])).view(shape) if x.numel() else x.new_zeros(shape)
+        return layer.product(codes, scales, x.dtype).view(shape) if x.numel() else x.new_zeros(shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         layer: Float8Linear = ctx.layer
         shape = (*g.shape[:-1], layer.in_features)
         if not g.numel():  # an expert without rows
-            return g.new_zeros(shape), None
-        return layer.product_of_gradient(g.reshape(-1, g.shape[-1])).view(shape), None
+            return g.new_zeros(shape), None, None, None
+        return layer.product_of_gradient(g.reshape(-1, g.shape[-1])).view(shape), None, None, None
 
 
 def _multiply(

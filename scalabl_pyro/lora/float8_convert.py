@@ -36,8 +36,8 @@ def convert(adapter: Adapter, base_precision: BasePrecision) -> None:
     """Let the frozen linear layers of a model's blocks compute in 8-bit floats, adapted or not.
 
     The output head, embeddings, trained heads, and layers outside of numbered blocks stay as they are. So do layers
-    with a side that is no multiple of 16, layers with hooks, layers that share their weight with another module, and
-    layers of Mamba mixers, whose weights are read without a call. Original weights move to host memory, until
+    with a side that is not a multiple of 16, layers with hooks, layers that share their weight with another module,
+    and layers of Mamba mixers, whose weights are read without a call. Original weights move to host memory, until
     ``adapter.unload()`` moves them back.
 
     Args:

@@ -38,7 +38,7 @@ def quantize_rows(matrix: Tensor, columns: Tensor | None = None) -> tuple[Tensor
         >>> (codes.float() * scales).tolist()
         [[448.0, -1.0], [0.0, 0.0]]
     """
-    kernels = triton_kernels() if matrix.is_cuda else None
+    kernels = triton_kernels() if matrix.is_cuda and len(matrix) else None
     return quantize_rows_plainly(matrix, columns) if kernels is None else kernels.quantize_rows(matrix, columns)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import scalabl_pyro as sp
-from scalabl_pyro.lora import float8_device
+from scalabl_pyro.lora import float8_device, float8_inputs
 from scalabl_pyro.lora.fingerprint import fingerprint
 from scalabl_pyro.lora.float8 import Float8Linear, precision_of
 from scalabl_pyro.lora.float8_rows import quantize_rows
@@ -93,6 +93,33 @@ def test_an_input_without_rows_passes_in_both_directions():
     y = Float8Linear(nn.Linear(16, 32))(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert y.shape == (0, 32) and gradient.shape == (0, 16)
+
+
+def test_layers_that_read_one_input_convert_it_once_and_a_change_in_place_is_seen(monkeypatch):
+    converted = []
+    convert = float8_inputs.quantize_rows
+    monkeypatch.setattr(float8_inputs, "quantize_rows", lambda x: converted.append(x) or convert(x))
+    layers = [Float8Linear(nn.Linear(16, 32, bias=False)) for _ in range(3)]
+    x = torch.randn(2, 16)
+    first = [layer(x) for layer in layers]
+    assert len(converted) == 1
+    x.mul_(-2)
+    assert torch.equal(layers[0](x), -2 * first[0])
+    assert len(converted) == 2
+    layers[1](x.clone())
+    assert len(converted) == 3
+    with torch.inference_mode():
+        inner = torch.randn(2, 16)
+        layers[0](inner), layers[1](inner)
+    assert len(converted) == 5
+
+
+def test_the_codes_of_an_input_are_freed_with_it():
+    x = torch.randn(2, 16)
+    Float8Linear(nn.Linear(16, 32))(x)
+    assert float8_inputs._LAST
+    del x
+    assert not float8_inputs._LAST
 
 
 def test_half_precision_comes_back_in_the_dtype_of_the_input():
