@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .base_tensors import COMPARED, ORDINARY, PlainTensor, plain_tensors
+from .base_tensors import ORDINARY, PlainTensor, is_ordinary, plain_tensors
 from .float8 import original_weight
 from .module_paths import lies_in
 from .settings import settings, warn_of_other_settings
@@ -87,7 +87,7 @@ def _compared(adapter: Adapter, tensors: Collection[PlainTensor]) -> dict[str, T
 
 
 def _is_compared(tensor: Tensor) -> bool:
-    return not tensor.is_meta and tensor.dtype in COMPARED and tensor.numel() > 0
+    return not tensor.is_meta and is_ordinary(tensor) and tensor.numel() > 0
 
 
 def _owner(name: str) -> str:
@@ -202,7 +202,7 @@ def _class_name(base: nn.Module) -> str:
 
 
 def _probe(weight: Tensor | None, count: int) -> list[float]:
-    if weight is None or weight.is_meta or weight.dtype not in ORDINARY:
+    if weight is None or weight.is_meta or not is_ordinary(weight) or weight.dtype not in ORDINARY:
         return []
     whole: Any = weight.detach()
     flat = (whole.full_tensor() if is_piece(whole) else whole).reshape(-1)

@@ -46,7 +46,11 @@ SCRIPTS = {
     "benchmarks/start_up.py": (["--repeats", "1"], []),
     "benchmarks/overhead.py": (["--tiny", "--steps", "3", "--out", "overhead.json"], []),
     "benchmarks/quality": (["--tiny", "--datasets", "r8", "--methods", "mle", "scalabl", "--out", "out"], DATA),
-    "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
+    "benchmarks/speed.py": (
+        "--shape tiny --device cpu --steps 2 --base-precision float8 --out speed.json".split(),
+        [],
+    ),
+    "benchmarks/float8_quality.py": (["--tiny", "--out", "float8.json"], DATA),
     "benchmarks/demo_choice.py": (
         "--tiny --rows 16 --steps 2 --blocks 1 --seeds 1 --rates 1e-3 --out out".split(),
         [*DATA, OPINIONS],
@@ -68,7 +72,7 @@ SCRIPTS = {
         [],
     ),
     "benchmarks/large_models.py": (
-        ["--runs", "tiny", "tiny:4bit:checkpointing", "--device", "cpu", "--tokens", "8", "--out", "large.json"],
+        "--runs tiny tiny:4bit:checkpointing tiny:float8-compact --device cpu --tokens 8 --out large.json".split(),
         ["bitsandbytes"],
     ),
 }
