@@ -111,7 +111,7 @@ def test_captured_steps_have_the_losses_of_eager_ones(word, checkpointing, caplo
 
 
 def test_a_posterior_is_saved_loaded_and_unloaded(tmp_path):
-    llm, result = fitted()
+    _, result = fitted()
     expected = result.posterior.predict(ROWS, num_draws=4, seed=0).log_probs
     assert expected.std(0).min() > 0
     result.posterior.save_pretrained(tmp_path)
