@@ -1,8 +1,13 @@
 """Models with the shapes of real LLMs and random weights, for benchmarks of time and memory."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from scalabl_pyro.lora.float8 import Float8Linear
 
 QWEN = {"model_type": "qwen2", "vocab_size": 152_064}
 SHAPES = {
@@ -25,25 +30,28 @@ SHAPES = {
 }  # fmt: skip
 
 
-def random_llm(shape: str, device: str, dtype: torch.dtype, *, four_bit: bool = False) -> nn.Module:
+def random_llm(
+    shape: str, device: str, dtype: torch.dtype, *, storage: str | None = None, blocks: int | None = None
+) -> nn.Module:
     """Make a causal LM with random weights.
 
     Args:
         shape: Key of ``SHAPES``.
         device: Device of the model.
         dtype: Type of the weights.
-        four_bit: Whether bitsandbytes stores the linear layers of the blocks in NF4.
+        storage: How the linear layers of the blocks are stored, a key of ``STORAGES``; None means in ``dtype``.
+        blocks: Number of blocks; None means that of the shape.
     """
-    config = _config(shape, SHAPES[shape]["num_hidden_layers"])
+    config = _config(shape, blocks or SHAPES[shape]["num_hidden_layers"])
     with torch.device(device):
-        if not four_bit:
+        if storage is None:
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        # Blocks are quantized one by one, because the whole model in 16 bits may not fit.
+        # Blocks are converted one by one, because the whole model in 16 bits may not fit.
         llm = AutoModelForCausalLM.from_config(_config(shape, 1), dtype=dtype)
         block = type(llm.model.layers[0])
         config._attn_implementation = llm.config._attn_implementation
         llm.model.layers = nn.ModuleList(
-            _in_four_bits(block(config, i).to(dtype)) for i in range(config.num_hidden_layers)
+            _converted(block(config, i).to(dtype), STORAGES[storage]) for i in range(config.num_hidden_layers)
         )
     llm.config = llm.model.config = config
     return llm.requires_grad_(False).eval()
@@ -78,24 +86,37 @@ def _config(shape: str, blocks: int):
     return AutoConfig.for_model(kind, tie_word_embeddings=False, pad_token_id=0, **settings)
 
 
-def _in_four_bits(block: nn.Module) -> nn.Module:
-    """Replace the linear layers of a block by 4-bit layers."""
-    import bitsandbytes as bnb
-
+def _converted(block: nn.Module, convert: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """Replace the linear layers of a block."""
     for module in list(block.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Linear):
-                weight, bias = layer.weight, layer.bias
-                with torch.device("meta"):
-                    small = bnb.nn.Linear4bit(
-                        layer.in_features,
-                        layer.out_features,
-                        bias=bias is not None,
-                        compute_dtype=weight.dtype,
-                        quant_type="nf4",
-                    )
-                codes = bnb.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4", module=small)
-                small.weight = codes.to(weight.device)  # Moving to the device quantizes.
-                small.bias = bias
-                setattr(module, name, small)
+                setattr(module, name, convert(layer))
     return block
+
+
+def _in_four_bits(layer: nn.Linear) -> nn.Module:
+    """Make a layer of bitsandbytes, which stores the weight in NF4."""
+    import bitsandbytes as bnb
+
+    weight, bias = layer.weight, layer.bias
+    with torch.device("meta"):
+        small = bnb.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=bias is not None,
+            compute_dtype=weight.dtype,
+            quant_type="nf4",
+        )
+    codes = bnb.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4", module=small)
+    small.weight = codes.to(weight.device)  # Moving to the device quantizes.
+    small.bias = bias
+    return small
+
+
+#: What makes a stored layer. Layers in 8-bit floats do not keep the weight in 16 bits in the memory of the host.
+STORAGES: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "4bit": _in_four_bits,
+    "float8": functools.partial(Float8Linear, keep_original=False),
+    "float8-compact": functools.partial(Float8Linear, keep_original=False, keep_transposed=False),
+}

@@ -2,13 +2,16 @@
 
     python examples/benchmarks/speed.py --shape qwen2.5-7b --tokens 128 300 --out speed.json      # one GPU
     python examples/benchmarks/speed.py --shape tiny --device cpu --steps 3                       # runs anywhere
+    python examples/benchmarks/speed.py --shape qwen2.5-7b --tokens 300 --base-precision float8   # and in bfloat16
 
 Weights are random, because time and memory depend on shapes only. The line "floor" is the arithmetic of a step at the
 matrix rate measured in the same run: 2 FLOP per weight and token in the forward pass, and 2 more for the gradients of
-the activations. The frozen weights need no gradients.
+the activations. The frozen weights need no gradients. The rate is always that of the model's own precision (bfloat16 on
+a GPU), so figures in 8-bit floats are compared with the floor of bfloat16, and can lie below it.
 """
 
 import argparse
+import functools
 import gc
 import json
 import sys
@@ -20,6 +23,7 @@ import torch
 
 import scalabl_pyro as sp
 from scalabl_pyro.data import Batch, Example
+from scalabl_pyro.lora.float8 import float8_layers
 from scalabl_pyro.lora.forward import AdaptedLLM
 from scalabl_pyro.model.derivatives import gauss_newton
 from scalabl_pyro.model.log_likelihood import LogLikelihood
@@ -89,10 +93,22 @@ def plain_figures(llm, batch: Batch, many: Batch, timed: Callable) -> dict[str, 
     return figures
 
 
-def our_figures(llm, batch: Batch, args: argparse.Namespace, timed: Callable) -> dict[str, dict]:
-    """Time the adapted model: a step in eager mode, a step as ``fit`` runs it, parts of it, and draws."""
+def our_figures(llm, batch: Batch, args: argparse.Namespace, timed: Callable, precision: str) -> dict[str, dict]:
+    """Time the adapted model: a step in eager mode, a step as ``fit`` runs it, parts of it, and draws.
+
+    Args:
+        llm: Base model.
+        batch: Rows of a step.
+        args: Command line.
+        timed: Measures a function, given the bytes that the weights take more than the base model.
+        precision: ``base_precision`` of the adapted model.
+
+    Returns:
+        Figures by name. Names of figures in 8-bit floats end with the precision.
+    """
     figures = {}
-    blora = sp.bayesian_lora(llm, target_modules=TARGETS)
+    blora = sp.bayesian_lora(llm, target_modules=TARGETS, base_precision=precision)
+    timed = functools.partial(timed, more=added_bytes(llm))
     figures["scalabl_pyro step, eager"] = timed(fit_step(blora, batch))
     if args.device == "cuda":
         figures["scalabl_pyro step, eager"] |= {
@@ -100,15 +116,24 @@ def our_figures(llm, batch: Batch, args: argparse.Namespace, timed: Callable) ->
             "estimated_gib": blora.estimate_memory(batch).total / 2**30,
         }
     figures["scalabl_pyro step"] = timed(fit_step(blora, batch, graph=args.device == "cuda"))
-    figures["of it Pyro alone"] = timed(pyro_only(blora, batch))
-    figures["Laplace curvature"] = timed(curvature(blora, batch), 3)
+    if precision == "original":
+        figures["of it Pyro alone"] = timed(pyro_only(blora, batch))
+        figures["Laplace curvature"] = timed(curvature(blora, batch), 3)
     s = torch.randn(args.draws, 1, blora.subspace.dim, device=args.device)
     task, adapted = AnswerTokens().to(args.device), AdaptedLLM(blora.adapter, factors=blora.adapter.factors())
     with torch.no_grad():
         figures["scalabl_pyro draws"] = timed(lambda: task.outputs(adapted, batch, s))
     blora.unload()
     gc.collect()
-    return figures
+    return figures if precision == "original" else {f"{name}, {precision}": f for name, f in figures.items()}
+
+
+def added_bytes(llm) -> int:
+    """Return how many bytes more than before a model takes on its device since layers are in 8-bit floats."""
+    layers = float8_layers(llm)
+    device = next(llm.parameters()).device
+    freed = [layer.original.weight for layer in layers if layer.original.weight.device != device]
+    return sum(t.nbytes for layer in layers for t in layer.buffers()) - sum(t.nbytes for t in freed)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -123,10 +148,10 @@ def run(args: argparse.Namespace) -> dict:
     rate = matmul_rate(args.device, dtype)
     out = {"shape": args.shape, "rows": args.rows, "draws": args.draws, "weights": weights, "tflops": rate / 1e12}
     out["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    out["liger"] = args.liger
+    out["liger"], out["torch"] = args.liger, torch.__version__
 
-    def timed(fn: Callable[[], object], steps: int = args.steps) -> dict[str, float]:
-        return measure(fn, args.device, steps, occupied)
+    def timed(fn: Callable[[], object], steps: int = args.steps, *, more: int = 0) -> dict[str, float]:
+        return measure(fn, args.device, steps, occupied + more)
 
     for tokens in args.tokens:
         batch = random_batch(args.rows, tokens, args.device)
@@ -134,14 +159,26 @@ def run(args: argparse.Namespace) -> dict:
         flop = 2 * (weights - 2 * embedding) * args.rows * tokens  # one forward pass through the blocks
         figures = {"floor step": {"ms": 2 * flop / rate * 1000}, "floor draws": {"ms": args.draws * flop / rate * 1000}}
         figures |= plain_figures(llm, batch, many, timed)
-        figures |= our_figures(llm, batch, args, timed)
-        out[f"T={tokens}"] = figures
+        for precision in dict.fromkeys(["original", *args.base_precision]):
+            figures |= our_figures(llm, batch, args, timed, precision)
+            out[f"T={tokens}"] = figures = with_ratios(figures)
+            if args.out:
+                args.out.write_text(json.dumps(out, indent=1))
         print(f"\n{args.shape}, {args.rows} x {tokens} tokens, {out['device']}, {rate / 1e12:.0f} TFLOP/s")
         for name, figure in figures.items():
             memory = figure.get("above_weights_gib", float("nan"))
-            print(f"{name:>25}: {figure['ms']:9.1f} ms {memory:8.2f} GiB above the weights", flush=True)
-        if args.out:
-            args.out.write_text(json.dumps(out, indent=1))
+            ratio = f", {figure['of_floor']:.2f} x the floor" if "of_floor" in figure else ""
+            print(f"{name:>40}: {figure['ms']:9.1f} ms {memory:8.2f} GiB above the weights{ratio}", flush=True)
+    return out
+
+
+def with_ratios(figures: dict[str, dict]) -> dict[str, dict]:
+    """Add ``of_floor`` to each time of a step or of draws: how many times the floor it is."""
+    out = {}
+    for name, figure in figures.items():
+        kind = next((kind for kind in ("step", "draws") if kind in name.partition(",")[0].split()), None)
+        floor = figures[f"floor {kind}"]["ms"] if kind and not name.startswith("floor") else None
+        out[name] = figure if floor is None else figure | {"of_floor": figure["ms"] / floor}
     return out
 
 
@@ -153,6 +190,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[128], help="tokens per row")
     parser.add_argument("--draws", type=int, default=10, help="draws of a prediction")
     parser.add_argument("--steps", type=int, default=10, help="number of timed calls")
+    parser.add_argument(
+        "--base-precision",
+        nargs="+",
+        default=[],
+        choices=("float8", "float8-compact"),
+        help="also measure with frozen weights in these precisions",
+    )
     parser.add_argument("--liger", action="store_true", help="use the fused kernels of liger-kernel")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     run(parser.parse_args())

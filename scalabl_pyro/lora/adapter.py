@@ -83,7 +83,7 @@ class Adapter(Summarized):
         self.blocks: tuple[nn.Module, ...] = tuple(adapted)
         self.original = module if original is None else original
         self._loc = loc
-        self._changes = changes
+        self.changes = changes
         self._is_attached = True
         self._fingerprint: Mapping[str, Any] | None = None
         self.keep_start()
@@ -280,7 +280,7 @@ class Adapter(Summarized):
     def unload(self) -> nn.Module:
         """Restore the original module exactly, bit for bit, and return it. Nothing may use the module meanwhile."""
         self._is_attached = False
-        self._changes.revert()
+        self.changes.revert()
         return self.original
 
     def num_parameters(self) -> dict[str, int]:

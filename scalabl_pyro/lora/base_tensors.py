@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import Tensor, nn
 
 from .._errors import ScalaBLWarning, stacklevel_outside
+from .float8 import Float8Linear
 from .module_paths import lies_in
 from .peft_names import and_more
 from .sharding import is_piece, is_sharded
@@ -69,6 +70,8 @@ class PlainTensor:
 def plain_tensors(module: nn.Module, path: str = "", *, is_trained: bool = False) -> Iterator[PlainTensor]:
     """Iterate over the tensors that a module computes with, except LoRA factors.
 
+    Layers in 8-bit floats give their weights in the original precision.
+
     Args:
         module: Base model, with or without layers and wrappers of PEFT.
         path: Path of the module in the base model.
@@ -79,6 +82,8 @@ def plain_tensors(module: nn.Module, path: str = "", *, is_trained: bool = False
     """
     if isinstance(module, AuxiliaryTrainingWrapper):
         yield from _of_wrapper(module, path)
+    elif isinstance(module, Float8Linear) and module.original is not None:
+        yield from plain_tensors(module.original, path, is_trained=is_trained)
     elif isinstance(module, BaseTunerLayer):
         tuner = module if isinstance(module, LoraEmbedding) and _is_active(module) else None
         for tensor in plain_tensors(module.get_base_layer(), path, is_trained=is_trained):

@@ -71,7 +71,7 @@ def suitable(module: nn.Module, linear: Mapping[str, nn.Module], *, r: int | Non
     """
     is_transformer = hasattr(getattr(module, "config", None), "model_type")
     gates = [name for name, m in linear.items() if is_transformer and (r or 1) > 1 and min(shape_of(m)) == 1]
-    read = [name for name in linear if last_name(name) in _READ_BY_MIXER and _is_mixer(module, name)]
+    read = [name for name in linear if last_name(name) in _READ_BY_MIXER and is_in_mixer(module, name)]
     for reason, left_out in (("have a single input or output", gates), ("may be read without being called", read)):
         if left_out:
             logger.info("not adapted, because these layers %s: %s", reason, summary(left_out))
@@ -83,7 +83,7 @@ def summary(names: Sequence[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in Counter(map(last_name, names)).items())
 
 
-def _is_mixer(module: nn.Module, name: str) -> bool:
-    """Tell whether the parent of a layer is a Mamba mixer."""
+def is_in_mixer(module: nn.Module, name: str) -> bool:
+    """Tell whether the parent of a layer is a Mamba mixer, by the path of the layer in the module."""
     parent = module.get_submodule(name.rpartition(".")[0])
     return hasattr(parent, "conv1d") and hasattr(parent, "in_proj")

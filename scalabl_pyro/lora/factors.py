@@ -8,6 +8,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from .float8 import Float8Linear
+
 Factors = tuple[tuple[Tensor, Tensor], ...]
 """(A, B) of each layer, in the order of the subspace."""
 
@@ -23,11 +25,14 @@ def local_part(parameter: Tensor) -> Tensor:
 
 
 def compute_dtype(layer: LoraLayer, A: Tensor) -> torch.dtype:
-    """Return the dtype of the base weight, or that of A if the base layer is quantized (int8, float8, ...).
+    """Return the dtype of the base weight, or that of A if the base layer is quantized by another library.
 
     A quantized layer has no dtype to compute with. The forward pass casts the factors to the dtype of its input.
     """
-    dtype = getattr(getattr(layer.get_base_layer(), "weight", None), "dtype", None)
+    base = layer.get_base_layer()
+    if isinstance(base, Float8Linear):
+        return base.dtype
+    dtype = getattr(getattr(base, "weight", None), "dtype", None)
     return dtype if dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64) else A.dtype
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .base_tensors import COMPARED, ORDINARY, PlainTensor, plain_tensors
+from .base_tensors import ORDINARY, PlainTensor, is_ordinary, plain_tensors
+from .float8 import original_weight
 from .module_paths import lies_in
 from .settings import settings, warn_of_other_settings
 from .sharding import is_piece, is_sharded
@@ -25,7 +26,7 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
     The original weights of trained heads are left out, because the saved heads replace them.
 
     Weights of quantized layers are left out. So a posterior learned on a 4-bit base loads on the same base in bfloat16,
-    and the other way round.
+    and the other way round. Of layers that this library converted to 8-bit floats, the original weights are described.
 
     Weights may be sharded over several processes. Then the first call gathers them, and all processes must make it
     together (``fit`` does so). The result is kept, so that one process alone can save a posterior later.
@@ -54,9 +55,7 @@ def _fingerprint(adapter: Adapter) -> dict[str, Any]:
         "model_type": getattr(getattr(base, "config", None), "model_type", None),
         "embedding_shape": list(weight.shape),
         "probes": _probe(adapter.base_tensors.get(name, weight), EMBEDDING_PROBES),
-        "layer_probes": {
-            n: _probe(getattr(layer.get_base_layer(), "weight", None), LAYER_PROBES) for n, layer in layers
-        },
+        "layer_probes": {n: _probe(original_weight(layer.get_base_layer()), LAYER_PROBES) for n, layer in layers},
         "tensor_probes": _probe_all(_compared(adapter, tensors.values())),
         "settings": settings(base),
         "quantized": sorted({_owner(t.name) for t in tensors.values() if not _is_compared(t.base)}),
@@ -71,8 +70,8 @@ def _embeddings(adapter: Adapter) -> tuple[str, Tensor]:
     if weight is not None:
         name = next((name for name, m in base.named_modules() if m is embeddings), "")
         return f"{name}.weight", weight
-    own = {id(p) for pair in adapter.factors() for p in pair}
-    return next((n, p) for n, p in base.named_parameters() if id(p) not in own and p.is_floating_point())
+    plain = ((t.name, t.base) for t in plain_tensors(base) if isinstance(t.base, nn.Parameter))
+    return next((name, p) for name, p in plain if p.is_floating_point())
 
 
 def _compared(adapter: Adapter, tensors: Collection[PlainTensor]) -> dict[str, Tensor]:
@@ -88,7 +87,7 @@ def _compared(adapter: Adapter, tensors: Collection[PlainTensor]) -> dict[str, T
 
 
 def _is_compared(tensor: Tensor) -> bool:
-    return not tensor.is_meta and tensor.dtype in COMPARED and tensor.numel() > 0
+    return not tensor.is_meta and is_ordinary(tensor) and tensor.numel() > 0
 
 
 def _owner(name: str) -> str:
@@ -203,7 +202,7 @@ def _class_name(base: nn.Module) -> str:
 
 
 def _probe(weight: Tensor | None, count: int) -> list[float]:
-    if weight is None or weight.is_meta or weight.dtype not in ORDINARY:
+    if weight is None or weight.is_meta or not is_ordinary(weight) or weight.dtype not in ORDINARY:
         return []
     whole: Any = weight.detach()
     flat = (whole.full_tensor() if is_piece(whole) else whole).reshape(-1)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from .._display import Summarized
 from .adapter import Adapter
+from .float8 import float8_layers
 from .forward import AdaptedLLM
 from .gradient_checkpointing import recompute
+from .sharding import is_piece
 from .train_mode import sole_use
 
 #: Bytes per trained parameter: its float32 value, its value before the update, its gradient, and two moments of AdamW.
@@ -104,12 +106,29 @@ def estimate_step(
         # Autograd keeps the inputs of all blocks. While one block runs again, it also keeps all that this block saves.
         activations = of_all_rows(adapter.blocks) + activations // len(adapter.blocks)
     modules = [adapter.module, *adapter.heads.values()]
-    own_tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-    tensors = {t.data_ptr(): t for held in own_tensors for t in (held, *_of_quantization(held))}
+    own_tensors = (t for module in modules for t in (*module.parameters(), *module.buffers(), *_on_host(module)))
+    tensors = {t.data_ptr(): t for held in own_tensors for t in (*_stored(held), *_of_quantization(held))}
     trained = sum(t.numel() for t in tensors.values() if t.requires_grad)
     own = sum(t.nbytes for t in tensors.values() if t.requires_grad)
     weights = sum(t.untyped_storage().nbytes() for t in tensors.values()) - own
     return MemoryEstimate(weights, BYTES_PER_PARAMETER * trained, activations, head)
+
+
+def _on_host(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the original weights of layers in 8-bit floats, if these compute in the memory of the host too."""
+    for layer in float8_layers(module):
+        if layer.original is not None and layer.original.weight.device == layer.codes.device:
+            yield layer.original.weight
+
+
+def _stored(tensor: Any) -> Iterator[Tensor]:
+    """Yield the tensors that hold the numbers of a tensor: itself, or the codes and scales of one of torchao."""
+    if is_piece(tensor) or not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _stored(getattr(tensor, name))
 
 
 def _of_quantization(weight: Tensor) -> Iterator[Tensor]:
@@ -125,13 +144,14 @@ def _saved_bytes(adapter: Adapter, forward: Pass, count: int, *, again: tuple[nn
 
     Each storage counts once, and weights do not count.
     """
-    known = {t.untyped_storage().data_ptr() for t in (*adapter.module.parameters(), *adapter.module.buffers())}
+    own = (*adapter.module.parameters(), *adapter.module.buffers())
+    known = {t.untyped_storage().data_ptr() for held in own for t in _stored(held)}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        for storage in (part.untyped_storage() for part in _stored(tensor)):
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # the tensor and its graph node would hold each other and never be freed
 
     s = adapter.loc.to(adapter.device).clone().requires_grad_(True)

@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .float8 import Float8Linear
 from .tensors import set_tensor
 
 #: Whether a 4-bit layer of bitsandbytes may pack its weights on this CPU.
@@ -27,6 +29,7 @@ class ModuleChanges:
     module: nn.Module
     _flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     _replaced: dict[str, nn.Module] = field(default_factory=dict)
+    _converted: list[tuple[nn.Module, str, Float8Linear]] = field(default_factory=list)
     _attributes: list[str] = field(default_factory=list)
     _weights: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
@@ -78,6 +81,12 @@ class ModuleChanges:
         """
         self._tensors.append(set_tensor(self.module, name, value))
 
+    def convert_layer(self, parent: nn.Module, name: str, layer: Float8Linear) -> None:
+        """Replace a linear layer by one in 8-bit floats, and move the weight of the old layer to host memory."""
+        self._converted.append((parent, name, layer))
+        setattr(parent, name, layer)
+        layer.move_original(torch.device("cpu"))
+
     def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
         """Set an attribute of one instance that hides an attribute of its class."""
         if name not in vars(module):
@@ -118,6 +127,8 @@ class ModuleChanges:
             weight.data = data.to(weight.device)
         for layer, adapter_name, rank in self._ranks:
             layer.r[adapter_name] = rank
+        for parent, name, converted in self._converted:
+            setattr(parent, name, converted.restored())
         for name, original in self._replaced.items():
             self.module.set_submodule(name, original)
         for owner, key, tensor in self._tensors:
@@ -133,5 +144,6 @@ class ModuleChanges:
             record.clear()
         self._set.clear()
         self._packers.clear()
+        self._converted.clear()
         self._tensors.clear()
         self._replaced.clear()

@@ -41,7 +41,7 @@ class ModuleSnapshot:
         self._attributes = [(m.__dict__, dict(m.__dict__)) for m in modules]
         found = {id(v): v for _, saved in self._attributes for v in saved.values() if type(v) in _CONTAINERS}
         self._containers = [(container, container.copy()) for container in found.values()]
-        self._flags = [(p, p.requires_grad) for m in modules for p in m.parameters(recurse=False)]
+        self._parameters = [(p, p.requires_grad, p.device) for m in modules for p in m.parameters(recurse=False)]
         self._weights = [(p, p.data, p.detach().clone()) for m in modules for p in _tuner_weights(m)]
 
     def keep_values(self, tensors: Iterable[Tensor]) -> None:
@@ -56,8 +56,10 @@ class ModuleSnapshot:
                 _refill(attributes, saved)
             for container, content in self._containers:
                 _refill(container, content)
-            for parameter, flag in self._flags:
+            for parameter, flag, device in self._parameters:
                 parameter.requires_grad_(flag)
+                if parameter.device != device:  # weights of layers in 8-bit floats wait in host memory
+                    parameter.data = parameter.data.to(device)
             with torch.no_grad():
                 for weight, data, value in self._weights:
                     weight.data = data

@@ -13,11 +13,14 @@ from .._process.lock import LOCK
 from .adapter import Adapter
 from .attach import find_adapter
 from .base_module import PEFT_WRAPPERS
+from .float8 import float8_layers
 from .sharding import is_sharded
 
 
 def plain_copy(adapter: Adapter, *, share: bool) -> nn.Module:
     """Copy the base model of an adapter, as it was before PEFT and this library changed it.
+
+    Layers in 8-bit floats have their original precision in the copy, so their weights take memory of the device.
 
     Biases that PEFT trained in place keep their trained values.
 
@@ -35,7 +38,7 @@ def plain_copy(adapter: Adapter, *, share: bool) -> nn.Module:
             "in one process with Posterior.from_pretrained(llm, path), and export it there."
         )
     with LOCK:
-        memo = _options_to_copy(adapter) | (_shared(adapter) if share else {})
+        memo = _options_to_copy(adapter) | _codes(adapter) | (_shared(adapter) if share else {})
         if adapter.original is not adapter.module and not isinstance(adapter.original, PEFT_WRAPPERS):
             memo[id(adapter.original)] = None  # a compiled model around the module cannot be copied
         copied = copy.deepcopy(adapter.module, memo)
@@ -56,11 +59,18 @@ def _options_to_copy(adapter: Adapter) -> dict[int, Any]:
     return {id(given): {key: v for key, v in given.items() if key != "tied_adapter"} for given in options}
 
 
+def _codes(adapter: Adapter) -> dict[int, Any]:
+    """Map the id of each buffer of layers in 8-bit floats to itself: the copy gets the original layers instead."""
+    layers = [layer for layer in float8_layers(adapter.module) if layer.original is not None]
+    return {id(buffer): buffer for layer in layers for buffer in layer.buffers()}
+
+
 def _shared(adapter: Adapter) -> dict[int, Any]:
     """Map the id of each frozen weight to a parameter with the same memory; quantized ones to themselves."""
     own = {id(p) for pair in adapter.factors() for p in pair}
     shared: dict[int, Any] = {}
-    for tensor in (*adapter.module.parameters(), *adapter.module.buffers()):
+    held = [layer.original.weight for layer in float8_layers(adapter.module) if layer.original is not None]
+    for tensor in (*adapter.module.parameters(), *adapter.module.buffers(), *held):
         if id(tensor) not in own and tensor.dim() > 1:
             shared[id(tensor)] = _alias(tensor)
     return shared

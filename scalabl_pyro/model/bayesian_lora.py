@@ -8,6 +8,8 @@ from .._arguments import check_role, kind_of, known_arguments
 from .._deprecated import renamed_arguments
 from ..lora.adapter import Gauge
 from ..lora.attach import attach
+from ..lora.float8 import BasePrecision
+from ..lora.float8_convert import check_precision, convert
 from ..lora.module_snapshot import ModuleSnapshot
 from ..lora.targets import ExcludedModules, TargetModules
 from ..priors import PriorLike
@@ -31,6 +33,7 @@ def bayesian_lora(
     prior: PriorLike = 1.0,
     gauge: Gauge = "unit_rows",
     modules_to_save: Sequence[str] | None = None,
+    base_precision: BasePrecision = "original",
     seed: int = 0,
 ) -> BayesianLoRA:
     """Add LoRA adapters with a latent vector s inside each layer: y = W0 x + gamma B (s * A x).
@@ -67,14 +70,21 @@ def bayesian_lora(
         modules_to_save: Paths of modules that are trained in full (as point estimates) and saved. None means the new
             head of a Hugging Face classifier: all modules outside of its backbone (the model without its
             output layers).
+        base_precision: Precision of the products with the frozen weights of the blocks. ``"float8"`` converts the
+            linear layers of the blocks to 8-bit floats, with a scale per row, which is faster on GPUs of compute
+            capability 8.9 or higher. The head stays as it is, and factors and latents too. The codes take as much
+            memory as bfloat16, because each weight is stored in two layouts. ``"float8-compact"`` stores one, and takes
+            half: a backward pass then transposes the weights one by one. Original weights move to the memory of the
+            host, so that ``unload()`` can put them back. On a CPU the products are emulated, which is slow.
         seed: Seed of the initial factors; the global random state stays as it is.
 
     Returns:
         A PyroModule to call in place of the LLM.
 
     Raises:
-        ValueError: The targets match nothing, the rank is too large for a layer, the module is wrapped already, or its
-            weights are offloaded.
+        ValueError: The targets match nothing, the rank is too large for a layer, the module is wrapped already, its
+            weights are offloaded, or 8-bit floats are not possible: on this device, or for weights that are quantized
+            already or float64.
         TypeError: A layer cannot carry latents, the module carries an adapter of another PEFT method (such as prompt
             tuning), or the prior is not one of the kinds above.
 
@@ -93,6 +103,7 @@ def bayesian_lora(
     """
     if kind_of(module) != "blora":  # which has an error of its own
         check_role("module", module, "llm", call="bayesian_lora(llm)")
+    check_precision(base_precision)
     snapshot = ModuleSnapshot(module)
     try:
         adapter = attach(
@@ -108,7 +119,9 @@ def bayesian_lora(
             modules_to_save=modules_to_save,
             seed=seed,
         )
-        return BayesianLoRA(adapter, prior=prior)
+        blora = BayesianLoRA(adapter, prior=prior)
+        convert(adapter, base_precision)
+        return blora
     except BaseException:
         snapshot.restore()
         raise

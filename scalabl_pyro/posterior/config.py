@@ -10,13 +10,14 @@ from typing import Any
 
 from .._errors import ScalaBLWarning, stacklevel_outside
 from .._values import shown
+from ..lora.float8 import BASE_PRECISIONS
 from ..storage import directories, json_reader, untrusted_files
 from ..storage.manifest import Entry, Manifest
 
 #: Increased when an older version would misread the files. An older version refuses a higher number.
 FORMAT_VERSION = 1
 #: Increased when fields are added that an older version can ignore. It then warns.
-FORMAT_MINOR = 1
+FORMAT_MINOR = 2
 CONFIG_FILE = "scalabl_config.json"
 #: Largest allowed size of the file.
 MAX_BYTES = 8 * 2**20
@@ -46,6 +47,8 @@ class SavedConfig:
         task: ``class`` and ``options``.
         base_model: Fingerprint of the base model.
         base_tensors: Names of saved tensors of the base model that its checkpoint does not hold; since format 1.1.
+        base_precision: Precision of the products with the frozen weights, see
+            :func:`scalabl_pyro.bayesian_lora`; since format 1.2.
         provenance: How the posterior was made: options, seeds, versions.
         files: Manifest of all other files in the directory.
     """
@@ -59,6 +62,7 @@ class SavedConfig:
     task: dict[str, Any]
     base_model: dict[str, Any]
     base_tensors: list[str]
+    base_precision: str
     provenance: dict[str, Any]
     files: Manifest
 
@@ -130,6 +134,7 @@ def parse_config(content: bytes) -> SavedConfig:
         task={key: get_entry(get_entry(config, "task", dict), key, kind) for key, kind in TASK.items()},
         base_model=get_entry(config, "base_model", dict),
         base_tensors=_paths("base_tensors", get_entry({"base_tensors": [], **config}, "base_tensors", list)),
+        base_precision=_precision(config.get("base_precision", "original")),
         provenance=get_entry(config, "provenance", dict),
         files=_manifest(config.get("files")),
     )
@@ -186,6 +191,12 @@ def _paths(key: str, paths: list[Any]) -> list[str]:
     if not all(isinstance(name, str) and name for name in paths) or len(set(paths)) < len(paths):
         raise ValueError(f": {key!r} must be a list of different module paths, found {shown(paths)}.")
     return paths
+
+
+def _precision(value: object) -> str:
+    if value not in BASE_PRECISIONS:
+        raise ValueError(f": 'base_precision' must be one of {', '.join(BASE_PRECISIONS)}, found {shown(value)}.")
+    return str(value)
 
 
 def _manifest(value: object) -> Manifest:

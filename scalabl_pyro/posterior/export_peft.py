@@ -24,6 +24,7 @@ from .._values import plain
 from .._version import __version__
 from ..lora.base_module import check_has_values
 from ..lora.fingerprint import fingerprint
+from ..lora.float8 import original_weights
 from ..lora.peft_names import quiet_peft
 from ..lora.plain_adapter import as_peft_model, extras_of, put_draw
 from ..lora.plain_copy import plain_copy
@@ -109,6 +110,8 @@ def largest_error(
 ) -> dict[str, float | None]:
     """Compare the outputs of a module with those of the LLM under one draw, for one row of tokens.
 
+    An LLM in 8-bit floats computes in its original precision here, because the module does.
+
     Args:
         posterior: Posterior that the draw comes from.
         s: The draw, (D,).
@@ -123,7 +126,7 @@ def largest_error(
     """
     adapter = posterior.adapter
     llm = posterior.llm()
-    with adapter.bind(s, factors=llm.factors, heads=llm.heads):
+    with original_weights(), adapter.bind(s, factors=llm.factors, heads=llm.heads):
         own = probe_output(adapter.module, adapter.module, strict=True)
     other = probe_output(module, adapter.module, strict=True)
     if own is None or other is None:

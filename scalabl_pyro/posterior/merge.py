@@ -8,6 +8,7 @@ from .._errors import check_count
 from ..lora.adapter import Adapter
 from ..lora.base_module import check_has_values
 from ..lora.base_tensors import is_ordinary
+from ..lora.float8 import original_weight
 from ..lora.peft_names import quiet_peft
 from ..lora.plain_adapter import as_peft_model, put_draw
 from ..lora.plain_copy import plain_copy
@@ -85,7 +86,7 @@ def _forget_quantization(model: nn.Module) -> None:
 
 def _check_ordinary(adapter: Adapter) -> None:
     for name, layer in zip(adapter.subspace.names, adapter.layers, strict=True):
-        weight: Any = getattr(layer.get_base_layer(), "weight", None)
+        weight = original_weight(layer.get_base_layer())
         if weight is None or not is_ordinary(weight):
             raise ValueError(
                 f"The weight of {name!r} is quantized, and merging into it would round the draw away. Load the base "

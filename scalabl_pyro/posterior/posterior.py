@@ -250,6 +250,7 @@ class Posterior(TextPosterior):
             path: Directory that :meth:`save_pretrained` wrote.
             overrides: ``task=``, ``prior=`` or ``guide=``, if the saved one is a class of your own. ``budget=``, a
                 :class:`~scalabl_pyro.storage.budget.Budget`, for files that are larger than the default allows.
+                ``base_precision=`` replaces the saved one; ``"original"`` is for devices without 8-bit floats.
 
         Raises:
             ValueError: If the base model is another one, or if tensors are missing, surplus, damaged, too large or of

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,10 @@ from ..guides import Guide
 from ..lora.adapter import Adapter
 from ..lora.attach import find_adapter
 from ..lora.base_module import base_module, check_has_values, check_placement
+from ..lora.base_tensors import plain_tensors
 from ..lora.fingerprint import check_fingerprint, describe_layers, fingerprint
+from ..lora.float8 import BasePrecision, precision_of
+from ..lora.float8_convert import check_precision, convert
 from ..lora.inject import reattach
 from ..lora.targets import new_heads
 from ..model.bayesian_lora import BayesianLoRA
@@ -94,6 +97,7 @@ def load(
     task: Task | None = None,
     prior: Prior | None = None,
     guide: Guide | Callable[[BayesianLoRA], Guide] | None = None,
+    base_precision: BasePrecision | None = None,
     budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Load the fields of a saved posterior.
@@ -104,6 +108,7 @@ def load(
         task: Replaces the saved task, for a user's class.
         prior: Replaces the saved prior, for a user's class.
         guide: Replaces the saved guide, for a user's class; a guide, or a callable ``blora -> guide``.
+        base_precision: Replaces the saved precision of the frozen weights, see :func:`scalabl_pyro.bayesian_lora`.
         budget: What the files may cost, for files that you trust; loading spends it. By default, see
             :meth:`~scalabl_pyro.storage.budget.Budget.beside`.
 
@@ -118,15 +123,20 @@ def load(
     check_path("path", path)
     path, overrides = Path(path), Overrides(task, prior, guide)
     overrides.check()
+    if base_precision is not None:
+        check_precision(base_precision)
     llm = base_module(llm)
     check_placement(llm)
     check_has_values(llm)
     with LOCK, path_in_errors(path):
-        return _load(path, llm, overrides, budget_for(llm, budget))
+        return _load(path, llm, overrides, budget_for(llm, budget), base_precision)
 
 
-def _load(path: Path, llm: nn.Module, overrides: Overrides, budget: Budget) -> dict[str, Any]:
+def _load(
+    path: Path, llm: nn.Module, overrides: Overrides, budget: Budget, base_precision: BasePrecision | None
+) -> dict[str, Any]:
     config = read_config(path)
+    precision = cast(BasePrecision, config.base_precision if base_precision is None else base_precision)
     of_adapter, of_parts = (read_tensors(path, name, budget=budget) for name in (ADAPTER, POSTERIOR))
     check_adapter_keys(config, of_adapter)
     check_heads(config.heads, of_adapter, llm)
@@ -141,6 +151,7 @@ def _load(path: Path, llm: nn.Module, overrides: Overrides, budget: Budget) -> d
     try:
         if carried is not None:
             _check_carried(carried, config, of_adapter, path)
+            _check_precision(carried, precision, path)
         _warn_of_lost_heads(config, llm)
         check_fingerprint(config.base_model, fingerprint(adapter))
         factors = saved_factors(adapter, of_adapter)
@@ -148,6 +159,8 @@ def _load(path: Path, llm: nn.Module, overrides: Overrides, budget: Budget) -> d
         parts = restore_parts(config, path, adapter, of_parts, overrides, budget)
         mean = checked_mean(parts.guide, adapter.subspace.dim)
         _check_unchanged(path, config, budget, with_tokenizer=overrides.task is None)
+        if carried is None:
+            convert(adapter, precision)
     except BaseException:
         if carried is None:
             adapter.unload()
@@ -178,7 +191,7 @@ def _check_draws(posterior: PosteriorState) -> None:
 def budget_for(llm: nn.Module, budget: Budget | None) -> Budget:
     """Return the given budget, or the default one beside a model."""
     if budget is None:
-        return Budget.beside(sum(p.numel() for p in llm.parameters()))
+        return Budget.beside(sum(t.base.numel() for t in plain_tensors(llm)))
     if not isinstance(budget, Budget):
         raise TypeError(f"budget={budget!r}: expected a scalabl_pyro.storage.budget.Budget, or None.")
     return budget
@@ -234,6 +247,7 @@ def _config(posterior: PosteriorState, files: Manifest) -> SavedConfig:
         task=tasks.to_config(posterior.task),
         base_model=fingerprint(posterior.adapter),
         base_tensors=sorted(posterior.adapter.base_tensors),
+        base_precision=precision_of(posterior.adapter.module),
         provenance=dict(posterior.provenance),
         files=files,
     )
@@ -255,4 +269,13 @@ def _check_carried(carried: Adapter, config: SavedConfig, tensors: Mapping[str, 
         raise ValueError(
             f"The module already carries Bayesian LoRA, but {other[0]!r} is another tensor in {path}: call .unload() "
             "first, or load into another copy of the model."
+        )
+
+
+def _check_precision(carried: Adapter, precision: str, path: Path) -> None:
+    """Raise ValueError if a module that carries the adapter already computes in another precision."""
+    if (own := precision_of(carried.module)) != precision:
+        raise ValueError(
+            f"The module already carries Bayesian LoRA with base_precision={own!r}, but {path} is loaded with "
+            f"{precision!r}: call .unload() first, or pass base_precision={own!r} to keep that of the module."
         )

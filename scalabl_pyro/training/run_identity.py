@@ -17,6 +17,7 @@ from ..distributed.processes import Processes
 from ..guides import Guide
 from ..lora.adapter import Adapter
 from ..lora.fingerprint import check_fingerprint, describe_layers, fingerprint
+from ..lora.float8 import precision_of
 from ..model.joint import TaskModel
 from .loop import Trainer
 
@@ -52,6 +53,7 @@ def describe_run(
         "prior": priors.to_config(model.blora.prior),
         "layers": describe_layers(adapter),
         "gauge": adapter.gauge,
+        **_precision(adapter),
         "lora_dropout": _dropout(adapter),
         FIXED: _digest({**prior, **frozen}),
         "base_model": fingerprint(adapter),
@@ -153,6 +155,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def _precision(adapter: Adapter) -> dict[str, str]:
+    """Return the precision of the frozen weights; nothing for the usual one, so that older checkpoints stay valid."""
+    precision = precision_of(adapter.module)
+    return {} if precision == "original" else {"base_precision": precision}
 
 
 def _dropout(adapter: Adapter) -> float | list[float]:

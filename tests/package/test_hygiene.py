@@ -190,9 +190,14 @@ def disable(blora: sp.BayesianLoRA, fail: bool = False) -> None:
 #: For each public function: calls that succeed, and calls that fail (beside these, see ELSEWHERE).
 CALLS: dict[str, tuple[list[Callable[[Any], Any]], list[Callable[[Any], Any]]]] = {
     "bayesian_lora": (
-        [lambda w: sp.bayesian_lora(w.plain, r=2).unload(), lambda w: sp.bayesian_lora(tiny_classifier()).unload()],
+        [
+            lambda w: sp.bayesian_lora(w.plain, r=2).unload(),
+            lambda w: sp.bayesian_lora(tiny_classifier()).unload(),
+            lambda w: sp.bayesian_lora(w.plain, r=2, base_precision="float8").unload(),
+        ],
         [
             lambda w: sp.bayesian_lora(w.plain, r=10**6),
+            lambda w: sp.bayesian_lora(w.plain, base_precision="fp8"),
             lambda w: sp.bayesian_lora(w.plain, prior=-1.0),
             lambda w: sp.bayesian_lora(w.plain, target_modules=["nothing"]),
         ],

@@ -100,14 +100,14 @@ def rows_of(name: str, part: str, data_dir: Path | None) -> list[dict]:
     """
     if name == "newsgroups":
         return newsgroups(count=10**6, seed=0)
-    if name == "r8":
-        return reuters_r8(part, count=10**6, seed=0)
     source = source_of(name)
     if data_dir is not None:
         for stem in (name, *source.files):
             file = f"{stem}_{part}.jsonl"
             if found := [*data_dir.glob(file), *data_dir.glob(f"*/{file}")]:
                 return [dict(row) for row in read_rows(found[0])]
+    if name == "r8":
+        return reuters_r8(part, count=10**6, seed=0)
     if source.hub is None:
         raise ValueError(
             f"{name} is read from {name}_train.jsonl and {name}_test.jsonl: give their folder with --data-dir."
