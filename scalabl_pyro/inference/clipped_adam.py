@@ -64,7 +64,7 @@ class ClippedAdam(torch.optim.Optimizer):
             [s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step", "decay")
         )
         beta1, beta2 = group["betas"]
-        grads = [p.grad for p in params]
+        grads: Any = [p.grad for p in params]
         torch._foreach_clamp_min_(grads, -group["clip_norm"])
         torch._foreach_clamp_max_(grads, group["clip_norm"])
         torch._foreach_add_(steps, 1)
@@ -85,7 +85,7 @@ class ClippedAdam(torch.optim.Optimizer):
 
 def _step_sizes(
     steps: list[Tensor], decays: list[Tensor], lr: float | Tensor, beta1: float, beta2: float
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """Return the decayed learning rate of each parameter, corrected for moments that began at 0."""
     sizes = torch._foreach_pow(beta2, steps)
     torch._foreach_mul_(sizes, -1)

@@ -34,10 +34,10 @@ def no_host_draws() -> Iterator[None]:
     Raises:
         RuntimeError: Numbers were drawn.
     """
-    own = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    own: Any = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     with _UnseenSubsamples():
         yield
-    of_numpy = np.random.get_state()  # noqa: NPY002
+    of_numpy: Any = np.random.get_state()  # noqa: NPY002
     has_drawn = {
         "torch's CPU generator": not torch.equal(torch.get_rng_state(), own[0]),
         "numpy": of_numpy[2] != own[1][2] or not np.array_equal(of_numpy[1], own[1][1]),

@@ -93,9 +93,11 @@ class JointOptimizer:
                 if clip.get("clip_value") is not None:
                     clip_grad_value_(p, clip["clip_value"])
         cast(torch.optim.Optimizer, self.optimizer).step()
+        # As in stock SVI, whose next step adds to them. In a graph this makes them ready for a step outside of it.
+        torch._foreach_zero_([p.grad for p in used if p.grad is not None])
 
     def clear_gradients(self) -> None:
-        """Drop the gradients of all parameters."""
+        """Drop the gradients of all parameters, so that the next ones get memory of their own."""
         for p in self.known:
             p.grad = None
 
@@ -132,7 +134,7 @@ class JointOptimizer:
             state = self.optim.optim_objs[parameter].state_dict()
         single = self._single(parameter, options, state)
         self.known[parameter] = name
-        self._clips[parameter] = dict(self.optim._get_grad_clip_args(parameter))
+        self._clips[parameter] = dict(cast(Any, self.optim)._get_grad_clip_args(parameter))
         self.optim.optim_objs[parameter] = _StateOfOne(self, parameter)
         self.optim.grad_clip[parameter] = None
         group = single.param_groups[0]

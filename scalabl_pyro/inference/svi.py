@@ -82,9 +82,9 @@ class SVI(pyro.infer.SVI):
         ...     with pyro.plate("data", len(y)):
         ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
         >>> svi = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
-        >>> type(svi.step(torch.ones(3)))
+        >>> with pyro.get_param_store().scope():
+        ...     type(svi.step(torch.ones(3)))
         <class 'float'>
-        >>> pyro.clear_param_store()
     """
 
     def __init__(
@@ -179,13 +179,14 @@ class SVI(pyro.infer.SVI):
             self._replay = None
         if not joint.known or self.cuda_graph is False:  # the first step finds the parameters
             return False
-        on_device = stays_on_device(self.elbo)
-        reason = why_not(joint.devices, stays_on_device=on_device, keeps_prefix=False)
+        devices = joint.devices
+        reason = why_not(devices, stays_on_device=stays_on_device(self.elbo), keeps_prefix=False)
+        has_gpu = reason is None or any(device.type == "cuda" for device in devices)
         if reason is None and not joint.stays_on_device:
             reason = f"{self.optim.pt_optim_constructor.__name__} keeps numbers on the host"
         if reason is None:
-            reason = given.why_not(next(iter(joint.devices)))
-        self._report(reason, quiet=all(device.type != "cuda" for device in joint.devices))
+            reason = given.why_not(next(iter(devices)))
+        self._report(reason, quiet=not has_gpu)
         return reason is None
 
     def _report(self, reason: str | None, *, quiet: bool = False) -> None:
@@ -205,7 +206,7 @@ class SVI(pyro.infer.SVI):
     def _replaying(self, joint: JointOptimizer) -> GraphReplay:
         if self._replay is None:
             self._replay = GraphReplay(
-                lambda given, weight: torch.as_tensor(self._take(joint, cast(Any, given))),
+                lambda given, weight: _as_tensor(self._take(joint, cast(Any, given))),
                 device=next(iter(joint.devices)),
                 clear_gradients=joint.clear_gradients,
             )
@@ -214,7 +215,6 @@ class SVI(pyro.infer.SVI):
     def _take(self, joint: JointOptimizer, given: CallArguments) -> Any:
         """Run model, guide, gradients and update; the loss as a number, or as a tensor during a capture."""
         captures = is_capturing()
-        joint.clear_gradients()
         with poutine.trace(param_only=True) as found:
             if captures:
                 loss = self._loss_on_device(given)
@@ -243,6 +243,10 @@ class SVI(pyro.infer.SVI):
                     part.backward(retain_graph=elbo.retain_graph)
                 total = total.to(part) + part.detach()
         return total
+
+
+def _as_tensor(loss: Tensor | float) -> Tensor:
+    return loss if torch.is_tensor(loss) else torch.tensor(loss, dtype=torch.float64)
 
 
 def _as_optimizer(optim: Any) -> PyroOptim:
