@@ -138,7 +138,18 @@ class SVI(pyro.infer.SVI):
             ValueError: Model and guide have no parameters; or ``cuda_graph=True``, and the step cannot be captured.
 
         Example:
-            >>> svi.step(ids, mask, labels)  # one batch
+            >>> import pyro, torch
+            >>> import pyro.distributions as dist
+            >>> from pyro.infer import Trace_ELBO
+            >>> from scalabl_pyro.infer import SVI
+            >>> def model():
+            ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+            >>> def guide():
+            ...     pyro.sample("x", dist.Delta(pyro.param("x", torch.tensor(1.0))))
+            >>> svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.5}), Trace_ELBO())
+            >>> with pyro.get_param_store().scope():
+            ...     round(svi.step(), 3), round(svi.step(), 3)  # log N(1 | 0, 1) and log N(0.5 | 0, 1)
+            (1.419, 1.044)
         """
         if pyro.settings.get("module_local_params"):
             raise RuntimeError(
@@ -169,7 +180,18 @@ class SVI(pyro.infer.SVI):
             Loss, nats per data set: a float, or a tuple of floats for a loss that has several.
 
         Example:
-            >>> svi.evaluate_loss(ids, mask, labels)
+            >>> import pyro, torch
+            >>> import pyro.distributions as dist
+            >>> from pyro.infer import Trace_ELBO
+            >>> from scalabl_pyro.infer import SVI
+            >>> def model():
+            ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+            >>> def guide():
+            ...     pyro.sample("x", dist.Delta(pyro.param("x", torch.tensor(1.0))))
+            >>> svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.5}), Trace_ELBO())
+            >>> with pyro.get_param_store().scope():
+            ...     round(svi.evaluate_loss(), 3)  # log N(1 | 0, 1)
+            1.419
         """
         with LOCK:
             return super().evaluate_loss(*args, **kwargs)
