@@ -145,7 +145,7 @@ class SVI(pyro.infer.SVI):
             >>> def model():
             ...     pyro.sample("x", dist.Normal(0.0, 1.0))
             >>> def guide():
-            ...     pyro.sample("x", dist.Delta(pyro.param("x", torch.tensor(1.0))))
+            ...     pyro.sample("x", dist.Delta(pyro.param("loc", torch.tensor(1.0))))
             >>> svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.5}), Trace_ELBO())
             >>> with pyro.get_param_store().scope():
             ...     round(svi.step(), 3), round(svi.step(), 3)  # log N(1 | 0, 1) and log N(0.5 | 0, 1)
@@ -187,7 +187,7 @@ class SVI(pyro.infer.SVI):
             >>> def model():
             ...     pyro.sample("x", dist.Normal(0.0, 1.0))
             >>> def guide():
-            ...     pyro.sample("x", dist.Delta(pyro.param("x", torch.tensor(1.0))))
+            ...     pyro.sample("x", dist.Delta(pyro.param("loc", torch.tensor(1.0))))
             >>> svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.5}), Trace_ELBO())
             >>> with pyro.get_param_store().scope():
             ...     round(svi.evaluate_loss(), 3)  # log N(1 | 0, 1)
