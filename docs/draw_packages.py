@@ -18,7 +18,7 @@ PICTURE = ROOT / "docs" / "images" / "packages.svg"
 #: Each package imports only packages that stand before it.
 LINE = (
     "_process storage lora priors data tasks model guides distributed metrics prediction analysis posterior conformal "
-    "plots training inference baselines integrations cli"
+    "plots training inference infer baselines integrations cli"
 ).split()
 
 

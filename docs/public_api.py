@@ -16,7 +16,7 @@ TABLES = re.compile(r"(<!-- tables of docs/public_api.py -->\n).*?(<!-- end of t
 ROW = re.compile(r"^\| `(?P<name>[\w.]+)` \|.*\| (?P<now>\d+|-) \| (?P<before>\d+|-) \|$", re.MULTILINE)
 
 #: Namespaces in the order of data flow.
-NAMESPACES = ("priors", "data", "guides", "distributed", "metrics", "conformal", "plots", "baselines")
+NAMESPACES = ("priors", "data", "guides", "distributed", "metrics", "conformal", "plots", "infer", "baselines")
 
 
 def public_names() -> dict[str, object]:

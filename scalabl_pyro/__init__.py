@@ -24,7 +24,7 @@ from .training.result import FitResult, TrainingError
 from .training.tune import tune
 
 if TYPE_CHECKING:
-    from . import baselines, conformal, plots
+    from . import baselines, conformal, infer, plots
 
 __all__ = [
     "BayesianLoRA",
@@ -54,6 +54,7 @@ __all__ = [
     "fit",
     "from_peft",
     "guides",
+    "infer",
     "laplace",
     "mcmc",
     "metrics",
@@ -65,7 +66,7 @@ __all__ = [
 ]
 
 #: Namespaces that are imported when they are asked for first, because they bring libraries that few programs need.
-_LATER = ("baselines", "conformal", "plots")
+_LATER = ("baselines", "conformal", "infer", "plots")
 
 
 def __getattr__(name: str) -> Any:

@@ -159,7 +159,21 @@ def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int
         tensor([[5, 6, 7],
                 [8, 0, 0]])
     """
-    width = -(-max(map(len, examples)) // multiple) * multiple
+    return collate_rounded(examples, index, pad_token_id, lambda length: _rounded_up(length, multiple))
+
+
+def collate_rounded(
+    examples: Sequence[Example], index: Sequence[int], pad_token_id: int, round_up: Callable[[int], int]
+) -> Batch:
+    """Build a batch as :func:`collate` does, whose lengths any function rounds up.
+
+    Args:
+        examples: B examples, at least one.
+        index: Position of each example in its data set.
+        pad_token_id: Token that fills shorter rows.
+        round_up: Gives the padded length, from the largest length of the batch.
+    """
+    width = round_up(max(map(len, examples)))
     inputs = {}
     for name in examples[0].inputs:
         fill = pad_token_id if name == "input_ids" else 0
@@ -168,25 +182,49 @@ def collate(examples: Sequence[Example], index: Sequence[int], pad_token_id: int
     targets = [e.target for e in examples]
     return Batch(
         inputs=inputs,
-        target=None if any(t is None for t in targets) else collate_targets(targets, multiple=multiple),
+        target=None if any(t is None for t in targets) else collate_targets(targets, round_up=round_up),
         index=torch.tensor(list(index)),
         last=torch.tensor([len(e) - 1 for e in examples]),
-        extras={k: _padded([e.extras[k] for e in examples], 0, multiple) for k in examples[0].extras},
+        extras={k: _padded([e.extras[k] for e in examples], 0, round_up) for k in examples[0].extras},
     )
 
 
-def collate_targets(targets: Sequence[Any], *, multiple: int = 1) -> Tensor:
+def graded_length(length: int, step: int, longest: int) -> int:
+    """Round a length up so that few lengths are left, and at most about a fifth is added to a long one.
+
+    Args:
+        length: Largest length of a batch.
+        step: Lengths below eight times this number are rounded up to its multiples. From each doubling on, multiples
+            are twice as large, so that each doubling of the length has four to eight lengths.
+        longest: Largest length of all rows. Nothing up to it is rounded beyond the next multiple of ``step``.
+
+    Example:
+        >>> [graded_length(n, 4, longest=510) for n in (3, 13, 33, 70, 300, 510)]
+        [4, 16, 40, 80, 320, 512]
+    """
+    grade = step
+    while 8 * grade <= length:
+        grade *= 2
+    end = _rounded_up(longest, step)
+    return min(_rounded_up(length, grade), end) if length <= end else _rounded_up(length, step)
+
+
+def _rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def collate_targets(targets: Sequence[Any], *, round_up: Callable[[int], int] = int) -> Tensor:
     """Class indices are int64, numbers float64: float32 would round targets that are much larger than their spread."""
     if isinstance(targets[0], list):
-        return _padded(targets, NO_TOKEN, multiple)
+        return _padded(targets, NO_TOKEN, round_up)
     return torch.tensor(targets, dtype=torch.float64 if any(isinstance(t, float) for t in targets) else None)
 
 
-def _padded(values: Sequence[Any], fill: int, multiple: int) -> Tensor:
+def _padded(values: Sequence[Any], fill: int, round_up: Callable[[int], int]) -> Tensor:
     """Return one number per row, (B,), or lists that are filled to one length, (B, T)."""
     if not isinstance(values[0], list):
         return torch.tensor(values)
-    width = -(-max(map(len, values)) // multiple) * multiple
+    width = round_up(max(map(len, values)))
     return torch.tensor([row + [fill] * (width - len(row)) for row in values], dtype=torch.long)
 
 

@@ -13,7 +13,7 @@ from .._arguments import known_arguments
 from .._errors import check_count
 from .._process.random_state import scoped_seed
 from .._values import plain
-from .batch import Batch, Example, collate, digest_of
+from .batch import Batch, Example, collate_rounded, digest_of, graded_length
 from .encoding import encode_data
 from .rows import Row
 
@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 class TrainingBatches:
     """Endless shuffled batches of rows that have similar lengths.
 
+    Each epoch has each row once. A random permutation of all rows is cut into windows of :attr:`WINDOW` batches; the
+    rows of a window are sorted by length and cut into batches of one size, up to one row; and the batches of the epoch
+    come in random order. So each row is equally likely at each step of an epoch, and the mean of the gradients over
+    an epoch is that of the data set. Only which rows share a batch depends on their lengths.
+
     Batch t depends only on the seed and t, so a run can resume at any step.
 
     Args:
@@ -30,7 +35,8 @@ class TrainingBatches:
         batch_size: Largest number of rows per batch.
         pad_token_id: Token that fills shorter rows.
         seed: Seed of the order.
-        multiple: The number of tokens per row is rounded up to a multiple of this number, so that shapes repeat.
+        multiple: If it is larger than 1, lengths are rounded up so that shapes repeat: to its multiples, and to
+            multiples of its doublings where rows are longer, see :func:`~scalabl_pyro.data.batch.graded_length`.
 
     Example:
         >>> from scalabl_pyro.data import Example, TrainingBatches
@@ -41,13 +47,14 @@ class TrainingBatches:
     """
 
     #: Rows are sorted by length within windows of this many batches. This saves padding and keeps the order random.
-    WINDOW = 16
+    WINDOW = 32
 
     def __init__(
         self, examples: Sequence[Example], batch_size: int, pad_token_id: int, *, seed: int, multiple: int = 1
     ) -> None:
         self.examples = examples
         self.multiple = multiple
+        self.longest = max(map(len, examples))
         self.batch_size = min(batch_size, len(examples))
         self.pad_token_id = pad_token_id
         self.seed = seed
@@ -61,7 +68,10 @@ class TrainingBatches:
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._order(epoch)
         rows = self._plan[position]
-        return collate([self.examples[i] for i in rows], rows, self.pad_token_id, multiple=self.multiple)
+        return collate_rounded([self.examples[i] for i in rows], rows, self.pad_token_id, self._rounded_up)
+
+    def _rounded_up(self, length: int) -> int:
+        return length if self.multiple == 1 else graded_length(length, self.multiple, self.longest)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -104,7 +114,7 @@ def training_source(
         pad_token_id: Token that fills shorter rows.
         num_data: N, needed for an iterable of batches whose data set has no length.
         seed: Seed of the order.
-        multiple: For data given as rows, the number of tokens per row is rounded up to a multiple of this number.
+        multiple: For data given as rows, lengths are rounded up, see :class:`TrainingBatches`.
         keeps_digest: For an iterable of batches, whether to keep a digest of them, which a replay is compared with.
 
     Returns:

@@ -1,1 +1,1 @@
-"""Inference that starts from a fitted posterior and holds A and B fixed."""
+"""Inference besides ``fit``: from a fitted posterior with A and B held fixed, or SVI for a model of your own."""

@@ -19,8 +19,8 @@ from .step import EagerStep, Objective, StepResult
 
 logger = logging.getLogger(__name__)
 
-#: Batches are padded to a multiple of this number of tokens if steps are captured.
-GRAPH_TOKENS = 16
+#: If steps are captured, lengths are rounded up to multiples of this number, and long ones to its doublings.
+GRAPH_TOKENS = 4
 
 
 class Captured(NamedTuple):

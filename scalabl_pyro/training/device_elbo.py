@@ -1,5 +1,6 @@
 """Pyro's ELBOs as tensors on the device: the same number, for which the host need not wait."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -25,11 +26,27 @@ def device_loss(elbo: ELBO, model: Any, guide: Any, *args: Any) -> Tensor | None
         () Negative ELBO, nats per data set; None if a site of the guide has no reparametrized draws.
     """
     total: Tensor | float = 0.0
-    for p, q in cast(Any, elbo)._get_traces(model, guide, args, {}):
-        if not all(_is_reparametrized(site) for site in _samples(q).values()):
+    for loss in device_losses(elbo, model, guide, args, {}):
+        if loss is None:
             return None
-        total = total - _particle(p, q, closed=isinstance(elbo, TraceMeanField_ELBO))
+        total = total + loss
     return torch.as_tensor(total / cast(Any, elbo).num_particles)
+
+
+def device_losses(
+    elbo: ELBO, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[Tensor | float | None]:
+    """Compute the negative ELBO of one draw of the guide after another, so that each can be differentiated alone.
+
+    Yields:
+        () Negative ELBO, nats per data set, of all vectorized draws together or of one of the others; None, and
+        nothing behind it, if a site of the guide has no reparametrized draws.
+    """
+    for p, q in cast(Any, elbo)._get_traces(model, guide, args, kwargs):
+        if not all(_is_reparametrized(site) for site in _samples(q).values()):
+            yield None
+            return
+        yield -_particle(p, q, closed=isinstance(elbo, TraceMeanField_ELBO))
 
 
 def _particle(p: Trace, q: Trace, *, closed: bool) -> Tensor | float:

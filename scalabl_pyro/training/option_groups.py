@@ -109,9 +109,9 @@ class HardwareOptions:
         cache_prefix: Whether to compute the blocks below the first adapted block once per row, and to keep their
             output on the device (tokens x width numbers per row) for all later epochs.
         cuda_graph: Whether to capture the whole step as a CUDA graph, once per batch shape, and to replay it: one
-            launch per step instead of thousands, with the same losses. Prompts are padded to multiples of 16 tokens,
-            so that shapes repeat. ``"auto"`` captures where the step allows it, and logs why if it does not. True
-            raises an error instead.
+            launch per step instead of thousands, with the same losses. Lengths are rounded up, so that shapes repeat:
+            to multiples of 4 tokens, and of 8, 16, ... from 32, 64, ... tokens on. ``"auto"`` captures where the step
+            allows it, and logs why if it does not. True raises an error instead.
         gradient_checkpointing: Whether to keep only the input of each block and to run the block again in the backward
             pass, with the same draws. It takes about a third more time and far less memory.
 

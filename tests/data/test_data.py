@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalabl_pyro.data import Batch, Example, collate, encode, evaluation_batches, read_rows
+from scalabl_pyro.data.batch import graded_length
 from scalabl_pyro.data.rows import as_question
 from scalabl_pyro.data.training_batches import TrainingBatches
 
@@ -319,6 +320,28 @@ def test_a_batch_holds_the_examples_that_its_index_names():
         for row, i in enumerate(batch.index.tolist()):
             real = batch.inputs["input_ids"][row][batch.inputs["attention_mask"][row].bool()]
             assert real.tolist() == examples[i].inputs["input_ids"]
+
+
+@PROPERTY
+@given(lengths=LENGTHS, step=st.sampled_from([2, 4, 8]), seed=st.integers(0, 100))
+def test_rounded_batches_have_few_lengths_that_end_at_the_longest_row(lengths, step, seed):
+    plain = TrainingBatches(examples_of(lengths), 4, PAD, seed=seed)
+    rounded = TrainingBatches(examples_of(lengths), 4, PAD, seed=seed, multiple=step)
+    end = -(-max(lengths) // step) * step
+    for i in range(plain.per_epoch):
+        before, after = plain(i).inputs["input_ids"].shape[1], rounded(i).inputs["input_ids"].shape[1]
+        assert plain(i).index.tolist() == rounded(i).index.tolist()
+        assert after % step == 0 and before <= after <= end
+        assert after - before < max(step, before / 4)
+
+
+@given(step=st.sampled_from([1, 4, 16]), longest=st.integers(1, 3000))
+def test_each_doubling_has_at_most_eight_rounded_lengths(step, longest):
+    rounded = [graded_length(n, step, longest) for n in range(1, longest + 1)]
+    assert rounded == sorted(rounded) and rounded[-1] == -(-longest // step) * step
+    for low in (8 * step, 16 * step, 32 * step, 64 * step):
+        assert len({n for n in rounded if low < n <= 2 * low}) <= 8
+    assert graded_length(2 * longest + step, step, longest) % step == 0  # longer than all rows: a completion's answer
 
 
 def test_rows_of_a_batch_have_similar_lengths():

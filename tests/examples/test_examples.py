@@ -57,6 +57,15 @@ SCRIPTS = {
         [],
     ),
     "benchmarks/float8_quality.py": (["--tiny", "--out", "float8.json"], DATA),
+    "benchmarks/padding.py": (["--count", "80", "--epochs", "1", "--batch-sizes", "4", "--out", "padding.json"], DATA),
+    "benchmarks/own_model_step.py": (
+        "--shape tiny --device cpu --steps 2 --tokens 8 --out own.json".split(),
+        [],
+    ),
+    "benchmarks/rivals.py": (
+        "--shapes tiny --device cpu --steps 2 --tokens 8 --rows 2 --out rivals.json".split(),
+        [],
+    ),
     "benchmarks/demo_choice.py": (
         "--tiny --rows 16 --steps 2 --blocks 1 --seeds 1 --rates 1e-3 --out out".split(),
         [*DATA, OPINIONS],
@@ -285,6 +294,33 @@ def test_two_checkouts_are_compared_in_turns(tmp_path):
     figures = json.loads(run("benchmarks/compare_checkouts.py", tmp_path))
     assert figures["rounds"] == 1 and figures["before_ms"] > 0
     assert figures["ratio"] == pytest.approx(figures["after_ms"] / figures["before_ms"])
+
+
+def test_padding_is_counted_and_meets_its_aim(tmp_path):
+    run("benchmarks/padding.py", tmp_path)
+    (line,) = json.loads((tmp_path / "padding.json").read_text())["lines"]
+    assert 1 <= line["predict"]["ratio"] <= line["eager"]["ratio"] <= line["captured"]["ratio"]
+    recorded = json.loads((EXAMPLES / "benchmarks" / "results" / "padding_smollm2_cpu.json").read_text())
+    assert {(line["data"], line["batch_size"]) for line in recorded["lines"]} >= {("r8", 4), ("boolq", 32)}
+    assert all(line["captured"]["largest_ratio"] <= 1.15 for line in recorded["lines"])
+    assert set(line) == set(recorded["lines"][0])
+
+
+def test_a_model_of_ones_own_is_timed_beside_fit_and_stock_svi(tmp_path):
+    output = run("benchmarks/own_model_step.py", tmp_path)
+    figures = json.loads((tmp_path / "own.json").read_text())["lines"]["T=8"]
+    assert {"fit", "infer.SVI", "stock SVI"} <= set(figures) and all(f["ms"] > 0 for f in figures.values())
+    assert "infer.SVI / fit" in output
+
+
+def test_rivals_are_timed_in_one_run_and_what_was_left_out_is_told(tmp_path):
+    run("benchmarks/rivals.py", tmp_path)
+    figures = json.loads((tmp_path / "rivals.json").read_text())
+    sides = {line["side"]: line for line in figures["lines"]}
+    assert {"fit", "PEFT and Trainer", "Unsloth"} <= set(sides)
+    for name in ("fit", "PEFT and Trainer"):
+        assert sides[name]["ms"] > 0 and sides[name]["tokens_per_second"] > 0
+    assert "missing" in sides["Unsloth"]["left_out"]
 
 
 def test_the_benchmark_of_speed_measures_steps_and_draws(tmp_path):

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LINE = """
 _version _deprecated _values _probabilities _errors _arguments _display | _process | storage | lora | priors | data
 | tasks | model | guides | distributed | metrics | prediction | analysis | posterior | conformal | plots | training
-| inference | baselines | integrations | cli | __main__
+| inference | infer | baselines | integrations | cli | __main__
 """.replace("|", " ").split()
 
 
