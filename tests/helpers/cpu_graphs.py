@@ -38,7 +38,7 @@ class Tape(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations = []
+        self.operations, self.lifted = [], None
         self.is_fresh = True
 
     def __enter__(self):
@@ -50,9 +50,14 @@ class Tape(TorchDispatchMode):
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        reason = FORBIDDEN.get(func.overloadpacket.__name__)
-        if reason and not all(tensor.numel() == 0 for tensor in _tensors((args, kwargs))):
-            raise CaptureError(f"aten::{func.overloadpacket.__name__} {reason}")
+        name = func.overloadpacket.__name__
+        lifted, self.lifted = self.lifted, None
+        if lifted is not None and not (name == "index_put_" and args[2] is lifted):  # x[mask] = 0 fills x on the device
+            raise CaptureError(f"aten::lift_fresh {FORBIDDEN['lift_fresh']}")
+        if name == "lift_fresh" and args[0].numel():
+            self.lifted = args[0]
+        elif reason := FORBIDDEN.get(name) if name != "lift_fresh" else None:
+            raise CaptureError(f"aten::{name} {reason}")
         output = func(*args, **(kwargs or {}))
         self.operations.append((func, args, kwargs or {}, output))
         return output
