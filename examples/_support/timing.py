@@ -16,7 +16,7 @@ import scalabl_pyro as sp
 from scalabl_pyro.data import Batch
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model.joint import TaskModel
-from scalabl_pyro.training.cuda_graphs import GraphedStep
+from scalabl_pyro.training.graphed_step import GraphedStep
 from scalabl_pyro.training.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.training.optimizer import build_optimizer
 from scalabl_pyro.training.step import EagerStep

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..training.cuda_graphs import GraphedStep
+from ..training.graphed_step import GraphedStep
 from ..training.optimizer import parameters_of, set_rates
 from ..training.step import EagerStep
 from ..training.update_check import UpdateCheck

@@ -24,7 +24,8 @@ from ..data.training_batches import training_source
 from ..model.bayesian_lora import BayesianLoRA, bayesian_lora
 from ..posterior.posterior import Posterior
 from ..tasks import Task
-from ..training.cuda_graphs import GRAPH_TOKENS, devices_of, why_not
+from ..training.cuda_graphs import GRAPH_TOKENS
+from ..training.graph_choice import devices_of, why_not
 from ..training.optimizer import rate_schedule
 from ..training.provenance import describe_data, versions
 from ..training.result import FitResult, TrainingError

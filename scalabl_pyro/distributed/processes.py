@@ -86,72 +86,40 @@ class Processes:
         own = batch.map(lambda t: t[start : max(stop, start + 1)])
         return replace(own, start=start, joint=rows), share
 
-    def synchronize(self, batch: Batch, signal: int) -> int:
+    def synchronize(self, batch: Batch, signal: int, told: Sequence[int] = ()) -> tuple[int, list[int]]:
         """Wait until all processes have reached this step, and exchange their signals.
 
-        It is called before each sum over GPUs, because such a sum never returns if a process is missing.
+        It is called before each sum over GPUs, because such a sum never returns if a process is missing. Only the hosts
+        wait: the GPUs compute meanwhile.
 
         Args:
             batch: The joint batch, which must be the same in all processes.
             signal: Signal that this process has received; 0 for none.
+            told: Other numbers to exchange, as many in each process.
 
         Returns:
-            The largest signal that any process has received; 0 for none.
+            The largest signal that any process has received, or 0 for none; and the largest of each of the numbers.
 
         Raises:
             ValueError: The processes hold different batches.
             LostProcess: A process cannot be reached.
         """
         if not self.are_several:
-            return signal
+            return signal, list(told)
         digest = zlib.crc32(batch.index.cpu().numpy().tobytes())
         for tensor in (batch.inputs["input_ids"], batch.target):
             digest = digest if tensor is None else zlib.crc32(tensor.cpu().numpy().tobytes(), digest)
-        told = torch.tensor([signal, digest, -digest])
+        message = torch.tensor([signal, digest, -digest, *told])
         with reaching():
-            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.control)
-        signal, largest, smallest = told.tolist()
+            dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.control)
+        signal, largest, smallest, *found = message.tolist()
         if largest != -smallest:
             raise ValueError(
                 "The processes hold different batches. Give each process the same batches, with batch_size rows for "
                 "all processes together; fit takes the part of each process itself. So pass rows, or a loader "
                 "without a DistributedSampler that accelerate has not prepared."
             )
-        return signal
-
-    @torch.no_grad()
-    def all_reduce_gradients(self, parameters: Sequence[Tensor], terms: Tensor) -> Tensor:
-        """Sum the gradients (in place) and ``terms`` over processes, in one all_reduce.
-
-        A parameter that has a gradient in some processes gets their sum in all processes. A parameter that has a
-        gradient in no process keeps none.
-
-        Args:
-            parameters: Trained parameters, in the same order in all processes.
-            terms: Numbers to sum with the gradients, (n,).
-
-        Returns:
-            The sum of ``terms`` over processes, (n,).
-        """
-        if not self.are_several:
-            return terms
-        missing = [i for i, p in enumerate(parameters) if p.grad is None]
-        present = terms.new_ones(len(parameters))
-        if missing:
-            present[missing] = 0
-        pieces = [terms, present, *(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)]
-        dtype = functools.reduce(torch.promote_types, {piece.dtype for piece in pieces})
-        joint = torch.cat([piece.detach().flatten().to(terms.device, dtype) for piece in pieces])
-        with reaching():
-            dist.all_reduce(joint, group=self._group_of(joint))
-        terms_sum, present, *sums = joint.split([piece.numel() for piece in pieces])
-        own = [(p.grad, total.view_as(p)) for p, total in zip(parameters, sums, strict=True) if p.grad is not None]
-        if own:
-            torch._foreach_copy_([grad for grad, _ in own], [total for _, total in own])
-        for i in missing:  # `present` is read only here, because reading it waits for the GPU
-            if present[i] > 0:
-                parameters[i].grad = sums[i].view_as(parameters[i]).to(parameters[i], copy=True)
-        return terms_sum.to(terms.dtype)
+        return signal, found
 
     @torch.no_grad()
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
@@ -211,7 +179,7 @@ class Processes:
         _raise_described(0, failure)
         return value  # type: ignore[return-value]
 
-    def _group_of(self, tensor: Tensor) -> Any:
+    def group_of(self, tensor: Tensor) -> Any:
         """The group that sums tensors on this device: NCCL for CUDA tensors, if the caller initialized NCCL."""
         on_control = tensor.device.type == "cpu" or is_gloo(tensor.device)
         return self.control if on_control else dist.group.WORLD

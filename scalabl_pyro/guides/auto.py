@@ -19,6 +19,7 @@ from ..model.bayesian_lora import BayesianLoRA
 from ..priors import Prior
 from ..priors.sites import check_continuous, check_transforms, prior_sites
 from .base import Guide
+from .closed_form_kl import LowRankNormal
 
 #: AutoGuides that need the likelihood or a discrete site. Here a guide is built from the prior alone.
 UNSUPPORTED = ("AutoLaplaceApproximation", "AutoStructured", "AutoDiscreteParallel")
@@ -30,6 +31,20 @@ WITHOUT_INIT_LOC = (autoguide.AutoNormalizingFlow,)
 MAX_SIZE_PER_LATENT = 10
 #: Number of draws behind the mean of a family whose mean has no closed form.
 MEAN_DRAWS = 1000
+
+
+class _AutoLowRank(autoguide.AutoLowRankMultivariateNormal):
+    """Pyro's class, with a normal distribution for which the host does not wait."""
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> LowRankNormal:
+        """Give the distribution of all latents as one vector."""
+        return LowRankNormal(self.loc, self.cov_factor * self.scale.unsqueeze(-1), self.scale.square())
+
+
+#: AutoGuides whose steps wait for the device, and what takes their place.
+CAPTURABLE: dict[type[autoguide.AutoGuide], type[autoguide.AutoGuide]] = {
+    autoguide.AutoLowRankMultivariateNormal: _AutoLowRank
+}
 
 
 class AutoFamily(Guide):
@@ -78,7 +93,7 @@ class AutoFamily(Guide):
             auto_options = {"init_loc_fn": init_loc_fn, **auto_options}
         _check_options(auto_class, auto_options)
         with local_params(), scoped_seed(0):
-            self.auto = auto_class(prior, **auto_options)
+            self.auto = CAPTURABLE.get(auto_class, auto_class)(prior, **auto_options)
             self.auto()  # its prototype trace creates the parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Independent, Normal, kl_divergence, register_kl
+from torch.distributions import Distribution, Independent, Normal, kl_divergence, register_kl
 
 
 class FullNormal(dist.MultivariateNormal):
@@ -18,7 +18,36 @@ class FullNormal(dist.MultivariateNormal):
 
 
 class LowRankNormal(dist.LowRankMultivariateNormal):
-    """Normal with covariance W W' + diag(d)."""
+    """Normal with covariance W W' + diag(d).
+
+    torch's constructor waits for the device, to learn whether a Cholesky factor exists. This one does not: where it
+    does not exist, because a number is not finite, its entries are NaN, and so is the density.
+
+    Args:
+        loc: Mean (..., D).
+        cov_factor: W (..., D, K).
+        cov_diag: d (..., D).
+        validate_args: Whether to check arguments and values.
+    """
+
+    def __init__(
+        self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: bool | None = None
+    ) -> None:
+        batch_shape = torch.broadcast_shapes(loc.shape[:-1], cov_factor.shape[:-2], cov_diag.shape[:-1])
+        self.loc = loc.expand(batch_shape + loc.shape[-1:])
+        self._unbroadcasted_cov_factor = cov_factor
+        self._unbroadcasted_cov_diag = cov_diag
+        self.cov_factor = cov_factor.expand(batch_shape + cov_factor.shape[-2:])
+        self.cov_diag = cov_diag.expand(batch_shape + cov_diag.shape[-1:])
+        capacitance = (cov_factor.mT / cov_diag.unsqueeze(-2)) @ cov_factor
+        capacitance.diagonal(dim1=-2, dim2=-1).add_(1)
+        tril, info = torch.linalg.cholesky_ex(capacitance)
+        self._capacitance_tril = tril.masked_fill((info != 0)[..., None, None], torch.nan)
+        Distribution.__init__(self, batch_shape, loc.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "LowRankNormal":
+        """Give the distribution more independent copies."""
+        return super().expand(batch_shape, _instance=type(self).__new__(type(self)) if _instance is None else _instance)
 
 
 @register_kl(FullNormal, Independent)

@@ -44,9 +44,23 @@ class FixedPrior(Prior):
         return self.distribution_class.__name__
 
     def distribution(self) -> Any:
-        """Build the distribution of s, with event shape (D,)."""
-        base: Any = self.distribution_class(**{name: getattr(self, name) for name in self.parameter_names})
-        return base if base.event_shape else base.to_event(1)
+        """Give the distribution of s, with event shape (D,).
+
+        It is built once for the same parameters: many constructors of torch bring a number from the host to the device,
+        which a CUDA graph cannot hold.
+        """
+        parameters = {name: getattr(self, name) for name in self.parameter_names}
+        state = [(value, None if value.is_inference() else value._version) for value in parameters.values()]
+        known, built = self.__dict__.get("_built", ([], None))
+        if len(known) != len(state) or any(a is not b or i is None or i != j for (a, i), (b, j) in zip(known, state)):
+            base: Any = self.distribution_class(**parameters)
+            built = base if base.event_shape else base.to_event(1)
+            self.__dict__["_built"] = (state, built)
+        return built
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the built distribution out of copies."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_built"}
 
     def forward(self) -> Tensor:
         """Sample s, (..., D)."""

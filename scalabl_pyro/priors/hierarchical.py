@@ -10,6 +10,7 @@ from torch import Tensor
 from .._errors import check_scale
 from ..lora.subspace import Subspace
 from .base import Prior, layer_of_latent
+from .half_cauchy import HalfCauchy
 
 
 class HierarchicalPrior(Prior):
@@ -46,7 +47,7 @@ class HierarchicalPrior(Prior):
 
     def forward(self) -> Tensor:
         """Sample ``layer_scale``, (..., layers), and s, (..., D)."""
-        scales = pyro.sample("layer_scale", dist.HalfCauchy(self.scale.expand(self.num_layers)).to_event(1))
+        scales = pyro.sample("layer_scale", HalfCauchy(self.scale.expand(self.num_layers)).to_event(1))
         return pyro.sample("s", dist.Normal(torch.zeros_like(scales[..., :1]), scales[..., self.layer]).to_event(1))
 
     def options(self) -> dict[str, Any]:

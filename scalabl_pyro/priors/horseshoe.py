@@ -10,6 +10,7 @@ from torch import Tensor
 from .._errors import check_scale
 from ..lora.subspace import Subspace
 from .base import Prior
+from .half_cauchy import HalfCauchy
 
 
 class HorseshoePrior(Prior):
@@ -51,8 +52,8 @@ class HorseshoePrior(Prior):
         """Sample the scales and s, (..., D)."""
         half = self.df / 2
         slab_variance = pyro.sample("slab_variance", dist.InverseGamma(half, half * self.slab**2)).unsqueeze(-1)
-        global_scale = pyro.sample("global_scale", dist.HalfCauchy(self.global_scale)).unsqueeze(-1)
-        local = pyro.sample("local_scale", dist.HalfCauchy(torch.ones_like(self.slab).expand(self.dim)).to_event(1))
+        global_scale = pyro.sample("global_scale", HalfCauchy(self.global_scale)).unsqueeze(-1)
+        local = pyro.sample("local_scale", HalfCauchy(torch.ones_like(self.slab).expand(self.dim)).to_event(1))
         variance = (global_scale * local).square()
         scale = (slab_variance * variance / (slab_variance + variance)).sqrt()
         return pyro.sample("s", dist.Normal(torch.zeros_like(scale), scale).to_event(1))

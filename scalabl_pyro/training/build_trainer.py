@@ -5,8 +5,9 @@ from torch import Tensor
 from .._process.random_state import Stream, derive_seed
 from .._process.stop_signals import StopSignals
 from .checkpoints import Checkpoints
-from .cuda_graphs import GraphedStep, uses_graph
 from .gradient_check import GradientCheck
+from .graph_choice import reason_against
+from .graphed_step import GraphedStep
 from .held_out import HeldOut
 from .loop import Trainer
 from .objective import weight_at
@@ -34,7 +35,7 @@ def build_trainer(
         ValueError: ``cuda_graph=True``, but the step cannot be captured.
     """
     options, optimizer_options, hardware = program.options, program.options.optimizer, program.options.hardware
-    graphed = uses_graph(
+    why_eager = reason_against(
         hardware.cuda_graph,
         program.objective,
         keeps_prefix=program.store is not None,
@@ -48,9 +49,9 @@ def build_trainer(
         lr_loc=options.lr_loc,
         lr_scale=optimizer_options.lr_scale,
         weight_decay=optimizer_options.weight_decay,
-        capturable=graphed,
+        capturable=why_eager is None,
     )
-    step = (GraphedStep if graphed else EagerStep)(
+    step = (EagerStep if why_eager else GraphedStep)(
         program.objective,
         optimizer,
         device=program.device,
@@ -66,6 +67,8 @@ def build_trainer(
             largest_rate=max(options.lr, options.lr_A, options.lr_loc, optimizer_options.lr_scale),
         ),
     )
+    if why_eager:
+        step.why_eager = why_eager
     return Trainer(
         step,
         batches=program.batches,

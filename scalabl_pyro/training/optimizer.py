@@ -1,5 +1,6 @@
 """One AdamW over named parameter groups, its learning-rate schedule, and the gradient norm."""
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Build one AdamW over named groups. Groups without parameters are left out.
 
+    Where a model lies on several devices, each group is split by device, because a fused update runs on one.
+
     Args:
         model: The joint model.
         guide: The guide.
@@ -38,8 +41,11 @@ def build_optimizer(
     groups = parameter_groups(
         model, guide, lr=lr, lr_A=lr_A, lr_loc=lr_loc, lr_scale=lr_scale, weight_decay=weight_decay
     )
-    for group in groups if capturable else []:
-        group["lr"] = torch.tensor(group["lr"], device=model.blora.device)
+    groups = split_by_device(groups)
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+        if capturable:
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device, dtype=torch.float32)
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=capturable)
 
 
@@ -63,6 +69,27 @@ def parameter_groups(
     ]
     trainable = [{"weight_decay": 0.0} | g | {"params": [p for p in g["params"] if p.requires_grad]} for g in groups]
     return [group for group in trainable if group["params"]]
+
+
+def split_by_device(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split parameter groups so that the parameters of each lie on one device.
+
+    Each part notes the positions of its parameters among all parameters, so that :func:`parameters_of` lists them in
+    one order, on whatever devices they lie: checkpoints and sums over processes number the parameters.
+
+    Args:
+        groups: Groups, each with its ``params``.
+    """
+    parts, first = [], 0
+    for group in groups:
+        by_device: dict[torch.device, list[int]] = {}
+        for number, parameter in enumerate(group["params"]):
+            by_device.setdefault(parameter.device, []).append(number)
+        for numbers in by_device.values():
+            own = [group["params"][number] for number in numbers]
+            parts.append(group | {"params": own, "positions": [first + number for number in numbers]})
+        first += len(group["params"])
+    return parts
 
 
 def _named(module: nn.Module, *, scale: bool) -> list[nn.Parameter]:
@@ -92,18 +119,26 @@ def rate_schedule(schedule: str, warmup: float, num_steps: int) -> Callable[[int
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set the learning rate of each group to ``factor`` times the rate it started with."""
+    """Set the learning rate of each group to ``factor`` times the rate it started with.
+
+    Rates of a fused optimizer are rounded to float32: a captured update can read no other ones. So eager updates and
+    captured ones are the same in float64, too.
+    """
     for group in optimizer.param_groups:
         base = group.setdefault("initial_lr", float(group["lr"]))
         if torch.is_tensor(group["lr"]):  # a captured graph reads it from this tensor
             group["lr"].fill_(base * factor)
         else:
-            group["lr"] = base * factor
+            group["lr"] = ctypes.c_float(base * factor).value if group.get("fused") else base * factor
 
 
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """List all parameters, in the order of the groups."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def parameters_of(optimizer: Any) -> list[Tensor]:
+    """List all parameters, in the order of the groups before they were split by device."""
+    listed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not all("positions" in group for group in optimizer.param_groups):
+        return listed
+    positions = [position for group in optimizer.param_groups for position in group["positions"]]
+    return [parameter for _, parameter in sorted(zip(positions, listed, strict=True), key=lambda pair: pair[0])]
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:

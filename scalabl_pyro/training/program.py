@@ -24,7 +24,7 @@ from .fresh_start import Start, choose_start
 from .held_out_scores import HeldOutScores
 from .objective import Objective, ScopedGuide, TrainingObjective, allows_row_draws, elbo_for
 from .options import TrainingOptions
-from .provenance import as_json, describe_data, describe_options, versions
+from .provenance import as_json, describe_capture, describe_data, describe_options, versions
 from .run_identity import EVAL_DATA, describe_run
 from .score_function import LeaveOneOutELBO
 from .shared_batches import check_shareable
@@ -86,7 +86,13 @@ class TrainingProgram:
         return own | {"eval_num_draws": self.held_out.num_draws, EVAL_DATA: self.held_out.rows.digest}
 
     def provenance(
-        self, history: list[dict[str, float]], seconds: float, start: Start, evaluation: dict[str, Any] | None
+        self,
+        history: list[dict[str, float]],
+        seconds: float,
+        start: Start,
+        evaluation: dict[str, Any] | None,
+        *,
+        why_eager: str | None,
     ) -> dict[str, Any]:
         """What a posterior stores about its training, see :mod:`scalabl_pyro.training.provenance`."""
         options = self.options
@@ -100,6 +106,7 @@ class TrainingProgram:
             "elbo": self.elbo,
             "seconds": round(seconds, 3),
             "start": start,
+            "cuda_graph": describe_capture(why_eager),
             "options": describe_options(options, history),
             "rates": {
                 **{"A": options.lr_A, "B": options.lr, "heads": options.lr_A, "task": options.lr},

@@ -11,7 +11,7 @@ from ..data.training_batches import TrainingBatches
 from .options import TrainingOptions
 from .run_identity import SCHEDULE_PROBES, option_value, plain
 
-__all__ = ["as_json", "describe_data", "describe_options", "versions"]
+__all__ = ["as_json", "describe_capture", "describe_data", "describe_options", "versions"]
 
 
 def describe_options(options: TrainingOptions, history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -47,6 +47,18 @@ def describe_data(batches: Callable[[int], Batch], num_data: int) -> dict[str, A
         whose rows are not known.
     """
     return {"num_rows": num_data, "sha256": batches.digest if isinstance(batches, TrainingBatches) else None}
+
+
+def describe_capture(why_eager: str | None) -> dict[str, Any]:
+    """Describe whether steps were captured as CUDA graphs.
+
+    Args:
+        why_eager: Why they were not; None if they were.
+
+    Returns:
+        ``used``, and ``reason``, which is None where graphs were used.
+    """
+    return {"used": why_eager is None, "reason": why_eager}
 
 
 def as_json(value: Any) -> Any:

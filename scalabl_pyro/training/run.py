@@ -91,7 +91,8 @@ def make_result(
     history = program.processes.from_rank_zero(lambda: trainer.history)  # the seconds of one clock
     kept, evaluation = _keep_best(trainer, history)
     program.processes.broadcast(list(trainer.learned.tensors().values()))
-    provenance = program.provenance(history, trainer.seconds, trainer.start, evaluation)
+    why_eager = trainer.execute.why_eager
+    provenance = program.provenance(history, trainer.seconds, trainer.start, evaluation, why_eager=why_eager)
 
     def result() -> FitResult:
         posterior = freeze(program.model.blora, program.model.task, program.guide, provenance)

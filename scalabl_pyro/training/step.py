@@ -3,6 +3,8 @@
 A step that is not finite changes no parameter. An update that leaves a parameter without a finite value is taken back.
 Both checks stay on the device, so that a GPU need not wait for the host: a flag keeps the optimizer from updating from
 that step on, until the host has read it.
+
+Several processes take a step in two parts, with the sum of their gradients between them. Each part can be captured.
 """
 
 from contextlib import nullcontext
@@ -14,6 +16,7 @@ from torch import Tensor
 from .._process.stop_signals import StopSignals
 from ..data.batch import Batch
 from ..distributed.processes import Processes
+from ..distributed.shared_gradients import SharedGradients
 from ..lora.hidden_state_cache import PrefixStore
 from .gradient_check import GradientCheck
 from .objective import StepObjective
@@ -53,7 +56,11 @@ class EagerStep(Generic[Objective]):
 
     Attributes:
         blocked: () 1.0 on the device after a step that was not finite, until the host sets it to 0.
+        shared: The sum of the gradients over several processes; None in a single process.
+        why_eager: Why steps are not captured; None if they are.
     """
+
+    why_eager: str | None = "steps are not captured"
 
     def __init__(
         self,
@@ -76,6 +83,8 @@ class EagerStep(Generic[Objective]):
         self.max_grad_norm = max_grad_norm
         self.store = store
         self.processes = processes or Processes()
+        several = self.processes.are_several
+        self.shared = SharedGradients(parameters_of(optimizer), self.processes) if several else None
         self.signals = signals or StopSignals(terminate=False)
         self.check = check
         self.update_check = update_check
@@ -93,18 +102,36 @@ class EagerStep(Generic[Objective]):
         Returns:
             Statistics of the batch before the update.
         """
+        terms = self.first_part(batch, kl_weight)
+        signal = self.sum_over_processes(batch, terms)
+        return StepResult(self.second_part(terms), signal)
+
+    def first_part(self, batch: Batch, kl_weight: float | Tensor) -> Tensor:
+        """Compute the gradient of a batch; (3,) loss, NLL and weighted KL of the rows of this process."""
         terms = self.gradient(batch, kl_weight)
-        signal = 0
-        if self.processes.are_several:
-            signal = self.processes.synchronize(batch, self.signals.received or 0)
-            terms = self.processes.all_reduce_gradients(parameters_of(self.optimizer), terms)
+        if self.shared is not None:
+            self.shared.pack(terms)
+        return terms
+
+    def sum_over_processes(self, batch: Batch, terms: Tensor) -> int:
+        """Sum the gradients over processes, after all of them have said that they are there; the largest signal."""
+        if self.shared is None:
+            return 0
+        signal = self.shared.agree(batch, self.signals.received or 0, terms)
+        self.shared.reduce()
+        return signal
+
+    def second_part(self, terms: Tensor) -> Tensor:
+        """Check the gradient in ``.grad``, and update; (5,) the statistics of the step."""
+        if self.shared is not None:
+            terms = self.shared.unpack().to(terms.dtype)
         self.objective.finish()
         if self.check is not None:
             self.check(terms[0])
         norm = clip_gradients(self.optimizer, self.max_grad_norm).to(terms)
         finite = torch.isfinite(terms[0]) & torch.isfinite(norm)
         self._block_unless(finite)
-        return StepResult(torch.cat([terms, norm.reshape(1), self._update().to(terms).reshape(1)]), signal)
+        return torch.cat([terms, norm.reshape(1), self._update().to(terms).reshape(1)])
 
     def _update(self) -> Tensor:
         """Update the parameters; () 0, or infinity if the update was taken back."""

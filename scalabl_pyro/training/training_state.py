@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..storage.tensor_files import below, check_keys
 from .objective import TrainingObjective
+from .optimizer import parameters_of
 
 #: What a fused AdamW stores per parameter: a step count, and two tensors of the parameter's shape.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -104,8 +105,7 @@ class LearnedState:
             state[key].zero_()  # as before the first update of this parameter
 
     def _parameters(self) -> list[Tensor]:
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        return [parameter for group in groups for parameter in group["params"]]
+        return [] if self.optimizer is None else parameters_of(self.optimizer)
 
     def modules(self) -> dict[str, Tensor]:
         """Give the live tensors of all modules by name, without the moments: ``module.*``, ``heads.*``."""
