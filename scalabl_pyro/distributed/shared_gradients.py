@@ -56,7 +56,9 @@ class SharedGradients:
     @torch.no_grad()
     def _fill(self, terms: Tensor) -> None:
         if not self.present.all():
-            torch._foreach_zero_([piece for piece, p in zip(self._pieces, self.parameters, strict=True) if p.grad is None])
+            torch._foreach_zero_(
+                [piece for piece, p in zip(self._pieces, self.parameters, strict=True) if p.grad is None]
+            )
         self._terms.copy_(terms)
         own = [(p.grad, piece) for p, piece in zip(self.parameters, self._pieces, strict=True) if p.grad is not None]
         if own:

@@ -93,14 +93,6 @@ class CallArguments:
         for name, tensor in self.tensors.items():
             tensor.copy_(theirs[name], non_blocking=True)
 
-    def pin_memory(self) -> "CallArguments":
-        """Return the arguments themselves: they are on the device already."""
-        return self
-
-    def to(self, device: torch.device | str) -> "CallArguments":
-        """Return the arguments themselves: :meth:`why_not` has checked their device."""
-        return self
-
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Batch):

@@ -17,8 +17,9 @@ from .._arguments import suggest
 from .._errors import describe
 from .._process.cuda_capture import is_capturing
 from .._process.lock import LOCK
-from ..training.cuda_graphs import GraphReplay, why_not
+from ..training.cuda_graphs import BatchReplay, Recorder
 from ..training.device_elbo import device_losses, stays_on_device
+from ..training.graph_choice import why_not
 from .call_arguments import CallArguments
 from .host_draws import no_host_draws
 from .joint_optimizer import JointOptimizer, why_apart
@@ -112,7 +113,7 @@ class SVI(pyro.infer.SVI):
         self.cuda_graph = cuda_graph
         self._reason = why_apart(self.optim)
         self._joint = None if self._reason else JointOptimizer(self.optim)
-        self._replay: GraphReplay | None = None
+        self._replay: BatchReplay | None = None
         self._said: set[str] = set()
         if self._reason:
             logger.info("%s: each parameter has its own optimizer, as in stock SVI", self._reason)
@@ -163,7 +164,7 @@ class SVI(pyro.infer.SVI):
             given = CallArguments(args, kwargs, context=self._joint.settings())
             if not self._can_replay(given, self._joint):
                 return self._take(self._joint, given)
-            loss = torch_item(self._replaying(self._joint)(cast(Any, given), 1.0))
+            loss = torch_item(self._replayed(self._joint, given))
         warn_if_nan(loss, "loss")
         if self.num_captured == MANY_SHAPES:
             self._say(f"{MANY_SHAPES} shapes of arguments were captured, and each holds memory: pad batches to fewer")
@@ -225,14 +226,16 @@ class SVI(pyro.infer.SVI):
             self._said.add(message)
             logger.info(message)
 
-    def _replaying(self, joint: JointOptimizer) -> GraphReplay:
+    def _replayed(self, joint: JointOptimizer, given: CallArguments) -> Tensor:
+        """Take a step, by a replay where it was captured."""
         if self._replay is None:
-            self._replay = GraphReplay(
+            self._replay = BatchReplay(
                 lambda given, weight: _as_tensor(self._take(joint, cast(Any, given))),
-                device=next(iter(joint.devices)),
+                recorder=Recorder(next(iter(joint.devices))),
                 clear_gradients=joint.clear_gradients,
             )
-        return self._replay
+        with self._replay.recorder.on_stream():
+            return self._replay(cast(Any, given), 1.0)
 
     def _take(self, joint: JointOptimizer, given: CallArguments) -> Any:
         """Run model, guide, gradients and update; the loss as a number, or as a tensor during a capture."""

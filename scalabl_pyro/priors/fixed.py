@@ -52,7 +52,9 @@ class FixedPrior(Prior):
         parameters = {name: getattr(self, name) for name in self.parameter_names}
         state = [(value, None if value.is_inference() else value._version) for value in parameters.values()]
         known, built = self.__dict__.get("_built", ([], None))
-        if len(known) != len(state) or any(a is not b or i is None or i != j for (a, i), (b, j) in zip(known, state)):
+        if len(known) != len(state) or any(
+            a is not b or i is None or i != j for (a, i), (b, j) in zip(known, state, strict=True)
+        ):
             base: Any = self.distribution_class(**parameters)
             built = base if base.event_shape else base.to_event(1)
             self.__dict__["_built"] = (state, built)

@@ -5,7 +5,7 @@ capture forbids raises an error: to read from the device, or to bring a number o
 """
 
 import contextlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,7 +82,7 @@ def _tensors(value: Any):
 class CpuRecorder(cuda_graphs.Recorder):
     """A recorder whose graphs are tapes."""
 
-    made = []
+    made: ClassVar[list] = []
 
     def __init__(self, device):
         self.device, self.failure, self.tapes = device, None, []

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import UserDict
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -247,12 +248,13 @@ def test_each_step_equals_that_of_stock_svi(build, optimizer, elbo):
 
 
 class FakeReplay:
-    """Takes the calls of ``GraphReplay`` and runs Python each time, in the mode of a capture from the second on."""
+    """Takes the calls of ``BatchReplay`` and runs Python each time, in the mode of a capture from the second on."""
 
     made = 0
 
-    def __init__(self, function, *, device, clear_gradients):
+    def __init__(self, function, *, recorder, clear_gradients):
         FakeReplay.made += 1
+        self.recorder = recorder
         self.function = function
         self.clear_gradients = clear_gradients
         self.seen, self.captured, self.is_capturing = set(), {}, False
@@ -261,7 +263,7 @@ class FakeReplay:
         key = given.shapes()
         if key not in self.seen:
             self.seen.add(key)
-            return self.function(given.pin_memory().to("cpu"), weight)
+            return self.function(given, weight)
         if key not in self.captured:
             self.captured[key] = given.map(torch.clone)
             self.clear_gradients()
@@ -282,7 +284,8 @@ def captures(monkeypatch):
         made.append(FakeReplay(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(module, "GraphReplay", make)
+    monkeypatch.setattr(module, "BatchReplay", make)
+    monkeypatch.setattr(module, "Recorder", lambda device: SimpleNamespace(on_stream=nullcontext))
     monkeypatch.setattr(module, "why_not", lambda *args, **kwargs: None)
     monkeypatch.setattr(module, "is_capturing", lambda: bool(made) and made[-1].is_capturing)
     monkeypatch.setattr(module, "no_host_draws", nullcontext)  # the CPU is the device here
