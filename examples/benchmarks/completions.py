@@ -157,7 +157,9 @@ def write(llm, args: argparse.Namespace) -> Seconds:
     """Return the seconds of each text that 1 draw and 8 draws write, in turn."""
     task = sp.Completion(word_tokenizer())
     blora = sp.bayesian_lora(llm, target_modules=TARGETS)
-    posterior = sp.fit(blora, task, random_texts(args.rows, args.tokens), num_steps=1, batch_size=1, progress=False).posterior
+    posterior = sp.fit(
+        blora, task, random_texts(args.rows, args.tokens), num_steps=1, batch_size=1, progress=False
+    ).posterior
     prompts = [random_texts(args.rows, args.tokens)[0]["prompt"]]
     seconds: Seconds = {"generate, 1 draw": [], "generate, 8 draws": []}
     options = {"do_sample": True, "max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}

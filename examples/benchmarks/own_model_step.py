@@ -94,7 +94,13 @@ def run(args: argparse.Namespace) -> dict:
     if args.liger:
         fuse_elementwise(llm)
     occupied = torch.cuda.memory_allocated() if args.device == "cuda" else 0
-    out = {"shape": args.shape, "rows": args.rows, "particles": args.particles, "steps": args.steps, "liger": args.liger}
+    out = {
+        "shape": args.shape,
+        "rows": args.rows,
+        "particles": args.particles,
+        "steps": args.steps,
+        "liger": args.liger,
+    }
     out["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     out["versions"] = {module.__name__: module.__version__ for module in (sp, torch, pyro)}
     out |= {"lines": {}, "ratios": {}}
