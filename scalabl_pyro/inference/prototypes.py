@@ -13,14 +13,14 @@ from torch import nn
 def prototypes_without_gradients(guide: Any) -> Iterator[None]:
     """Run models without gradients where an AutoGuide looks at them for the first time inside the context.
 
-    An AutoGuide keeps what it saw for as long as it lives. With gradients, that holds the activations of a whole pass
-    through an LLM in memory. It also ties the gradients of all parameters to the stream of that pass, which the
-    capture of a CUDA graph must not touch.
+    For as long as it lives, an AutoGuide keeps what the model returned and the distributions of the latents. If these
+    have gradients, the activations of a whole pass through an LLM stay in memory. The gradients of the parameters are
+    then also tied to the stream of that pass, which the capture of a CUDA graph must not touch.
 
     Args:
         guide: Any guide.
     """
-    new = [m for m in guide.modules() if _is_new(m)] if isinstance(guide, nn.Module) else []
+    new: list[Any] = [m for m in guide.modules() if _is_new(m)] if isinstance(guide, nn.Module) else []
     models = [auto._model for auto in new]
     for auto, (model,) in zip(new, models, strict=True):
         auto._model = (_Quiet(model),)
