@@ -2,10 +2,14 @@
 
     python examples/benchmarks/completions.py --shape smollm2-135m --out completions.json
     python examples/benchmarks/completions.py --shape qwen2.5-7b --dtype bfloat16 --out completions.json
+    python examples/benchmarks/completions.py --shape qwen2.5-7b --dtype bfloat16 --rows 1 --tokens 8192 --sides fit \
+        --gradient-checkpointing --steps 4 --out long.json      # what a long row costs
 
 All sides train LoRA of rank 8 on the same layers of a model with random weights, on the same rows, with the same batch
 size. Half of the tokens of a row belong to its completion. Each side runs in a process of its own, which gives its peak
-memory: that of the GPU if there is one, else that of the process. One process writes with 1 and 8 draws in turn.
+memory: that of the GPU if there is one, else that of the process. One process writes with 1 and 8 draws in turn. The
+estimate of the peak of ``fit`` is that of ``estimate_memory``: logits are computed in parts, and again in the backward
+pass, so their share does not grow with the tokens of a row.
 """
 
 import argparse
@@ -25,17 +29,15 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 import scalabl_pyro as sp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes _support importable
 from _support.random_llms import SHAPES, random_llm
+from _support.random_texts import random_texts, word_tokenizer
 from _support.timing import TARGETS
 
-#: Words of the texts, one token each.
-WORDS = 400
 #: Seconds of each run, by the name of the work.
 Seconds = dict[str, list[float]]
 #: Steps that warm up before the timed ones.
@@ -51,6 +53,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="tokens per row")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
     parser.add_argument("--steps", type=int, default=10, help="number of timed steps")
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=list(SIDES), help="what to measure")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="run blocks again in the backward pass")
     parser.add_argument("--out", type=Path, default=Path("completions.json"), help="JSON file of the figures")
     return parser.parse_args()
 
@@ -60,14 +64,19 @@ def main() -> None:
     args = arguments()
     context = multiprocessing.get_context("spawn")
     found: dict[str, dict[str, float]] = {}
-    for name in SIDES:
+    for name in args.sides:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             found |= pool.submit(measure, name, vars(args)).result()
         print(found, flush=True)
+    compared = {
+        "step": ("fit", "PEFT and Trainer", "seconds"),
+        "memory": ("fit", "PEFT and Trainer", "peak_bytes"),
+        "8 draws": ("generate, 8 draws", "generate, 1 draw", "seconds"),
+    }
     ratios = {
-        "step": found["fit"]["seconds"] / found["PEFT and Trainer"]["seconds"],
-        "memory": found["fit"]["peak_bytes"] / found["PEFT and Trainer"]["peak_bytes"],
-        "8 draws": found["generate, 8 draws"]["seconds"] / found["generate, 1 draw"]["seconds"],
+        name: found[ours][key] / found[other][key]
+        for name, (ours, other, key) in compared.items()
+        if {ours, other} <= set(found)
     }
     print(ratios)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -86,25 +95,19 @@ def measure(name: str, given: dict[str, Any]) -> dict[str, dict[str, float]]:
     seconds = SIDES[name](llm, args)
     of_process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else of_process
-    return {work: {"seconds": statistics.median(s[WARM:]), "peak_bytes": float(peak)} for work, s in seconds.items()}
+    figures = {}
+    for work, s in seconds.items():
+        figures[work] = {"seconds": statistics.median(s[WARM:]), "peak_bytes": float(peak)}
+        if work == "fit":
+            figures[work]["estimated_bytes"] = float(estimated(llm, args))
+    return figures
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer with one token per word."""
-    vocabulary = {"<pad>": 0, "<end>": 1, **{f"w{i}": i + 2 for i in range(WORDS)}}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
-
-
-def texts(args: argparse.Namespace) -> list[dict]:
-    """Make rows of random words, half prompt and half completion."""
-    half = args.tokens // 2
-    words = torch.randint(WORDS, (args.rows, args.tokens - 1)).tolist()
-    return [
-        {"prompt": " ".join(f"w{i}" for i in row[:half]), "completion": " " + " ".join(f"w{i}" for i in row[half:])}
-        for row in words
-    ]
+def estimated(llm, args: argparse.Namespace) -> int:
+    """Return the estimate of the peak of a step of ``fit``, which runs after the training has been measured."""
+    task, blora = sp.Completion(word_tokenizer()), sp.bayesian_lora(llm, target_modules=TARGETS)
+    own = {"gradient_checkpointing": args.gradient_checkpointing}
+    return blora.estimate_memory(random_texts(args.rows, args.tokens), task=task, **own).total
 
 
 def train_ours(llm, args: argparse.Namespace) -> Seconds:
@@ -113,7 +116,10 @@ def train_ours(llm, args: argparse.Namespace) -> Seconds:
     blora = sp.bayesian_lora(llm, target_modules=TARGETS)
     ends: list[float] = []
     options = {"num_steps": args.steps + WARM, "batch_size": args.rows, "progress": False}
-    sp.fit(blora, task, texts(args), callbacks=[lambda row: ends.append(now())], **options)
+    options["hardware"] = {"gradient_checkpointing": args.gradient_checkpointing}
+    rows = random_texts(args.rows, args.tokens)
+    result = sp.fit(blora, task, rows, callbacks=[lambda row: ends.append(now())], **options)
+    result.posterior.blora().unload()
     return {"fit": [after - before for before, after in itertools.pairwise(ends)]}
 
 
@@ -121,7 +127,7 @@ def train_peft(llm, args: argparse.Namespace) -> Seconds:
     """Return the seconds of each step of Trainer, with the loss on the completion only."""
     task = sp.Completion(word_tokenizer())
     rows = []
-    for example in map(task.encode, texts(args)):
+    for example in map(task.encode, random_texts(args.rows, args.tokens)):
         ids = example.inputs["input_ids"]
         rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - len(example.target)) + example.target})
     model = get_peft_model(llm, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
@@ -140,6 +146,7 @@ def train_peft(llm, args: argparse.Namespace) -> Seconds:
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
+            gradient_checkpointing=args.gradient_checkpointing,
         )
         collator = DataCollatorForSeq2Seq(task.tokenizer)
         Trainer(model, options, train_dataset=rows, data_collator=collator, callbacks=[Clock()]).train()
@@ -150,8 +157,10 @@ def write(llm, args: argparse.Namespace) -> Seconds:
     """Return the seconds of each text that 1 draw and 8 draws write, in turn."""
     task = sp.Completion(word_tokenizer())
     blora = sp.bayesian_lora(llm, target_modules=TARGETS)
-    posterior = sp.fit(blora, task, texts(args), num_steps=1, batch_size=1, progress=False).posterior
-    prompts = [texts(args)[0]["prompt"]]
+    posterior = sp.fit(
+        blora, task, random_texts(args.rows, args.tokens), num_steps=1, batch_size=1, progress=False
+    ).posterior
+    prompts = [random_texts(args.rows, args.tokens)[0]["prompt"]]
     seconds: Seconds = {"generate, 1 draw": [], "generate, 8 draws": []}
     options = {"do_sample": True, "max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
     for seed in range(args.steps + WARM):

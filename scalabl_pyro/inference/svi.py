@@ -23,6 +23,7 @@ from ..training.graph_choice import why_not
 from .call_arguments import CallArguments
 from .host_draws import no_host_draws
 from .joint_optimizer import JointOptimizer, why_apart
+from .prototypes import prototypes_without_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +245,8 @@ class SVI(pyro.infer.SVI):
             if captures:
                 loss = self._loss_on_device(given)
             else:
-                loss = self.loss_and_grads(self.model, self.guide, *given.args, **given.kwargs)
+                with prototypes_without_gradients(self.guide):
+                    loss = self.loss_and_grads(self.model, self.guide, *given.args, **given.kwargs)
         sites = cast(Any, found).trace.nodes.values()
         parameters = [site["value"].unconstrained() for site in sites]
         if not parameters:

@@ -403,6 +403,22 @@ def test_arguments_are_mapped_and_copied_in_every_container():
     assert other.shapes() != given.shapes()
 
 
+@pytest.mark.parametrize(("kind", "keeps"), [(StockSVI, True), (SVI, False)])
+def test_an_autoguide_keeps_no_graph_of_gradients(kind, keeps):
+    """It would hold the activations of a pass, and tie the parameters' gradients to a stream that no capture allows."""
+    blora, labelled = llm_program()
+
+    def model(ids, mask):
+        labelled(ids, mask, LABELS)
+        return blora(input_ids=ids, s=blora.adapter.loc.double()).logits
+
+    guide = autoguide.AutoNormal(model, init_scale=0.05)
+    own = guide.model
+    kind(model, guide, adam(), Trace_ELBO()).step(IDS, torch.ones_like(IDS))
+    assert guide.model is own
+    assert guide.prototype_trace.nodes["_RETURN"]["value"].requires_grad == keeps
+
+
 def test_other_elbos_train_eagerly():
     model, guide, _, _ = discrete()
     svi = SVI(model, guide, adam(), TraceEnum_ELBO(max_plate_nesting=1))

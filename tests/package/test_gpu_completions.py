@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,10 @@ from completions import rows, tokenizer
 import scalabl_pyro as sp
 from scalabl_pyro.lora.token_log_probs import TokenLogProbs
 from scalabl_pyro.tasks import completion
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from _support.random_llms import random_llm
+from _support.random_texts import random_texts, word_tokenizer
 
 pytestmark = pytest.mark.gpu
 
@@ -75,3 +81,21 @@ def test_bfloat16_learns_and_writes():
     assert np.isfinite(scored.log_probs).all() and (scored.to_frame()["epistemic"] > -1e-6).all()
     written = posterior.generate(["the sky is"], num_draws=3, num_samples=2, do_sample=True, max_new_tokens=4, seed=0)
     assert written.to_frame().shape[0] == 6
+
+
+def test_a_row_of_8192_tokens_of_a_7b_model_trains_within_40_gib():
+    """Logits of 8,192 tokens and 152,064 words would take 4.6 GiB in float32, and as much again for their gradient."""
+    if torch.cuda.get_device_properties(0).total_memory < 44 * 2**30:
+        pytest.skip("needs a GPU of 48 GB")
+    llm = random_llm("qwen2.5-7b", "cuda", torch.bfloat16)
+    weights = torch.cuda.memory_allocated()
+    blora, task = sp.bayesian_lora(llm), sp.Completion(word_tokenizer())
+    text = random_texts(1, 8192)
+    estimate = blora.estimate_memory(text, task=task, gradient_checkpointing=True).total
+    torch.cuda.reset_peak_memory_stats()
+    options = {"num_steps": 4, "batch_size": 1, "progress": False, "hardware": {"gradient_checkpointing": True}}
+    history = sp.fit(blora, task, text, **options).history
+    peak = torch.cuda.max_memory_allocated()
+    assert np.isfinite(history["loss"]).all() and len(history) == 4
+    assert weights < peak < 40 * 2**30
+    assert estimate == pytest.approx(peak, rel=0.25)
