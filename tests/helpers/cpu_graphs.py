@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import import_utils
 
-from scalabl_pyro.training import build_trainer, cuda_graphs, gradient_check, graph_choice
+from scalabl_pyro.training import build_trainer, cuda_graphs, gradient_check, graph_choice, optimizer
 
 #: What waits for a GPU, and what copies a number of the host to it, by the name of the operation.
 FORBIDDEN = {
@@ -111,6 +111,7 @@ def use_tapes(monkeypatch=None):
     put(cuda_graphs, "Recorder", CpuRecorder)
     put(import_utils, "is_cuda_stream_capturing", lambda: Tape.running > 0)
     put(gradient_check, "is_capturing", lambda: Tape.running > 0)
+    put(optimizer, "_is_on_gpu", lambda group: True)
     put(graph_choice, "devices_of", lambda module: {torch.device("cuda", 0)})
     check = build_trainer.UpdateCheck
 
