@@ -98,6 +98,30 @@ def measure(fn: Callable[[], object], device: str, steps: int, weights: int = 0)
     return {"ms": statistics.median(times), "above_weights_gib": peak}
 
 
+def kernels(fn: Callable[[], object], *, calls: int = 3, most: int = 25) -> list[dict[str, Any]]:
+    """List the GPU kernels that a function spends most of its time in, after it has run.
+
+    Args:
+        fn: Function without arguments, which was called before.
+        calls: Number of calls to average over.
+        most: Number of kernels.
+
+    Returns:
+        ``"kernel"``, ``"ms"`` per call and ``"count"`` per call, the longest first; the last entry is the rest.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(calls):
+            fn()
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    table = [
+        {"kernel": e.key[:120], "ms": e.self_device_time_total / 1000 / calls, "count": e.count / calls} for e in events
+    ]
+    rest = table[most:]
+    other = {"kernel": "all others", "ms": sum(e["ms"] for e in rest), "count": sum(e["count"] for e in rest)}
+    return [*table[:most], other]
+
+
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """Measure the FLOP per second of a large matrix product on random data."""
     n = 8192 if device == "cuda" else 1024

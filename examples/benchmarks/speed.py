@@ -34,6 +34,7 @@ from _support.timing import (
     TARGETS,
     AnswerTokens,
     fit_step,
+    kernels,
     matmul_rate,
     measure,
     objective_of,
@@ -115,7 +116,11 @@ def our_figures(llm, batch: Batch, args: argparse.Namespace, timed: Callable, pr
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
             "estimated_gib": blora.estimate_memory(batch).total / 2**30,
         }
-    figures["scalabl_pyro step"] = timed(fit_step(blora, batch, graph=args.device == "cuda"))
+    step = fit_step(blora, batch, graph=args.device == "cuda")
+    figures["scalabl_pyro step"] = timed(step)
+    if args.kernels:
+        figures["scalabl_pyro step"]["kernels"] = kernels(step)
+    del step
     if precision == "original":
         figures["of it Pyro alone"] = timed(pyro_only(blora, batch))
         figures["Laplace curvature"] = timed(curvature(blora, batch), 3)
@@ -197,6 +202,7 @@ def main() -> None:
         choices=("float8", "float8-compact"),
         help="also measure with frozen weights in these precisions",
     )
+    parser.add_argument("--kernels", action="store_true", help="list the GPU kernels of a step in the JSON file")
     parser.add_argument("--liger", action="store_true", help="use the fused kernels of liger-kernel")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     run(parser.parse_args())

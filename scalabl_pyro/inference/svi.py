@@ -259,7 +259,7 @@ class SVI(pyro.infer.SVI):
     def _loss_on_device(self, given: CallArguments) -> Tensor:
         """Accumulate the gradients of the loss; no number is read on the host."""
         elbo = cast(Any, self.elbo)
-        total = torch.zeros(())
+        total: Tensor | None = None  # a zero would stand on the host, and a capture copies nothing from there
         # Validation reads values on the host; steps that are not captured have done it.
         with pyro.validation_enabled(False), no_host_draws():
             for loss in device_losses(elbo, self.model, self.guide, given.args, given.kwargs):
@@ -268,7 +268,8 @@ class SVI(pyro.infer.SVI):
                 part = torch.as_tensor(loss / elbo.num_particles)
                 if part.requires_grad:
                     part.backward(retain_graph=elbo.retain_graph)
-                total = total.to(part) + part.detach()
+                total = part.detach() if total is None else total + part.detach()
+        assert total is not None
         return total
 
 

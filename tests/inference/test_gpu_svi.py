@@ -136,7 +136,8 @@ def test_what_is_not_captured_is_told(elbo, move, caplog):
     def model(ids, mask, labels=None):
         program.model(ids.cuda(), mask.cuda(), None if labels is None else labels.cuda())
 
-    svi = SVI(model, program.guide, adam(), elbo())
+    guide = AutoNormal(model, init_loc_fn=program.blora.init_loc, init_scale=0.05)
+    svi = SVI(model, guide, adam(), elbo())
     with caplog.at_level(logging.INFO, "scalabl_pyro"):
         for _ in range(4):
             svi.step(*(t if move else t.cpu() for t in batch()))

@@ -207,4 +207,3 @@ def test_dropout_in_several_processes_is_not_captured():
     assert "masks of dropout" in why_not(one, **facts, draws_own_masks=True)
     assert "gather its weights" in why_not(one, **facts, gathers_weights=True)
     assert why_not(one, **facts) is None
-
