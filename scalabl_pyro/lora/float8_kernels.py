@@ -8,14 +8,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Numbers that a program of the conversion reads at one time.
-COLUMNS = 4096
+#: Longest row that a program of the conversion keeps in registers. It reads longer ones twice.
+WIDEST = 32768
 #: Rows and columns of the tiles that are transposed.
 TILE = 128
 
 
 @triton.jit
 def _quantize(  # type: ignore[no-untyped-def]  # Triton reads annotations
+    matrix, columns, codes, scales, width, stride, HAS_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    values = tl.load(matrix + row * stride + at, mask=at < width, other=0.0).to(tl.float32)
+    if HAS_COLUMNS:
+        values = values * tl.load(columns + at, mask=at < width, other=0.0)
+    # 2^-100 and 1 / 448, as in float8_rows.
+    scale = tl.maximum(tl.max(tl.abs(values), axis=0), 7.888609052210118e-31) * 0.002232142857142857
+    tl.store(scales + row, scale)
+    tl.store(codes + row * width + at, (values * tl.div_rn(1.0, scale)).to(tl.float8e4nv), mask=at < width)
+
+
+@triton.jit
+def _quantize_long(  # type: ignore[no-untyped-def]
     matrix, columns, codes, scales, width, stride, HAS_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -26,15 +41,15 @@ def _quantize(  # type: ignore[no-untyped-def]  # Triton reads annotations
         if HAS_COLUMNS:
             values = values * tl.load(columns + at, mask=at < width, other=0.0)
         largest = tl.maximum(largest, tl.abs(values))
-    # 2^-100 and 1 / 448, as in float8_rows.
     scale = tl.maximum(tl.max(largest, axis=0), 7.888609052210118e-31) * 0.002232142857142857
     tl.store(scales + row, scale)
-    for start in range(0, width, BLOCK):  # the row comes from the cache of the chip now
+    inverse = tl.div_rn(1.0, scale)
+    for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = tl.load(matrix + row * stride + at, mask=at < width, other=0.0).to(tl.float32)
         if HAS_COLUMNS:
             values = values * tl.load(columns + at, mask=at < width, other=0.0)
-        tl.store(codes + row * width + at, tl.div_rn(values, scale).to(tl.float8e4nv), mask=at < width)
+        tl.store(codes + row * width + at, (values * inverse).to(tl.float8e4nv), mask=at < width)
 
 
 @triton.jit
@@ -53,9 +68,10 @@ def quantize_rows(matrix: Tensor, columns: Tensor | None = None) -> tuple[Tensor
         matrix = matrix.contiguous()
     codes = torch.empty((height, width), dtype=torch.float8_e4m3fn, device=matrix.device)
     scales = torch.empty((height, 1), dtype=torch.float32, device=matrix.device)
-    block = min(triton.next_power_of_2(width), COLUMNS)
+    block = triton.next_power_of_2(width)
+    kernel = _quantize if block <= WIDEST else _quantize_long
     with torch.cuda.device(matrix.device):
-        _quantize[(height,)](
+        kernel[(height,)](
             matrix,
             scales if columns is None else columns,  # an address that is not read
             codes,
@@ -63,8 +79,8 @@ def quantize_rows(matrix: Tensor, columns: Tensor | None = None) -> tuple[Tensor
             width,
             matrix.stride(0),
             HAS_COLUMNS=columns is not None,
-            BLOCK=block,
-            num_warps=4 if block <= 2048 else 8,
+            BLOCK=block if block <= WIDEST else 4096,
+            num_warps=min(max(block // 1024, 4), 16),
         )
     return codes, scales
 

@@ -1,6 +1,6 @@
 """Rows of a matrix in 8-bit floats: each row has a scale, and its largest number becomes the largest 8-bit number.
 
-For a row v, ``scale = max |v| / 448`` in float32, and ``codes = round(v / scale)`` in float8_e4m3fn, whose numbers have
+For a row v, ``scale = max |v| / 448`` in float32, and ``codes = round(v * (1 / scale))`` in float8_e4m3fn. Its numbers have
 four significant bits and reach 448. The relative error of a code is at most 2^-4.
 """
 
@@ -48,7 +48,7 @@ def quantize_rows_plainly(matrix: Tensor, columns: Tensor | None = None) -> tupl
     if columns is not None:
         values = values * columns
     scales = values.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST) * INVERSE
-    return (values / scales).to(FLOAT8), scales
+    return (values * (1 / scales)).to(FLOAT8), scales
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
