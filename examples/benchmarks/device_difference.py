@@ -52,7 +52,7 @@ class Answers(sp.Task):
 class NoiseOfTheHost(pyro.distributions.Normal):
     """A normal distribution whose noise is drawn on the host, so that it is the same on every device."""
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         noise = torch.randn(self._extended_shape(sample_shape), dtype=self.loc.dtype)
         return self.loc + self.scale * noise.to(self.loc.device)
 

@@ -30,9 +30,7 @@ class LowRankNormal(dist.LowRankMultivariateNormal):
         validate_args: Whether to check arguments and values.
     """
 
-    def __init__(
-        self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: bool | None = None
-    ) -> None:
+    def __init__(self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: bool | None = None) -> None:
         batch_shape = torch.broadcast_shapes(loc.shape[:-1], cov_factor.shape[:-2], cov_diag.shape[:-1])
         self.loc = loc.expand(batch_shape + loc.shape[-1:])
         self._unbroadcasted_cov_factor = cov_factor

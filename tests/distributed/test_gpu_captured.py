@@ -50,7 +50,7 @@ def train(way, captured, *, device=None, blora=None, num_steps=12, micro=1):
         hardware["micro_batch_size"] *= micro
     settings = {"num_steps": num_steps, "batch_size": len(ROWS), "lr": 1e-2, "progress": False}
     task = sp.MultipleChoice(tiny.tokenizer())
-    return sp.fit(blora, task, ROWS, guide=guide, **settings, **{**options, "hardware": hardware})
+    return sp.fit(blora, task, ROWS, guide=guide, **{**settings, **options, "hardware": hardware})
 
 
 def assert_close(found, expected):
@@ -99,7 +99,7 @@ def in_nccl(rank, folder, ways, poisoned):
 
 
 class PoisonedLater(sp.MultipleChoice):
-    """A task whose likelihood of row 3 is NaN at the tenth call in process 1, counted on the device."""
+    """A task whose likelihood is NaN at the tenth call in process 1; the device counts the calls."""
 
     def __init__(self, tokenizer, rank):
         super().__init__(tokenizer)
@@ -108,9 +108,8 @@ class PoisonedLater(sp.MultipleChoice):
 
     def likelihood(self, outputs, batch):
         self.calls.add_(1)
-        row = len(ROWS) - 1 if self.rank else 0
-        bad = (batch.index == row) & (self.calls == 10) & (self.rank == 1)
-        return super().likelihood(torch.where(bad.unsqueeze(-1), torch.nan, outputs), batch)
+        is_bad = (self.calls == 10) & (self.rank == 1)
+        return super().likelihood(torch.where(is_bad, torch.nan, outputs), batch)
 
 
 def with_nan_in_a_replay(rank):

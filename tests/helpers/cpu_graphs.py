@@ -5,7 +5,7 @@ capture forbids raises an error: to read from the device, or to bring a number o
 """
 
 import contextlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,7 +84,7 @@ def _tensors(value: Any):
 class CpuRecorder(cuda_graphs.Recorder):
     """A recorder whose graphs are tapes."""
 
-    made = []
+    made: ClassVar[list] = []
 
     def __init__(self, device):
         self.device, self.failure, self.tapes = device, None, []
@@ -98,13 +98,14 @@ class CpuRecorder(cuda_graphs.Recorder):
         return batch.map(torch.clone)  # another tensor than the host's
 
     def _capture(self, function):
+        self.before = torch.get_rng_state()
         with Tape() as tape:
             output = function()
         self.tapes.append(tape)
         return tape, output
 
     def _recover(self):
-        pass
+        torch.set_rng_state(self.before)  # on a GPU a capture that fails has drawn nothing
 
 
 def use_tapes(monkeypatch=None):

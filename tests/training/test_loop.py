@@ -13,8 +13,8 @@ from scalabl_pyro.data import encode
 from scalabl_pyro.data.training_batches import TrainingBatches
 from scalabl_pyro.guides import as_guide
 from scalabl_pyro.model.joint import TaskModel
-from scalabl_pyro.training.graph_choice import devices_of, why_not
 from scalabl_pyro.training.device_elbo import device_loss, stays_on_device
+from scalabl_pyro.training.graph_choice import devices_of, why_not
 from scalabl_pyro.training.loop import Trainer
 from scalabl_pyro.training.objective import Objective, ScopedGuide, default_elbo
 from scalabl_pyro.training.optimizer import build_optimizer
