@@ -128,6 +128,8 @@ def check(args: argparse.Namespace, device: torch.device, size: int) -> None:
     eager = {"hardware": {"cuda_graph": False}}
     several = run(args, device, **eager)
     parts = {f"{size} processes": several}
+    if device.type == "cuda" and size > 1:
+        parts[f"{size} processes, CUDA graphs"] = run(args, device)
     if not dist.is_initialized() or dist.get_rank() == 0:
         with sp.distributed.single_process():
             parts["1 process"] = one = run(args, device, **eager)

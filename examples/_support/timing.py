@@ -160,7 +160,15 @@ def objective_of(blora: Any, task: sp.Task, *, num_data: int = NUM_DATA) -> Obje
     return Objective(default_elbo(guide, blora.prior), model, ScopedGuide(guide, draws="per_example"))
 
 
-def fit_step(blora: Any, batch: Batch, *, task: sp.Task | None = None, graph: bool = False, lr: float = 1e-4):
+def fit_step(
+    blora: Any,
+    batch: Batch,
+    *,
+    task: sp.Task | None = None,
+    graph: bool = False,
+    lr: float = 1e-4,
+    processes: Any = None,
+):
     """Make a step of ``fit``: its objective, its optimizer, its checks.
 
     Args:
@@ -169,12 +177,13 @@ def fit_step(blora: Any, batch: Batch, *, task: sp.Task | None = None, graph: bo
         task: Task of the step (default: ``AnswerTokens()``).
         graph: Whether the step is captured in a CUDA graph.
         lr: Learning rate of all parameters but the scales of the guide, which learn 10 times as fast.
+        processes: Processes that share the batch (default: this one alone).
     """
     objective = objective_of(blora, AnswerTokens() if task is None else task)
     rates = {"lr": lr, "lr_A": lr, "lr_loc": lr, "lr_scale": 10 * lr}
     model, guide = objective.model, objective.guide.guide
     optimizer = build_optimizer(model, guide, **rates, weight_decay=0.0, capturable=graph)
-    execute = (GraphedStep if graph else EagerStep)(objective, optimizer, device=blora.device)
+    execute = (GraphedStep if graph else EagerStep)(objective, optimizer, device=blora.device, processes=processes)
 
     def step() -> None:
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):

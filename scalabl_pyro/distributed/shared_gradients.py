@@ -31,13 +31,13 @@ class SharedGradients:
         processes: Processes that share each batch.
 
     Attributes:
-        present: (P,) 1 for each parameter that had a gradient when :meth:`pack` ran last, else 0; on the CPU.
+        present: For each parameter 1 if it had a gradient when :meth:`pack` ran last, else 0.
     """
 
     def __init__(self, parameters: Sequence[Tensor], processes: Processes) -> None:
         self.parameters = list(parameters)
         self.processes = processes
-        self.present = torch.zeros(len(self.parameters), dtype=torch.long)
+        self.present = [0] * len(self.parameters)
         self._flat: Tensor | None = None
         self._terms = torch.empty(0)
         self._pieces: list[Tensor] = []
@@ -49,16 +49,14 @@ class SharedGradients:
         Args:
             terms: Numbers to sum with the gradients, (n,).
         """
-        self.present = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.long)
+        self.present = [int(p.grad is not None) for p in self.parameters]
         if self._flat is not None:
             self._fill(terms)
 
     @torch.no_grad()
     def _fill(self, terms: Tensor) -> None:
-        if not self.present.all():
-            torch._foreach_zero_(
-                [piece for piece, p in zip(self._pieces, self.parameters, strict=True) if p.grad is None]
-            )
+        if missing := [piece for piece, p in zip(self._pieces, self.parameters, strict=True) if p.grad is None]:
+            torch._foreach_zero_(missing)
         self._terms.copy_(terms)
         own = [(p.grad, piece) for p, piece in zip(self.parameters, self._pieces, strict=True) if p.grad is not None]
         if own:
@@ -84,7 +82,7 @@ class SharedGradients:
         """
         dtypes = {p.dtype for p in self.parameters} | {terms.dtype}
         code = 1 if torch.float64 in dtypes else 0
-        signal, (code, *present) = self.processes.synchronize(batch, signal, [code, *self.present.tolist()])
+        signal, (code, *present) = self.processes.synchronize(batch, signal, [code, *self.present])
         if self._flat is None:
             self._allocate(terms, DTYPES[code])
             self._fill(terms)

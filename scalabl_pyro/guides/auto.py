@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.infer import autoguide
@@ -38,7 +38,8 @@ class _AutoLowRank(autoguide.AutoLowRankMultivariateNormal):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> LowRankNormal:
         """Give the distribution of all latents as one vector."""
-        return LowRankNormal(self.loc, self.cov_factor * self.scale.unsqueeze(-1), self.scale.square())
+        scale = cast(Tensor, self.scale)
+        return LowRankNormal(self.loc, self.cov_factor * scale.unsqueeze(-1), scale.square())
 
 
 #: AutoGuides whose steps wait for the device, and what takes their place.

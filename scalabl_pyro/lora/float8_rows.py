@@ -1,7 +1,7 @@
 """Rows of a matrix in 8-bit floats: each row has a scale, and its largest number becomes the largest 8-bit number.
 
-For a row v, ``scale = max |v| / 448`` in float32, and ``codes = round(v * (1 / scale))`` in float8_e4m3fn. Its numbers have
-four significant bits and reach 448. The relative error of a code is at most 2^-4.
+For a row v, ``scale = max |v| / 448`` in float32, and ``codes = round(v * (1 / scale))`` in float8_e4m3fn. Its numbers
+have four significant bits and reach 448. The relative error of a code is at most 2^-4.
 """
 
 import functools

@@ -52,9 +52,7 @@ class FixedPrior(Prior):
         parameters = {name: getattr(self, name) for name in self.parameter_names}
         state = [(value, None if value.is_inference() else value._version) for value in parameters.values()]
         known, built = self.__dict__.get("_built", ([], None))
-        if len(known) != len(state) or any(
-            a is not b or i is None or i != j for (a, i), (b, j) in zip(known, state, strict=True)
-        ):
+        if built is None or not _is_unchanged(known, state):
             base: Any = self.distribution_class(**parameters)
             built = base if base.event_shape else base.to_event(1)
             self.__dict__["_built"] = (state, built)
@@ -71,6 +69,14 @@ class FixedPrior(Prior):
     def extra_repr(self) -> str:
         """Return family and parameter names."""
         return f"{self.family_name}({', '.join(self.parameter_names)})"
+
+
+def _is_unchanged(before: list[tuple[Tensor, int | None]], now: list[tuple[Tensor, int | None]]) -> bool:
+    """Whether these are the same tensors, and nobody has written into them."""
+    return all(
+        old is new and version is not None and version == count
+        for (old, version), (new, count) in zip(before, now, strict=True)
+    )
 
 
 def from_distribution(prior: Distribution, dim: int) -> FixedPrior:

@@ -61,14 +61,13 @@ def build_trainer(
         processes=program.processes,
         signals=signals,
         check=GradientCheck(program.model.blora),
+        why_eager=why_eager,
         update_check=UpdateCheck(
             parameters_of(optimizer),
             logarithms=_trained_logarithms(program),
             largest_rate=max(options.lr, options.lr_A, options.lr_loc, optimizer_options.lr_scale),
         ),
     )
-    if why_eager:
-        step.why_eager = why_eager
     return Trainer(
         step,
         batches=program.batches,

@@ -1,7 +1,7 @@
 """The optimizer step as CUDA graphs: one graph in a single process, two in each of several processes.
 
-Between the two graphs the processes add up their gradients. So the sum is no part of a graph: each process captures at
-its own time, and one in which a capture fails goes on eagerly, while the others replay.
+Between the two graphs the processes add up their gradients, outside of any graph. So each process captures at its own
+time, and one in which a capture fails goes on eagerly, while the others replay.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ class GraphedStep(EagerStep[Objective]):
         self._terms_dtype = torch.float32
 
     @property
-    def why_eager(self) -> str | None:  # type: ignore[override]
+    def why_eager(self) -> str | None:
         """Why steps are not captured; None if they are."""
         return self.recorder.failure
 

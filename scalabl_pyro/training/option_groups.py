@@ -111,7 +111,9 @@ class HardwareOptions:
         cuda_graph: Whether to capture the whole step as a CUDA graph, once per batch shape, and to replay it: one
             launch per step instead of thousands, with the same losses. Lengths are rounded up, so that shapes repeat:
             to multiples of 4 tokens, and of 8, 16, ... from 32, 64, ... tokens on. ``"auto"`` captures where the step
-            allows it, and logs why if it does not. True raises an error instead.
+            allows it, and logs why if it does not. True raises an error instead. Several processes capture the gradient
+            and the update, and add up their gradients between them. ``posterior.provenance["cuda_graph"]`` says whether
+            steps were captured.
         gradient_checkpointing: Whether to keep only the input of each block and to run the block again in the backward
             pass, with the same draws. It takes about a third more time and far less memory.
 

@@ -53,14 +53,12 @@ class EagerStep(Generic[Objective]):
         signals: Signals that this process has received.
         check: Check that the gradient reaches every layer. It is active inside ``with step.check:`` only.
         update_check: Check of the parameters after each update; None for a step that makes no update.
+        why_eager: Why steps are not captured; None if they are.
 
     Attributes:
         blocked: () 1.0 on the device after a step that was not finite, until the host sets it to 0.
         shared: The sum of the gradients over several processes; None in a single process.
-        why_eager: Why steps are not captured; None if they are.
     """
-
-    why_eager: str | None = "steps are not captured"
 
     def __init__(
         self,
@@ -75,6 +73,7 @@ class EagerStep(Generic[Objective]):
         signals: StopSignals | None = None,
         check: GradientCheck | None = None,
         update_check: UpdateCheck | None = None,
+        why_eager: str | None = "steps are not captured",
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -88,9 +87,15 @@ class EagerStep(Generic[Objective]):
         self.signals = signals or StopSignals(terminate=False)
         self.check = check
         self.update_check = update_check
+        self._why_eager = why_eager
         self.blocked = torch.zeros((), device=device, dtype=torch.float32)  # whatever the default dtype is
         # What a GradScaler sets on a fused optimizer: no update while ``found_inf`` is 1.
         optimizer.grad_scale, optimizer.found_inf = None, self.blocked
+
+    @property
+    def why_eager(self) -> str | None:
+        """Why steps are not captured; None if they are."""
+        return self._why_eager
 
     def __call__(self, batch: Batch, kl_weight: float | Tensor) -> StepResult:
         """Take one step.

@@ -312,7 +312,7 @@ def test_the_hooks_of_a_device_map_change_nothing():
     np.testing.assert_array_equal(*log_probs)
 
 
-#: Factors and latents are float32: two devices add in another order, and each update rounds to 6e-8 of a number.
+#: Norms and rotations of transformers are float32, also in a float64 model: see benchmarks/device_difference.py.
 WITHIN_FLOAT32 = 1e-6
 
 

@@ -66,6 +66,11 @@ SCRIPTS = {
         "--shapes tiny --device cpu --steps 2 --tokens 8 --rows 2 --out rivals.json".split(),
         [],
     ),
+    "benchmarks/several_gpus.py": (
+        "--shape tiny --device cpu --rows 4 --tokens 8 --steps 2 --draws 3 --out several.json".split(),
+        [],
+    ),
+    "benchmarks/device_difference.py": (["--devices", "cpu", "cpu", "--out", "difference.json"], []),
     "benchmarks/demo_choice.py": (
         "--tiny --rows 16 --steps 2 --blocks 1 --seeds 1 --rates 1e-3 --out out".split(),
         [*DATA, OPINIONS],
@@ -332,6 +337,25 @@ def test_the_benchmark_of_speed_measures_steps_and_draws(tmp_path):
         for name in (f"scalabl_pyro {kind}", f"scalabl_pyro {kind}, float8"):
             figure = figures[name]
             assert figure["of_floor"] == pytest.approx(figure["ms"] / figures[f"floor {kind}"]["ms"])
+
+
+def test_the_benchmark_of_several_gpus_starts_two_processes_and_compares_them_with_one(tmp_path):
+    run("benchmarks/several_gpus.py", tmp_path)
+    found = json.loads((tmp_path / "several.json").read_text())
+    figures = found["shapes"]["tiny"]
+    assert found["devices"] == ["cpu", "cpu"]
+    one, both = figures["1 process, 4 rows"]["eager"]["ms"], figures["2 processes, 4 rows"]["eager"]["ms"]
+    assert figures["efficiency"]["eager"]["strong"] == pytest.approx(one / (2 * both))
+    assert figures["efficiency"]["eager"]["weak"] == pytest.approx(figures["1 process, 2 rows"]["eager"]["ms"] / both)
+    assert figures["1 process, draws"]["ms"] > 0 and figures["2 processes, draws"]["ms"] > 0
+
+
+def test_the_benchmark_of_devices_names_the_float32_operations_of_a_float64_model(tmp_path):
+    run("benchmarks/device_difference.py", tmp_path)
+    found = json.loads((tmp_path / "difference.json").read_text())
+    as_it_is, exact = found["as it is"], found["norms and rotations in float64"]
+    assert as_it_is["float32 operations"] and not exact["float32 operations"]
+    assert as_it_is["first difference"] is None  # one device differs from itself in nothing
 
 
 def test_the_benchmark_of_designs_measures_the_error_of_each(tmp_path):

@@ -54,6 +54,8 @@ class Tape(TorchDispatchMode):
         lifted, self.lifted = self.lifted, None
         if lifted is not None and not (name == "index_put_" and args[2] is lifted):  # x[mask] = 0 fills x on the device
             raise CaptureError(f"aten::lift_fresh {FORBIDDEN['lift_fresh']}")
+        if name == "index" and any(torch.is_tensor(i) and i.dtype == torch.bool for i in args[1]):
+            raise CaptureError("aten::index has a size that the host must know")
         if name == "lift_fresh" and args[0].numel():
             self.lifted = args[0]
         elif reason := FORBIDDEN.get(name) if name != "lift_fresh" else None:
@@ -96,13 +98,14 @@ class CpuRecorder(cuda_graphs.Recorder):
         return batch.map(torch.clone)  # another tensor than the host's
 
     def _capture(self, function):
+        self.before = torch.get_rng_state()
         with Tape() as tape:
             output = function()
         self.tapes.append(tape)
         return tape, output
 
     def _recover(self):
-        pass
+        torch.set_rng_state(self.before)  # on a GPU a capture that fails has drawn nothing
 
 
 def use_tapes(monkeypatch=None):

@@ -313,6 +313,8 @@ def test_foreach_copies_in_place():
     to, values = [torch.zeros(2), torch.zeros(3)], [torch.ones(2), torch.full((3,), 2.0)]
     torch._foreach_copy_(to, values)
     assert all(torch.equal(a, b) for a, b in zip(to, values, strict=True))
+    torch._foreach_zero_(to)
+    assert not any(a.any() for a in to)
 
 
 def test_normals_keep_these_factors_of_their_covariance():
