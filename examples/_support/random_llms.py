@@ -70,14 +70,19 @@ def num_weights(shape: str, *, embeddings: bool) -> int:
     return total if embeddings else total - 2 * llm.get_input_embeddings().weight.numel()
 
 
-def fuse_elementwise(llm: nn.Module) -> None:
-    """Install Liger's Triton kernels for norms, rotations and gates in a Llama or Qwen2 model, before it is adapted."""
+def fuse_elementwise(llm: nn.Module) -> nn.Module:
+    """Install Liger's Triton kernels for norms, rotations and gates in a Llama or Qwen2 model, before it is adapted.
+
+    Returns:
+        The model itself.
+    """
     from liger_kernel import transformers as kernels
 
     apply = {"llama": kernels.apply_liger_kernel_to_llama, "qwen2": kernels.apply_liger_kernel_to_qwen2}
     if (kind := llm.config.model_type) not in apply:
         raise SystemExit(f"--liger supports {' and '.join(apply)} models, but this one is {kind!r}: leave --liger out.")
     apply[kind](fused_linear_cross_entropy=False, model=llm)
+    return llm
 
 
 def _config(shape: str, blocks: int):

@@ -36,7 +36,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 import scalabl_pyro as sp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes _support importable
-from _support.random_llms import SHAPES, num_weights, random_llm
+from _support.random_llms import SHAPES, fuse_elementwise, num_weights, random_llm
 from _support.random_texts import random_texts, word_tokenizer
 
 TARGETS = ["q_proj", "v_proj"]
@@ -133,9 +133,10 @@ def peft_side(llm, rows: list[dict], args: argparse.Namespace, *, liger: bool) -
 
 
 def sides(shape: str) -> dict[str, Callable[..., list[float]]]:
-    """Give the sides of a shape. Liger comes last: it changes the model's modules for good."""
+    """Give the sides of a shape. Liger's kernels come last: they change the model's modules for good."""
     found = {"fit": fit_side, "PEFT and Trainer": lambda *given: peft_side(*given, liger=False)}
     if importlib.util.find_spec("liger_kernel") is not None and torch.cuda.is_available():
+        found["fit, Liger"] = lambda llm, *given: fit_side(fuse_elementwise(llm), *given)
         found["PEFT and Trainer, Liger"] = lambda *given: peft_side(*given, liger=True)
     return found
 
