@@ -55,7 +55,7 @@ def figures(result):
 def learned(result):
     posterior = result.posterior
     tensors = [*posterior.guide.state_dict().values(), *(t for pair in posterior.factors for t in pair)]
-    return torch.cat([t.flatten().double() for t in tensors])
+    return torch.cat([t.flatten().double().cpu() for t in tensors])
 
 
 @pytest.mark.parametrize("way", WAYS)

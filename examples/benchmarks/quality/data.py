@@ -120,7 +120,7 @@ def load(
     for other in source.ood:
         try:
             found = rows_of(other, "test", data_dir)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             print(f"{name}: the other data set {other} is left out: {str(error).splitlines()[0]}", flush=True)
             continue
         if source.labels != ():  # Rows get the question of this data set, and have no answer.
