@@ -131,6 +131,16 @@ def test_the_report_says_what_a_limit_of_doubt_does(run, folder):
     assert code == 1 and "above 1, the largest doubt" in error
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_terminal_shows_how_far_a_prediction_is(run, monkeypatch, command, is_terminal):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    code, _, error = run(command, "post", "rows.jsonl", "--model", "base", "--num-draws", 2)
+    assert code == 0 and ("predict: 100%" in error) == is_terminal
+    _, _, error = run(command, "post", "rows.jsonl", "--model", "base", "--num-draws", 2, "--json")
+    assert "100%" not in error
+
+
 def test_a_report_of_numbers(run, folder):
     code, said, _ = run(
         "evaluate", "post-numbers", "numbers.jsonl", "--model", "base-numbers", "--bootstrap", 20, "--out", "n.html"

@@ -77,6 +77,28 @@ def test_a_second_table_is_scored_and_patience_keeps_the_best_step(fit):
     assert "steps" in said.splitlines()[-2] and said.splitlines()[-1].startswith("Posterior saved")
 
 
+def test_steps_are_counted_from_one_in_table_and_sentence(fit):
+    code, said, error, _ = fit("--eval", "valid.csv", "--eval-every", 2)
+    assert code == 0, error
+    lines = said.splitlines()
+    (head,) = [i for i, line in enumerate(lines) if "eval_nll" in line]
+    assert [int(line.split()[0]) for line in lines[head + 1 : head + 4]] == [2, 4, 6]
+    assert "The posterior is that after 6 steps: " in said
+
+
+def test_rates_are_those_of_fit(fit):
+    code, _, error, out = fit("--lr", 1e-3, "--lr-A", 2e-3)
+    assert code == 0, error
+    found = sp.Posterior.from_pretrained(tiny.causal_lm(), out)
+    task = sp.tasks.from_data(tiny.tokenizer(), ROWS, llm=tiny.causal_lm(), text="note", target="class")
+    rates = {"lr": 1e-3, "lr_A": 2e-3}
+    own = sp.fit(sp.bayesian_lora(tiny.causal_lm()), task, ROWS, num_steps=6, batch_size=4, progress=False, **rates)
+    for (A, B), (own_A, own_B) in zip(found.factors, own.posterior.factors, strict=True):
+        assert A.allclose(own_A, atol=1e-6) and B.allclose(own_B, atol=1e-6)
+    code, _, error, _ = fit("--lr", 0)
+    assert code == 1 and "lr" in error
+
+
 def test_without_held_out_rows_the_settled_line_is_there(fit):
     code, said, _, _ = fit()
     assert code == 0 and "After 6 steps: too few steps to tell" in said and "Held out" not in said

@@ -275,6 +275,17 @@ def test_the_strip_has_a_bar_per_bin_with_its_number_of_rows():
     assert all(bar.get_y() + bar.get_height() < 0 for bar in bars_), "the strip lies in the diagram"
 
 
+def test_the_strip_of_one_method_has_no_marker_that_reads_as_a_point():
+    probs = np.array([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3]])
+    found = sp.Prediction(np.log(probs)[None], np.array([0, 1, 0]), ("a", "b"))
+
+    def markers(ax):
+        return [line for line in ax.lines if list(line.get_xdata()) == [0.015]]
+
+    assert not markers(plots.reliability(found))
+    assert len(markers(plots.reliability({"one": found, "two": found}))) == 2
+
+
 def test_the_strip_of_equal_numbers_says_the_number_once():
     (text,) = plots.reliability(prediction(rows=61), bins="mass", num_bins=10).texts
     assert text.get_text() == "6 to 7 rows per bin"
