@@ -16,7 +16,7 @@ import tiny
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch.utils.data import DataLoader, Dataset
-from tqdm.std import TqdmDefaultWriteLock
+from tqdm.std import TqdmDefaultWriteLock, tqdm
 
 import scalabl_pyro as sp
 from scalabl_pyro._process.lock import IDLE, LOCK
@@ -135,6 +135,8 @@ def test_a_child_predicts_and_trains_while_a_thread_of_the_parent_holds(posterio
         sp.fit(posterior.blora(), posterior.task, ROWS, num_steps=1, progress=False)
         return alike and kept and not pyro.settings.get("module_local_params") and not LOCK.is_held()
 
+    if tqdm.monitor is not None:  # a thread of tqdm that an earlier bar has started takes a lock of all processes
+        tqdm.monitor.exit()
     with another_thread_inside(*HELD[held](llm)):
         assert in_child(work) == "True"
     np.testing.assert_array_equal(posterior.predict(ROWS, num_draws=2).log_probs, expected)
