@@ -34,8 +34,8 @@ def evaluate(out: Path | None, bootstrap: int, review_above: float | None, as_js
         write_report(report, out)
     if as_json:
         facts = {"rows": len(rows), "num_draws": how["num_draws"], "seed": how["seed"]}
-        say_json(facts | {"out": None if out is None else str(out), "in_short": list(report.in_short)}
-            | {"metrics": report.metrics.to_dict("index")})  # fmt: skip
+        facts |= {"out": None if out is None else str(out), "in_short": list(report.in_short)}
+        say_json(facts | {"metrics": report.metrics.to_dict("index")})
     else:
         say(report.metrics.T.to_string(float_format=lambda value: f"{value:.3f}"))
         say("\n" + "\n".join(report.in_short))

@@ -13,7 +13,7 @@ from .. import metrics, plots
 from .._version import __version__
 from ..prediction.label_sets import LabelSetPrediction
 from ..prediction.result import NumericPrediction, Prediction
-from .report_verdict import verdict
+from .report_verdict import are_right, verdict
 from .report_words import COLUMNS
 from .tables import beside
 
@@ -92,7 +92,7 @@ def _of_classes(found: Prediction, table: pd.DataFrame) -> tuple[Tables, Picture
     per_class = metrics.report_by_class(found.probs, target, classes=found.classes)
     counts = metrics.confusion_matrix(found.probs, target, classes=found.classes)
     by_doubt = table.sort_values("probability")
-    wrong = table[table["prediction"] != table["target"]].sort_values("probability", ascending=False)
+    wrong = table[~are_right(table)].sort_values("probability", ascending=False)
     tables = {
         "Each class": ("Precision: how many of the rows with this prediction are right. Recall: how many of the rows "
                        "with this label are found.", per_class.reset_index()),
@@ -131,7 +131,7 @@ def _of_numbers(found: NumericPrediction, table: pd.DataFrame) -> tuple[Tables, 
 
 def _of_label_sets(found: LabelSetPrediction, table: pd.DataFrame) -> tuple[Tables, Pictures]:
     by_doubt = table.sort_values("probability")
-    wrong = table[[list(a) != list(b) for a, b in zip(table["prediction"], table["target"], strict=True)]]
+    wrong = table[~are_right(table)]
     return {
         "Mistakes, the surest first": ("Wrong sets of labels with the largest probability. The labels may be wrong.",
                                        wrong.sort_values("probability", ascending=False).head(SHOWN)),

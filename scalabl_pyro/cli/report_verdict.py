@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ..prediction.label_sets import LabelSetPrediction
-from ..prediction.result import NumericPrediction, Prediction
+from ..prediction.result import NumericPrediction
 
 #: A gap between confidence and accuracy below this number of standard errors may be chance.
 STANDARD_ERRORS = 2.0
@@ -17,22 +17,34 @@ def verdict(found: Any, table: pd.DataFrame, metrics: pd.DataFrame, *, review_ab
 
     Args:
         found: Prediction of N rows with answers.
-        table: Its review table, N lines.
+        table: Its review table, N lines, with ``needs_review`` if there is a limit.
         metrics: Its metrics, with the rows ``value``, ``low`` and ``high``.
         review_above: Limit of the doubt above which a person reads a row; None for no such rule.
 
     Returns:
         Sentences.
     """
-    if isinstance(found, Prediction):
-        right = (table["prediction"] == table["target"]).to_numpy()
-        sentences = [_share_right(metrics["accuracy"], "answers", len(table)), _how_sure(table["probability"], right)]
-        return sentences + _review(1 - table["probability"].to_numpy(), right, review_above)
+    if isinstance(found, NumericPrediction):
+        return _of_numbers(table, review_above)
+    right = are_right(table)
     if isinstance(found, LabelSetPrediction):
-        right = np.array([list(a) == list(b) for a, b in zip(table["prediction"], table["target"], strict=True)])
         sentences = [_share_right(metrics["subset_accuracy"], "sets of labels", len(table))]
-        return sentences + _review(1 - table["probability"].to_numpy(), right, review_above)
-    assert isinstance(found, NumericPrediction)
+    else:
+        sentences = [_share_right(metrics["accuracy"], "answers", len(table)), _how_sure(table["probability"], right)]
+    if review_above is None:
+        return sentences
+    alone = ~table["needs_review"].to_numpy()
+    wrong = f"{_percent((~right[alone]).mean(), 1)} of these answers are wrong. " if alone.any() else ""
+    said = f"At the limit {review_above:g}, the model answers {_count(alone)} alone. "
+    return [*sentences, said + wrong + _left(alone)]
+
+
+def are_right(table: pd.DataFrame) -> np.ndarray:
+    """Tell which predictions of classes, or of sets of labels, are the answer, (N,)."""
+    return np.array([a == b for a, b in zip(table["prediction"], table["target"], strict=True)], dtype=bool)
+
+
+def _of_numbers(table: pd.DataFrame, review_above: float | None) -> list[str]:
     off = (table["target"] - table["prediction"]).abs()
     inside = float((off <= 2 * table["sd"]).mean())
     sentences = [
@@ -42,7 +54,7 @@ def verdict(found: Any, table: pd.DataFrame, metrics: pd.DataFrame, *, review_ab
     ]
     if review_above is None:
         return sentences
-    alone = (table["sd"] <= review_above).to_numpy()
+    alone = ~table["needs_review"].to_numpy()
     far = f"They are {off[alone].mean():.3g} away on average. " if alone.any() else ""
     return [*sentences, f"At the limit {review_above:g}, {_count(alone)} are answered. {far}{_left(alone)}"]
 
@@ -63,15 +75,6 @@ def _how_sure(probability: pd.Series, right: np.ndarray) -> str:
     if sure > accuracy:
         return f"{facts} So it is too sure: a temperature from other rows can mend this."
     return f"{facts} So it is less sure than it could be."
-
-
-def _review(doubt: np.ndarray, right: np.ndarray, limit: float | None) -> list[str]:
-    """Say what happens if a person reads the rows above a limit."""
-    if limit is None:
-        return []
-    alone = doubt <= limit
-    wrong = f"{_percent((~right[alone]).mean(), 1)} of these answers are wrong. " if alone.any() else ""
-    return [f"At the limit {limit:g}, the model answers {_count(alone)} alone. {wrong}{_left(alone)}"]
 
 
 def _count(alone: np.ndarray) -> str:

@@ -8,6 +8,10 @@ from scalabl_pyro.cli.report_verdict import verdict
 from scalabl_pyro.prediction.label_sets import LabelSetPrediction
 
 
+def said(found, metrics, limit):
+    return verdict(found, found.to_frame(review_above=limit), metrics, review_above=limit)
+
+
 def classes(confidence, num_right, count=100):
     """Verdict on rows that are answered with one confidence, of which some are right."""
     probs = np.tile([confidence, 1 - confidence], (count, 1))
@@ -32,23 +36,21 @@ def test_the_limit_counts_answers_mistakes_and_rows_for_a_person():
     probs = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.55, 0.45]])
     found = sp.Prediction(np.log(probs)[None], np.array([0, 1, 0, 1]), ("a", "b"))
     metrics = found.metrics(bootstrap=0)  # has no intervals
-    assert (
-        verdict(found, found.to_frame(), metrics, review_above=None)[0] == "50 % of the answers for 4 rows are right."
-    )
-    last = verdict(found, found.to_frame(), metrics, review_above=0.3 + 1e-9)[-1]
+    assert said(found, metrics, None)[0] == "50 % of the answers for 4 rows are right."
+    last = said(found, metrics, 0.3 + 1e-9)[-1]
     assert last == (
         "At the limit 0.3, the model answers 3 of 4 rows (75 %) alone. 33.3 % of these answers are wrong. A person "
         "reads the other 1."
     )
-    last = verdict(found, found.to_frame(), metrics, review_above=0.0)[-1]
+    last = said(found, metrics, 0.0)[-1]
     assert last == "At the limit 0, the model answers 0 of 4 rows (0 %) alone. A person reads the other 4."
-    assert verdict(found, found.to_frame(), metrics, review_above=1.0)[-1].endswith("No row is left for a person.")
+    assert said(found, metrics, 1.0)[-1].endswith("No row is left for a person.")
 
 
 def test_numbers_say_how_far_they_are_off():
     means, sds, target = np.array([[1.0, 2.0, 3.0, 4.0]]), np.full((1, 4), 0.5), np.array([1.0, 2.5, 6.0, 4.0])
     found = sp.NumericPrediction(means, sds, means, np.zeros((1, 4)), target, is_normal=True)
-    frame = found.to_frame()
+    frame = found.to_frame(review_above=0.1)
     off, inside, limit = verdict(found, frame, found.metrics(bootstrap=20), review_above=0.1)
     assert off == "On average, a prediction is 0.875 away from the answer, in the units of the answer."
     assert inside.startswith("75 % of the answers lie within two standard deviations")
