@@ -26,7 +26,7 @@ from .completion import Completion
 from .fields import text_of
 from .label_prompt import LabelPrompt
 from .long_prompts import PromptTask
-from .windows import Rule
+from .windows import Rule, repeat_draws
 
 #: Options besides those of long prompts.
 OWN = ("classes", "template", "chat", "chat_options", "end_token", "text", "target")
@@ -189,9 +189,7 @@ class LabelCompletion(PromptTask):
     def _label_scores(self, llm: LatentLLM, batch: Batch, s: Tensor) -> Tensor:
         """Return the log probability of each name behind each prompt."""
         count = len(self.classes)
-        if s.dim() > 1 and s.shape[-2] > 1:
-            s = s.repeat_interleave(count, dim=-2)
-        scores = self._scorer.outputs(llm, self._with_each_label(batch), s).sum(-1)
+        scores = self._scorer.outputs(llm, self._with_each_label(batch), repeat_draws(s, count)).sum(-1)
         return scores.unflatten(-1, (len(batch), count))
 
     def likelihood(self, outputs: Tensor, batch: Batch) -> dist.Categorical:

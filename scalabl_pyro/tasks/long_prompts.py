@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.batch import Batch, Example
 from .base import Task
-from .windows import Rule, check_windows, combine, context_of
+from .windows import Rule, check_windows, context_of, in_windows, read_windows
 
 #: Names of the numbers that a row keeps of each window: tokens of its prompt, and of its piece of the text.
 PROMPT, TEXT = "window_tokens", "window_text_tokens"
@@ -95,9 +95,7 @@ class LongPrompts:
         if self.windows is None or size is None or batch.inputs["input_ids"].shape[1] <= size:
             return read(batch, s)
         rows, weights = split_prompts(batch, size, self.tokenizer.pad_token_id)
-        if s.dim() > 1 and s.shape[-2] > 1:
-            s = s.repeat_interleave(weights.shape[1], dim=-2)
-        return combine(read(rows, s), weights, self.windows)
+        return read_windows(read, rows, weights, s, self.windows)
 
     def _cut(self, text: str, tokens_of: Callable[[str], list[int]], length: int) -> list[int]:
         """Cut the end of the text, but never the rest of the prompt."""
@@ -159,20 +157,19 @@ def split_prompts(batch: Batch, size: int, pad_token_id: int) -> tuple[Batch, Te
         Batch of B * W rows, where W is the number of windows of the longest row, and the number of tokens of the text
         in each window, (B, W). Windows behind the end of a row hold padding, and have 0 tokens.
     """
-    width = batch.inputs["input_ids"].shape[1]
-    count = -(-width // size)
+    ids = in_windows(batch.inputs["input_ids"], size, pad_token_id)
+    count = len(ids) // len(batch)
 
     def of_each(name: str) -> Tensor:
         values = batch.extras[name][:, :count]
         return torch.nn.functional.pad(values, (0, count - values.shape[1]))
 
     prompts, texts = of_each(PROMPT), of_each(TEXT)
-    whole = torch.nn.functional.pad(batch.inputs["input_ids"], (0, count * size - width), value=pad_token_id)
     lengths = prompts.flatten().clamp(min=1)  # attention to no token at all would be NaN
     mask = torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
     rows = replace(
         batch,
-        inputs={"input_ids": whole.reshape(-1, size), "attention_mask": mask.to(batch.inputs["attention_mask"].dtype)},
+        inputs={"input_ids": ids, "attention_mask": mask.to(batch.inputs["attention_mask"].dtype)},
         index=batch.index.repeat_interleave(count),
         last=lengths - 1,
         extras={

@@ -19,7 +19,7 @@ from .base import Task
 from .choice_columns import check_column
 from .fields import text_of
 from .weighted_categorical import WeightedCategorical, balanced_weights, check_class_weights
-from .windows import Rule, check_windows, combine, context_of, split_windows, windows_of
+from .windows import Rule, check_windows, context_of, read_windows, split_windows, windows_of
 
 
 class TextTask(Task):
@@ -90,9 +90,8 @@ class TextTask(Task):
         if self.windows is None or size is None or batch.inputs["input_ids"].shape[1] <= size:
             return super().outputs(llm, batch, s)
         rows, lengths = split_windows(batch, size, self.pad_token_id)
-        if s.dim() > 1 and s.shape[-2] > 1:
-            s = s.repeat_interleave(lengths.shape[1], dim=-2)
-        return combine(super().outputs(llm, rows, s), lengths, self.windows)
+        whole = super().outputs
+        return read_windows(lambda windows, s: whole(llm, windows, s), rows, lengths, s, self.windows)
 
     def _check_names(self, id2label: Any) -> None:
         """Check the names that the model gives its outputs."""

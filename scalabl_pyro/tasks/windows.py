@@ -15,6 +15,7 @@ probabilities (a product of experts; Hinton, 2002). ``"probs"`` makes the mean o
 a mixture, in which a window counts for its share, however sure it is. Under "logits", a sure window counts for more.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal
@@ -120,13 +121,11 @@ def split_windows(batch: Batch, size: int, pad_token_id: int) -> tuple[Batch, Te
         Batch of B * W rows, where W is the number of windows of the longest row, and the number of tokens of each
         window, (B, W). Windows behind the end of a row hold padding and have 0 tokens.
     """
-    width = batch.inputs["input_ids"].shape[1]
-    count = -(-width // size)
-    inputs = {}
-    for name, value in batch.inputs.items():
-        fill = pad_token_id if name == "input_ids" else 0
-        whole = torch.nn.functional.pad(value, (0, count * size - width), value=fill)
-        inputs[name] = whole.reshape(-1, size)
+    inputs = {
+        name: in_windows(value, size, pad_token_id if name == "input_ids" else 0)
+        for name, value in batch.inputs.items()
+    }
+    count = len(inputs["input_ids"]) // len(batch)
     begins = torch.arange(count, device=batch.last.device) * size
     lengths = (batch.last.unsqueeze(1) + 1 - begins).clamp(0, size)
     if "attention_mask" in inputs:  # attention to no token at all would be NaN
@@ -138,6 +137,36 @@ def split_windows(batch: Batch, size: int, pad_token_id: int) -> tuple[Batch, Te
         last=(lengths - 1).clamp(min=0).flatten(),
     )
     return rows, lengths
+
+
+def in_windows(values: Tensor, size: int, fill: int) -> Tensor:
+    """Cut (B, tokens) into windows, (B * W, size); what is missing at the end of a row is filled."""
+    missing = -values.shape[1] % size
+    return torch.nn.functional.pad(values, (0, missing), value=fill).reshape(-1, size)
+
+
+def repeat_draws(s: Tensor, count: int) -> Tensor:
+    """Give each of ``count`` sequences per row the draw of the row: (..., B, D) becomes (..., B * count, D).
+
+    Draws that all rows share, (..., 1, D), stay as they are.
+    """
+    return s.repeat_interleave(count, dim=-2) if s.dim() > 1 and s.shape[-2] > 1 else s
+
+
+def read_windows(read: Callable[[Batch, Tensor], Tensor], rows: Batch, tokens: Tensor, s: Tensor, rule: Rule) -> Tensor:
+    """Read all windows under the draws of their rows, and combine them.
+
+    Args:
+        read: Gives the outputs (..., B * W, K) of windows under latents.
+        rows: B * W windows.
+        tokens: Number of tokens for which each window counts, (B, W).
+        s: Latents, (..., 1, D) or (..., B, D).
+        rule: ``"logits"`` or ``"probs"``.
+
+    Returns:
+        (..., B, K) outputs of the rows.
+    """
+    return combine(read(rows, repeat_draws(s, tokens.shape[1])), tokens, rule)
 
 
 def combine(outputs: Tensor, lengths: Tensor, rule: Rule) -> Tensor:
