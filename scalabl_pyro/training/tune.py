@@ -158,13 +158,9 @@ def _run(
     begin = time.perf_counter()
     try:
         more: dict[str, Any] = {"eval_data": rows[1], "seed": seed, "progress": False, "reset": True}
-        result = fit(blora, copy_task(task), rows[0], **more, **arguments | own)
+        scores = _scores(fit(blora, copy_task(task), rows[0], **more, **arguments | own).complete("a trial"))
     except TrainingError as error:
-        scores: dict[str, Any] = {NLL: None, "state": "failed", "reason": str(error)}
-    else:
-        if result.interrupted:  # what this trial has learned so far cannot be compared
-            raise KeyboardInterrupt
-        scores = _scores(result)
+        scores = {NLL: None, "state": "failed", "reason": str(error)}
     return {**chosen, **scores, "seconds": round(time.perf_counter() - begin, 2)}
 
 
