@@ -135,7 +135,6 @@ def test_the_report_says_what_a_limit_of_doubt_does(run, folder):
 @pytest.mark.parametrize("command", ["predict", "evaluate"])
 def test_a_terminal_shows_how_far_a_prediction_is(run, monkeypatch, command, is_terminal):
     monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
-    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # no thread that outlives the test
     code, _, error = run(command, "post", "rows.jsonl", "--model", "base", "--num-draws", 2)
     assert code == 0 and ("predict: 100%" in error) == is_terminal
     _, _, error = run(command, "post", "rows.jsonl", "--model", "base", "--num-draws", 2, "--json")

@@ -16,7 +16,8 @@ import tiny
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch.utils.data import DataLoader, Dataset
-from tqdm.std import TqdmDefaultWriteLock, tqdm
+from tqdm.auto import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 import scalabl_pyro as sp
 from scalabl_pyro._process.lock import IDLE, LOCK
