@@ -19,8 +19,6 @@ import multiprocessing
 import resource
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -28,12 +26,11 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 import scalabl_pyro as sp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes _support importable
+from _support.completion_steps import ends_of_fit, ends_of_trainer, now
 from _support.random_llms import SHAPES, random_llm
 from _support.random_texts import random_texts, word_tokenizer
 from _support.timing import TARGETS
@@ -112,44 +109,15 @@ def estimated(llm, args: argparse.Namespace) -> int:
 
 def train_ours(llm, args: argparse.Namespace) -> Seconds:
     """Return the seconds of each step of ``fit``."""
-    task = sp.Completion(word_tokenizer())
-    blora = sp.bayesian_lora(llm, target_modules=TARGETS)
-    ends: list[float] = []
-    options = {"num_steps": args.steps + WARM, "batch_size": args.rows, "progress": False}
-    options["hardware"] = {"gradient_checkpointing": args.gradient_checkpointing}
-    rows = random_texts(args.rows, args.tokens)
-    result = sp.fit(blora, task, rows, callbacks=[lambda row: ends.append(now())], **options)
-    result.posterior.blora().unload()
+    hardware = {"gradient_checkpointing": args.gradient_checkpointing}
+    ends = ends_of_fit(llm, random_texts(args.rows, args.tokens), args.steps + WARM, TARGETS, hardware=hardware)
     return {"fit": [after - before for before, after in itertools.pairwise(ends)]}
 
 
 def train_peft(llm, args: argparse.Namespace) -> Seconds:
     """Return the seconds of each step of Trainer, with the loss on the completion only."""
-    task = sp.Completion(word_tokenizer())
-    rows = []
-    for example in map(task.encode, random_texts(args.rows, args.tokens)):
-        ids = example.inputs["input_ids"]
-        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - len(example.target)) + example.target})
-    model = get_peft_model(llm, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *given: Any, **options: Any) -> None:
-            ends.append(now())
-
-    with tempfile.TemporaryDirectory() as folder:
-        options = TrainingArguments(
-            folder,
-            max_steps=args.steps + WARM,
-            per_device_train_batch_size=args.rows,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            gradient_checkpointing=args.gradient_checkpointing,
-        )
-        collator = DataCollatorForSeq2Seq(task.tokenizer)
-        Trainer(model, options, train_dataset=rows, data_collator=collator, callbacks=[Clock()]).train()
+    own = {"gradient_checkpointing": args.gradient_checkpointing}
+    ends = ends_of_trainer(llm, random_texts(args.rows, args.tokens), args.steps + WARM, TARGETS, **own)
     return {"PEFT and Trainer": [after - before for before, after in itertools.pairwise(ends)]}
 
 
@@ -169,13 +137,6 @@ def write(llm, args: argparse.Namespace) -> Seconds:
             posterior.generate(prompts, num_draws=num_draws, seed=seed, **options)
             seconds[work].append(now() - start)
     return seconds
-
-
-def now() -> float:
-    """Return the time once the GPU has done its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 SIDES: dict[str, Callable[..., Seconds]] = {"PEFT and Trainer": train_peft, "fit": train_ours, "generate": write}

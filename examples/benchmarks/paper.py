@@ -13,19 +13,16 @@ the paper. The prompts are those of this library too. Each run is a line of `tab
 """
 
 import argparse
-import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes _support importable
 from benchmarks.quality import sources
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.options import PAPER, arguments
 from benchmarks.quality.report import cell, frame_of, markdown, summary
-from benchmarks.quality.runner import load_model, run_all
+from benchmarks.quality.runner import run_command
 from benchmarks.quality.table import Table
 
 #: Data sets whose test rows in the paper are the validation split of the hub.
@@ -109,15 +106,10 @@ def table(folder: Path) -> str:
 def main() -> None:
     """Do the runs that are missing, and write the table."""
     args = options()
-    logging.getLogger("scalabl_pyro.data").setLevel(logging.ERROR)  # long prompts are cut in every run alike
     for name in ON_VALIDATION:
         sources.SOURCES[name] = replace(sources.SOURCES[name], test="validation")
     sources.SOURCES["openbookqa"] = replace(sources.SOURCES["openbookqa"], ood=())
-    failed = 0
-    if not args.report:
-        if args.device == "cuda":
-            torch.set_float32_matmul_precision("high")
-        failed = run_all(args, *load_model(args.model, args.dtype, args.device, liger=args.liger))
+    failed = run_command(args)
     text = table(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "paper.md").write_text(text, encoding="utf-8")

@@ -20,7 +20,6 @@ import itertools
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,14 +29,13 @@ import peft
 import torch
 import transformers
 from packaging.requirements import Requirement
-from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 import scalabl_pyro as sp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # makes _support importable
+from _support.completion_steps import ends_of_fit, ends_of_trainer
 from _support.random_llms import SHAPES, fuse_elementwise, num_weights, random_llm
-from _support.random_texts import random_texts, word_tokenizer
+from _support.random_texts import random_texts
 
 TARGETS = ["q_proj", "v_proj"]
 #: Steps that warm up before the timed ones.
@@ -75,61 +73,25 @@ def unsloth_line() -> dict[str, Any]:
     return {"side": "Unsloth", "left_out": reason}
 
 
-def now() -> float:
-    """Return the time once the GPU has done its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def fit_side(llm, rows: list[dict], args: argparse.Namespace) -> list[float]:
     """Return the times at which steps of ``fit`` end; the model is as before afterwards."""
-    task, blora = sp.Completion(word_tokenizer()), sp.bayesian_lora(llm, r=8, target_modules=TARGETS)
-    ends: list[float] = []
-    options = {"num_steps": args.steps + WARM + 1, "batch_size": len(rows), "progress": False}
-    try:
-        sp.fit(blora, task, rows, callbacks=[lambda row: ends.append(now())], **options)
-    finally:
-        blora.unload()
-    return ends
+    return ends_of_fit(llm, rows, args.steps + WARM + 1, TARGETS)
 
 
 def peft_side(llm, rows: list[dict], args: argparse.Namespace, *, liger: bool) -> list[float]:
     """Return the times at which steps of Trainer end; the model is as before afterwards."""
-    task = sp.Completion(word_tokenizer())
-    data = []
-    for example in map(task.encode, rows):
-        ids = example.inputs["input_ids"]
-        data.append({"input_ids": ids, "labels": [-100] * (len(ids) - len(example.target)) + example.target})
-    model = get_peft_model(llm, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *given: Any, **options: Any) -> None:
-            ends.append(now())
-
-    with tempfile.TemporaryDirectory() as folder:
-        options = TrainingArguments(
-            folder,
-            max_steps=args.steps + WARM + 1,
-            per_device_train_batch_size=len(rows),
-            optim="adamw_torch_fused",
-            bf16=args.device == "cuda",
-            gradient_checkpointing=False,
-            dataloader_num_workers=0,
-            use_liger_kernel=liger,
-            use_cpu=args.device == "cpu",
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
-        collator = DataCollatorForSeq2Seq(task.tokenizer)
-        try:
-            Trainer(model, options, train_dataset=data, data_collator=collator, callbacks=[Clock()]).train()
-        finally:
-            model.unload()
-    return ends
+    return ends_of_trainer(
+        llm,
+        rows,
+        args.steps + WARM + 1,
+        TARGETS,
+        optim="adamw_torch_fused",
+        bf16=args.device == "cuda",
+        gradient_checkpointing=False,
+        dataloader_num_workers=0,
+        use_liger_kernel=liger,
+        use_cpu=args.device == "cpu",
+    )
 
 
 def sides(shape: str) -> dict[str, Callable[..., list[float]]]:

@@ -12,27 +12,19 @@ Options of a method are JSON. --set 'blob={"prior_scale": 0.1}' changes the opti
 --variant 'cold=scalabl:{"kl_weight": 0.3}' adds a variant as a line of its own.
 """
 
-import logging
 import sys
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # makes _support importable
 from benchmarks.quality import report
 from benchmarks.quality.options import arguments
-from benchmarks.quality.runner import load_model, run_all
+from benchmarks.quality.runner import run_command
 
 
 def main() -> None:
     """Do the runs that the table lacks, and write the report."""
     args = arguments(__doc__)
-    logging.getLogger("scalabl_pyro.data").setLevel(logging.ERROR)  # long prompts are cut in every run alike
-    failed = 0
-    if not args.report:
-        if args.device == "cuda":
-            torch.set_float32_matmul_precision("high")
-        failed = run_all(args, *load_model(args.model, args.dtype, args.device, liger=args.liger))
+    failed = run_command(args)
     if args.report or args.shard == "0/1":
         print(report.write(args.out))
     sys.exit(f"{failed} runs failed; see above." if failed else 0)

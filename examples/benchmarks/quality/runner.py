@@ -1,6 +1,7 @@
 """Runs the quality benchmark: trains and scores the runs that the table lacks, one after the other."""
 
 import argparse
+import logging
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +73,20 @@ def execute(run: Run, data: DataSet, bench: Workbench, args: argparse.Namespace)
         row["probs"] = file
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     return row | {"device": device, "version": sp.__version__, "seconds": time.perf_counter() - start}
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Do what a command line asks for, unless that is the report alone.
+
+    Returns:
+        Number of runs that failed.
+    """
+    logging.getLogger("scalabl_pyro.data").setLevel(logging.ERROR)  # long prompts are cut in every run alike
+    if args.report:
+        return 0
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return run_all(args, *load_model(args.model, args.dtype, args.device, liger=args.liger))
 
 
 def run_all(args: argparse.Namespace, llm: Any, tokenizer: Any) -> int:
